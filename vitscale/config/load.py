@@ -1,0 +1,229 @@
+"""YAML + `extends` + dotted overrides -> RunConfig, strictly.
+
+Later layers win: schema defaults < the preset's sizes < the file that `extends` names < the file <
+overrides. Every layer is flattened to dotted keys and typed by the schema on its own, so an error
+can say where the value stands.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from vitscale.config.presets import PRESET_KEYS, preset
+from vitscale.config.schema import RunConfig, Source, as_dict
+from vitscale.errors import ConfigError
+
+Flat = dict[str, Any]
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a config file and `dotted.key=value` overrides.
+
+    Raises ConfigError for a missing file, broken YAML, an unknown key or a value of the wrong type.
+    """
+    merged: Flat = {}
+    for layer in [*_file_layers(Path(path), ()), _override_layer(overrides)]:
+        _overlay(merged, layer)
+    if merged.get("model.preset") is not None:
+        sizes = preset(merged["model.preset"])
+        merged = {f"model.{name}": value for name, value in sizes.items()} | merged
+    return _build(RunConfig, merged, "")
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML that `load_config` reads back to the same config."""
+    return yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _overlay(merged: Flat, layer: Flat) -> None:
+    """Lay `layer` over `merged`; what a key stands instead of is cleared from below."""
+    steps, epochs = layer.get("train.steps"), layer.get("train.epochs")
+    if steps is not None and epochs is not None:
+        raise ConfigError(f"train.steps={steps} and train.epochs={epochs}: set one; the other follows from the data")
+    if steps is not None:
+        merged.pop("train.epochs", None)
+    if epochs is not None:
+        merged.pop("train.steps", None)
+    if "model.preset" in layer:
+        for name in PRESET_KEYS:
+            merged.pop(f"model.{name}", None)
+    merged.update(layer)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice in one mapping."""
+
+
+def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in seen:
+            line = key_node.start_mark.line + 1
+            raise ConfigError(f"{loader.name}:{line}: key {key!r} is written twice; keep one")
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def _file_layers(path: Path, below: tuple[Path, ...]) -> list[Flat]:
+    """The layers of a file: those of the file it extends first, then its own."""
+    if path.resolve() in below:
+        raise ConfigError(f"{path}: 'extends' comes back to this file; break the circle")
+    try:
+        with open(path, encoding="utf-8") as stream:
+            content = yaml.load(stream, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file; see configs/ for those that come with vitscale") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds a {type(content).__name__}; a config is a mapping of sections")
+    parent = content.pop("extends", None)
+    layers: list[Flat] = []
+    if parent is not None:
+        if not isinstance(parent, str):
+            raise ConfigError(f"{path}: extends={parent!r}: must be one file's path, relative to this file")
+        layers = _file_layers(path.parent / parent, (*below, path.resolve()))
+    return [*layers, _flatten(RunConfig, content, "", str(path))]
+
+
+def _override_layer(overrides: Iterable[str]) -> Flat:
+    """`a.b=value` strings as a layer; the value is read as YAML would read it."""
+    layer: Flat = {}
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"override {text!r}: must be dotted.key=value")
+        try:
+            content = yaml.load(value, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {text!r}: the value is no YAML: {' '.join(str(error).split())}") from None
+        for part in reversed(name.strip().split(".")):
+            content = {part: content}
+        layer.update(_flatten(RunConfig, content, "", "command line"))
+    return layer
+
+
+@cache
+def _hints(section: type) -> dict[str, Any]:
+    return get_type_hints(section)
+
+
+def _flatten(section: type, content: dict[Any, Any], prefix: str, where: str) -> Flat:
+    """Nested mappings as {dotted key: typed value}; refuses what the schema does not have."""
+    flat: Flat = {}
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if name not in _hints(section):
+            raise ConfigError(f"{where}: unknown key {key!r}{_nearest(key)}")
+        hint = _hints(section)[name]
+        if not is_dataclass(hint):
+            flat[key] = _typed(hint, value, key, where)
+        elif isinstance(value, dict):
+            flat.update(_flatten(hint, value, f"{key}.", where))
+        elif value is not None:  # an empty section in YAML is null: it says nothing
+            raise ConfigError(f"{where}: {key}={value!r}: is a section; write its keys below it")
+    return flat
+
+
+def _nearest(key: str) -> str:
+    names = list(_all_keys(RunConfig, ""))
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    if not close:  # the right leaf in the wrong section
+        close = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
+    return f"; did you mean {close[0]!r}?" if close else "; `vitscale config CONFIG` prints every key"
+
+
+def _all_keys(section: type, prefix: str) -> Iterable[str]:
+    for name, hint in _hints(section).items():
+        yield f"{prefix}{name}"
+        if is_dataclass(hint):
+            yield from _all_keys(hint, f"{prefix}{name}.")
+
+
+def _typed(hint: Any, value: Any, key: str, where: str) -> Any:
+    """`value` as the schema's type, or ConfigError; widens int to float and '1e-3' (a YAML string)."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for option in options:
+        try:
+            return _as_type(option, value, key, where)
+        except TypeError:
+            continue
+    raise ConfigError(f"{where}: {key}={value!r}: must be {_type_name(hint)}, not {_type_name(type(value))}")
+
+
+def _as_type(hint: Any, value: Any, key: str, where: str) -> Any:
+    if hint is type(None) and value is None:
+        return None
+    if hint is Source:
+        return _source(value, key, where)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)):
+            # One pattern may stand for a list of one; a tuple of numbers must be written out.
+            value = [value] if get_args(hint)[0] is Source and isinstance(value, (str, dict)) else None
+        if value is None:
+            raise TypeError
+        items = get_args(hint)
+        items = (items[0],) * len(value) if len(items) == 2 and items[1] is Ellipsis else items
+        if len(items) != len(value):
+            raise TypeError
+        return tuple(_as_type(item, part, key, where) for item, part in zip(items, value, strict=True))
+    if hint is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
+        try:
+            number = float(value)
+        except ValueError:
+            raise TypeError from None
+        if number != number or number in (float("inf"), float("-inf")):
+            raise TypeError
+        return number
+    if hint in (int, str, bool) and type(value) is hint:
+        return value
+    raise TypeError
+
+
+def _source(value: Any, key: str, where: str) -> Source:
+    if isinstance(value, str):
+        return Source(value)
+    if isinstance(value, dict) and set(value) <= {"pattern", "weight"} and isinstance(value.get("pattern"), str):
+        return Source(value["pattern"], _typed(float, value.get("weight", 1.0), f"{key}.weight", where))
+    raise TypeError
+
+
+def _type_name(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_type_name(option) for option in get_args(hint))
+    if get_origin(hint) is tuple:
+        item = get_args(hint)[0]
+        if item is Source:
+            return "a list of patterns or {pattern, weight}"
+        open_ended = get_args(hint)[-1] is Ellipsis
+        return f"a list of {'numbers' if open_ended else f'{len(get_args(hint))} numbers'}"
+    return names.get(hint) or {list: "a list", dict: "a mapping", tuple: "a list"}.get(hint, str(hint))
+
+
+def _build(section: type, flat: Flat, prefix: str) -> Any:
+    """The dataclass of a section from dotted keys; what is not there has its default."""
+    values: dict[str, Any] = {}
+    for item in fields(section):
+        key, hint = f"{prefix}{item.name}", _hints(section)[item.name]
+        if is_dataclass(hint):
+            values[item.name] = _build(hint, flat, f"{key}.")
+        elif key in flat:
+            values[item.name] = flat[key]
+        elif item.default is MISSING and item.default_factory is MISSING:
+            raise ConfigError(f"{key}: must be set")
+    return section(**values)

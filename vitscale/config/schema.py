@@ -1,0 +1,295 @@
+"""The keys of a run: frozen dataclasses, one a section, with defaults and one line of meaning each.
+
+No torch here: a config is read before anything heavy is imported. What single values must satisfy
+is in `__post_init__`; what several must satisfy together is in config/check.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from vitscale.errors import ConfigError
+
+OBJECTIVES = ("mae", "simmim", "classification", "multitask")
+PRECISIONS = ("fp32", "bf16")
+DECODERS = ("auto", "nvimgcodec", "simplejpeg", "pillow")
+
+
+def _require(holds: bool, key: str, value: Any, rule: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key}={value!r}: must be {rule}")
+
+
+def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, key, value, "one of " + ", ".join(choices))
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str = "run"  # the run's folder is DIR/NAME
+    dir: str = "runs"
+    seed: int = 0  # every random choice is a hash of this, the epoch, the sample and the purpose
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
+                 "run.name", self.name, "a folder's name, without '/'")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Keys of models.vit.ViTConfig; `preset` gives the sizes that are not written here."""
+
+    preset: str | None = None  # Ti, S, B, L, H, g or G
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.0  # above 0 is refused in training: use drop_path_rate
+    attention_probs_dropout_prob: float = 0.0
+    drop_path_rate: float = 0.0  # of the last block; grows linearly from 0 at the first
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6  # MAE's and timm's; transformers' own default is 1e-12
+    image_size: int | tuple[int, int] = 224  # pixels: a square's side, or (height, width)
+    patch_size: int | tuple[int, int] = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+    position_embeddings: str = "auto"  # learned, sincos, or auto: sincos for mae, else learned
+    num_labels: int = 1000
+    init_from: str | None = None  # a saved model folder whose weights a fresh run starts from
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
+            _require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "above 0")
+        _require(self.num_labels >= 0, "model.num_labels", self.num_labels, "0 (features only) or more")
+        _require(0 <= self.drop_path_rate < 1, "model.drop_path_rate", self.drop_path_rate, "in [0, 1)")
+        _one_of("model.position_embeddings", self.position_embeddings, ("auto", "learned", "sincos"))
+
+
+@dataclass(frozen=True)
+class MAE:
+    """He et al. 2022, arXiv 2111.06377."""
+
+    mask_ratio: float = 0.75
+    norm_pix_loss: bool = True  # targets standardized by patch
+    decoder_hidden_size: int = 512
+    decoder_num_hidden_layers: int = 8
+    decoder_num_attention_heads: int = 16
+    decoder_intermediate_size: int = 2048
+
+    def __post_init__(self) -> None:
+        _require(0 < self.mask_ratio < 1, "objective.mae.mask_ratio", self.mask_ratio, "in (0, 1)")
+
+
+@dataclass(frozen=True)
+class SimMIM:
+    """Xie et al. 2022, arXiv 2111.09886."""
+
+    mask_ratio: float = 0.6
+    mask_patch: int = 2  # side of a masked cell, in patches (2 x 16 = the paper's 32 pixels)
+
+    def __post_init__(self) -> None:
+        _require(0 < self.mask_ratio < 1, "objective.simmim.mask_ratio", self.mask_ratio, "in (0, 1)")
+        _require(self.mask_patch > 0, "objective.simmim.mask_patch", self.mask_patch, "above 0 (in patches)")
+
+
+@dataclass(frozen=True)
+class Classification:
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        value = self.label_smoothing
+        _require(0 <= value < 1, "objective.classification.label_smoothing", value, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Multitask:
+    """SimMIM (its keys: objective.simmim) and classification on one encoder, in one forward."""
+
+    mim_weight: float = 1.0
+    classification_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Objective:
+    name: str = "mae"
+    mae: MAE = field(default_factory=MAE)
+    simmim: SimMIM = field(default_factory=SimMIM)
+    classification: Classification = field(default_factory=Classification)
+    multitask: Multitask = field(default_factory=Multitask)
+
+    def __post_init__(self) -> None:
+        _one_of("objective.name", self.name, OBJECTIVES)
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.name in ("classification", "multitask")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Shards of one kind: a path with brace ranges ({000..099}) or wildcards (*, ?)."""
+
+    pattern: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Data:
+    train: tuple[Source, ...] = ()
+    index: str | None = None  # an index.json by `vitscale index` or `pack`; else shards are scanned
+    lanes: int = 8  # parallel readers of an epoch; divides the global batch, fixed for a run
+    window: int = 16384  # samples over all lanes within which the order is shuffled
+    label: str = "cls"  # the extension of the member that holds the label, a whole number
+    decode: str = "auto"  # nvimgcodec, simplejpeg, pillow, or auto: the first that is installed
+    background: int = 255  # what transparent pixels lie on, 0 (black) to 255 (white)
+    max_pixels: int = 64_000_000  # a larger image is a bad sample, told from its header
+    max_bad_fraction: float = 0.001  # stop when bad > max(3, this x samples consumed)
+    threads: int | None = None  # decoding threads a rank; null: the rank's share of the cores
+    prefetch: int = 4  # micro-batches read ahead
+
+    def __post_init__(self) -> None:
+        _require(self.lanes > 0, "data.lanes", self.lanes, "above 0")
+        _require(self.window > 0, "data.window", self.window, "above 0 (samples over all lanes)")
+        _one_of("data.decode", self.decode, DECODERS)
+        _require(0 <= self.background <= 255, "data.background", self.background, "in 0 to 255")
+        _require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
+        _require(self.max_pixels > 0, "data.max_pixels", self.max_pixels, "above 0")
+        _require(self.threads is None or self.threads > 0, "data.threads", self.threads, "above 0 or null")
+        _require(self.prefetch >= 2, "data.prefetch", self.prefetch, "2 or more")
+
+
+@dataclass(frozen=True)
+class Augment:
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width over height
+    flip: float = 0.5  # probability of a horizontal mirror
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # one a channel, or one for all, of pixels in [0, 1]
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        _require(0 < low <= high <= 1, "augment.crop_scale", self.crop_scale, "0 < low <= high <= 1")
+        low, high = self.crop_ratio
+        _require(0 < low <= high, "augment.crop_ratio", self.crop_ratio, "0 < low <= high")
+        _require(0 <= self.flip <= 1, "augment.flip", self.flip, "in [0, 1]")
+        _require(min(self.std, default=0) > 0, "augment.std", self.std, "above 0 in every channel")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW (Loshchilov and Hutter 2019); biases and norms are not decayed."""
+
+    lr: float = 1.5e-4  # at `lr_batch` images a step; peak of the schedule
+    lr_batch: int | None = 256  # lr grows as global_batch / lr_batch (512 for SimMIM); null: lr as it is
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    clip: float = 0.0  # largest gradient norm; 0: no clipping
+    warmup: float = 0.05  # share of all steps in which lr grows linearly from 0
+    min_lr: float = 0.0  # where the cosine ends, scaled as lr is
+
+    def __post_init__(self) -> None:
+        _require(self.lr >= 0, "optimizer.lr", self.lr, "0 or more")
+        _require(self.lr_batch is None or self.lr_batch > 0, "optimizer.lr_batch", self.lr_batch, "above 0 or null")
+        _require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas, "each in [0, 1)")
+        _require(self.eps > 0, "optimizer.eps", self.eps, "above 0")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        _require(self.clip >= 0, "optimizer.clip", self.clip, "0 (none) or more")
+        _require(0 <= self.warmup < 1, "optimizer.warmup", self.warmup, "a share of all steps, in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Train:
+    global_batch: int = 256  # images a step, over all ranks and accumulation
+    micro_batch: int = 32  # images a forward on one rank; accumulation is derived
+    steps: int | None = None  # one of steps and epochs; setting one clears the other
+    epochs: float | None = None
+    precision: str = "fp32"
+    gradient_checkpointing: bool = False
+    compile: bool = False  # torch.compile of each block
+    max_skipped_steps: int = 5  # steps in a row with a non-finite gradient before the run stops
+
+    def __post_init__(self) -> None:
+        _require(self.global_batch > 0, "train.global_batch", self.global_batch, "above 0")
+        _require(self.micro_batch > 0, "train.micro_batch", self.micro_batch, "above 0")
+        _require(self.steps is None or self.steps > 0, "train.steps", self.steps, "above 0")
+        _require(self.epochs is None or self.epochs > 0, "train.epochs", self.epochs, "above 0")
+        _one_of("train.precision", self.precision, PRECISIONS)
+        _require(self.max_skipped_steps > 0, "train.max_skipped_steps", self.max_skipped_steps, "above 0")
+
+
+@dataclass(frozen=True)
+class Parallel:
+    zero_stage: int = 0  # 0: DDP; 1 optimizer, 2 and gradients, 3 and weights sharded over the ranks
+    offload_optimizer: bool = False  # ZeRO 1 to 3: Adam's state and step on the CPU
+    bucket_elements: int = 25_000_000  # gradients reduced at once; small enough to overlap backward
+    timeout_s: int = 600  # a collective that takes longer ends the run
+
+    def __post_init__(self) -> None:
+        _require(self.zero_stage in (0, 1, 2, 3), "parallel.zero_stage", self.zero_stage, "0, 1, 2 or 3")
+        _require(self.bucket_elements > 0, "parallel.bucket_elements", self.bucket_elements, "above 0")
+        _require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "above 0 seconds")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every_steps: int = 500
+    keep: int = 3  # newest kept
+    resume_from: str | None = None  # a checkpoint folder to go on from when this run has none
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps > 0, "checkpoint.every_steps", self.every_steps, "above 0")
+        _require(self.keep > 0, "checkpoint.keep", self.keep, "above 0")
+
+
+@dataclass(frozen=True)
+class Tracking:
+    mlflow: bool = True
+    mlflow_uri: str | None = None  # null: sqlite in the run's folder
+    experiment: str = "vitscale"
+
+
+@dataclass(frozen=True)
+class Log:
+    every_steps: int = 10
+    trace: bool = False  # trace.jsonl: the sample keys of every step
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps > 0, "log.every_steps", self.every_steps, "above 0")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`vitscale evaluate`: frozen features scored on held-out images."""
+
+    train: tuple[Source, ...] = ()  # labelled shards to fit on; empty: data.train
+    test: tuple[Source, ...] = ()  # held-out labelled shards
+    neighbours: int = 20  # k of kNN
+    batch: int = 256
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    run: Run = field(default_factory=Run)
+    model: Model = field(default_factory=Model)
+    objective: Objective = field(default_factory=Objective)
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    train: Train = field(default_factory=Train)
+    parallel: Parallel = field(default_factory=Parallel)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    tracking: Tracking = field(default_factory=Tracking)
+    log: Log = field(default_factory=Log)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+
+def as_dict(section: Any) -> Any:
+    """A config (or a part of it) as plain dicts, lists and scalars, for YAML and JSON."""
+    if hasattr(section, "__dataclass_fields__"):
+        return {f.name: as_dict(getattr(section, f.name)) for f in fields(section)}
+    if isinstance(section, tuple):
+        return [as_dict(item) for item in section]
+    return section

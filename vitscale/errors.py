@@ -1,0 +1,25 @@
+"""What a user did or has that cannot work: each message names key, value, rule and way out.
+
+The command line prints such an error as one line and leaves with code 2. Anything else that is
+raised is a bug of ours (or the machine's) and keeps its traceback.
+"""
+
+
+class VitscaleError(ValueError):
+    """Base of the errors that are the user's to mend."""
+
+
+class ConfigError(VitscaleError):
+    """A config key, its value, or a combination of values."""
+
+
+class DataError(VitscaleError):
+    """Shards, an index, samples or labels."""
+
+
+class CheckpointError(VitscaleError):
+    """A checkpoint folder or a saved model."""
+
+
+class LaunchError(VitscaleError):
+    """The environment that a launcher gave, or a run folder in use."""
