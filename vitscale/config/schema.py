@@ -266,8 +266,15 @@ class Evaluation:
 
     train: tuple[Source, ...] = ()  # labelled shards to fit on; empty: data.train
     test: tuple[Source, ...] = ()  # held-out labelled shards
+    crop_fraction: float = 0.875  # side of the centre crop, of the image's shorter side
     neighbours: int = 20  # k of kNN
     batch: int = 256
+
+    def __post_init__(self) -> None:
+        value = self.crop_fraction
+        _require(0 < value <= 1, "evaluation.crop_fraction", value, "in (0, 1]")
+        _require(self.neighbours > 0, "evaluation.neighbours", self.neighbours, "above 0")
+        _require(self.batch > 0, "evaluation.batch", self.batch, "above 0")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,370 @@
+"""A checkpoint folder, there whole or not at all: `step_00001234/` with manifest.json and state-RANK.safetensors.
+
+Written as `.tmp-step_00001234` beside its place, every file fsynced, every rank's success agreed, the
+manifest last, then renamed. No pointer file: the newest folder that its own manifest proves whole is the
+checkpoint. The manifest holds sizes and sha256 of the files and a digest of itself. No pickle, no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from vitscale.checkpoint.fragments import Piece, PieceReader, TensorRecord, join_tables, listed, table, write_pieces
+from vitscale.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_FOLDER = re.compile(r"step_(\d{8,})")
+_STATE_FILE = re.compile(r"state-\d{5,}\.safetensors")
+_READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)  # of a manifest that is not what it should be
+
+T = TypeVar("T")
+
+# Called with a name at each step of a save, so that a test can end the process there: state_begun, state_written,
+# state_synced, agreed, manifest_written, manifest_synced, old_moved, renamed, root_synced, retiring, retired.
+on_progress: Callable[[str], None] = lambda point: None  # noqa: E731
+
+
+class Ranks(Protocol):
+    """The processes that hold one state together. `gather` is a collective: all call it, in the same order."""
+
+    rank: int
+    world_size: int
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON-able value, by rank, on every rank."""
+        ...
+
+
+class SoleRank:
+    """The Ranks of one process."""
+
+    rank = 0
+    world_size = 1
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """Checkpoint folders under `root`, newest step first, whole or not."""
+    steps: dict[int, Path] = {}
+    # A save that replaces a folder of its own step moves it to .old-... first: should it die there, that one counts.
+    for prefix in (".old-", ""):
+        for path in root.glob(f"{prefix}step_*"):
+            if (match := _FOLDER.fullmatch(path.name.removeprefix(prefix))) and path.is_dir():
+                steps[int(match[1])] = path
+    return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+# ---- saving
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def save_checkpoint(root: Path, step: int, pieces: Iterable[Piece], state: dict[str, Any], ranks: Ranks, keep: int,
+                    report: Callable[[str], None] = _to_stderr) -> Path:
+    """Save what the ranks hold as `root/step_XXXXXXXX`, then keep the newest `keep` checkpoints.
+
+    A collective. `pieces`: this rank's; together they give each element of each tensor once (asserted).
+    `state`: JSON-able, rank 0's is kept. Raises CheckpointError on every rank when any rank fails; nothing is
+    left of this checkpoint then, and those before it stay. `report` is told by rank 0 what went wrong with old ones.
+    """
+    target = root / folder_name(step)
+    temporary = root / f".tmp-{target.name}"
+    try:
+        pieces = _agreed(ranks, target, lambda: list(pieces))[0]
+        sizes = ranks.gather(sum(piece.values.nbytes for piece in pieces))
+        _agreed(ranks, target, lambda: _prepare(root, temporary, sum(sizes)) if ranks.rank == 0 else None)
+        _, written = _agreed(ranks, target, lambda: _write_state(temporary, ranks.rank, pieces))
+        on_progress("agreed")
+        records = join_tables({file["name"]: file.pop("table") for file in written})
+        manifest = {"format": FORMAT, "step": step, "state": state, "files": written,
+                    "tensors": [record.as_json() for record in records]}
+        _agreed(ranks, target, lambda: _publish(temporary, target, manifest) if ranks.rank == 0 else None)
+    except Exception:
+        if ranks.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)  # what cannot be removed now is swept by the next save
+        raise
+    if ranks.rank == 0:
+        _retire(root, step, keep, report)
+    return target
+
+
+def _agreed(ranks: Ranks, target: Path, work: Callable[[], T]) -> tuple[T, list[T]]:
+    """This rank's result of `work` and all ranks'; CheckpointError on all of them if it fails on one."""
+    result: Any = None
+    failure: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
+        failure = error
+    outcomes = ranks.gather([_reason(failure), result if failure is None else None])
+    faults = [f"rank {rank}: {fault}" for rank, (fault, _) in enumerate(outcomes) if fault]
+    if faults:
+        raise CheckpointError(f"{target}: the checkpoint could not be written ({listed(faults)}); "
+                              "the ones before it are untouched") from failure
+    return result, [value for _, value in outcomes]
+
+
+def _reason(error: Exception | None) -> str | None:
+    if error is None:
+        return None
+    return " ".join(str(error).split()) if isinstance(error, (OSError, CheckpointError)) else f"{type(error).__name__}: {error}"
+
+
+def _prepare(root: Path, temporary: Path, needed: int) -> None:
+    """Rank 0: sweep what crashes left, look for room, make the temporary folder."""
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(".tmp-*"):
+        shutil.rmtree(leftover)
+    free = shutil.disk_usage(root).free
+    if needed > free:
+        raise CheckpointError(f"it needs {needed / 1e9:.2f} GB and {root} has {free / 1e9:.2f} GB free: "
+                              "make room or lower checkpoint.keep")
+    temporary.mkdir()
+
+
+def _write_state(temporary: Path, rank: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """Write this rank's file; tells its name, size, digest and table of pieces."""
+    path = temporary / f"state-{rank:05d}.safetensors"
+    on_progress("state_begun")
+    write_pieces(path, pieces)
+    on_progress("state_written")
+    _sync(path)
+    on_progress("state_synced")
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path), "table": table(pieces)}
+
+
+def _publish(temporary: Path, target: Path, manifest: dict[str, Any]) -> None:
+    """Rank 0: the manifest, then the rename that makes the checkpoint exist."""
+    for file in manifest["files"]:
+        path = temporary / file["name"]
+        if not path.exists() or path.stat().st_size != file["bytes"]:
+            raise CheckpointError(f"{path} is not as its rank wrote it; {target.parent} must lie on a file system "
+                                  "that all nodes share")
+    path = temporary / MANIFEST
+    path.write_text(_render(manifest), encoding="utf-8")
+    on_progress("manifest_written")
+    _sync(path)
+    _sync(temporary)
+    on_progress("manifest_synced")
+    if target.exists():  # this step again: it was found broken, or was saved before
+        old = target.with_name(f".old-{target.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        on_progress("old_moved")
+    temporary.rename(target)
+    on_progress("renamed")
+    _sync(target.parent)
+    on_progress("root_synced")
+
+
+def _retire(root: Path, step: int, keep: int, report: Callable[[str], None]) -> None:
+    """Rank 0: remove checkpoints that the one of `step` makes superfluous; failing to is reported, not fatal."""
+    try:
+        for old in root.glob(".old-step_*"):
+            shutil.rmtree(old)
+        older = []
+        for folder in checkpoint_folders(root):
+            number = int(folder.name.removeprefix("step_"))
+            if number > step:
+                # The run came back to an earlier step because this one could not be read: never go on from it.
+                aside = folder.with_name(f"bad_{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+                report(f"{folder}: was not usable when this run resumed from an earlier step; set aside as {aside.name}")
+            elif number < step:
+                older.append(folder)
+        for folder in older[keep - 1 :]:
+            doomed = folder.with_name(f".tmp-{folder.name}")  # so that a half-deleted folder is never a candidate
+            folder.rename(doomed)
+            on_progress("retiring")
+            shutil.rmtree(doomed)
+        on_progress("retired")
+    except OSError as error:
+        report(f"{root}: an old checkpoint could not be removed ({error}); remove it by hand")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# ---- the manifest
+
+
+def _own_digest(manifest: dict[str, Any]) -> str:
+    """sha256 of the manifest's content, however it is laid out as text."""
+    body = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _render(manifest: dict[str, Any]) -> str:
+    """The manifest as JSON text with its own digest, a line for each file and each tensor."""
+    manifest = json.loads(json.dumps(manifest, allow_nan=False))  # as a reader will see it: text keys, lists
+    manifest["sha256"] = _own_digest(manifest)
+    parts = []
+    for name, value in manifest.items():
+        lines = ",\n  ".join(json.dumps(item) for item in value) if isinstance(value, list) else None
+        parts.append(f" {json.dumps(name)}: " + (json.dumps(value) if lines is None else f"[\n  {lines}\n ]"))
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder; raises ValueError (or KeyError...) that says what is wrong with it."""
+    try:
+        text = (folder / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing") from None
+    try:
+        manifest = json.loads(text)
+        version = manifest["format"]
+    except _READ_ERRORS as error:
+        raise ValueError(f"{MANIFEST} is no whole manifest ({error})") from None
+    if version != FORMAT:
+        raise ValueError(f"{MANIFEST} has format {version!r}, this vitscale reads {FORMAT}: use the vitscale that wrote it")
+    expected, found = manifest.get("sha256"), _own_digest(manifest)
+    if expected != found:
+        raise ValueError(f"{MANIFEST} does not match its own sha256 ({_short(found)}, says {_short(expected)})")
+    return manifest
+
+
+def _short(digest: Any) -> str:
+    return f"{str(digest)[:12]}..."
+
+
+# ---- opening
+
+
+class Checkpoint:
+    """An opened checkpoint whose bytes were verified. Reading copies only what is asked for."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.folder = folder
+        self.step: int = manifest["step"]
+        self.state: dict[str, Any] = manifest["state"]
+        self.files: dict[str, int] = {file["name"]: file["bytes"] for file in manifest["files"]}
+        self._records = {(r.kind, r.name): r for r in map(TensorRecord.from_json, manifest["tensors"])}
+        self._reader = PieceReader(folder)
+
+    @property
+    def tensors(self) -> dict[tuple[str, str], tuple[tuple[int, ...], np.dtype[Any]]]:
+        """{(kind, name): (shape, dtype)} of all that is in it."""
+        return {key: (record.shape, np.dtype(record.dtype)) for key, record in self._records.items()}
+
+    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of the tensors of one kind."""
+        return {name: record.shape for (k, name), record in self._records.items() if k == kind}
+
+    def read(self, kind: str, name: str, start: int, count: int) -> np.ndarray:
+        """Elements [start, start + count) of the flattened tensor: 1-D, the caller's own copy."""
+        return self._reader.read(self._record(kind, name), start, count)
+
+    def whole(self, kind: str, name: str) -> np.ndarray:
+        """A tensor in its shape."""
+        record = self._record(kind, name)
+        return self._reader.read(record, 0, record.size).reshape(record.shape)
+
+    def require(self, kind: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raise CheckpointError unless the names and shapes of this kind are exactly these."""
+        saved = self.shapes(kind)
+        differing = [f"{name} (saved {list(saved[name])}, here {list(shape)})"
+                     for name, shape in shapes.items() if name in saved and saved[name] != tuple(shape)]
+        groups = {"missing": [name for name in shapes if name not in saved],
+                  "not known here": [name for name in saved if name not in shapes], "of another shape": differing}
+        faults = [f"{len(names)} {what}: {listed(names)}" for what, names in groups.items() if names]
+        if faults:
+            raise CheckpointError(f"{self.folder}: its {kind} tensors are of another model: {'; '.join(faults)}; "
+                                  "give the model.* keys that it was made with, or another run.name")
+
+    def _record(self, kind: str, name: str) -> TensorRecord:
+        if (kind, name) not in self._records:
+            raise CheckpointError(f"{self.folder}: holds no {kind} named {name!r}")
+        return self._records[kind, name]
+
+
+def open_newest(root: Path, ranks: Ranks, report: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint under `root` that is whole, or None where there is none yet.
+
+    A collective. A broken one is reported (by rank 0) with its reasons, and the one before it is tried.
+    Raises CheckpointError when there are checkpoints and all are broken: to start over is not ours to decide.
+    """
+    names = ranks.gather([path.name for path in checkpoint_folders(root)] if ranks.rank == 0 else [])[0]
+    for name in names:
+        folder = root / name
+        manifest, faults = _verify(folder, ranks)
+        if not faults:
+            extra = sorted({path.name for path in folder.iterdir()} - {MANIFEST, *(f["name"] for f in manifest["files"])})
+            if extra and ranks.rank == 0:
+                report(f"{folder}: files that its manifest does not name are not used: {listed(extra)}")
+            return Checkpoint(folder, manifest)
+        if ranks.rank == 0:
+            report(f"{folder}: is not usable ({listed(faults)}); trying the one before it")
+    if names:
+        raise CheckpointError(f"{root}: none of its {len(names)} checkpoints can be used (reasons above); "
+                              "restore one, or start over under another run.name")
+    return None
+
+
+def open_checkpoint(folder: Path, ranks: Ranks) -> Checkpoint:
+    """The checkpoint in a named folder. A collective; raises CheckpointError with the reasons if it is not whole."""
+    manifest, faults = _verify(folder, ranks)
+    if faults:
+        raise CheckpointError(f"{folder}: is not a usable checkpoint ({listed(faults)})")
+    return Checkpoint(folder, manifest)
+
+
+def _verify(folder: Path, ranks: Ranks) -> tuple[dict[str, Any], list[str]]:
+    """The manifest and what is wrong with the folder, the same list on every rank; the ranks share the hashing."""
+    manifest: dict[str, Any] = {}
+    faults = []
+    try:
+        manifest = _read_manifest(folder)
+        for file in manifest["files"][ranks.rank :: ranks.world_size]:
+            faults += _file_faults(folder, file)
+    except _READ_ERRORS as error:
+        faults.append(_reason(error) if isinstance(error, OSError) else str(error))
+    outcomes = ranks.gather([manifest.get("sha256"), faults])
+    every = list(dict.fromkeys(fault for _, theirs in outcomes for fault in theirs))
+    if not every and len({digest for digest, _ in outcomes}) > 1:
+        every.append(f"the ranks see different {MANIFEST} files")
+    return manifest, every
+
+
+def _file_faults(folder: Path, file: dict[str, Any]) -> list[str]:
+    name = file["name"]
+    if not _STATE_FILE.fullmatch(name):  # also keeps a forged manifest from naming a path elsewhere
+        return [f"{name!r} is no name of a state file"]
+    path = folder / name
+    if not path.is_file():
+        return [f"{name} is missing"]
+    if (size := path.stat().st_size) != file["bytes"]:
+        return [f"{name} has {size} bytes, {file['bytes']} were written"]
+    if (digest := _sha256(path)) != file["sha256"]:
+        return [f"{name} has sha256 {_short(digest)}, {_short(file['sha256'])} was written: its bytes have changed"]
+    return []

@@ -1,0 +1,167 @@
+"""The command line: `vitscale VERB ...`. An error is one line and an exit code.
+
+Exit codes: 0 done, 2 bad config or input, 3 stopped on request with a checkpoint, 1 anything else.
+Verbs import what they need when they run, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vitscale import __version__, world
+from vitscale.errors import VitscaleError
+from vitscale.run_folder import BAD_INPUT, DONE, RunFolder
+
+
+def _pretrain(arguments: argparse.Namespace) -> int:
+    here = world.enter()
+    from vitscale.run import pretrain
+
+    return pretrain(_config(arguments), here)
+
+
+def _print_config(arguments: argparse.Namespace) -> int:
+    from vitscale.config.check import check_config
+    from vitscale.config.load import dump_config
+
+    config = _config(arguments)
+    check_config(config, world.World(world_size=arguments.ranks))
+    sys.stdout.write(dump_config(config))
+    return DONE
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from vitscale.data.pack import pack
+
+    pack(
+        Path(arguments.folder),
+        Path(arguments.out),
+        shard_samples=arguments.shard_samples,
+        held_out=arguments.held_out,
+        workers=arguments.workers,
+        seed=arguments.seed,
+    )
+    return DONE
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    from vitscale.config.schema import Source
+    from vitscale.data.index import build_index, expand
+
+    index = build_index(expand(tuple(Source(pattern) for pattern in arguments.patterns)))
+    index.save(Path(arguments.out))
+    print(f"{arguments.out}: {index.total} samples in {len(index.names)} shards")
+    return DONE
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    here = world.enter()
+    from vitscale.run import evaluate
+
+    return evaluate(Path(arguments.run), here)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    world.enter()
+    from vitscale.run import export
+
+    out = export(Path(arguments.source), Path(arguments.out) if arguments.out else None)
+    print(out)
+    return DONE
+
+
+def _stop(arguments: argparse.Namespace) -> int:
+    folder = RunFolder(Path(arguments.run))
+    if not folder.config.exists():
+        raise VitscaleError(f"{arguments.run}: is no run folder (no config.yaml in it); name the folder RUN_DIR/NAME")
+    folder.stop.touch()
+    print(f"{folder.stop}: the run saves a checkpoint and stops at its next step")
+    return DONE
+
+
+def _sync(arguments: argparse.Namespace) -> int:
+    world.enter()
+    from vitscale.config.load import load_config
+    from vitscale.tracking.tracker import sync
+
+    folder = RunFolder(Path(arguments.run))
+    config = load_config(folder.config)
+    return DONE if sync(folder.path, config) else 1
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    world.enter()
+    if arguments.what == "loader":
+        from vitscale.bench.loader import main
+    else:
+        from vitscale.bench.step import main
+    return main(arguments.rest)
+
+
+def _config(arguments: argparse.Namespace):  # noqa: ANN202 - RunConfig, imported late
+    from vitscale.config.load import load_config
+
+    return load_config(arguments.config, arguments.overrides)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vitscale", description="Pretrain Vision Transformers at scale.")
+    parser.add_argument("--version", action="version", version=f"vitscale {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text)
+        added.set_defaults(run_verb=run)
+        return added
+
+    def takes_config(added: argparse.ArgumentParser) -> None:
+        added.add_argument("config", metavar="CONFIG.yaml")
+        added.add_argument("overrides", metavar="dotted.key=value", nargs="*", help="laid over the file")
+
+    takes_config(verb("pretrain", _pretrain, "train, or go on where this run stopped"))
+    shown = verb("config", _print_config, "print the resolved config")
+    takes_config(shown)
+    shown.add_argument("--ranks", type=int, default=1, help="check it for so many ranks (default: 1)")
+    added = verb("pack", _pack, "a folder of images into WebDataset shards with an index")
+    added.add_argument("folder", help="images in one folder a class, or flat")
+    added.add_argument("out", help="a new folder for the shards")
+    added.add_argument("--shard-samples", type=int, default=5000, help="images a shard (default: 5000)")
+    added.add_argument("--held-out", type=float, default=0.0, help="share of images for OUT/test (default: 0)")
+    added.add_argument("--workers", type=int, default=None, help="processes (default: one a core)")
+    added.add_argument("--seed", type=int, default=0, help="of the order and the split (default: 0)")
+    added = verb("index", _index, "count and hash shards into an index.json")
+    added.add_argument("patterns", nargs="+", metavar="PATTERN")
+    added.add_argument("--out", required=True, metavar="index.json")
+    added = verb("evaluate", _evaluate, "score a run's frozen features, draw its figures")
+    added.add_argument("run", metavar="RUN_FOLDER")
+    added = verb("export", _export, "a checkpoint as a model folder that transformers opens")
+    added.add_argument("source", metavar="RUN_FOLDER_OR_CHECKPOINT")
+    added.add_argument("--out", default=None, help="default: RUN_FOLDER/model")
+    added = verb("stop", _stop, "ask a run to save and stop")
+    added.add_argument("run", metavar="RUN_FOLDER")
+    added = verb("sync", _sync, "send what MLflow has missed")
+    added.add_argument("run", metavar="RUN_FOLDER")
+    added = verb("bench", _bench, "measure this project beside its peers")
+    added.add_argument("what", choices=("loader", "step"))
+    added.add_argument("rest", nargs=argparse.REMAINDER, help="options of that benchmark (--help lists them)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; the process's exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run_verb(arguments)
+    except VitscaleError as error:
+        if not getattr(error, "told", False):
+            print(f"vitscale: error: {error}", file=sys.stderr, flush=True)
+        return BAD_INPUT
+    except BrokenPipeError:
+        return DONE  # the reader of our output has seen enough
+
+
+if __name__ == "__main__":
+    sys.exit(main())

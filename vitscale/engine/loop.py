@@ -1,0 +1,179 @@
+"""The training loop: take a step, agree on it, then once in a while log, save, stop.
+
+It knows of the model only that its forward returns a loss, of the data only that micro-batches come,
+of checkpoints and tracking only the two calls that `LoopCalls` names.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from vitscale.config.schema import RunConfig
+from vitscale.engine.backend import Engine, Inputs, StepResult
+from vitscale.engine.guard import SampleGuard, StepGuard
+from vitscale.engine.preempt import StopRequest
+from vitscale.engine.schedule import lr_at
+
+
+class MicroBatch(Protocol):
+    """One forward's worth of samples on this rank."""
+
+    inputs: Inputs  # the model's keyword arguments, on the device
+    names: Sequence[str]  # "shard/key" of each sample, by slot
+    replaced: Sequence[Any]  # dataclasses of the samples that stood in for bad ones, with a `cause`
+    epoch: int
+
+
+@dataclass
+class TrainState:
+    """Where a run stands: what a checkpoint's manifest holds of the loop."""
+
+    step: int = 0  # optimizer steps taken, skipped ones included
+    samples: int = 0  # global samples consumed: the data position
+    epoch: int = 0
+    skipped: int = 0  # steps whose gradient was not finite
+    bad: dict[str, int] = field(default_factory=dict)  # replaced samples by cause
+
+
+@dataclass(frozen=True)
+class LoopCalls:
+    """What the loop asks of its surroundings, on every rank unless said otherwise."""
+
+    save: Callable[[TrainState], None]
+    log: Callable[[dict[str, Any]], None]  # a row of metrics.jsonl; rank 0 only
+    record: Callable[[str, dict[str, Any]], None]  # (file, row) of another JSONL file; rank 0 only
+
+
+@dataclass
+class _Clock:
+    """Seconds since the last logged row, and what they were spent on."""
+
+    start: float = field(default_factory=time.monotonic)
+    data: float = 0.0
+    save: float = 0.0
+    steps: int = 0
+
+    def shares(self, batch: int) -> dict[str, float]:
+        elapsed = max(time.monotonic() - self.start, 1e-9)
+        return {
+            "images_per_second": batch * self.steps / elapsed,
+            "step_seconds": (elapsed - self.save) / max(self.steps, 1),
+            "data_share": self.data / elapsed,
+            "save_share": self.save / elapsed,
+        }
+
+
+def train(
+    engine: Engine,
+    feed: Iterator[MicroBatch],
+    state: TrainState,
+    total_steps: int,
+    config: RunConfig,
+    calls: LoopCalls,
+    stop: StopRequest,
+) -> bool:
+    """Train from `state` to `total_steps`; True when it got there, False when asked to stop before.
+
+    A checkpoint of the last step is there on return either way. Raises Diverged or DataError at the
+    guards' limits, on all ranks at once.
+    """
+    steps = StepGuard(config.train.max_skipped_steps, state.skipped)
+    samples = SampleGuard(config.data.max_bad_fraction, state.bad)
+    saved_at = state.step
+    if state.step < total_steps:
+        first = next(feed)
+        engine.warm_up(first.inputs)
+        feed = itertools.chain([first], feed)
+    clock = _Clock()
+    while state.step < total_steps:
+        lr = lr_at(state.step, total_steps, config)
+        micro_batches, result = _step(engine, feed, lr, clock)
+        state.step += 1
+        state.samples += config.train.global_batch
+        state.epoch = micro_batches[0].epoch
+        row, stopping, bad = _agree(engine, result, micro_batches, stop.requested())
+        if config.log.trace:
+            _record_names(engine, calls, "trace.jsonl", state.step, micro_batches)
+        if bad:
+            causes = _record_replaced(engine, calls, state.step, micro_batches)
+            samples.note(causes, state.samples)
+            state.bad = dict(samples.counts)
+        if not result.applied:
+            _record_names(engine, calls, "skipped.jsonl", state.step, micro_batches)
+        steps.note(state.step, result.applied)
+        state.skipped = steps.skipped
+        if state.step % config.log.every_steps == 0 or state.step == total_steps:
+            # Before saving: a checkpoint never knows of a step that metrics.jsonl does not.
+            calls.log(_row(state, row, lr, clock.shares(config.train.global_batch)))
+            clock = _Clock()
+        if state.step % config.checkpoint.every_steps == 0 or state.step == total_steps or stopping:
+            began = time.monotonic()
+            calls.save(state)
+            clock.save += time.monotonic() - began
+            saved_at = state.step
+        if stopping:
+            break
+    assert saved_at == state.step
+    return state.step >= total_steps
+
+
+def _step(
+    engine: Engine, feed: Iterator[MicroBatch], lr: float, clock: _Clock
+) -> tuple[list[MicroBatch], StepResult]:
+    """One optimizer step; also the micro-batches it took."""
+    taken: list[MicroBatch] = []
+
+    def pull() -> Iterator[Inputs]:
+        for _ in range(engine.accumulation):
+            began = time.monotonic()
+            taken.append(next(feed))
+            clock.data += time.monotonic() - began
+            yield taken[-1].inputs
+
+    result = engine.step(pull(), lr)
+    clock.steps += 1
+    return taken, result
+
+
+def _agree(
+    engine: Engine, result: StepResult, micro_batches: Sequence[MicroBatch], stop: bool
+) -> tuple[dict[str, float], bool, int]:
+    """One exchange at a step's end: (means over the ranks, whether any wants to stop, bad samples)."""
+    names = sorted(result.metrics)
+    bad = sum(len(batch.replaced) for batch in micro_batches)
+    mine = np.array([stop, bad, result.loss, *(result.metrics[name] for name in names)], dtype=np.float64)
+    every = engine.ranks.sum(mine)
+    means = every[2:] / engine.ranks.world_size
+    row = {"loss": float(means[0])} | dict(zip(names, map(float, means[1:]), strict=True))
+    row["grad_norm"] = result.grad_norm
+    return row, bool(every[0] > 0), int(every[1])
+
+
+def _record_names(
+    engine: Engine, calls: LoopCalls, file: str, step: int, micro_batches: Sequence[MicroBatch]
+) -> None:
+    """A line with the sample keys of the global batch, in slot order."""
+    by_rank = engine.ranks.gather([name for batch in micro_batches for name in batch.names])
+    calls.record(file, {"step": step, "sample_keys": list(itertools.chain(*by_rank))})
+
+
+def _record_replaced(engine: Engine, calls: LoopCalls, step: int, micro_batches: Sequence[MicroBatch]) -> list[str]:
+    """A line a replaced sample of any rank; returns their causes."""
+    mine = [asdict(replaced) for batch in micro_batches for replaced in batch.replaced]
+    every = list(itertools.chain(*engine.ranks.gather(mine)))
+    for replaced in every:
+        calls.record("quarantine.jsonl", {"step": step, **replaced})
+    return [replaced["cause"] for replaced in every]
+
+
+def _row(state: TrainState, row: dict[str, float], lr: float, shares: dict[str, float]) -> dict[str, Any]:
+    """A row of metrics.jsonl."""
+    counts = {"skipped_steps": state.skipped, "bad_samples": sum(state.bad.values())}
+    where = {"step": state.step, "samples": state.samples, "epoch": state.epoch}
+    return {**where, "loss": row.pop("loss"), "lr": lr, **row, **shares, **counts, "time": int(time.time() * 1000)}

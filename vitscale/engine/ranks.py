@@ -1,0 +1,48 @@
+"""What the ranks tell each other outside of gradients: small values, over gloo on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+class ProcessRanks:
+    """The ranks of the default process group; one rank needs no group.
+
+    `gather` and `sum` are collectives: every rank calls them, in the same order.
+    """
+
+    def __init__(self) -> None:
+        distributed = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if distributed else 0
+        self.world_size = dist.get_world_size() if distributed else 1
+        self._group: Any = None
+        if self.world_size > 1:
+            # NCCL would need the values on the GPU, and would queue behind its kernels.
+            same = dist.get_backend() == "gloo"
+            self._group = dist.group.WORLD if same else dist.new_group(backend="gloo")
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Sum over the ranks of a float64 vector, added in the order of the ranks on each of them."""
+        if self.world_size == 1:
+            return values
+        mine = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))
+        every = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(every, mine, group=self._group)
+        return torch.stack(every).sum(dim=0).numpy()
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier(group=self._group)

@@ -1,0 +1,95 @@
+"""Where each ZeRO stage keeps the fp32 pieces of every parameter and of Adam's moments.
+
+DeepSpeed has no public way to these, so this file knows its attributes (0.19.x: runtime/zero/
+stage_1_and_2.py and stage3.py); `fragments` is all that the rest of vitscale asks. A change of
+DeepSpeed's attributes ends in an AttributeError at the start of a run, not in a wrong checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A run of one parameter's elements that this rank owns: views into what the optimizer steps."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole parameter
+    start: int  # of this run in the flattened parameter
+    flat: torch.Tensor  # the tensor that the optimizer steps and keeps state for
+    offset: int  # of this run in `flat`
+    count: int
+
+    def weights(self) -> torch.Tensor:
+        """fp32 master weights, 1-D view [count]."""
+        return self._view(self.flat.detach())
+
+    def moment(self, optimizer: torch.optim.Optimizer, kind: str) -> torch.Tensor:
+        """Adam's `kind` (exp_avg or exp_avg_sq), 1-D view [count]."""
+        return self._view(optimizer.state[self.flat][kind])
+
+    def _view(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view(-1)[self.offset : self.offset + self.count]
+
+
+def fragments(module: nn.Module, optimizer: Any, stage: int, rank: int) -> list[Fragment]:
+    """The fragments that this rank owns.
+
+    `module`: the plain module; `optimizer`: torch's at stage 0, DeepSpeed's ZeRO optimizer above.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    if stage == 0:
+        return list(_replicated(module))
+    if stage in (1, 2):
+        return list(_stage_1_and_2(optimizer, names))
+    return list(_stage_3(optimizer, names, rank))
+
+
+def inner_optimizer(optimizer: Any, stage: int) -> torch.optim.Optimizer:
+    """The torch optimizer that holds the state."""
+    return optimizer if stage == 0 else optimizer.optimizer
+
+
+def flats(optimizer: Any, stage: int) -> list[torch.Tensor]:
+    """The tensors that the torch optimizer steps on this rank."""
+    if stage == 0:
+        return [p for group in optimizer.param_groups for p in group["params"]]
+    if stage in (1, 2):
+        return list(optimizer.single_partition_of_fp32_groups)
+    return list(optimizer.fp32_partitioned_groups_flat)
+
+
+def _replicated(module: nn.Module) -> Iterator[Fragment]:
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            yield Fragment(name, tuple(parameter.shape), 0, parameter, 0, parameter.numel())
+
+
+def _stage_1_and_2(optimizer: Any, names: dict[int, str]) -> Iterator[Fragment]:
+    for group, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+        for parameter in group:
+            mapping = parameter._hp_mapping
+            if mapping is None:  # another rank owns all of it
+                continue
+            here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+            name, shape = names[id(parameter)], tuple(parameter.shape)
+            yield Fragment(name, shape, here.start, flat, there.start, here.numel)
+
+
+def _stage_3(optimizer: Any, names: dict[int, str], rank: int) -> Iterator[Fragment]:
+    for group in optimizer.fp16_groups:
+        for parameter in group:
+            index, offset, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = rank * share
+            count = min(share, parameter.ds_numel - start)  # the last rank's tail is padding
+            if count > 0:
+                flat = optimizer.fp32_partitioned_groups_flat[index]
+                yield Fragment(names[id(parameter)], tuple(parameter.ds_shape), start, flat, int(offset), count)

@@ -1,0 +1,104 @@
+"""The steps of launch/slurm.sh that need more than a shell: prepare, node, finish.
+
+`prepare pretrain CONFIG ...` in the batch shell prints the run's folder; `node pretrain CONFIG ...`
+is what srun starts once a node; `finish FOLDER` in the batch shell requeues the job or ends it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vitscale.errors import LaunchError, VitscaleError
+from vitscale.launch.torchrun import Layout, folder_of, prepare, ranks_per_node, read_config, supervise, whole_number
+from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder
+
+
+def slurm_layout() -> Layout:
+    """The Layout of this job: one torchrun a node, meeting on the job's first node."""
+    job, names = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_JOB_NODELIST")
+    if not job or not names:
+        raise LaunchError("SLURM_JOB_ID is not set: launch/slurm.sh runs inside a job; submit with sbatch slurm/*.sh")
+    nodes = whole_number("SLURM_JOB_NUM_NODES", 1)
+    first = _scontrol("show", "hostnames", names).split()[0]
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return Layout(
+        nodes=nodes,
+        per_node=ranks_per_node(),
+        endpoint=f"{first}:{rendezvous_port(int(job), restarts)}",
+        run_id=f"{job}.{restarts}",
+        is_host=os.environ.get("SLURM_NODEID", "0") == "0",
+        address=os.environ.get("SLURMD_NODENAME"),
+    )
+
+
+def rendezvous_port(job: int, restarts: int) -> int:
+    """A port in 15000 to 29999, below those that Linux hands out; jobs side by side get different ones."""
+    return 15000 + (job * 7 + restarts) % 15000
+
+
+def node(arguments: Sequence[str]) -> int:
+    """This node's ranks. A run that ended in order is success here, so that srun kills no other node for it."""
+    code = supervise(arguments, slurm_layout(), folder_of(read_config(arguments)))
+    return DONE if code in (DONE, STOPPED) else code
+
+
+def finish(folder: RunFolder) -> int:
+    """Requeue the job where the run was stopped with a checkpoint, unless it was cancelled; the job's exit code."""
+    said = folder.read_exit()
+    if said is None:
+        print(f"launch/slurm.sh: {folder.exit} is not there: the ranks ended before they could say why; see above")
+        return FAILED
+    code, job = int(said["code"]), os.environ["SLURM_JOB_ID"]
+    print(f"launch/slurm.sh: {folder.path}: code {code} at step {said['step']}: {said['reason']}", flush=True)
+    if code != STOPPED:
+        return code
+    # A cancelled job is CANCELLED at once, a preempted one or one near its time limit still RUNNING.
+    state = job_state(_scontrol("show", "job", job))
+    if state != "RUNNING":
+        print(f"launch/slurm.sh: job {job} is {state}: not requeued; the same sbatch goes on from the checkpoint")
+        return code
+    print(f"launch/slurm.sh: requeues job {job}; it goes on from the checkpoint", flush=True)
+    try:
+        _scontrol("requeue", job)
+    except LaunchError as error:  # a site may forbid it
+        print(f"launch/slurm.sh: {error}; the same sbatch goes on from the checkpoint", flush=True)
+        return code
+    return DONE
+
+
+def job_state(shown: str) -> str:
+    """JobState of what `scontrol show job` prints."""
+    found = re.search(r"\bJobState=(\w+)", shown)
+    return found.group(1) if found else "unknown"
+
+
+def _scontrol(*arguments: str) -> str:
+    try:
+        done = subprocess.run(("scontrol", *arguments), capture_output=True, text=True, timeout=120)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LaunchError(f"scontrol {' '.join(arguments)}: {error}") from None
+    if done.returncode:
+        raise LaunchError(f"scontrol {' '.join(arguments)}: {' '.join(done.stderr.split())}")
+    return done.stdout
+
+
+def main(arguments: Sequence[str]) -> int:
+    """One of the three steps; its exit code."""
+    step, rest = arguments[0], arguments[1:]
+    try:
+        if step == "prepare":
+            print(prepare(rest, slurm_layout(), "launch/slurm.sh").path)
+            return DONE
+        return node(rest) if step == "node" else finish(RunFolder(Path(rest[0])))
+    except VitscaleError as error:
+        print(f"launch/slurm.sh: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

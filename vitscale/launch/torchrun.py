@@ -1,0 +1,195 @@
+"""`launch/torchrun.sh pretrain CONFIG.yaml [dotted.key=value ...]`: a run on one node's ranks or several nodes'.
+
+From the environment: NPROC_PER_NODE ranks a node (default: its GPUs, or 1); with NNODES above 1 the
+same command is started on every node, with the same RDZV_ENDPOINT=HOST:PORT, where HOST is one of
+the nodes and PORT is free there, and a run folder that all nodes share.
+
+The exit code is the run's own, read from exit.json in its folder, since torchrun says 1 for every
+failure: 0 done, 2 bad config or input, 3 stopped on request with a checkpoint, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from vitscale.config.check import check_config
+from vitscale.config.load import load_config
+from vitscale.config.schema import RunConfig
+from vitscale.errors import ConfigError, LaunchError, VitscaleError
+from vitscale.launch.snapshot import keep_snapshot
+from vitscale.run_folder import BAD_INPUT, DONE, FAILED, RunFolder
+from vitscale.world import World, read_world
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks there are to be, and where the nodes meet."""
+
+    nodes: int = 1
+    per_node: int = 1
+    endpoint: str | None = None  # HOST:PORT of the rendezvous; None on a single node
+    run_id: str = "vitscale"  # tells one rendezvous at an endpoint from another
+    is_host: bool | None = None  # whether this node holds the rendezvous; None: torchrun compares host names
+    address: str | None = None  # this node's name as the others know it; None: torchrun asks the resolver
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.per_node
+
+    def world(self) -> World:
+        """The World of rank 0, for checks that come before any rank."""
+        return World(world_size=self.ranks, local_world_size=self.per_node, device=read_world().device)
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """What to run on this node for `vitscale ARGUMENTS`."""
+        program = ["-m", "vitscale.cli", *arguments]
+        if self.ranks == 1:
+            return [sys.executable, *program]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={self.per_node}"]
+        if self.nodes == 1:
+            return [*torchrun, "--standalone", *program]
+        # The first node may be slow to come up, so that connecting to it has the time joining has.
+        settings = "join_timeout=600,read_timeout=600" + ("" if self.is_host is None else f",is_host={self.is_host}")
+        torchrun += [f"--nnodes={self.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}"]
+        torchrun += [f"--rdzv-id={self.run_id}", f"--rdzv-conf={settings}"]
+        return [*torchrun, *([f"--local-addr={self.address}"] if self.address else []), *program]
+
+    def environment(self) -> dict[str, str]:
+        """The ranks' environment: without a thread count of the user's own, the node's cores are shared out."""
+        threads = max(1, len(os.sched_getaffinity(0)) // self.per_node)
+        return {"OMP_NUM_THREADS": str(threads), **os.environ}
+
+
+def read_layout() -> Layout:
+    """The Layout that NPROC_PER_NODE, NNODES and RDZV_ENDPOINT tell."""
+    nodes, endpoint = whole_number("NNODES", 1), os.environ.get("RDZV_ENDPOINT")
+    if nodes > 1 and not endpoint:
+        raise LaunchError(f"NNODES={nodes}: needs RDZV_ENDPOINT=HOST:PORT, where HOST is one of the nodes")
+    return Layout(nodes, ranks_per_node(), endpoint, os.environ.get("RDZV_ID", Layout.run_id))
+
+
+def ranks_per_node() -> int:
+    """NPROC_PER_NODE, or one rank for each GPU that this node shows, or 1."""
+    gpus = _visible_gpus()
+    ranks = whole_number("NPROC_PER_NODE", max(gpus, 1))
+    if 0 < gpus < ranks:
+        raise LaunchError(
+            f"NPROC_PER_NODE={ranks}: this node shows {gpus} GPUs, and two ranks cannot share one; "
+            "lower it, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+        )
+    return ranks
+
+
+def whole_number(name: str, default: int) -> int:
+    """A count from the environment."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal() or int(text) < 1:
+        raise LaunchError(f"{name}={text!r} in the environment: must be a whole number above 0")
+    return int(text)
+
+
+def _visible_gpus() -> int:
+    if read_world().device == "cpu":
+        return 0
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return len([name for name in chosen.split(",") if name.strip()])
+    return len(list(Path("/dev").glob("nvidia[0-9]*"))) or 1
+
+
+def prepare(arguments: Sequence[str], layout: Layout, script: str) -> RunFolder:
+    """Check config and world before there is any process, clear what an earlier start left, keep a snapshot.
+
+    `arguments`: `pretrain CONFIG.yaml [dotted.key=value ...]`; `script`: the launch script, for the record.
+    """
+    config = read_config(arguments)
+    check_config(config, layout.world())
+    folder = folder_of(config)
+    with folder.held(shared=True):
+        folder.clear_exit()
+        folder.stop.unlink(missing_ok=True)
+        keep_snapshot(folder, Path(arguments[1]), [script, *arguments])
+    return folder
+
+
+def read_config(arguments: Sequence[str]) -> RunConfig:
+    """The RunConfig that `pretrain CONFIG.yaml [dotted.key=value ...]` means."""
+    if len(arguments) < 2 or arguments[0] != "pretrain":
+        raise ConfigError(f"arguments {' '.join(arguments)!r}: must be pretrain CONFIG.yaml [dotted.key=value ...]")
+    return load_config(arguments[1], arguments[2:])
+
+
+def folder_of(config: RunConfig) -> RunFolder:
+    """The run's folder RUN_DIR/NAME."""
+    return RunFolder(Path(config.run.dir) / config.run.name)
+
+
+def supervise(arguments: Sequence[str], layout: Layout, folder: RunFolder) -> int:
+    """Run this node's ranks to their end; the run's exit code.
+
+    TERM or INT makes the stop file, so that a run has the time it needs to save (torchrun gives its
+    ranks 30 s); a second one goes to torchrun. For that, torchrun lives in a session of its own,
+    where neither Ctrl-C nor Slurm reaches it too, and is told when this process dies.
+    """
+    asked = False
+    process: subprocess.Popen[bytes] | None = None
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked and process is not None:
+            process.terminate()
+            return
+        asked = True
+        folder.stop.touch()
+        print("stopping: the run saves a checkpoint first; once more ends it at once", file=sys.stderr, flush=True)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    process = subprocess.Popen(
+        layout.command(arguments), env=layout.environment(), start_new_session=True, preexec_fn=_die_with_parent
+    )
+    code = process.wait()
+    said = folder.read_exit()
+    if said is not None:
+        return int(said["code"])
+    if layout.ranks == 1:
+        return code if code >= 0 else FAILED
+    print(
+        f"{folder.exit}: is not there: the ranks ended (torchrun: {code}) before they could say why; see above",
+        file=sys.stderr,
+    )
+    return FAILED
+
+
+def _die_with_parent() -> None:
+    """In the child, before exec: TERM for it when its parent is gone, however that happened."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prepare and supervise; the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return DONE if arguments else BAD_INPUT
+    try:
+        layout = read_layout()
+        folder = prepare(arguments, layout, "launch/torchrun.sh")
+        return supervise(arguments, layout, folder)
+    except VitscaleError as error:
+        print(f"launch/torchrun.sh: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

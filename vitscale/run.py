@@ -1,0 +1,330 @@
+"""The one place where the parts meet: pretrain(config), export(folder), evaluate(folder)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitscale import __version__
+from vitscale.augment.pipeline import Augment
+from vitscale.checkpoint.store import Checkpoint, SoleRank, open_checkpoint, open_newest, save_checkpoint
+from vitscale.config.check import check_config, pair
+from vitscale.config.load import dump_config, load_config
+from vitscale.config.schema import RunConfig, as_dict
+from vitscale.data.batch import Replacement
+from vitscale.data.crop import RandomCrop
+from vitscale.data.index import ShardIndex, open_index, require_labels
+from vitscale.data.loader import Loader
+from vitscale.data.order import Order
+from vitscale.engine.backend import Backend, Engine, Inputs, load_weights
+from vitscale.engine.loop import LoopCalls, TrainState, train
+from vitscale.engine.preempt import StopRequest
+from vitscale.engine.ranks import ProcessRanks
+from vitscale.errors import CheckpointError, ConfigError, LaunchError, VitscaleError
+from vitscale.evaluation.figures import draw_curves
+from vitscale.interop.pretrained import save_model
+from vitscale.models.auto import build_model, initialize, take_weights
+from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder, write_atomically
+from vitscale.tracking.jsonl import JsonlFile
+from vitscale.tracking.progress import Progress
+from vitscale.tracking.tracker import Tracker
+from vitscale.world import World
+
+ROW_FILES = ("metrics.jsonl", "trace.jsonl", "quarantine.jsonl", "skipped.jsonl")
+
+
+def pretrain(config: RunConfig, world: World) -> int:
+    """Train, or go on where this run stopped; the exit code (DONE or STOPPED).
+
+    Start order: this run's newest good checkpoint > checkpoint.resume_from > model.init_from > scratch.
+    """
+    check_config(config, world)
+    folder = RunFolder(Path(config.run.dir) / config.run.name)
+    with contextlib.ExitStack() as stack:
+        if world.is_main:
+            stack.enter_context(folder.held())
+            folder.clear_exit()
+        try:
+            return _Pretraining(config, world, folder).run()
+        except VitscaleError as error:
+            # The first rank to fail says why; the others fail because of it, or with the same words.
+            error.told = not folder.write_exit(BAD_INPUT, None, str(error))
+            raise
+        except BaseException as error:
+            folder.write_exit(FAILED, None, f"{type(error).__name__}: {error}")
+            raise
+
+
+class _Pretraining:
+    """One start of a run, from its config to its end."""
+
+    def __init__(self, config: RunConfig, world: World, folder: RunFolder) -> None:
+        self.config, self.world, self.folder = config, world, folder
+        # Rank 0 scans the shards before it joins the others: a missing one is told at once.
+        index = self._open_index() if world.is_main else None
+        self.backend = Backend(config, world)
+        self.ranks = self.backend.ranks
+        self.ranks.barrier()
+        self.index = index or self._open_index()
+        self._preflight()
+        data, train = config.data, config.train
+        self.order = Order(self.index.samples, config.run.seed, train.global_batch, data.lanes, data.window)
+        self.total_steps = train.steps or max(1, int((train.epochs or 0) * self.order.batches_per_epoch))
+
+    def run(self) -> int:
+        model = build_model(self.config)
+        initialize(model, self.config.run.seed)
+        checkpoint, state = self._start(model)
+        if self.world.is_main:
+            self._describe(model)
+            write_atomically(self.folder.config, dump_config(self.config))
+        if state.step >= self.total_steps:
+            self._say(f"done: step {state.step} of {self.total_steps}; for more, raise train.steps or train.epochs")
+            done = True
+        else:
+            engine = self.backend.wrap(model, self.config)
+            if checkpoint is not None:
+                engine.restore(checkpoint)
+            done = self._train(engine, state)
+        code = DONE if done else STOPPED
+        if self.world.is_main:
+            self.folder.write_exit(code, state.step, "done" if done else "stopped on request")
+        self.ranks.barrier()
+        self.backend.close()
+        return code
+
+    def _train(self, engine: Engine, state: TrainState) -> bool:
+        config, world = self.config, self.world
+        stop = StopRequest(self.folder.path, world.is_main)
+        with _Records(self, state.step) as records, self._loader(state.samples) as loader:
+            calls = LoopCalls(lambda state: self._save(engine, state), records.log, records.record)
+            feed = _feed(loader, config, self.backend.device)
+            records.status = "FAILED"
+            done = train(engine, feed, state, self.total_steps, config, calls, stop)
+            stop.honour()
+            if done and world.is_main:
+                self._finish(state, sum(p.numel() for p in engine.module.parameters()))
+            records.status = "FINISHED" if done else "KILLED"
+        return done
+
+    def _open_index(self) -> ShardIndex:
+        data = self.config.data
+        if not data.train:
+            raise ConfigError("data.train is empty: give the shards, say data.train='/data/train-{000000..000099}.tar'")
+        index = open_index(data.train, data.index, self.folder.path)
+        if self.config.objective.needs_labels:
+            require_labels(index, data.label)
+        return index
+
+    def _preflight(self) -> None:
+        """All ranks must have the same config, data and code, or they would train different runs."""
+        mine = {"config": _digest(self.config), "index": self.index.digest, "version of vitscale": __version__}
+        for rank, theirs in enumerate(self.ranks.gather(mine)):
+            for what, value in theirs.items():
+                if value != mine[what]:
+                    raise LaunchError(
+                        f"rank {rank} has another {what} ({value}) than rank {self.ranks.rank} ({mine[what]}): "
+                        "start all ranks with one command on one shared folder"
+                    )
+
+    def _start(self, model: nn.Module) -> tuple[Checkpoint | None, TrainState]:
+        """Where the run starts from, in the order that `pretrain` tells; `model` has the weights after it."""
+        config = self.config
+        checkpoint = open_newest(self.folder.checkpoints, self.ranks, self._say)
+        if checkpoint is None and config.checkpoint.resume_from:
+            checkpoint = open_checkpoint(Path(config.checkpoint.resume_from), self.ranks)
+        if checkpoint is not None:
+            return checkpoint, self._resumed(checkpoint, model)
+        if config.model.init_from:
+            self._say(f"start: weights of {config.model.init_from}")
+            take_weights(model, Path(config.model.init_from))
+        else:
+            self._say("start: from scratch")
+        return None, TrainState()
+
+    def _resumed(self, checkpoint: Checkpoint, model: nn.Module) -> TrainState:
+        saved = checkpoint.state
+        self._say(f"start: {checkpoint.folder}, step {saved['step']} of {self.total_steps}")
+        for name, value in self._what_decides_the_order().items():
+            if saved["order"][name] != value:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: was saved with {name}={saved['order'][name]}, this run has {value}: samples "
+                    "would be repeated or skipped; set it back, or start another run.name with model.init_from"
+                )
+        if saved["total_steps"] != self.total_steps:
+            self._say(f"steps: {saved['total_steps']} before, {self.total_steps} now; the schedule follows the new total")
+        load_weights(model, checkpoint)
+        return TrainState(**{name: saved[name] for name in TrainState.__dataclass_fields__})
+
+    def _what_decides_the_order(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "run.seed": config.run.seed,
+            "train.global_batch": config.train.global_batch,
+            "data.lanes": config.data.lanes,
+            "data.window": config.data.window,
+            "the index": self.index.digest,
+        }
+
+    def _loader(self, samples: int) -> Loader:
+        config = self.config
+        return Loader(
+            index=self.index,
+            order=self.order,
+            crop=RandomCrop(config.augment.crop_scale, config.augment.crop_ratio),
+            data=config.data,
+            num_channels=config.model.num_channels,
+            seed=config.run.seed,
+            world=self.world,
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
+            start=samples,
+            needs_labels=config.objective.needs_labels,
+        )
+
+    def _save(self, engine: Engine, state: TrainState) -> None:
+        manifest = asdict(state) | {
+            "adam_step": engine.adam_step,
+            "total_steps": self.total_steps,
+            "order": self._what_decides_the_order(),
+            "world_size": self.world.world_size,
+            "zero_stage": engine.stage,
+            "precision": self.config.train.precision,
+            "config": _digest(self.config),
+            "vitscale": __version__,
+        }
+        keep = self.config.checkpoint.keep
+        save_checkpoint(self.folder.checkpoints, state.step, engine.pieces(), manifest, self.ranks, keep)
+
+    def _finish(self, state: TrainState, parameters: int) -> None:
+        """On rank 0, at the end: the model as others open it, the loss curve, a summary."""
+        out = export(self.folder.path)
+        rows = JsonlFile(self.folder.metrics).rows()
+        draw_curves(rows, self.folder.figures / "loss.png")
+        summary = {
+            "run": self.config.run.name,
+            "steps": state.step,
+            "samples": state.samples,
+            "epochs": state.samples / self.index.total,
+            "loss": rows[-1]["loss"],
+            "parameters": parameters,
+            "world_size": self.world.world_size,
+            "zero_stage": self.config.parallel.zero_stage,
+            "precision": self.config.train.precision,
+            "device": self.world.device,
+            "skipped_steps": state.skipped,
+            "bad_samples": state.bad,
+            "model": str(out),
+            "vitscale": __version__,
+        }
+        write_atomically(self.folder.summary, json.dumps(summary, indent=2) + "\n")
+
+    def _describe(self, model: nn.Module) -> None:
+        """What is about to run, for the terminal."""
+        config, world, order = self.config, self.world, self.order
+        parameters = sum(p.numel() for p in model.parameters())
+        self._say(f"run: {self.folder.path} (vitscale {__version__})")
+        self._say(f"model: {type(model).__name__}, {parameters:,} parameters")
+        self._say(f"data: {self.index.total:,} samples in {len(self.index.names)} shards, {order.batches_per_epoch} steps an epoch")
+        self._say(
+            f"train: {self.total_steps} steps of {config.train.global_batch} images "
+            f"({self.total_steps / order.batches_per_epoch:.1f} epochs), {world.world_size} rank(s) on {world.device}, "
+            f"ZeRO {config.parallel.zero_stage}, {config.train.precision}"
+        )
+
+    def _say(self, line: str) -> None:
+        if self.world.is_main:
+            print(line, flush=True)
+
+
+class _Records:
+    """What rank 0 writes down of a run: JSONL files, MLflow, the progress line. Nothing on other ranks."""
+
+    def __init__(self, run: _Pretraining, step: int) -> None:
+        self.status = "FAILED"
+        self._main = run.world.is_main
+        if not self._main:
+            return
+        folder = run.folder
+        self._files = {name: JsonlFile(folder.path / name) for name in ROW_FILES}
+        for file in self._files.values():
+            file.cut_back(step)
+        self._progress = Progress(run.total_steps, run.config.train.global_batch)
+        self._tracker = Tracker(folder.path, run.config)
+
+    def __enter__(self) -> _Records:
+        if self._main:
+            self._tracker.start()
+        return self
+
+    def log(self, row: dict[str, Any]) -> None:
+        if self._main:
+            self.record("metrics.jsonl", row)
+            self._progress.show(row)
+            self._tracker.notice()
+
+    def record(self, file: str, row: dict[str, Any]) -> None:
+        if self._main:
+            self._files[file].append(row)
+
+    def __exit__(self, *_: object) -> None:
+        if self._main:
+            self._progress.close()
+            self._tracker.finish(self.status)
+
+
+@dataclass(frozen=True)
+class _FedBatch:
+    """A micro-batch as the loop wants it."""
+
+    inputs: Inputs
+    names: tuple[str, ...]
+    replaced: tuple[Replacement, ...]
+    epoch: int
+
+
+def _feed(loader: Loader, config: RunConfig, device: torch.device) -> Iterator[_FedBatch]:
+    """Decoded batches, augmented on the device, as the model's keyword arguments."""
+    augment = Augment(config.augment, pair(config.model.image_size), config.model.num_channels, str(device), train=True)
+    for batch in loader:
+        inputs = {
+            "pixel_values": augment(batch),
+            "sample_key": torch.from_numpy(batch.sample_keys).to(device),
+        }
+        if config.objective.needs_labels:
+            inputs["labels"] = torch.from_numpy(batch.labels).to(device)
+        yield _FedBatch(inputs, batch.names, batch.replaced, batch.epoch)
+
+
+def _digest(config: RunConfig) -> str:
+    return hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
+
+
+def export(source: Path, out: Path | None = None) -> Path:
+    """A run's newest good checkpoint (or a checkpoint folder) as a model folder that transformers opens.
+
+    On the CPU, from the pieces, without the world that made them; the folder appears whole.
+    """
+    if (source / "checkpoints").is_dir():
+        folder = RunFolder(source)
+        checkpoint = open_newest(folder.checkpoints, SoleRank(), print)
+    else:
+        folder = RunFolder(source.parent.parent)
+        checkpoint = open_checkpoint(source, SoleRank())
+    if checkpoint is None or not folder.config.exists():
+        raise CheckpointError(f"{source}: no run folder with a checkpoint, nor a checkpoint inside one")
+    config = load_config(folder.config)
+    model = build_model(config)
+    load_weights(model, checkpoint)
+    out = out or folder.model
+    save_model(out, model, config)
+    return out

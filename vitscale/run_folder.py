@@ -1,0 +1,116 @@
+"""What lies where in a run's folder, who holds it, and how it says that it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from vitscale.errors import LaunchError
+
+DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 3  # exit codes; STOPPED is to be requeued
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder RUN_DIR/NAME of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def figures(self) -> Path:
+        return self.path / "figures"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def stop(self) -> Path:
+        return self.path / "stop"
+
+    @property
+    def exit(self) -> Path:
+        return self.path / "exit.json"
+
+    @contextlib.contextmanager
+    def held(self, shared: bool = False) -> Any:
+        """Hold the folder for this process while the context lasts; the kernel lets go of it for a dead one.
+
+        A launcher holds it `shared` for a moment, to see that no run has it. Raises LaunchError, naming
+        host and process, where another run holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "lock", "a+", encoding="utf-8") as stream:
+            self._take(stream, shared)
+            yield
+
+    def _take(self, stream: IO[str], shared: bool) -> None:
+        try:
+            fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            holder = stream.read().strip() or "another process"
+            raise LaunchError(
+                f"run.name={self.path.name!r}: {self.path} is in use by {holder}; wait for it, "
+                f"stop it with `vitscale stop {self.path}`, or choose another run.name"
+            ) from None
+        if not shared:
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            stream.flush()
+
+    def clear_exit(self) -> None:
+        """Take away what an earlier start said of its end."""
+        self.exit.unlink(missing_ok=True)
+
+    def write_exit(self, code: int, step: int | None, reason: str) -> bool:
+        """Say how the run ended, unless a rank has said so already; True when this call was the first."""
+        draft = self.path / f".exit.{socket.gethostname()}.{os.getpid()}"
+        draft.write_text(json.dumps({"code": code, "step": step, "reason": reason}) + "\n", encoding="utf-8")
+        try:
+            os.link(draft, self.exit)  # atomic, and fails where the file is there
+        except FileExistsError:
+            return False
+        finally:
+            draft.unlink()
+        return True
+
+    def read_exit(self) -> dict[str, Any] | None:
+        """What `write_exit` said, or None."""
+        try:
+            return json.loads(self.exit.read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(draft, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(draft, path)
