@@ -3,7 +3,7 @@
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
-#SBATCH --exclusive
+#SBATCH --cpus-per-gpu=8
 #SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@120

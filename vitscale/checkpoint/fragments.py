@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -36,11 +36,12 @@ class Piece:
         assert 0 <= self.start <= size - self.values.size, f"{self.kind} {self.name}: a piece ends beyond {size}"
 
 
-class Location(NamedTuple):
-    """Where a run of a tensor lies: in which file, from which element on, how many."""
+@dataclass(frozen=True)
+class Location:
+    """Where a run of a tensor's elements lies."""
 
-    file: str
-    start: int
+    file: int  # place in the checkpoint's list of files
+    start: int  # first element
     count: int
 
 
@@ -60,7 +61,7 @@ class TensorRecord:
 
     def as_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "name": self.name, "shape": list(self.shape), "dtype": self.dtype,
-                "pieces": [list(piece) for piece in self.pieces]}
+                "pieces": [[piece.file, piece.start, piece.count] for piece in self.pieces]}
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> TensorRecord:
@@ -92,15 +93,15 @@ def table(pieces: Iterable[Piece]) -> list[list[Any]]:
     return [[p.kind, p.name, list(p.shape), p.values.dtype.name, p.start, p.values.size] for p in pieces]
 
 
-def join_tables(tables: dict[str, list[list[Any]]]) -> list[TensorRecord]:
-    """The tensors that all ranks' tables ({file: table}) make up, sorted by kind and name.
+def join_tables(tables: Sequence[list[list[Any]]]) -> list[TensorRecord]:
+    """The tensors that all files' tables make up, sorted by kind and name.
 
     Asserts that every tensor is given with one shape and dtype, and each of its elements exactly once.
     """
     meant: dict[tuple[str, str], tuple[tuple[int, ...], str]] = {}
     found: dict[tuple[str, str], list[Location]] = {}
     wrong = []
-    for file, rows in tables.items():
+    for file, rows in enumerate(tables):
         for kind, name, shape, dtype, start, count in rows:
             described = (tuple(shape), dtype)
             if meant.setdefault((kind, name), described) != described:
@@ -117,7 +118,7 @@ def join_tables(tables: dict[str, list[list[Any]]]) -> list[TensorRecord]:
 
 def _gap_or_overlap(record: TensorRecord) -> str | None:
     position = 0
-    for piece in (*record.pieces, Location("the end", record.size, 0)):
+    for piece in (*record.pieces, Location(-1, record.size, 0)):
         if piece.start != position:
             what = "nothing holds" if piece.start > position else "more than one piece holds"
             first, last = sorted((piece.start, position))
@@ -127,11 +128,11 @@ def _gap_or_overlap(record: TensorRecord) -> str | None:
 
 
 class PieceReader:
-    """Reads ranges of tensors from the files of one folder; keeps the files that it opened."""
+    """Reads ranges of tensors from a checkpoint's files; those that it opened stay mapped."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._files: dict[str, Any] = {}
+    def __init__(self, files: Sequence[Path]):
+        self._paths = files
+        self._opened: dict[int, Any] = {}
 
     def read(self, record: TensorRecord, start: int, count: int) -> np.ndarray:
         """Elements [start, start + count) of a tensor, 1-D; touches no other bytes than these."""
@@ -140,15 +141,15 @@ class PieceReader:
         if count == 0:
             return values
         for piece, first, last in record.covering(start, count):
-            content = self._file(piece.file).get_slice(entry_name(record.kind, record.name, piece.start))
+            content = self._open(piece.file).get_slice(entry_name(record.kind, record.name, piece.start))
             at = piece.start + first - start
             values[at : at + last - first] = content[first:last]
         return values
 
-    def _file(self, name: str) -> Any:
-        if name not in self._files:
-            self._files[name] = safe_open(self._folder / name, framework="numpy")
-        return self._files[name]
+    def _open(self, file: int) -> Any:
+        if file not in self._opened:
+            self._opened[file] = safe_open(self._paths[file], framework="numpy")
+        return self._opened[file]
 
 
 def listed(names: Sequence[str]) -> str:

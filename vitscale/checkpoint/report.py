@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from vitscale.checkpoint.store import Checkpoint
 
 
@@ -12,13 +14,8 @@ def describe(checkpoint: Checkpoint) -> str:
              f"  step: {checkpoint.step}"]
     lines += [f"  {name}: {value}" for name, value in checkpoint.state.items() if name != "step"]
     for kind in dict.fromkeys(kind for kind, _ in tensors):
-        ofkind = [(shape, dtype) for (k, _), (shape, dtype) in tensors.items() if k == kind]
-        elements = 0
-        for shape, _ in ofkind:
-            size = 1
-            for side in shape:
-                size *= side
-            elements += size
-        types = ", ".join(sorted({dtype.name for _, dtype in ofkind}))
-        lines.append(f"  {kind}: {len(ofkind)} tensors, {elements:,} elements ({types})")
+        shapes = checkpoint.shapes(kind)
+        types = ", ".join(sorted({dtype.name for (k, _), (_, dtype) in tensors.items() if k == kind}))
+        elements = sum(prod(shape) for shape in shapes.values())
+        lines.append(f"  {kind}: {len(shapes)} tensors, {elements:,} elements ({types})")
     return "\n".join(lines)

@@ -30,9 +30,14 @@ _READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)  # of 
 
 T = TypeVar("T")
 
-# Called with a name at each step of a save, so that a test can end the process there: state_begun, state_written,
-# state_synced, agreed, manifest_written, manifest_synced, old_moved, renamed, root_synced, retiring, retired.
-on_progress: Callable[[str], None] = lambda point: None  # noqa: E731
+def _pass(point: str) -> None:
+    """Nothing: outside of tests no one looks on."""
+
+
+# Called with a point's name as a save gets there, so that a test can end the process at each of them.
+POINTS = ("state_begun", "state_written", "state_synced", "agreed", "manifest_written", "manifest_synced", "old_moved",
+          "renamed", "root_synced", "retiring", "retired")
+on_progress: Callable[[str], None] = _pass
 
 
 class Ranks(Protocol):
@@ -88,13 +93,13 @@ def save_checkpoint(root: Path, step: int, pieces: Iterable[Piece], state: dict[
     """
     target = root / folder_name(step)
     temporary = root / f".tmp-{target.name}"
+    held: list[Piece] = []
     try:
-        pieces = _agreed(ranks, target, lambda: list(pieces))[0]
-        sizes = ranks.gather(sum(piece.values.nbytes for piece in pieces))
+        sizes = _agreed(ranks, target, lambda: _collect(pieces, held))
         _agreed(ranks, target, lambda: _prepare(root, temporary, sum(sizes)) if ranks.rank == 0 else None)
-        _, written = _agreed(ranks, target, lambda: _write_state(temporary, ranks.rank, pieces))
+        written = _agreed(ranks, target, lambda: _write_state(temporary, ranks.rank, held))
         on_progress("agreed")
-        records = join_tables({file["name"]: file.pop("table") for file in written})
+        records = join_tables([file.pop("table") for file in written])
         manifest = {"format": FORMAT, "step": step, "state": state, "files": written,
                     "tensors": [record.as_json() for record in records]}
         _agreed(ranks, target, lambda: _publish(temporary, target, manifest) if ranks.rank == 0 else None)
@@ -107,33 +112,38 @@ def save_checkpoint(root: Path, step: int, pieces: Iterable[Piece], state: dict[
     return target
 
 
-def _agreed(ranks: Ranks, target: Path, work: Callable[[], T]) -> tuple[T, list[T]]:
-    """This rank's result of `work` and all ranks'; CheckpointError on all of them if it fails on one."""
+def _agreed(ranks: Ranks, target: Path, work: Callable[[], T]) -> list[T]:
+    """The JSON-able result of `work` on every rank, by rank; CheckpointError on all of them if it fails on one."""
     result: Any = None
     failure: Exception | None = None
     try:
         result = work()
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         failure = error
-    outcomes = ranks.gather([_reason(failure), result if failure is None else None])
+    outcomes = ranks.gather([_reason(failure) if failure else None, result])
     faults = [f"rank {rank}: {fault}" for rank, (fault, _) in enumerate(outcomes) if fault]
     if faults:
         raise CheckpointError(f"{target}: the checkpoint could not be written ({listed(faults)}); "
                               "the ones before it are untouched") from failure
-    return result, [value for _, value in outcomes]
+    return [value for _, value in outcomes]
 
 
-def _reason(error: Exception | None) -> str | None:
-    if error is None:
-        return None
-    return " ".join(str(error).split()) if isinstance(error, (OSError, CheckpointError)) else f"{type(error).__name__}: {error}"
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, (OSError, CheckpointError)) else f"{type(error).__name__}: {text}"
+
+
+def _collect(pieces: Iterable[Piece], held: list[Piece]) -> int:
+    """Fill `held` with this rank's pieces; how many bytes they are."""
+    held.extend(pieces)
+    return sum(piece.values.nbytes for piece in held)
 
 
 def _prepare(root: Path, temporary: Path, needed: int) -> None:
     """Rank 0: sweep what crashes left, look for room, make the temporary folder."""
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(".tmp-*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
     free = shutil.disk_usage(root).free
     if needed > free:
         raise CheckpointError(f"it needs {needed / 1e9:.2f} GB and {root} has {free / 1e9:.2f} GB free: "
@@ -181,18 +191,16 @@ def _retire(root: Path, step: int, keep: int, report: Callable[[str], None]) -> 
     try:
         for old in root.glob(".old-step_*"):
             shutil.rmtree(old)
-        older = []
-        for folder in checkpoint_folders(root):
-            number = int(folder.name.removeprefix("step_"))
-            if number > step:
-                # The run came back to an earlier step because this one could not be read: never go on from it.
-                aside = folder.with_name(f"bad_{folder.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)
-                report(f"{folder}: was not usable when this run resumed from an earlier step; set aside as {aside.name}")
-            elif number < step:
-                older.append(folder)
-        for folder in older[keep - 1 :]:
+        folders = checkpoint_folders(root)
+        saved = folders.index(root / folder_name(step))
+        for folder in folders[:saved]:
+            # Of a later step, and yet the run resumed from an earlier one: it could not be read, or would be
+            # the past of another run. Were it read the next time, it would undo what was done since.
+            aside = folder.with_name(f"bad-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            report(f"{folder}: later than the step just saved, so not of this run's past; set aside as {aside.name}")
+        for folder in folders[saved + keep :]:
             doomed = folder.with_name(f".tmp-{folder.name}")  # so that a half-deleted folder is never a candidate
             folder.rename(doomed)
             on_progress("retiring")
@@ -247,7 +255,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except _READ_ERRORS as error:
         raise ValueError(f"{MANIFEST} is no whole manifest ({error})") from None
     if version != FORMAT:
-        raise ValueError(f"{MANIFEST} has format {version!r}, this vitscale reads {FORMAT}: use the vitscale that wrote it")
+        raise ValueError(f"{MANIFEST} has format {version!r}, this vitscale reads format {FORMAT}: "
+                         "use the vitscale that wrote it")
     expected, found = manifest.get("sha256"), _own_digest(manifest)
     if expected != found:
         raise ValueError(f"{MANIFEST} does not match its own sha256 ({_short(found)}, says {_short(expected)})")
@@ -270,7 +279,7 @@ class Checkpoint:
         self.state: dict[str, Any] = manifest["state"]
         self.files: dict[str, int] = {file["name"]: file["bytes"] for file in manifest["files"]}
         self._records = {(r.kind, r.name): r for r in map(TensorRecord.from_json, manifest["tensors"])}
-        self._reader = PieceReader(folder)
+        self._reader = PieceReader([folder / name for name in self.files])
 
     @property
     def tensors(self) -> dict[tuple[str, str], tuple[tuple[int, ...], np.dtype[Any]]]:
@@ -319,10 +328,11 @@ def open_newest(root: Path, ranks: Ranks, report: Callable[[str], None]) -> Chec
         folder = root / name
         manifest, faults = _verify(folder, ranks)
         if not faults:
-            extra = sorted({path.name for path in folder.iterdir()} - {MANIFEST, *(f["name"] for f in manifest["files"])})
+            checkpoint = Checkpoint(folder, manifest)
+            extra = sorted({path.name for path in folder.iterdir()} - {MANIFEST, *checkpoint.files})
             if extra and ranks.rank == 0:
                 report(f"{folder}: files that its manifest does not name are not used: {listed(extra)}")
-            return Checkpoint(folder, manifest)
+            return checkpoint
         if ranks.rank == 0:
             report(f"{folder}: is not usable ({listed(faults)}); trying the one before it")
     if names:
@@ -348,7 +358,7 @@ def _verify(folder: Path, ranks: Ranks) -> tuple[dict[str, Any], list[str]]:
         for file in manifest["files"][ranks.rank :: ranks.world_size]:
             faults += _file_faults(folder, file)
     except _READ_ERRORS as error:
-        faults.append(_reason(error) if isinstance(error, OSError) else str(error))
+        faults.append(str(error))
     outcomes = ranks.gather([manifest.get("sha256"), faults])
     every = list(dict.fromkeys(fault for _, theirs in outcomes for fault in theirs))
     if not every and len({digest for digest, _ in outcomes}) > 1:

@@ -14,7 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitscale.errors import LaunchError, VitscaleError
-from vitscale.launch.torchrun import Layout, folder_of, prepare, ranks_per_node, read_config, supervise, whole_number
+from vitscale.launch.torchrun import (
+    Layout,
+    describe_exit,
+    folder_of,
+    prepare,
+    ranks_per_node,
+    read_config,
+    supervise,
+    whole_number,
+)
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder
 
 
@@ -49,12 +58,9 @@ def node(arguments: Sequence[str]) -> int:
 
 def finish(folder: RunFolder) -> int:
     """Requeue the job where the run was stopped with a checkpoint, unless it was cancelled; the job's exit code."""
-    said = folder.read_exit()
-    if said is None:
-        print(f"launch/slurm.sh: {folder.exit} is not there: the ranks ended before they could say why; see above")
-        return FAILED
-    code, job = int(said["code"]), os.environ["SLURM_JOB_ID"]
-    print(f"launch/slurm.sh: {folder.path}: code {code} at step {said['step']}: {said['reason']}", flush=True)
+    said, job = folder.read_exit(), os.environ["SLURM_JOB_ID"]
+    print(f"launch/slurm.sh: {describe_exit(folder)}", flush=True)
+    code = FAILED if said is None else int(said["code"])
     if code != STOPPED:
         return code
     # A cancelled job is CANCELLED at once, a preempted one or one near its time limit still RUNNING.

@@ -25,7 +25,7 @@ from vitscale.config.load import load_config
 from vitscale.config.schema import RunConfig
 from vitscale.errors import ConfigError, LaunchError, VitscaleError
 from vitscale.launch.snapshot import keep_snapshot
-from vitscale.run_folder import BAD_INPUT, DONE, FAILED, RunFolder
+from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder
 from vitscale.world import World, read_world
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -159,16 +159,21 @@ def supervise(arguments: Sequence[str], layout: Layout, folder: RunFolder) -> in
         layout.command(arguments), env=layout.environment(), start_new_session=True, preexec_fn=_die_with_parent
     )
     code = process.wait()
-    said = folder.read_exit()
-    if said is not None:
-        return int(said["code"])
     if layout.ranks == 1:
-        return code if code >= 0 else FAILED
-    print(
-        f"{folder.exit}: is not there: the ranks ended (torchrun: {code}) before they could say why; see above",
-        file=sys.stderr,
-    )
-    return FAILED
+        return code if code >= 0 else FAILED  # below 0: a signal's
+    said = folder.read_exit()
+    return FAILED if said is None else int(said["code"])
+
+
+def describe_exit(folder: RunFolder) -> str:
+    """How a run ended, in a line."""
+    said = folder.read_exit()
+    if said is None:
+        return f"{folder.path}: failed: the ranks ended before they could say why (no exit.json); see above"
+    code, at = int(said["code"]), "" if said["step"] is None else f" at step {said['step']}"
+    if code in (DONE, STOPPED):
+        return f"{folder.path}: {said['reason']}{at}"
+    return f"{folder.path}: {'error' if code == BAD_INPUT else 'failed'}{at}: {said['reason']}"
 
 
 def _die_with_parent() -> None:
@@ -185,7 +190,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         layout = read_layout()
         folder = prepare(arguments, layout, "launch/torchrun.sh")
-        return supervise(arguments, layout, folder)
+        code = supervise(arguments, layout, folder)
+        if layout.ranks > 1 and code != DONE:  # below what torchrun says of it
+            print(f"launch/torchrun.sh: {describe_exit(folder)}", file=sys.stderr)
+        return code
     except VitscaleError as error:
         print(f"launch/torchrun.sh: error: {error}", file=sys.stderr)
         return BAD_INPUT

@@ -1,0 +1,48 @@
+"""The process is killed while it saves, or the disk refuses."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import run_ranks
+from test_store import assert_holds, save
+
+from vitscale.checkpoint.store import POINTS, SoleRank, open_newest
+
+RENAMED = POINTS.index("renamed")
+
+
+def saver(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(Path(__file__).with_name("saver.py")), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_at_any_point_a_whole_checkpoint_is_newest(tmp_path, point):
+    for step in (1, 2):
+        run_ranks(2, lambda ranks, step=step: save(tmp_path, step, ranks=ranks))
+    step = 2 if point == "old_moved" else 3  # the old one is moved only when its step is saved again
+    died = saver(tmp_path, step, 2, point)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+
+    assert_holds(open_newest(tmp_path, SoleRank(), pytest.fail), 3 if POINTS.index(point) >= RENAMED else 2)
+
+    run_ranks(2, lambda ranks: save(tmp_path, 4, 2, ranks=ranks, report=pytest.fail))
+    expected = {"step_00000004", "step_00000003" if POINTS.index(point) >= RENAMED else "step_00000002"}
+    if point == "old_moved":
+        expected = {"step_00000004", "step_00000001"}
+    assert {path.name for path in tmp_path.iterdir()} == expected
+
+
+def test_a_disk_that_refuses(tmp_path):
+    run_ranks(2, lambda ranks: save(tmp_path, 1, ranks=ranks))
+    refused = saver(tmp_path, 2, 2, "limit=300")
+    assert refused.returncode == 0, refused.stderr
+    assert "step_00000002: the checkpoint could not be written (rank 0: " in refused.stdout
+    assert "File too large" in refused.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert_holds(open_newest(tmp_path, SoleRank(), pytest.fail), 1)

@@ -1,0 +1,85 @@
+"""Faults around checkpoints: killed while saving, bytes changed on the disk."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.integration.worlds import Launcher, losses
+from vitscale.checkpoint.store import POINTS
+from vitscale.run_folder import BAD_INPUT
+
+IN_CI = {("state_synced", 1), ("agreed", 0), ("manifest_written", 0), ("renamed", 0)}
+
+
+def _argv(config: Path, *overrides: str) -> list[str]:
+    return ["pretrain", str(config), "parallel.zero_stage=2", "checkpoint.every_steps=5", *overrides]
+
+
+@pytest.fixture(scope="module")
+def unbroken(launcher: Launcher, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    from tests.integration.conftest import CONFIG
+
+    folder = tmp_path_factory.mktemp("unbroken")
+    (folder / "config.yaml").write_text(CONFIG.format(runs=folder, shards=f"{shards}/*.tar"))
+    launcher.run(_argv(folder / "config.yaml"), 2)
+    return losses(folder / "run")
+
+
+@pytest.mark.parametrize(
+    ("point", "rank"),
+    [
+        pytest.param(point, rank, marks=[] if (point, rank) in IN_CI else pytest.mark.full)
+        for point in POINTS
+        for rank in ((0, 1) if point in ("state_begun", "state_written", "state_synced", "agreed") else (0,))
+        if point != "old_moved"  # only where a folder of the same step is replaced: tests/checkpoint
+    ],
+)
+def test_killed_while_saving(
+    launcher: Launcher, config: Path, tmp_path: Path, unbroken: dict[int, float], point: str, rank: int
+) -> None:
+    """SIGKILL at a point of the second save (for retention: the fourth): the run goes on from a whole one."""
+    nth = 1 if point.startswith("reti") else 2
+    argv = _argv(config, "checkpoint.keep=1")
+    world = launcher.start(argv, 2, kill={"rank": rank, "point": point, "nth": nth})
+    codes = world.wait()
+    assert codes[rank] == -signal.SIGKILL, world.output()
+    assert codes[1 - rank] != 0
+    output = launcher.run(argv, 2)
+    assert "step_" in output
+    assert losses(tmp_path / "runs" / "run") == unbroken
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "cut file", "torn manifest"])
+def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    launcher: Launcher, config: Path, tmp_path: Path, unbroken: dict[int, float], damage: str
+) -> None:
+    run = tmp_path / "runs" / "run"
+    launcher.run(_argv(config, "train.steps=10"), 2)
+    newest = run / "checkpoints" / "step_00000010"
+    file = newest / ("manifest.json" if damage == "torn manifest" else "state-00001.safetensors")
+    content = bytearray(file.read_bytes())
+    if damage == "flipped bit":
+        content[len(content) // 2] ^= 0x10
+        file.write_bytes(content)
+    else:
+        file.write_bytes(content[: len(content) // 2])
+    output = launcher.run(_argv(config, "train.steps=10"), 2)
+    assert file.name in output
+    assert "step_00000005" in output
+    assert sorted(losses(run)) == list(range(1, 11))
+
+
+def test_checkpoint_of_another_model(launcher: Launcher, config: Path) -> None:
+    launcher.run(_argv(config, "train.steps=5"), 2)
+    output = launcher.run(_argv(config, "train.steps=10", "model.num_hidden_layers=3"), 2, code=BAD_INPUT)
+    assert output.count("vitscale: error:") == 1
+    assert "vit.encoder.layer.2" in output or "layer.2" in output
+
+
+def test_another_order_of_samples_is_refused(launcher: Launcher, config: Path) -> None:
+    launcher.run(_argv(config, "train.steps=5"), 2)
+    output = launcher.run(_argv(config, "train.steps=10", "run.seed=1"), 2, code=BAD_INPUT)
+    assert "run.seed=0, this run has 1" in output

@@ -1,0 +1,71 @@
+"""Golden losses: a refactor keeps the numbers.
+
+After a change that is meant to move them: `python -m tests.integration.test_objectives` writes them
+anew, and the commit says why.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.integration.worlds import Launcher, losses, rows
+
+GOLDEN = Path(__file__).with_name("golden_losses.json")
+OBJECTIVES = ("mae", "simmim", "classification", "multitask")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_golden_losses(launcher: Launcher, config: Path, tmp_path: Path, objective: str) -> None:
+    """20 steps of each objective on one rank, fp32, decoded by Pillow."""
+    launcher.run(["pretrain", str(config), f"objective.name={objective}"])
+    run = tmp_path / "runs" / "run"
+    golden = json.loads(GOLDEN.read_text())[objective]
+    assert list(losses(run).values()) == pytest.approx(golden, rel=2e-5)
+    assert (run / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("objective", ["simmim", "classification", "multitask"])
+def test_objective_on_two_sharded_ranks(launcher: Launcher, config: Path, tmp_path: Path, objective: str) -> None:
+    """Every objective under ZeRO-3, where a parameter used from the wrong module would show."""
+    argv = ["pretrain", str(config), f"objective.name={objective}", "parallel.zero_stage=3"]
+    launcher.run(argv, ranks=2)
+    golden = json.loads(GOLDEN.read_text())[objective]
+    assert list(losses(tmp_path / "runs" / "run").values()) == pytest.approx(golden, rel=2e-5)
+
+
+def test_bf16_trains(launcher: Launcher, config: Path, tmp_path: Path) -> None:
+    """bf16 at stage 0 (autocast) and 2 (bf16 weights over fp32 masters) stays near fp32."""
+    golden = json.loads(GOLDEN.read_text())["mae"]
+    for stage in (0, 2):
+        name = f"bf16-{stage}"
+        argv = ["pretrain", str(config), "train.precision=bf16", f"parallel.zero_stage={stage}", f"run.name={name}"]
+        launcher.run(argv, ranks=2)
+        run = tmp_path / "runs" / name
+        assert list(losses(run).values()) == pytest.approx(golden, rel=0.02)
+        assert rows(run)[-1]["skipped_steps"] == 0
+
+
+
+
+def write_golden(folder: Path) -> None:
+    """Measure the golden losses anew, in an empty folder."""
+    from tests.integration.conftest import CONFIG, make_shards
+
+    launcher = Launcher(folder)
+    config = folder / "config.yaml"
+    config.write_text(CONFIG.format(runs=folder, shards=f"{make_shards(folder)}/*.tar"))
+    golden = {}
+    for name in OBJECTIVES:
+        launcher.run(["pretrain", str(config), f"objective.name={name}", f"run.name={name}"])
+        golden[name] = list(losses(folder / name).values())
+    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
+    launcher.close()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        write_golden(Path(scratch))

@@ -1,0 +1,135 @@
+"""Stopped, killed, moved to another world: the run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.integration.worlds import Launcher, World, losses, rows, trace, weights
+from vitscale.run_folder import DONE, STOPPED
+
+STEPS = 60
+EPOCH_SAMPLES, BATCH, LANES = 150, 16, 4
+full = pytest.mark.full
+
+
+def _argv(config: Path, stage: int, ranks: int, *overrides: str) -> list[str]:
+    micro = f"train.micro_batch={min(8, BATCH // ranks)}"
+    return ["pretrain", str(config), f"parallel.zero_stage={stage}", micro, f"train.steps={STEPS}", *overrides]
+
+
+def _signal_at_step(world: World, run: Path, step: int, rank: int, number: signal.Signals) -> None:
+    """Send a signal to a rank once `step` is logged."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_bytes().count(b"\n") >= step:
+            break
+        time.sleep(0.002)
+    os.kill(world.pids[rank], number)
+
+
+def _assert_same(run: Path, unbroken: Path) -> None:
+    assert losses(run) == losses(unbroken)
+    assert trace(run) == trace(unbroken)
+    mine, theirs = weights(run), weights(unbroken)
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+def _assert_once_an_epoch(run: Path) -> None:
+    """Each sample at most once an epoch, and all but a tail smaller than B + L."""
+    by_epoch: dict[int, Counter[str]] = {}
+    epoch_of = {row["step"]: row["epoch"] for row in rows(run)}
+    for step, names in trace(run).items():
+        by_epoch.setdefault(epoch_of[step], Counter()).update(names)
+    assert len(by_epoch) > 2
+    for epoch, names in by_epoch.items():
+        assert max(names.values()) == 1
+        if epoch < max(by_epoch):
+            assert len(names) > EPOCH_SAMPLES - (BATCH + LANES)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage"),
+    [(2, 0), (2, 1), (2, 2), (2, 3), (4, 0)] + [pytest.param(4, stage, marks=full) for stage in (1, 2, 3)],
+)
+def test_stop_and_resume_is_bit_identical(
+    launcher: Launcher, config: Path, tmp_path: Path, ranks: int, stage: int
+) -> None:
+    argv = _argv(config, stage, ranks)
+    launcher.run([*argv, "run.name=unbroken"], ranks)
+    run = tmp_path / "runs" / "run"
+    for step in (5, 23):
+        world = launcher.start(argv, ranks)
+        _signal_at_step(world, run, step, rank=ranks - 1, number=signal.SIGTERM)
+        assert world.wait() == [STOPPED] * ranks, world.output()
+    output = launcher.run(argv, ranks, code=DONE)
+    assert "start: " in output
+    _assert_same(run, tmp_path / "runs" / "unbroken")
+    _assert_once_an_epoch(run)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(seed, marks=full) for seed in range(3, 10))])
+def test_killed_ranks(launcher: Launcher, config: Path, tmp_path: Path, seed: int) -> None:
+    """SIGKILL of one rank at random steps, a chain of 5 across the epochs' borders (9 steps an epoch)."""
+    ranks, stage = (2, 4)[seed % 2], seed % 4
+    argv = _argv(config, stage, ranks, "checkpoint.every_steps=4")
+    launcher.run([*argv, "run.name=unbroken"], ranks)
+    run = tmp_path / "runs" / "run"
+    chance = random.Random(seed)
+    for number in range(5):
+        world = launcher.start(argv, ranks)
+        step = 8 * number + chance.randint(1, 8)
+        _signal_at_step(world, run, step, chance.randrange(ranks), signal.SIGKILL)
+        codes = world.wait()
+        assert -signal.SIGKILL in codes, world.output()
+        assert all(codes), f"a survivor of a killed rank says that all is well: {codes}"
+    launcher.run(argv, ranks)
+    _assert_same(run, tmp_path / "runs" / "unbroken")
+    _assert_once_an_epoch(run)
+
+
+def test_other_worlds_and_stages(launcher: Launcher, config: Path, tmp_path: Path) -> None:
+    """Stage 2 on 2 ranks, stage 3 on 4, stage 1 on 1, DDP on 2: one curve."""
+    launcher.run(_argv(config, 0, 1, "run.name=unbroken"), 1)
+    run = tmp_path / "runs" / "run"
+    for step, ranks, stage in ((5, 2, 2), (17, 4, 3), (30, 1, 1)):
+        world = launcher.start(_argv(config, stage, ranks), ranks)
+        _signal_at_step(world, run, step, 0, signal.SIGTERM)
+        assert world.wait() == [STOPPED] * ranks, world.output()
+    launcher.run(_argv(config, 0, 2), 2)
+    unbroken = tmp_path / "runs" / "unbroken"
+    assert trace(run) == trace(unbroken)
+    assert losses(run) == pytest.approx(losses(unbroken), rel=1e-5)
+
+
+def test_stop_file(launcher: Launcher, config: Path, tmp_path: Path) -> None:
+    """`vitscale stop` makes the file; the run takes it away, says 3 in exit.json, and goes on later."""
+    run = tmp_path / "runs" / "run"
+    run.mkdir(parents=True)
+    (run / "stop").touch()
+    argv = _argv(config, 2, 2)
+    launcher.run(argv, 2, code=STOPPED)
+    assert not (run / "stop").exists()
+    assert '"code": 3' in (run / "exit.json").read_text()
+    assert len(losses(run)) == 1
+    launcher.run(argv, 2)
+    assert '"code": 0' in (run / "exit.json").read_text()
+    assert len(losses(run)) == STEPS
+
+
+def test_done_run_says_so_and_goes_on_with_more_steps(launcher: Launcher, config: Path, tmp_path: Path) -> None:
+    argv = _argv(config, 0, 1)
+    launcher.run(argv)
+    assert "done: step 60 of 60" in launcher.run(argv)
+    output = launcher.run([*argv, "train.steps=70"])
+    assert "60 before, 70 now" in output
+    assert sorted(losses(tmp_path / "runs" / "run")) == list(range(1, 71))

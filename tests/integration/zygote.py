@@ -1,0 +1,121 @@
+"""Ranks that start in a second: a process imports torch and deepspeed once and forks every world from there.
+
+`python -m tests.integration.zygote` reads a JSON line a world from stdin, {"ranks", "argv", "log",
+"kill"}, forks the ranks, each of which runs `vitscale ARGV` as it would under torchrun, and answers
+with their process ids at once and their exit codes at the end. Real processes, real gloo; only the
+import (7 s a launch) is shared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+GRACE_SECONDS = 30  # what survivors of a failed rank have to leave by themselves
+
+
+def _fork_world(request: dict[str, Any]) -> list[int]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pids = []
+    for rank in range(request["ranks"]):
+        pid = os.fork()
+        if pid == 0:
+            _be_rank(rank, port, request)
+        pids.append(pid)
+    return pids
+
+
+def _be_rank(rank: int, port: int, request: dict[str, Any]) -> None:
+    ranks = str(request["ranks"])
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    log = os.open(f"{request['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    kill = request.get("kill")
+    if kill and kill["rank"] == rank:
+        _kill_while_saving(kill["point"], kill["nth"])
+    code = 1
+    try:
+        from vitscale.cli import main
+
+        code = main(request["argv"])
+    except SystemExit as error:
+        code = int(error.code or 0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _kill_while_saving(point: str, nth: int) -> None:
+    """SIGKILL this rank the nth time that saving reaches a point."""
+    from vitscale.checkpoint import store
+
+    seen = 0
+
+    def at(reached: str) -> None:
+        nonlocal seen
+        seen += reached == point
+        if reached == point and seen == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    store.on_progress = at
+
+
+def _wait(pids: list[int]) -> list[int]:
+    """Exit codes by rank (minus the signal for a killed one); survivors that hang are killed after a grace."""
+    codes: dict[int, int] = {}
+    deadline = float("inf")
+    while len(codes) < len(pids):
+        for pid in set(pids) - set(codes):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+                if codes[pid] != 0:
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if time.monotonic() > deadline:
+            for pid in set(pids) - set(codes):
+                print(f"a survivor (process {pid}) hangs and is killed", file=sys.stderr)
+                os.kill(pid, signal.SIGKILL)
+            deadline = float("inf")
+        time.sleep(0.01)
+    return [codes[pid] for pid in pids]
+
+
+def serve() -> None:
+    """Answer requests until stdin ends."""
+    from vitscale import world
+
+    world.enter()
+    import accelerate  # noqa: F401
+    import deepspeed  # noqa: F401
+
+    import vitscale.run  # noqa: F401
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    print(json.dumps({"ready": True}), file=out, flush=True)
+    for line in sys.stdin:
+        pids = _fork_world(json.loads(line))
+        print(json.dumps({"pids": pids}), file=out, flush=True)
+        print(json.dumps({"codes": _wait(pids)}), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,242 @@
+"""One strict scan of a shard's tar headers: where every member of every sample lies.
+
+Python's tarfile, and so webdataset, takes a damaged header, a cut file or a block of zeros for the
+end of the archive and says nothing. Here only the end marker (two blocks of zeros, and nothing but
+zeros after it) ends a shard; whatever else is a DataError with the shard's name and the byte.
+Read are ustar, pax and GNU long names. Directories are passed over; links, devices and sparse files
+are refused, since what they stand for is not in the shard.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vitscale.errors import DataError
+
+BLOCK = 512
+_ZEROS = bytes(BLOCK)
+_LARGEST_EXTENDED_HEADER = 1 << 20
+# webdataset's rules (tariterators.py): key and extension of a member's name, and what is no sample.
+_KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+_META = re.compile(r"__[^/]*__($|/)")
+
+
+@dataclass(frozen=True, eq=False)
+class OffsetTable:
+    """The samples of one shard in their order: sample i has the members first[i] to first[i + 1]."""
+
+    keys: list[str]
+    first: np.ndarray  # int64 [samples + 1]
+    kinds: list[str]  # the distinct extensions, in lower case
+    kind: np.ndarray  # int32 [members], places in `kinds`
+    offsets: np.ndarray  # int64 [members], of the data in the file
+    sizes: np.ndarray  # int64 [members], bytes
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def members(self, i: int) -> dict[str, tuple[int, int]]:
+        """extension -> (offset, bytes) of sample i's members, in the shard's order."""
+        chosen = slice(int(self.first[i]), int(self.first[i + 1]))
+        places = zip(self.offsets[chosen].tolist(), self.sizes[chosen].tolist(), strict=True)
+        return {self.kinds[kind]: place for kind, place in zip(self.kind[chosen].tolist(), places, strict=True)}
+
+
+def scan_shard(path: str) -> OffsetTable:
+    """Read all headers of a tar file. DataError when it is not whole, not a tar, or holds no sample."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened: {error.strerror}") from None
+    try:
+        return _Scan(path, descriptor).run()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    finally:
+        os.close(descriptor)
+
+
+@dataclass
+class _Scan:
+    """The state of one walk from header to header."""
+
+    path: str
+    descriptor: int
+    position: int = 0  # of the next header
+    long_name: bytes | None = None  # told by an extended header for the member that follows
+    long_size: int | None = None
+    keys: list[str] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+    first: list[int] = field(default_factory=list)
+    kind_of: dict[str, int] = field(default_factory=dict)
+    kind: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    extensions: set[str] = field(default_factory=set)  # of the sample being read
+
+    def run(self) -> OffsetTable:
+        self.bytes = os.fstat(self.descriptor).st_size
+        while (header := self._next_header()) != _ZEROS:
+            self._take(header)
+        self._check_end()
+        if not self.keys:
+            self._fail("holds no sample: members need a base name and an extension, as in 000017.jpg")
+        numbers = [np.array(values, dtype=np.int64) for values in (self.first, self.kind, self.offsets, self.sizes)]
+        first, kind, offsets, sizes = numbers
+        first = np.append(first, len(kind))
+        return OffsetTable(self.keys, first, list(self.kind_of), kind.astype(np.int32), offsets, sizes)
+
+    def _fail(self, what: str) -> None:
+        raise DataError(f"{self.path}: {what}; write the shard again or take it out of the data")
+
+    def _read(self, position: int, count: int) -> bytes:
+        return os.pread(self.descriptor, count, position)
+
+    def _next_header(self) -> bytes:
+        header = self._read(self.position, BLOCK)
+        if len(header) < BLOCK:
+            self._fail(f"ends at byte {self.bytes} without tar's end marker: it is cut, or still being written")
+        if header == _ZEROS:
+            return header
+        # adler32's low half is 1 + the sum of all bytes, modulo 65521, at C's speed; tar's checksum
+        # is that sum with its own field taken as spaces.
+        total = (zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + 8 * 32
+        if (total - self._number(header[148:156], "checksum")) % 65521:
+            if self.position == 0:
+                gzipped = header[:2] == b"\x1f\x8b"
+                self._fail("is gzip-compressed; shards are read by position: gunzip it" if gzipped else "is no tar file")
+            self._fail(f"the header at byte {self.position} has a wrong checksum: the shard is damaged")
+        return header
+
+    def _number(self, text: bytes, what: str) -> int:
+        """A header's number: octal digits, or base 256 where the first bit is set."""
+        if text[0] == 0x80:
+            return int.from_bytes(text[1:], "big")
+        digits = text.strip(b" \0")
+        if digits.isdigit() and not (b"8" in digits or b"9" in digits):
+            return int(digits, 8)
+        if self.position == 0 and what == "checksum":
+            return -1  # no tar at all: the caller says so
+        self._fail(f"the header at byte {self.position} has no valid {what}: {text!r}")
+        raise AssertionError
+
+    def _take(self, header: bytes) -> None:
+        """One header and the data that follow it."""
+        kind = header[156:157]
+        size = self._number(header[124:136], "size")
+        extended = kind in b"xgLK"
+        if not extended and self.long_size is not None:
+            size = self.long_size
+        name = self._name(header)
+        is_folder = kind == b"5" or (kind == b"\0" and name.endswith("/"))
+        if not extended and not is_folder and kind not in b"0\x007":
+            self._fail(
+                f"member {name!r} at byte {self.position} is a link, a device or a sparse file (type {kind!r}): "
+                "pack the files themselves (tar --dereference --hard-dereference)"
+            )
+        start = self.position + BLOCK
+        end = start if is_folder else start + size
+        if end > self.bytes:
+            self._fail(f"member {name!r} at byte {self.position} should reach to byte {end}, the file has {self.bytes}")
+        self.position = start + -(-(end - start) // BLOCK) * BLOCK
+        if extended:
+            self._take_extended(kind, self._extended_data(start, size))
+            return
+        self.long_name = self.long_size = None
+        if not is_folder:
+            self._add(name, start, size)
+
+    def _name(self, header: bytes) -> str:
+        if self.long_name is not None:
+            name = self.long_name
+        else:
+            name = header[:100].split(b"\0", 1)[0]
+            prefix = header[345:500].split(b"\0", 1)[0]
+            if prefix and header[257:263] == b"ustar\0":
+                name = prefix + b"/" + name
+        return name.decode("utf-8", "backslashreplace")
+
+    def _extended_data(self, start: int, size: int) -> bytes:
+        if size > _LARGEST_EXTENDED_HEADER:
+            self._fail(f"the extended header at byte {start - BLOCK} claims {size} bytes")
+        return self._read(start, size)
+
+    def _take_extended(self, kind: bytes, data: bytes) -> None:
+        """A pax header (x: for the next member, g: for all) or a GNU long name (L; K is a link's)."""
+        if kind == b"L":
+            self.long_name = self._without_nul(data.rstrip(b"\0"))
+        if kind not in b"xg":
+            return
+        records = self._pax_records(data)
+        if any(name.startswith(b"GNU.sparse") for name in records):
+            self._fail(f"holds a sparse file before byte {self.position}: pack without --sparse")
+        if kind == b"g":
+            if b"path" in records or b"size" in records:
+                self._fail("a global header gives every member the same path or size")
+            return
+        if b"path" in records:
+            self.long_name = self._without_nul(records[b"path"])
+        if b"size" in records:
+            text = records[b"size"]
+            if not text.isdigit():
+                self._fail(f"an extended header before byte {self.position} has no valid size: {text!r}")
+            self.long_size = int(text)
+
+    def _without_nul(self, name: bytes) -> bytes:
+        if b"\0" in name or not name:
+            self._fail(f"an extended header before byte {self.position} gives a name with a NUL or none: {name[:80]!r}")
+        return name
+
+    def _pax_records(self, data: bytes) -> dict[bytes, bytes]:
+        """`LENGTH NAME=VALUE\\n` records, LENGTH counting the whole record."""
+        records, at = {}, 0
+        while at < len(data):
+            digits, space, _ = data[at : at + 20].partition(b" ")
+            length = int(digits) if space and digits.isdigit() else 0
+            record = data[at : at + length]
+            name, equals, value = record[len(digits) + 1 : -1].partition(b"=")
+            if not equals or len(record) != length or not record.endswith(b"\n"):
+                self._fail(f"the extended header before byte {self.position} is damaged")
+            records[name] = value
+            at += length
+        return records
+
+    def _add(self, name: str, offset: int, size: int) -> None:
+        """A regular member, by webdataset's rule: neighbours of one key are one sample."""
+        match = None if _META.match(name) else _KEY.match(name)
+        if match is None:
+            return
+        key, extension = match[1], match[2].lower()
+        if not self.keys or key != self.keys[-1]:
+            if key in self.seen:
+                self._fail(f"key {key!r} comes at two places: the members of a sample must be neighbours")
+            self.seen.add(key)
+            self.keys.append(key)
+            self.first.append(len(self.kind))
+            self.extensions.clear()
+        if extension in self.extensions:
+            self._fail(f"member {name!r} comes twice in one sample (a key ends at the first dot of the file's name)")
+        self.extensions.add(extension)
+        self.kind.append(self.kind_of.setdefault(extension, len(self.kind_of)))
+        self.offsets.append(offset)
+        self.sizes.append(size)
+
+    def _check_end(self) -> None:
+        """After the first block of zeros: a second one, and zeros to the end of the file."""
+        marker = self.position
+        if self.long_name is not None or self.long_size is not None:
+            self._fail(f"the last extended header, before byte {marker}, has no member after it")
+        if self.bytes - marker < 2 * BLOCK:
+            self._fail(f"ends at byte {self.bytes} inside tar's end marker: it is cut")
+        while piece := self._read(marker, 1 << 20):
+            if piece.count(0) != len(piece):
+                self._fail(
+                    f"has data after the block of zeros at byte {self.position}: a damaged header, "
+                    "or two archives in one file"
+                )
+            marker += len(piece)

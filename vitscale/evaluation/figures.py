@@ -1,0 +1,136 @@
+"""A run in pictures: its loss curve, and what its model makes of hidden patches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from vitscale.config.check import pair
+from vitscale.models.outputs import MAEOutput
+
+LOSS, RATE, QUIET = "#1f5fa8", "#b4551e", "#6b6b6b"
+HIDDEN = 0.5  # grey of a hidden patch
+
+
+def draw_curves(rows: Iterable[Mapping[str, Any]], path: Path, title: str = "") -> None:
+    """The loss and the learning rate over the steps as PNG; rows as in metrics.jsonl (step, loss, lr)."""
+    kept = [row for row in rows if "loss" in row]
+    steps = [row["step"] for row in kept]
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    losses = np.array([row["loss"] for row in kept], dtype=np.float64)  # a None of JSON becomes NaN: a gap
+    marker = "o" if len(kept) < 3 else None
+    upper.plot(steps, losses, color=LOSS, linewidth=1.4, marker=marker)
+    if np.isfinite(losses).any():
+        last = int(np.flatnonzero(np.isfinite(losses))[-1])
+        upper.annotate(f"{losses[last]:.4g}", (steps[last], losses[last]), xytext=(0, 8), color=LOSS,
+                       textcoords="offset points", ha="right", fontsize=9)  # fmt: skip
+    upper.set_ylabel("loss")
+    lower.plot(steps, [row.get("lr", float("nan")) for row in kept], color=RATE, linewidth=1.4, marker=marker)
+    lower.set_ylabel("learning rate")
+    lower.set_xlabel("step")
+    lower.set_ylim(bottom=0)
+    for axes in (upper, lower):
+        axes.grid(color="#e4e4e4", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.01)
+    upper.set_title(title, loc="left", fontsize=11)
+    _save(figure, path)
+
+
+@dataclass(frozen=True)
+class Reconstructions:
+    """Images in [0, 1], each float32 [n, height, width, channels], and what to know about them."""
+
+    original: np.ndarray
+    masked: np.ndarray  # hidden patches in grey
+    reconstruction: np.ndarray  # hidden patches as the model thinks, the visible ones as they are
+    note: str
+
+
+@torch.inference_mode()
+def reconstruct(
+    model: nn.Module, pixel_values: Tensor, sample_key: Tensor, mean: Sequence[float], std: Sequence[float]
+) -> Reconstructions:
+    """What an MAE, SimMIM or multitask model fills into the patches that `sample_key` hides.
+
+    pixel_values: normalised by `mean` and `std` (one a channel, or one for all), [n, c, h, w].
+    """
+    model.eval()
+    output = model(pixel_values=pixel_values, sample_key=sample_key)
+    patch = pair(model.config.patch_size)
+    note = ""
+    if isinstance(output, MAEOutput):
+        patches, hidden = output.logits.float(), output.mask
+        if model.config.norm_pix_loss:
+            own = _to_patches(pixel_values.float(), patch)
+            # the model was asked for patches standardized by their own mean and variance (MAE's formula)
+            patches = patches * (own.var(dim=-1, keepdim=True) + 1e-6).sqrt() + own.mean(dim=-1, keepdim=True)
+            note = "hidden patches rescaled by their own true mean and variance (norm_pix_loss)"
+        filled = _to_images(patches, patch, tuple(pixel_values.shape))
+    else:
+        filled, hidden = output.reconstruction.float(), output.bool_masked_pos
+    per_pixel = hidden.float()[..., None].expand(-1, -1, patch[0] * patch[1])
+    where = _to_images(per_pixel, patch, (len(hidden), 1, *pixel_values.shape[2:])) > 0.5
+    scale, shift = (torch.tensor(values, device=filled.device).view(1, -1, 1, 1) for values in (std, mean))
+    original, filled = ((x.float() * scale + shift).clamp(0, 1) for x in (pixel_values, filled))
+    panels = (original, torch.where(where, HIDDEN, original), torch.where(where, filled, original))
+    return Reconstructions(*(x.permute(0, 2, 3, 1).cpu().numpy() for x in panels), note)
+
+
+def draw_reconstructions(panels: Reconstructions, path: Path, title: str = "") -> None:
+    """A PNG of one column an image: original, masked, reconstruction below each other."""
+    rows = {"original": panels.original, "masked": panels.masked, "reconstruction": panels.reconstruction}
+    count = len(panels.original)
+    figure = Figure(figsize=(1.2 * count + 1.2, 1.2 * len(rows) + 0.7), layout="constrained")
+    grid = figure.subplots(len(rows), count, squeeze=False)
+    for axes_row, (name, images) in zip(grid, rows.items(), strict=True):
+        for axes, image in zip(axes_row, images, strict=True):
+            _show(axes, image)
+        axes_row[0].set_ylabel(name, fontsize=10)
+    heading = "\n".join(line for line in (title, panels.note, _channel_note(panels.original)) if line)
+    figure.suptitle(heading, x=0.01, ha="left", fontsize=10)
+    _save(figure, path)
+
+
+def _show(axes: Axes, image: np.ndarray) -> None:
+    """One image [h, w, c]: in colour with 3 channels, else its first channel in grey."""
+    small = max(image.shape[:2]) < 64  # its pixels are to be seen as they are
+    axes.imshow(
+        image if image.shape[2] == 3 else image[..., 0],
+        cmap="gray", vmin=0, vmax=1, interpolation="nearest" if small else "antialiased",
+    )  # fmt: skip
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_edgecolor("#c8c8c8")
+
+
+def _channel_note(images: np.ndarray) -> str:
+    return "" if images.shape[3] in (1, 3) else f"first of {images.shape[3]} channels"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, metadata={"Software": None})  # the same bytes from the same rows
+
+
+def _to_patches(images: Tensor, patch: tuple[int, int]) -> Tensor:
+    """[n, c, h, w] -> [n, patches, patch pixels * c], channel last within a patch, as MAE's targets."""
+    n, c, h, w = images.shape
+    cut = images.view(n, c, h // patch[0], patch[0], w // patch[1], patch[1])
+    return cut.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, patch[0] * patch[1] * c)
+
+
+def _to_images(patches: Tensor, patch: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
+    """The reverse of _to_patches; `shape`: [n, c, h, w] of the images."""
+    n, c, h, w = shape
+    cut = patches.reshape(n, h // patch[0], w // patch[1], patch[0], patch[1], c)
+    return cut.permute(0, 5, 1, 3, 2, 4).reshape(n, c, h, w)

@@ -1,0 +1,107 @@
+"""A run's config -> its model, and the values that its parameters start from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vitscale import rng
+from vitscale.config.schema import RunConfig
+from vitscale.errors import ConfigError
+from vitscale.models.classification import ViTForImageClassification
+from vitscale.models.configuration import ViTConfig
+from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
+from vitscale.models.multitask import ViTForMultitaskPreTraining
+from vitscale.models.positions import fill_fixed_positions
+from vitscale.models.simmim import ViTForMaskedImageModeling
+from vitscale.models.vit import ViTModel, ViTPreTrainedModel
+
+OBJECTIVES: dict[str, type[ViTPreTrainedModel]] = {
+    "mae": ViTMAEForPreTraining,
+    "simmim": ViTForMaskedImageModeling,
+    "classification": ViTForImageClassification,
+    "multitask": ViTForMultitaskPreTraining,
+}
+CLASSES: dict[str, type[ViTPreTrainedModel]] = {
+    model_class.__name__: model_class for model_class in (ViTModel, *OBJECTIVES.values())
+}
+# The keys that a run's `model` section and ViTConfig share by name.
+_SHARED = (
+    "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act hidden_dropout_prob "
+    "attention_probs_dropout_prob drop_path_rate initializer_range layer_norm_eps image_size patch_size "
+    "num_channels qkv_bias"
+).split()
+
+
+def vit_config(config: RunConfig) -> ViTConfig:
+    """The ViTConfig of a run: its `model` section and its objective's keys."""
+    model, objective = config.model, config.objective
+    keys = {name: getattr(model, name) for name in _SHARED}
+    if objective.name == "mae":
+        mae = {name: getattr(objective.mae, name) for name in objective.mae.__dataclass_fields__}
+        positions = "sincos" if model.position_embeddings == "auto" else model.position_embeddings
+        return ViTMAEConfig(**keys, **mae, position_embeddings=positions)
+    keys["position_embeddings"] = "learned" if model.position_embeddings == "auto" else model.position_embeddings
+    if objective.needs_labels:
+        keys |= {"num_labels": model.num_labels, "label_smoothing": objective.classification.label_smoothing}
+    if objective.name in ("simmim", "multitask"):
+        if not isinstance(model.patch_size, int):
+            raise ConfigError(f"model.patch_size={model.patch_size}: must be a square for objective.name=simmim")
+        keys |= {"mask_ratio": objective.simmim.mask_ratio, "mask_patch": objective.simmim.mask_patch}
+        keys["encoder_stride"] = model.patch_size
+    if objective.name == "multitask":
+        keys |= {name: getattr(objective.multitask, name) for name in ("mim_weight", "classification_weight")}
+    return ViTConfig(**keys)
+
+
+def build_model(config: RunConfig) -> ViTPreTrainedModel:
+    """The model of a run, its parameters not yet of any use: `initialize` or load them.
+
+    Under `torch.device("meta")` it takes no memory; `initialize` then makes it.
+    """
+    return OBJECTIVES[config.objective.name](vit_config(config))
+
+
+@torch.no_grad()
+def initialize(model: ViTPreTrainedModel, seed: int) -> None:
+    """Fill every parameter, on the CPU, from a generator of its own seeded by (seed, its name).
+
+    Biases are 0 and layer norms 1. MAE: weights, the patch embedding as a matrix and query, key and
+    value as one, by xavier_uniform, tokens by normal(0.02) (facebookresearch/mae, models_mae.py,
+    initialize_weights). The others: weights, tokens and learned positions by trunc_normal(0.02), as
+    timm's ViT and SimMIM have it (transformers draws weights from normal(0.02), the same but for the
+    far tails, and starts the mask token from 0). 0.02 is the config's initializer_range. The patch
+    embedding's bias, which the MAE code leaves to torch's convolution, is 0 as in transformers.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.to_empty(device="cpu")
+    draw_matrix = _xavier if isinstance(model, ViTMAEForPreTraining) else _trunc_normal
+    draw_token = _normal if isinstance(model, ViTMAEForPreTraining) else _trunc_normal
+    std = model.config.initializer_range
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            generator = _generator(seed, f"{prefix}.{name}")
+            if isinstance(module, nn.LayerNorm):
+                parameter.fill_(1.0 if name == "weight" else 0.0)
+            elif name == "bias":
+                parameter.zero_()
+            else:
+                draw = draw_matrix if isinstance(module, (nn.Linear, nn.Conv2d)) else draw_token
+                draw(parameter, std, generator)
+    fill_fixed_positions(model)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(rng.key("init", seed, rng.purpose_code(name)))
+
+
+def _xavier(parameter: Tensor, std: float, generator: torch.Generator) -> None:
+    nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)
+
+
+def _normal(parameter: Tensor, std: float, generator: torch.Generator) -> None:
+    nn.init.normal_(parameter, std=std, generator=generator)
+
+
+def _trunc_normal(parameter: Tensor, std: float, generator: torch.Generator) -> None:
+    nn.init.trunc_normal_(parameter, std=std, generator=generator)

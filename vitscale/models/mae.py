@@ -1,0 +1,191 @@
+"""Masked autoencoders (He et al. 2022, arXiv 2111.06377): encode what is visible, decode the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vitscale.config.check import pair
+from vitscale.errors import DataError
+from vitscale.models import flops
+from vitscale.models.configuration import ViTConfig, refuse
+from vitscale.models.masking import mask_noise, random_masking
+from vitscale.models.outputs import MAEOutput
+from vitscale.models.positions import Positioned, interpolate_positions
+from vitscale.models.vit import ViTEncoder, ViTModel, ViTPreTrainedModel
+
+
+@dataclass(kw_only=True)
+class ViTMAEConfig(ViTConfig):
+    """transformers' ViTMAEConfig, with its defaults, and the keys of our own."""
+
+    model_type: ClassVar[str] = "vit_mae"
+
+    mask_ratio: float = 0.75
+    norm_pix_loss: bool = False  # each patch's target is standardized
+    decoder_hidden_size: int = 512
+    decoder_num_hidden_layers: int = 8
+    decoder_num_attention_heads: int = 16
+    decoder_intermediate_size: int = 2048
+    position_embeddings: str = "sincos"  # the encoder's and the decoder's
+
+    def _check(self) -> None:
+        super()._check()
+        width, heads = self.decoder_hidden_size, self.decoder_num_attention_heads
+        if width % heads:
+            refuse("decoder_hidden_size", width, f"a multiple of decoder_num_attention_heads={heads}")
+        if self.position_embeddings == "sincos" and width % 4:
+            refuse("decoder_hidden_size", width, "a multiple of 4 for sincos position embeddings")
+        if self.norm_pix_loss and self.patch_values < 2:
+            refuse("norm_pix_loss", True, "false where a patch is a single number")
+
+    @property
+    def visible_patches(self) -> int:
+        return int(self.num_patches * (1 - self.mask_ratio))
+
+    def decoder(self) -> ViTConfig:
+        """The shape of the decoder's blocks."""
+        return replace(
+            self,
+            hidden_size=self.decoder_hidden_size,
+            num_hidden_layers=self.decoder_num_hidden_layers,
+            num_attention_heads=self.decoder_num_attention_heads,
+            intermediate_size=self.decoder_intermediate_size,
+            drop_path_rate=0.0,
+        )
+
+
+class ViTMAEDecoder(Positioned):
+    """The encoded visible patches, and a mask token for each hidden one, to the pixels of every patch."""
+
+    def __init__(self, config: ViTMAEConfig) -> None:
+        super().__init__()
+        width = config.decoder_hidden_size
+        self.grid = config.grid
+        self.decoder_embed = nn.Linear(config.hidden_size, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.make_positions("decoder_pos_embed", config.position_embeddings, width, config.grid)
+        self.transformer = ViTEncoder(config.decoder())
+        self.decoder_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.decoder_pred = nn.Linear(width, config.patch_values)
+
+    def forward(self, latent: Tensor, ids_restore: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """`latent`: [n, 1 + visible, width]; `ids_restore`: [n, patches]. Gives [n, patches, patch_values]."""
+        x = self.decoder_embed(latent)
+        cls, visible = x[:, :1], x[:, 1:]
+        n, patches = ids_restore.shape
+        hidden = self.mask_token.to(x.dtype).expand(n, patches - visible.shape[1], -1)
+        shuffled = torch.cat([visible, hidden], dim=1)
+        restored = torch.gather(shuffled, 1, ids_restore[..., None].expand(-1, -1, x.shape[-1]))
+        x = torch.cat([cls, restored], dim=1) + self._positions(patches, interpolate_pos_encoding).to(x.dtype)
+        x = self.transformer(x).last_hidden_state
+        return self.decoder_pred(self.decoder_norm(x)[:, 1:])
+
+    def _positions(self, patches: int, interpolate: bool) -> Tensor:
+        positions = self.decoder_pos_embed
+        if not interpolate:
+            return positions
+        # transformers stretches the row of all patches here, not the grid; folders must agree with it.
+        return interpolate_positions(positions, (1, self.grid[0] * self.grid[1]), (1, patches))
+
+
+class ViTMAEForPreTraining(ViTPreTrainedModel):
+    """The masked autoencoder and its loss."""
+
+    config_class = ViTMAEConfig
+    config: ViTMAEConfig
+
+    def __init__(self, config: ViTMAEConfig) -> None:
+        super().__init__(config)
+        self.vit = ViTModel(config, add_pooling_layer=False)
+        self.decoder = ViTMAEDecoder(config)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        noise: Tensor | None = None,
+        sample_key: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **options: Any,
+    ) -> MAEOutput:
+        """`pixel_values`: [n, channels, height, width]; `noise`: [n, patches], whose largest are hidden, drawn
+        from `sample_key` (int64 [n]) where it is not given, and from torch's generator in evaluation
+        without both; `options`: output_attentions, output_hidden_states, of the encoder."""
+        target = self.patchify(pixel_values.float())
+        noise = self._noise(target, noise, sample_key)
+        ids_keep, mask, ids_restore = random_masking(noise, self.config.mask_ratio)
+
+        options["interpolate_pos_encoding"] = interpolate_pos_encoding
+        encoded = self.vit(pixel_values, ids_keep=ids_keep, sample_key=sample_key, **options)
+        logits = self.decoder(encoded.last_hidden_state, ids_restore, interpolate_pos_encoding)
+
+        if self.config.norm_pix_loss:
+            mean, scale = _patch_statistics(target)
+            target = (target - mean) / scale
+        error = ((logits.float() - target) ** 2).mean(dim=-1)  # [n, patches]
+        loss = (error * mask).sum() / mask.sum()
+
+        return MAEOutput(
+            loss=loss,
+            logits=logits,
+            mask=mask,
+            ids_restore=ids_restore,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            metrics={},
+        )
+
+    def _noise(self, target: Tensor, noise: Tensor | None, sample_key: Tensor | None) -> Tensor:
+        n, patches = target.shape[:2]
+        if noise is not None:
+            return noise
+        if sample_key is not None:
+            return mask_noise(sample_key, patches)
+        if self.training:
+            raise DataError(f"{type(self).__name__} needs sample_key (int64, one a sample) or noise to train")
+        return torch.rand(n, patches, device=target.device)
+
+    def patchify(self, pixel_values: Tensor) -> Tensor:
+        """[n, channels, height, width] to [n, patches, patch_values]: pixel by pixel, channels last."""
+        n, channels, height, width = pixel_values.shape
+        p, q = pair(self.config.patch_size)
+        x = pixel_values.reshape(n, channels, height // p, p, width // q, q)
+        return x.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, p * q * channels)  # nchpwq -> nhwpqc
+
+    def unpatchify(self, patches: Tensor, image_size: tuple[int, int] | None = None) -> Tensor:
+        """The way back; `image_size`: (height, width), the config's where not given."""
+        (height, width), (p, q) = image_size or pair(self.config.image_size), pair(self.config.patch_size)
+        x = patches.reshape(len(patches), height // p, width // q, p, q, self.config.num_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, height, width)  # nhwpqc -> nchpwq
+
+    @torch.no_grad()
+    def reconstruct(self, pixel_values: Tensor, output: MAEOutput) -> Tensor:
+        """The images with what was hidden as predicted: float32 [n, channels, height, width].
+
+        With norm_pix_loss a prediction has no brightness or contrast of its own: it takes the true patch's.
+        """
+        patches, predicted = self.patchify(pixel_values.float()), output.logits.float()
+        if self.config.norm_pix_loss:
+            mean, scale = _patch_statistics(patches)
+            predicted = predicted * scale + mean
+        patches = torch.where(output.mask[..., None] > 0, predicted, patches)
+        return self.unpatchify(patches, tuple(pixel_values.shape[2:]))
+
+    def forward_flops(self) -> int:
+        config, decoder = self.config, self.config.decoder()
+        embed = flops.linear(1 + config.visible_patches, config.hidden_size, decoder.hidden_size)
+        predict = flops.linear(config.num_patches, decoder.hidden_size, config.patch_values)
+        return (
+            flops.encoder(config, config.visible_patches)
+            + embed
+            + flops.blocks(decoder, 1 + config.num_patches)
+            + predict
+        )
+
+
+def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (unbiased) standard deviation of each patch: [n, patches, 1] each."""
+    return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()

@@ -1,0 +1,63 @@
+"""SimMIM and classification on one encoder, in one forward of the masked image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from vitscale.errors import ConfigError, DataError
+from vitscale.models import flops
+from vitscale.models.configuration import ViTConfig
+from vitscale.models.losses import label_cross_entropy, label_metrics, masked_l1
+from vitscale.models.outputs import MultitaskOutput
+from vitscale.models.simmim import MaskedImageModel
+
+
+class ViTForMultitaskPreTraining(MaskedImageModel):
+    """loss = mim_weight * L1 on what is hidden + classification_weight * cross-entropy from the class token."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__(config)
+        if config.num_labels < 1:
+            raise ConfigError(f"num_labels={config.num_labels}: {type(self).__name__} needs at least 1")
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        sample_key: Tensor | None = None,
+        **options: Any,
+    ) -> MultitaskOutput:
+        """`pixel_values`: [n, channels, height, width]; `labels`: int64 [n], -1 where a sample has none;
+        `bool_masked_pos`, `sample_key`, `options`: see ViTForMaskedImageModeling."""
+        if self.training and labels is None:
+            raise DataError(f"{type(self).__name__} needs labels to train: int64, one a sample, -1 where there is none")
+        bool_masked_pos = self.hidden(pixel_values, bool_masked_pos, sample_key)
+        encoded = self.vit(pixel_values, bool_masked_pos, sample_key=sample_key, **options)
+        reconstruction = self.decoder(encoded.last_hidden_state, self.grid(pixel_values))
+        logits = self.classifier(encoded.last_hidden_state[:, 0])
+
+        config, losses, metrics = self.config, [], {}
+        if bool_masked_pos is not None:
+            mim_loss = masked_l1(pixel_values, reconstruction, bool_masked_pos, config.encoder_stride)
+            losses.append(config.mim_weight * mim_loss)
+            metrics["mim_loss"] = mim_loss.detach()
+        if labels is not None:
+            classification_loss = label_cross_entropy(logits, labels, config.label_smoothing)
+            losses.append(config.classification_weight * classification_loss)
+            metrics |= {"classification_loss": classification_loss.detach(), **label_metrics(logits, labels)}
+        return MultitaskOutput(
+            loss=sum(losses) if losses else None,
+            reconstruction=reconstruction,
+            logits=logits,
+            bool_masked_pos=bool_masked_pos,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            metrics=metrics,
+        )
+
+    def forward_flops(self) -> int:
+        return super().forward_flops() + flops.linear(1, self.config.hidden_size, self.config.num_labels)

@@ -1,0 +1,90 @@
+"""SimMIM (Xie et al. 2022, arXiv 2111.09886): hide random cells, predict their pixels from all tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from vitscale.config.check import pair
+from vitscale.errors import ConfigError, DataError
+from vitscale.models import flops
+from vitscale.models.configuration import ViTConfig
+from vitscale.models.losses import masked_l1
+from vitscale.models.masking import cell_masking
+from vitscale.models.outputs import MaskedImageModelingOutput
+from vitscale.models.vit import ViTModel, ViTPreTrainedModel
+
+
+class SimMIMDecoder(nn.Sequential):
+    """Each patch token to the pixels of its patch: a 1x1 convolution and a shuffle."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        stride = config.encoder_stride
+        if config.patch_size != stride:
+            raise ConfigError(
+                f"encoder_stride={stride}: must be the (square) patch_size={config.patch_size} for SimMIM's decoder"
+            )
+        super().__init__(nn.Conv2d(config.hidden_size, config.patch_values, kernel_size=1), nn.PixelShuffle(stride))
+
+    def forward(self, last_hidden_state: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[n, 1 + rows * columns, width] to [n, channels, height, width]; `grid`: (rows, columns)."""
+        return super().forward(last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, grid))
+
+
+class MaskedImageModel(ViTPreTrainedModel):
+    """An encoder with a mask token and SimMIM's decoder: what both models that hide cells have."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__(config)
+        self.vit = ViTModel(config, add_pooling_layer=False, use_mask_token=True)
+        self.decoder = SimMIMDecoder(config)
+
+    def hidden(self, pixel_values: Tensor, bool_masked_pos: Tensor | None, sample_key: Tensor | None) -> Tensor | None:
+        """bool [n, patches]: as given, or drawn from the samples' keys; without both, nothing is hidden in
+        evaluation (as in transformers), and training is refused."""
+        if bool_masked_pos is not None:
+            return bool_masked_pos.bool()
+        if sample_key is not None:
+            return cell_masking(sample_key, self.grid(pixel_values), self.config.mask_patch, self.config.mask_ratio)
+        if self.training:
+            raise DataError(f"{type(self).__name__} needs sample_key (int64, one a sample) or bool_masked_pos to train")
+        return None
+
+    def grid(self, pixel_values: Tensor) -> tuple[int, int]:
+        """Patches along (height, width) of these images."""
+        (height, width), (patch_height, patch_width) = pixel_values.shape[2:], pair(self.config.patch_size)
+        return height // patch_height, width // patch_width
+
+    def forward_flops(self) -> int:
+        config = self.config
+        return flops.encoder(config) + flops.linear(config.num_patches, config.hidden_size, config.patch_values)
+
+
+class ViTForMaskedImageModeling(MaskedImageModel):
+    """SimMIM: mask tokens, a linear decoder, L1 on what is hidden."""
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        sample_key: Tensor | None = None,
+        **options: Any,
+    ) -> MaskedImageModelingOutput:
+        """`pixel_values`: [n, channels, height, width]; `bool_masked_pos`: [n, patches], 1 where hidden;
+        `sample_key`: int64 [n], draws the mask where none is given, and drop path; `options`:
+        interpolate_pos_encoding, output_attentions, output_hidden_states."""
+        bool_masked_pos = self.hidden(pixel_values, bool_masked_pos, sample_key)
+        encoded = self.vit(pixel_values, bool_masked_pos, sample_key=sample_key, **options)
+        reconstruction = self.decoder(encoded.last_hidden_state, self.grid(pixel_values))
+        loss = None
+        if bool_masked_pos is not None:
+            loss = masked_l1(pixel_values, reconstruction, bool_masked_pos, self.config.encoder_stride)
+        return MaskedImageModelingOutput(
+            loss=loss,
+            reconstruction=reconstruction,
+            bool_masked_pos=bool_masked_pos,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            metrics={},
+        )
