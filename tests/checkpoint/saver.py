@@ -1,6 +1,7 @@
-"""A process that saves checkpoints, for tests that end or starve it: python saver.py ROOT STEP KEEP [POINT|limit=BYTES].
+"""A process that saves a checkpoint, for tests that end or starve it.
 
-Two ranks as threads. With POINT it kills itself by SIGKILL when the save of STEP gets there.
+python -m tests.checkpoint.saver ROOT STEP KEEP [POINT | limit=BYTES]: two ranks as threads. With POINT it kills
+itself by SIGKILL when the save gets there; with a limit no file may grow beyond it.
 """
 
 from __future__ import annotations
@@ -11,12 +12,9 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-
-from conftest import run_ranks  # noqa: E402
-from test_store import save  # noqa: E402
-
-from vitscale.checkpoint import store  # noqa: E402
+from tests.checkpoint.ranks import run_ranks
+from tests.checkpoint.test_store import save
+from vitscale.checkpoint import store
 
 
 def main(root: str, step: str, keep: str, fault: str = "") -> None:

@@ -8,17 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import run_ranks
-from test_store import assert_holds, save
 
+from tests.checkpoint.ranks import run_ranks
+from tests.checkpoint.test_store import assert_holds, save
 from vitscale.checkpoint.store import POINTS, SoleRank, open_newest
 
 RENAMED = POINTS.index("renamed")
 
 
 def saver(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(Path(__file__).with_name("saver.py")), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    command = [sys.executable, "-m", "tests.checkpoint.saver", *map(str, arguments)]
+    root = Path(__file__).parents[2]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.mark.parametrize("point", POINTS)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +25,7 @@ def divided_tensors(draw):
         array = (np.arange(prod(shape)) * 7 % 251).astype(draw(st.sampled_from(DTYPES))).reshape(shape)
         tensors.append((f"layer.{number}/weight@x", array))
         cuts = sorted({0, array.size, *draw(st.lists(st.integers(0, array.size), max_size=5))})
-        runs = list(zip(cuts, cuts[1:], strict=False)) or [(0, 0)]
+        runs = list(pairwise(cuts)) or [(0, 0)]
         for first, last in runs:
             piece = Piece("param", tensors[-1][0], shape, first, array.reshape(-1)[first:last])
             files[draw(st.integers(0, len(files) - 1))].append(piece)

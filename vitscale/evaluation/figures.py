@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitscale.config.check import pair
-from vitscale.models.outputs import MAEOutput
+from vitscale.models.mae import ViTMAEForPreTraining
+from vitscale.models.vit import ViTPreTrainedModel
 
 LOSS, RATE, QUIET = "#1f5fa8", "#b4551e", "#6b6b6b"
 HIDDEN = 0.5  # grey of a hidden patch
@@ -58,7 +59,7 @@ class Reconstructions:
 
 @torch.inference_mode()
 def reconstruct(
-    model: nn.Module, pixel_values: Tensor, sample_key: Tensor, mean: Sequence[float], std: Sequence[float]
+    model: ViTPreTrainedModel, pixel_values: Tensor, sample_key: Tensor, mean: Sequence[float], std: Sequence[float]
 ) -> Reconstructions:
     """What an MAE, SimMIM or multitask model fills into the patches that `sample_key` hides.
 
@@ -66,24 +67,27 @@ def reconstruct(
     """
     model.eval()
     output = model(pixel_values=pixel_values, sample_key=sample_key)
-    patch = pair(model.config.patch_size)
-    note = ""
-    if isinstance(output, MAEOutput):
-        patches, hidden = output.logits.float(), output.mask
+    original, note = pixel_values.float(), ""
+    if isinstance(model, ViTMAEForPreTraining):
+        hidden, filled = output.mask > 0, model.reconstruct(pixel_values, output)
         if model.config.norm_pix_loss:
-            own = _to_patches(pixel_values.float(), patch)
-            # the model was asked for patches standardized by their own mean and variance (MAE's formula)
-            patches = patches * (own.var(dim=-1, keepdim=True) + 1e-6).sqrt() + own.mean(dim=-1, keepdim=True)
-            note = "hidden patches rescaled by their own true mean and variance (norm_pix_loss)"
-        filled = _to_images(patches, patch, tuple(pixel_values.shape))
+            note = "hidden patches take the true patch's mean and contrast (norm_pix_loss)"
     else:
-        filled, hidden = output.reconstruction.float(), output.bool_masked_pos
-    per_pixel = hidden.float()[..., None].expand(-1, -1, patch[0] * patch[1])
-    where = _to_images(per_pixel, patch, (len(hidden), 1, *pixel_values.shape[2:])) > 0.5
-    scale, shift = (torch.tensor(values, device=filled.device).view(1, -1, 1, 1) for values in (std, mean))
-    original, filled = ((x.float() * scale + shift).clamp(0, 1) for x in (pixel_values, filled))
-    panels = (original, torch.where(where, HIDDEN, original), torch.where(where, filled, original))
-    return Reconstructions(*(x.permute(0, 2, 3, 1).cpu().numpy() for x in panels), note)
+        hidden, filled = output.bool_masked_pos, output.reconstruction.float()
+    (rows, columns), (height, width) = model.config.grid, pair(model.config.patch_size)
+    where = hidden.view(-1, 1, rows, columns).repeat_interleave(height, 2).repeat_interleave(width, 3)
+    scale, shift = (torch.tensor(values, device=original.device).view(1, -1, 1, 1) for values in (std, mean))
+    original, filled = ((images * scale + shift).clamp(0, 1) for images in (original, filled))
+    return Reconstructions(
+        original=_channels_last(original),
+        masked=_channels_last(original.masked_fill(where, HIDDEN)),
+        reconstruction=_channels_last(torch.where(where, filled, original)),
+        note=note,
+    )
+
+
+def _channels_last(images: Tensor) -> np.ndarray:
+    return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def draw_reconstructions(panels: Reconstructions, path: Path, title: str = "") -> None:
@@ -120,17 +124,3 @@ def _channel_note(images: np.ndarray) -> str:
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, metadata={"Software": None})  # the same bytes from the same rows
-
-
-def _to_patches(images: Tensor, patch: tuple[int, int]) -> Tensor:
-    """[n, c, h, w] -> [n, patches, patch pixels * c], channel last within a patch, as MAE's targets."""
-    n, c, h, w = images.shape
-    cut = images.view(n, c, h // patch[0], patch[0], w // patch[1], patch[1])
-    return cut.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, patch[0] * patch[1] * c)
-
-
-def _to_images(patches: Tensor, patch: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
-    """The reverse of _to_patches; `shape`: [n, c, h, w] of the images."""
-    n, c, h, w = shape
-    cut = patches.reshape(n, h // patch[0], w // patch[1], patch[0], patch[1], c)
-    return cut.permute(0, 5, 1, 3, 2, 4).reshape(n, c, h, w)

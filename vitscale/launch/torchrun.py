@@ -139,7 +139,7 @@ def supervise(arguments: Sequence[str], layout: Layout, folder: RunFolder) -> in
 
     TERM or INT makes the stop file, so that a run has the time it needs to save (torchrun gives its
     ranks 30 s); a second one goes to torchrun. For that, torchrun lives in a session of its own,
-    where neither Ctrl-C nor Slurm reaches it too, and is told when this process dies.
+    where Ctrl-C does not reach it too, and is told when this process dies.
     """
     asked = False
     process: subprocess.Popen[bytes] | None = None
@@ -159,6 +159,8 @@ def supervise(arguments: Sequence[str], layout: Layout, folder: RunFolder) -> in
         layout.command(arguments), env=layout.environment(), start_new_session=True, preexec_fn=_die_with_parent
     )
     code = process.wait()
+    if asked:
+        folder.stop.unlink(missing_ok=True)  # honoured, or too late to be
     if layout.ranks == 1:
         return code if code >= 0 else FAILED  # below 0: a signal's
     said = folder.read_exit()

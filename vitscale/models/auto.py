@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+from dataclasses import fields
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,35 +27,34 @@ OBJECTIVES: dict[str, type[ViTPreTrainedModel]] = {
     "multitask": ViTForMultitaskPreTraining,
 }
 CLASSES: dict[str, type[ViTPreTrainedModel]] = {
-    model_class.__name__: model_class for model_class in (ViTModel, *OBJECTIVES.values())
+    "ViTModel": ViTModel,
+    **{model_class.__name__: model_class for model_class in OBJECTIVES.values()},
 }
-# The keys that a run's `model` section and ViTConfig share by name.
-_SHARED = (
-    "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act hidden_dropout_prob "
-    "attention_probs_dropout_prob drop_path_rate initializer_range layer_norm_eps image_size patch_size "
-    "num_channels qkv_bias"
-).split()
 
 
 def vit_config(config: RunConfig) -> ViTConfig:
     """The ViTConfig of a run: its `model` section and its objective's keys."""
     model, objective = config.model, config.objective
-    keys = {name: getattr(model, name) for name in _SHARED}
+    keys = _values(model, {item.name for item in fields(ViTConfig)} - {"num_labels", "position_embeddings"})
+    if model.position_embeddings != "auto":  # else the config class knows
+        keys["position_embeddings"] = model.position_embeddings
     if objective.name == "mae":
-        mae = {name: getattr(objective.mae, name) for name in objective.mae.__dataclass_fields__}
-        positions = "sincos" if model.position_embeddings == "auto" else model.position_embeddings
-        return ViTMAEConfig(**keys, **mae, position_embeddings=positions)
-    keys["position_embeddings"] = "learned" if model.position_embeddings == "auto" else model.position_embeddings
+        return ViTMAEConfig(**keys, **_values(objective.mae))
     if objective.needs_labels:
-        keys |= {"num_labels": model.num_labels, "label_smoothing": objective.classification.label_smoothing}
+        keys |= {"num_labels": model.num_labels, **_values(objective.classification)}
     if objective.name in ("simmim", "multitask"):
         if not isinstance(model.patch_size, int):
-            raise ConfigError(f"model.patch_size={model.patch_size}: must be a square for objective.name=simmim")
-        keys |= {"mask_ratio": objective.simmim.mask_ratio, "mask_patch": objective.simmim.mask_patch}
-        keys["encoder_stride"] = model.patch_size
+            raise ConfigError(f"model.patch_size={model.patch_size}: must be a square for objective.name={objective.name}")
+        keys |= {"encoder_stride": model.patch_size, **_values(objective.simmim)}
     if objective.name == "multitask":
-        keys |= {name: getattr(objective.multitask, name) for name in ("mim_weight", "classification_weight")}
+        keys |= _values(objective.multitask)
     return ViTConfig(**keys)
+
+
+def _values(section: Any, names: Container[str] | None = None) -> dict[str, Any]:
+    """The keys of a config section (those of `names`) and their values."""
+    own = [item.name for item in fields(section) if names is None or item.name in names]
+    return {name: getattr(section, name) for name in own}
 
 
 def build_model(config: RunConfig) -> ViTPreTrainedModel:

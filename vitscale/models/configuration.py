@@ -11,10 +11,8 @@ from vitscale.errors import ConfigError
 Size = int | tuple[int, int]
 
 # What transformers writes beside a model's own keys; none of it changes what a ViT computes.
-GENERIC_KEYS = frozenset(
-    "model_type architectures dtype torch_dtype transformers_version vitscale_version label2id return_dict "
-    "output_attentions output_hidden_states use_cache finetuning_task attn_implementation".split()
-)
+GENERIC_KEYS = {"model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "vitscale_version"}
+GENERIC_KEYS |= {"label2id", "return_dict", "output_attentions", "output_hidden_states", "use_cache"}
 
 
 @dataclass(kw_only=True)

@@ -61,6 +61,8 @@ class ViTMAEConfig(ViTConfig):
 class ViTMAEDecoder(Positioned):
     """The encoded visible patches, and a mask token for each hidden one, to the pixels of every patch."""
 
+    decoder_pos_embed: Tensor  # [1, 1 + patches, decoder width]
+
     def __init__(self, config: ViTMAEConfig) -> None:
         super().__init__()
         width = config.decoder_hidden_size
@@ -172,7 +174,8 @@ class ViTMAEForPreTraining(ViTPreTrainedModel):
             mean, scale = _patch_statistics(patches)
             predicted = predicted * scale + mean
         patches = torch.where(output.mask[..., None] > 0, predicted, patches)
-        return self.unpatchify(patches, tuple(pixel_values.shape[2:]))
+        height, width = pixel_values.shape[2:]
+        return self.unpatchify(patches, (height, width))
 
     def forward_flops(self) -> int:
         config, decoder = self.config, self.config.decoder()

@@ -34,9 +34,13 @@ def interpolate_positions(positions: Tensor, grid: tuple[int, int], new_grid: tu
 class Positioned(nn.Module):
     """A module that owns position embeddings: a parameter, or a table that is no part of its state.
 
-    The table is recomputed rather than saved, by `fill_positions`, wherever a module's memory is
-    newly made (initialization, loading).
+    The table is recomputed rather than saved, by `fill_fixed_positions`, wherever a module's memory
+    is newly made (initialization, loading).
     """
+
+    positions_name: str
+    positions_width: int
+    positions_grid: tuple[int, int]
 
     def make_positions(self, name: str, kind: str, width: int, grid: tuple[int, int]) -> None:
         """Register `name` as [1, 1 + rows * columns, width]; `kind` is "learned" or "sincos"."""
@@ -46,16 +50,23 @@ class Positioned(nn.Module):
         else:
             self.register_buffer(name, sincos_table(width, grid), persistent=False)
 
-    @torch.no_grad()
-    def fill_positions(self) -> None:
-        """Compute the fixed table anew; learned positions stay as they are."""
-        if self.positions_name in self._buffers:
-            table = getattr(self, self.positions_name)
-            table.copy_(sincos_table(self.positions_width, self.positions_grid))
+    def fixed_table(self) -> Tensor | None:
+        """The table computed anew, on the CPU; None where positions are learned."""
+        if self.positions_name in self._parameters:
+            return None
+        return sincos_table(self.positions_width, self.positions_grid)
 
 
+def fixed_positions(model: nn.Module) -> dict[str, Tensor]:
+    """Every fixed table of `model` by its buffer's name, computed anew on the CPU."""
+    owners = {prefix: module for prefix, module in model.named_modules() if isinstance(module, Positioned)}
+    tables = {f"{prefix}.{module.positions_name}": module.fixed_table() for prefix, module in owners.items()}
+    return {name: table for name, table in tables.items() if table is not None}
+
+
+@torch.no_grad()
 def fill_fixed_positions(model: nn.Module) -> None:
-    """Compute every fixed table of `model` anew."""
-    for module in model.modules():
-        if isinstance(module, Positioned):
-            module.fill_positions()
+    """Put every fixed table into its buffer."""
+    buffers = dict(model.named_buffers())
+    for name, table in fixed_positions(model).items():
+        buffers[name].copy_(table)

@@ -7,29 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitscale.config.check import pair
-from vitscale.errors import ConfigError, DataError
+from vitscale.errors import DataError
 from vitscale.models import flops
-from vitscale.models.configuration import ViTConfig
+from vitscale.models.configuration import ViTConfig, refuse
 from vitscale.models.losses import masked_l1
 from vitscale.models.masking import cell_masking
 from vitscale.models.outputs import MaskedImageModelingOutput
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
-
-
-class SimMIMDecoder(nn.Sequential):
-    """Each patch token to the pixels of its patch: a 1x1 convolution and a shuffle."""
-
-    def __init__(self, config: ViTConfig) -> None:
-        stride = config.encoder_stride
-        if config.patch_size != stride:
-            raise ConfigError(
-                f"encoder_stride={stride}: must be the (square) patch_size={config.patch_size} for SimMIM's decoder"
-            )
-        super().__init__(nn.Conv2d(config.hidden_size, config.patch_values, kernel_size=1), nn.PixelShuffle(stride))
-
-    def forward(self, last_hidden_state: Tensor, grid: tuple[int, int]) -> Tensor:
-        """[n, 1 + rows * columns, width] to [n, channels, height, width]; `grid`: (rows, columns)."""
-        return super().forward(last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, grid))
 
 
 class MaskedImageModel(ViTPreTrainedModel):
@@ -38,7 +22,12 @@ class MaskedImageModel(ViTPreTrainedModel):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__(config)
         self.vit = ViTModel(config, add_pooling_layer=False, use_mask_token=True)
-        self.decoder = SimMIMDecoder(config)
+        if config.patch_size != config.encoder_stride:
+            refuse("encoder_stride", config.encoder_stride, f"the (square) patch_size={config.patch_size}")
+        self.decoder = nn.Sequential(
+            nn.Conv2d(config.hidden_size, config.patch_values, kernel_size=1),
+            nn.PixelShuffle(config.encoder_stride),
+        )
 
     def hidden(self, pixel_values: Tensor, bool_masked_pos: Tensor | None, sample_key: Tensor | None) -> Tensor | None:
         """bool [n, patches]: as given, or drawn from the samples' keys; without both, nothing is hidden in
@@ -50,6 +39,10 @@ class MaskedImageModel(ViTPreTrainedModel):
         if self.training:
             raise DataError(f"{type(self).__name__} needs sample_key (int64, one a sample) or bool_masked_pos to train")
         return None
+
+    def reconstruct(self, last_hidden_state: Tensor, pixel_values: Tensor) -> Tensor:
+        """Each patch token to the pixels of its patch: [n, channels, height, width]."""
+        return self.decoder(last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, self.grid(pixel_values)))
 
     def grid(self, pixel_values: Tensor) -> tuple[int, int]:
         """Patches along (height, width) of these images."""
@@ -76,7 +69,7 @@ class ViTForMaskedImageModeling(MaskedImageModel):
         interpolate_pos_encoding, output_attentions, output_hidden_states."""
         bool_masked_pos = self.hidden(pixel_values, bool_masked_pos, sample_key)
         encoded = self.vit(pixel_values, bool_masked_pos, sample_key=sample_key, **options)
-        reconstruction = self.decoder(encoded.last_hidden_state, self.grid(pixel_values))
+        reconstruction = self.reconstruct(encoded.last_hidden_state, pixel_values)
         loss = None
         if bool_masked_pos is not None:
             loss = masked_l1(pixel_values, reconstruction, bool_masked_pos, self.config.encoder_stride)

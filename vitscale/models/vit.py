@@ -63,6 +63,8 @@ class ViTPatchEmbeddings(nn.Module):
 class ViTEmbeddings(Positioned):
     """Patch tokens + positions, with the class token in front; some of them hidden if asked."""
 
+    position_embeddings: Tensor  # [1, tokens, width]
+
     def __init__(self, config: ViTConfig, use_mask_token: bool = False) -> None:
         super().__init__()
         width = config.hidden_size
@@ -255,7 +257,8 @@ class ViTPreTrainedModel(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         if not isinstance(config, self.config_class):
-            raise ConfigError(f"{type(self).__name__} needs a {self.config_class.__name__}, not {type(config).__name__}")
+            wanted = self.config_class.__name__
+            raise ConfigError(f"{type(self).__name__} needs a {wanted}, not a {type(config).__name__}")
         self.config = config
 
     def blocks(self) -> list[nn.Module]:

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from vitscale.errors import LaunchError
+from vitscale.run_folder import RunFolder, write_atomically
+
+
+def _hold(path: Path) -> None:
+    with RunFolder(path).held():
+        (path / "holding").touch()
+        time.sleep(60)
+
+
+def test_second_run_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
+    holder = multiprocessing.get_context("spawn").Process(target=_hold, args=(tmp_path,))
+    holder.start()
+    while not (tmp_path / "holding").exists():
+        assert holder.is_alive()
+        time.sleep(0.01)
+    with pytest.raises(LaunchError, match=rf"process {holder.pid} on .*vitscale stop"), RunFolder(tmp_path).held():
+        pass
+    with pytest.raises(LaunchError), RunFolder(tmp_path).held(shared=True):
+        pass
+    assert holder.pid is not None
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    with RunFolder(tmp_path).held():
+        pass
+
+
+def test_launchers_look_at_the_same_time(tmp_path: Path) -> None:
+    with RunFolder(tmp_path).held(shared=True), RunFolder(tmp_path).held(shared=True):
+        pass
+
+
+def test_the_first_to_say_why_is_heard(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.read_exit() is None
+    assert folder.write_exit(2, 7, "a cut shard")
+    assert not folder.write_exit(1, None, "connection closed by peer")
+    assert folder.read_exit() == {"code": 2, "step": 7, "reason": "a cut shard"}
+    folder.clear_exit()
+    assert folder.read_exit() is None
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_write_atomically_leaves_one_file(tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        write_atomically(tmp_path / "folder" / "file", text)
+    assert (tmp_path / "folder" / "file").read_text() == "two"
+    assert len(list((tmp_path / "folder").iterdir())) == 1

@@ -1,0 +1,103 @@
+"""A file of JSON lines that grows by whole lines: the record of a run, and the spool that MLflow is fed from.
+
+Floats are written with all their digits. JSON has no NaN and no infinities: such a float is written as
+the text "NaN", "Infinity" or "-Infinity", which float() reads back (see `as_number`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vitscale.errors import DataError
+
+NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+
+
+class JsonlFile:
+    """Rows (dicts) as lines of one file. One process writes; others may read at any time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one row as one line, handed to the kernel on return: it outlives this process's SIGKILL."""
+        line = json.dumps(_written(row), allow_nan=False, ensure_ascii=False) + "\n"
+        with open(self.path, "ab", buffering=0) as stream:
+            stream.write(line.encode())
+
+    def sync(self) -> None:
+        """Hand the rows to the disk: call before a checkpoint that must not know more than they do."""
+        if self.path.exists():
+            with open(self.path, "rb") as stream:
+                os.fsync(stream.fileno())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows; none where there is no file. A torn last line is no row; DataError on any other that is none."""
+        rows = []
+        for number, line in enumerate(_lines(self.path), start=1):
+            row = parse_row(line)
+            if row is not None:
+                rows.append(row)
+            elif line.endswith(b"\n"):
+                raise DataError(f"{self.path}:{number}: is no JSON object; remove the line, or resume the run, which does")
+        return rows
+
+    def cut_back(self, step: int) -> None:
+        """Drop rows with a `step` above this one and lines that are no rows, in one atomic replacement."""
+        kept = self.path.with_name(f".{self.path.name}.kept")
+        dropped = False
+        if not self.path.exists():
+            return
+        with open(kept, "wb") as stream:
+            for line in _lines(self.path):
+                row = parse_row(line)
+                if row is None or not line.endswith(b"\n") or row.get("step", step) > step:
+                    dropped = True
+                else:
+                    stream.write(line)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if dropped:
+            os.replace(kept, self.path)
+        else:
+            kept.unlink()
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """The row that a line holds, or None."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # JSONDecodeError, UnicodeDecodeError
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def as_number(value: Any) -> float | None:
+    """A row's value as a float, NaN and infinities included, or None where it is no number."""
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) or value in NOT_FINITE):
+        return None
+    return float(value)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with open(path, "rb") as stream:
+            yield from stream
+    except FileNotFoundError:
+        return
+
+
+def _written(value: Any) -> Any:
+    """`value` with floats that JSON lacks as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {name: _written(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_written(item) for item in value]
+    return value

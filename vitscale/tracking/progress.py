@@ -1,0 +1,66 @@
+"""One line on the terminal: step, loss, lr, images/s, time left."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from typing import Any, TextIO
+
+from vitscale.tracking.jsonl import as_number
+
+
+class Progress:
+    """Shows rows of metrics.jsonl: rewritten in place on a terminal, a line each where stderr is a file."""
+
+    def __init__(self, total_steps: int, global_batch: int, stream: TextIO | None = None) -> None:
+        self._total, self._batch = total_steps, global_batch
+        self._stream = stream or sys.stderr
+        self._in_place = self._stream.isatty()
+        self._shown = False
+
+    def show(self, row: dict[str, Any]) -> None:
+        """A row with `step`, `loss`, `lr` and `images_per_second`."""
+        speed = as_number(row.get("images_per_second")) or 0.0
+        left = (self._total - row["step"]) * self._batch / speed if speed > 0 else None
+        text = (f"step {row['step']}/{self._total}  loss {_number(row.get('loss'), '.4f')}  "
+                f"lr {_number(row.get('lr'), '.2e')}  {speed:,.0f} images/s  {duration(left)} left")
+        if self._in_place:
+            text = text[: max(shutil.get_terminal_size().columns - 1, 20)]
+            self._write(f"\r{text}\x1b[K")
+            self._shown = True
+        else:
+            self._write(f"{text}\n")
+
+    def say(self, text: str) -> None:
+        """Another line, without tearing the one that is shown."""
+        self.close()
+        self._write(f"{text}\n")
+
+    def close(self) -> None:
+        """Leave the shown line as it is and go below it."""
+        if self._shown:
+            self._write("\n")
+            self._shown = False
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as people say them: 42s, 7m05s, 3h20m, 2d04h."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def _number(value: Any, style: str) -> str:
+    number = as_number(value)
+    return "?" if number is None else format(number, style)
