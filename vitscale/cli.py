@@ -101,7 +101,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     return main(arguments.rest)
 
 
-def _config(arguments: argparse.Namespace):  # noqa: ANN202 - RunConfig, imported late
+def _config(arguments: argparse.Namespace):
     from vitscale.config.load import load_config
 
     return load_config(arguments.config, arguments.overrides)

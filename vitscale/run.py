@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from vitscale.augment.pipeline import Augment
 from vitscale.checkpoint.store import Checkpoint, SoleRank, open_checkpoint, open_newest, save_checkpoint
 from vitscale.config.check import check_config, pair
 from vitscale.config.load import dump_config, load_config
-from vitscale.config.schema import RunConfig, as_dict
+from vitscale.config.schema import RunConfig
 from vitscale.data.batch import Replacement
 from vitscale.data.crop import RandomCrop
 from vitscale.data.index import ShardIndex, open_index, require_labels
@@ -28,11 +27,10 @@ from vitscale.data.order import Order
 from vitscale.engine.backend import Backend, Engine, Inputs, load_weights
 from vitscale.engine.loop import LoopCalls, TrainState, train
 from vitscale.engine.preempt import StopRequest
-from vitscale.engine.ranks import ProcessRanks
 from vitscale.errors import CheckpointError, ConfigError, LaunchError, VitscaleError
 from vitscale.evaluation.figures import draw_curves
-from vitscale.interop.pretrained import save_model
-from vitscale.models.auto import build_model, initialize, take_weights
+from vitscale.interop.pretrained import save_run_model, start_from
+from vitscale.models.auto import build_model, initialize
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder, write_atomically
 from vitscale.tracking.jsonl import JsonlFile
 from vitscale.tracking.progress import Progress
@@ -145,8 +143,10 @@ class _Pretraining:
         if checkpoint is not None:
             return checkpoint, self._resumed(checkpoint, model)
         if config.model.init_from:
+            report = start_from(model, Path(config.model.init_from))
             self._say(f"start: weights of {config.model.init_from}")
-            take_weights(model, Path(config.model.init_from))
+            for what, names in (("new here", report.fresh), ("of it not used", report.unused)):
+                self._say(f"  {what}: {', '.join(names) or 'nothing'}")
         else:
             self._say("start: from scratch")
         return None, TrainState()
@@ -161,7 +161,7 @@ class _Pretraining:
                     "would be repeated or skipped; set it back, or start another run.name with model.init_from"
                 )
         if saved["total_steps"] != self.total_steps:
-            self._say(f"steps: {saved['total_steps']} before, {self.total_steps} now; the schedule follows the new total")
+            self._say(f"steps: {saved['total_steps']} before, {self.total_steps} now; lr follows the new total")
         load_weights(model, checkpoint)
         return TrainState(**{name: saved[name] for name in TrainState.__dataclass_fields__})
 
@@ -234,7 +234,10 @@ class _Pretraining:
         parameters = sum(p.numel() for p in model.parameters())
         self._say(f"run: {self.folder.path} (vitscale {__version__})")
         self._say(f"model: {type(model).__name__}, {parameters:,} parameters")
-        self._say(f"data: {self.index.total:,} samples in {len(self.index.names)} shards, {order.batches_per_epoch} steps an epoch")
+        self._say(
+            f"data: {self.index.total:,} samples in {len(self.index.names)} shards, "
+            f"{order.batches_per_epoch} steps an epoch"
+        )
         self._say(
             f"train: {self.total_steps} steps of {config.train.global_batch} images "
             f"({self.total_steps / order.batches_per_epoch:.1f} epochs), {world.world_size} rank(s) on {world.device}, "
@@ -323,8 +326,7 @@ def export(source: Path, out: Path | None = None) -> Path:
     if checkpoint is None or not folder.config.exists():
         raise CheckpointError(f"{source}: no run folder with a checkpoint, nor a checkpoint inside one")
     config = load_config(folder.config)
-    model = build_model(config)
-    load_weights(model, checkpoint)
+    state = {name: checkpoint.whole("param", name) for name in checkpoint.shapes("param")}
     out = out or folder.model
-    save_model(out, model, config)
+    save_run_model(out, config, state)
     return out

@@ -9,12 +9,12 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import braceexpand
 import numpy as np
@@ -23,6 +23,7 @@ from vitscale.config.schema import Source
 from vitscale.data.tar import scan_shard
 from vitscale.errors import DataError
 
+Result = TypeVar("Result")
 FORMAT = "vitscale-index-1"
 _MOST_SHARDS = 10_000_000
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
@@ -99,9 +100,6 @@ class _Row:
         if samples < 1 or size < 1 or not isinstance(row["name"], str):
             raise ValueError(f"bad row {row}")
         return _Row(str(folder / row["name"]), samples, size, row.get("sha256"), int(row.get("mtime_ns", 0)))
-
-    def fits(self, stat: os.stat_result) -> bool:
-        return self.bytes == stat.st_size and self.modified == stat.st_mtime_ns
 
 
 def open_index(sources: tuple[Source, ...], index_path: str | None, cache: Path) -> ShardIndex:
@@ -184,7 +182,7 @@ def _from_file(paths: list[str], index_path: Path) -> ShardIndex:
     whole = ShardIndex.load(index_path)
     place = {os.path.realpath(path): i for i, path in enumerate(whole.paths)}
     rows = []
-    for path, stat in zip(paths, _in_threads(_stat, paths, 16), strict=True):
+    for path, stat in zip(paths, _in_threads(_stat, paths), strict=True):
         i = place.get(os.path.realpath(path))
         if i is None:
             raise DataError(f"data.index={index_path}: has no row for {path}; make it again with `vitscale index`")
@@ -203,19 +201,23 @@ def _folder_rows(folder: Path, paths: list[str], cache: Path) -> dict[str, _Row]
     beside = folder / "index.json"
     elsewhere = cache / f"index-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}.json"
     known = _cached(elsewhere) | _cached(beside)
-    declared = _declared(folder)
+    rows: dict[str, _Row] = {}
+    for path, stat in zip(paths, _in_threads(_stat, paths), strict=True):
+        old = known.get(os.path.realpath(path))
+        if old and (old.bytes, old.modified) == (stat.st_size, stat.st_mtime_ns):
+            rows[path] = replace(old, path=path)
+    stale = [path for path in paths if path not in rows]
+    if stale:
+        declared = _declared(folder)
 
-    def row(path: str) -> _Row:
-        stat, old = _stat(path), known.get(os.path.realpath(path))
-        return old if old and old.fits(stat) else _scanned(path, old, declared=declared.get(os.path.basename(path)))
+        def scan(path: str) -> _Row:
+            return _scanned(path, known.get(os.path.realpath(path)), declared=declared.get(os.path.basename(path)))
 
-    found = dict(zip(paths, _in_threads(row, paths, 16), strict=True))
-    fresh = {os.path.realpath(path): found[path] for path in paths}
-    if any(known.get(path) != row for path, row in fresh.items()):
-        others = [row for path, row in known.items() if path not in fresh and os.path.exists(path)]
-        merged = _assemble(sorted([*fresh.values(), *others], key=lambda row: row.path))
-        _write_cache(merged, beside, elsewhere)
-    return {path: _Row(path, row.samples, row.bytes, row.sha256, row.modified) for path, row in found.items()}
+        rows |= dict(zip(stale, _in_threads(scan, stale), strict=True))
+        ours = {os.path.realpath(path) for path in paths}
+        others = [row for path, row in known.items() if path not in ours and os.path.exists(path)]
+        _write_cache(_assemble(sorted([*rows.values(), *others], key=lambda row: row.path)), beside, elsewhere)
+    return rows
 
 
 def _cached(path: Path) -> dict[str, _Row]:
@@ -283,7 +285,7 @@ def _stat(path: str) -> os.stat_result:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _in_threads(work: Any, paths: Sequence[str], threads: int) -> list[Any]:
+def _in_threads(work: Callable[[str], Result], paths: Sequence[str], threads: int = 16) -> list[Result]:
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(work, paths))
 

@@ -19,6 +19,7 @@ from vitscale.engine.backend import Engine, Inputs, StepResult
 from vitscale.engine.guard import SampleGuard, StepGuard
 from vitscale.engine.preempt import StopRequest
 from vitscale.engine.schedule import lr_at
+from vitscale.tracking.meters import Meters
 
 
 class MicroBatch(Protocol):
@@ -50,25 +51,6 @@ class LoopCalls:
     record: Callable[[str, dict[str, Any]], None]  # (file, row) of another JSONL file; rank 0 only
 
 
-@dataclass
-class _Clock:
-    """Seconds since the last logged row, and what they were spent on."""
-
-    start: float = field(default_factory=time.monotonic)
-    data: float = 0.0
-    save: float = 0.0
-    steps: int = 0
-
-    def shares(self, batch: int) -> dict[str, float]:
-        elapsed = max(time.monotonic() - self.start, 1e-9)
-        return {
-            "images_per_second": batch * self.steps / elapsed,
-            "step_seconds": (elapsed - self.save) / max(self.steps, 1),
-            "data_share": self.data / elapsed,
-            "save_share": self.save / elapsed,
-        }
-
-
 def train(
     engine: Engine,
     feed: Iterator[MicroBatch],
@@ -90,10 +72,10 @@ def train(
         first = next(feed)
         engine.warm_up(first.inputs)
         feed = itertools.chain([first], feed)
-    clock = _Clock()
+    meters = Meters()
     while state.step < total_steps:
         lr = lr_at(state.step, total_steps, config)
-        micro_batches, result = _step(engine, feed, lr, clock)
+        micro_batches, result = _step(engine, feed, lr, meters)
         state.step += 1
         state.samples += config.train.global_batch
         state.epoch = micro_batches[0].epoch
@@ -110,12 +92,11 @@ def train(
         state.skipped = steps.skipped
         if state.step % config.log.every_steps == 0 or state.step == total_steps:
             # Before saving: a checkpoint never knows of a step that metrics.jsonl does not.
-            calls.log(_row(state, row, lr, clock.shares(config.train.global_batch)))
-            clock = _Clock()
+            with meters.measure("tracking"):
+                calls.log(_row(state, row, lr, meters.read()))
         if state.step % config.checkpoint.every_steps == 0 or state.step == total_steps or stopping:
-            began = time.monotonic()
-            calls.save(state)
-            clock.save += time.monotonic() - began
+            with meters.measure("save"):
+                calls.save(state)
             saved_at = state.step
         if stopping:
             break
@@ -124,20 +105,19 @@ def train(
 
 
 def _step(
-    engine: Engine, feed: Iterator[MicroBatch], lr: float, clock: _Clock
+    engine: Engine, feed: Iterator[MicroBatch], lr: float, meters: Meters
 ) -> tuple[list[MicroBatch], StepResult]:
     """One optimizer step; also the micro-batches it took."""
     taken: list[MicroBatch] = []
 
     def pull() -> Iterator[Inputs]:
         for _ in range(engine.accumulation):
-            began = time.monotonic()
-            taken.append(next(feed))
-            clock.data += time.monotonic() - began
+            with meters.measure("data"):
+                taken.append(next(feed))
             yield taken[-1].inputs
 
     result = engine.step(pull(), lr)
-    clock.steps += 1
+    meters.count(engine.config.train.global_batch)
     return taken, result
 
 
@@ -172,8 +152,8 @@ def _record_replaced(engine: Engine, calls: LoopCalls, step: int, micro_batches:
     return [replaced["cause"] for replaced in every]
 
 
-def _row(state: TrainState, row: dict[str, float], lr: float, shares: dict[str, float]) -> dict[str, Any]:
+def _row(state: TrainState, row: dict[str, float], lr: float, speed: dict[str, float]) -> dict[str, Any]:
     """A row of metrics.jsonl."""
     counts = {"skipped_steps": state.skipped, "bad_samples": sum(state.bad.values())}
     where = {"step": state.step, "samples": state.samples, "epoch": state.epoch}
-    return {**where, "loss": row.pop("loss"), "lr": lr, **row, **shares, **counts, "time": int(time.time() * 1000)}
+    return {**where, "loss": row.pop("loss"), "lr": lr, **row, **speed, **counts, "time": int(time.time() * 1000)}

@@ -35,8 +35,8 @@ def extract(encoders: Mapping[str, Encoder], batches: Iterable[tuple[Tensor, np.
     labels, ids = [], []
     for pixel_values, batch_labels, batch_ids in batches:
         for name, encode in encoders.items():
-            parts[name].append(encode(pixel_values).float().cpu().numpy())
-        labels.append(np.array(batch_labels))  # copies: the loader uses its memory again
+            parts[name].append(np.array(encode(pixel_values).float().cpu()))
+        labels.append(np.array(batch_labels))  # copies: whoever made the batch may use its memory again
         ids.append(np.array(batch_ids))
     assert ids, "no batches to take features of"
     sample_ids, first = np.unique(np.concatenate(ids), return_index=True)

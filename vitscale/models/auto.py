@@ -44,7 +44,8 @@ def vit_config(config: RunConfig) -> ViTConfig:
         keys |= {"num_labels": model.num_labels, **_values(objective.classification)}
     if objective.name in ("simmim", "multitask"):
         if not isinstance(model.patch_size, int):
-            raise ConfigError(f"model.patch_size={model.patch_size}: must be a square for objective.name={objective.name}")
+            rule = f"must be one number (a square) for objective.name={objective.name}"
+            raise ConfigError(f"model.patch_size={model.patch_size}: {rule}")
         keys |= {"encoder_stride": model.patch_size, **_values(objective.simmim)}
     if objective.name == "multitask":
         keys |= _values(objective.multitask)

@@ -37,7 +37,7 @@ class ViTForMultitaskPreTraining(MaskedImageModel):
             raise DataError(f"{type(self).__name__} needs labels to train: int64, one a sample, -1 where there is none")
         bool_masked_pos = self.hidden(pixel_values, bool_masked_pos, sample_key)
         encoded = self.vit(pixel_values, bool_masked_pos, sample_key=sample_key, **options)
-        reconstruction = self.reconstruct(encoded.last_hidden_state, pixel_values)
+        reconstruction = self.decode(encoded.last_hidden_state, pixel_values)
         logits = self.classifier(encoded.last_hidden_state[:, 0])
 
         config, losses, metrics = self.config, [], {}

@@ -40,7 +40,7 @@ class MaskedImageModel(ViTPreTrainedModel):
             raise DataError(f"{type(self).__name__} needs sample_key (int64, one a sample) or bool_masked_pos to train")
         return None
 
-    def reconstruct(self, last_hidden_state: Tensor, pixel_values: Tensor) -> Tensor:
+    def decode(self, last_hidden_state: Tensor, pixel_values: Tensor) -> Tensor:
         """Each patch token to the pixels of its patch: [n, channels, height, width]."""
         return self.decoder(last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, self.grid(pixel_values)))
 
@@ -69,7 +69,7 @@ class ViTForMaskedImageModeling(MaskedImageModel):
         interpolate_pos_encoding, output_attentions, output_hidden_states."""
         bool_masked_pos = self.hidden(pixel_values, bool_masked_pos, sample_key)
         encoded = self.vit(pixel_values, bool_masked_pos, sample_key=sample_key, **options)
-        reconstruction = self.reconstruct(encoded.last_hidden_state, pixel_values)
+        reconstruction = self.decode(encoded.last_hidden_state, pixel_values)
         loss = None
         if bool_masked_pos is not None:
             loss = masked_l1(pixel_values, reconstruction, bool_masked_pos, self.config.encoder_stride)

@@ -27,7 +27,7 @@ class JsonlFile:
     def append(self, row: dict[str, Any]) -> None:
         """Write one row as one line, handed to the kernel on return: it outlives this process's SIGKILL."""
         line = json.dumps(_written(row), allow_nan=False, ensure_ascii=False) + "\n"
-        with open(self.path, "ab", buffering=0) as stream:
+        with open(self.path, "ab") as stream:
             stream.write(line.encode())
 
     def sync(self) -> None:
@@ -49,23 +49,55 @@ class JsonlFile:
 
     def cut_back(self, step: int) -> None:
         """Drop rows with a `step` above this one and lines that are no rows, in one atomic replacement."""
-        kept = self.path.with_name(f".{self.path.name}.kept")
-        dropped = False
-        if not self.path.exists():
+        if all(line.endswith(b"\n") and _is_kept(line, step) for line in _lines(self.path)):
             return
+        kept = self.path.with_name(f".{self.path.name}.kept")
         with open(kept, "wb") as stream:
-            for line in _lines(self.path):
-                row = parse_row(line)
-                if row is None or not line.endswith(b"\n") or row.get("step", step) > step:
-                    dropped = True
-                else:
-                    stream.write(line)
+            stream.writelines(line.rstrip(b"\n") + b"\n" for line in _lines(self.path) if _is_kept(line, step))
             stream.flush()
             os.fsync(stream.fileno())
-        if dropped:
-            os.replace(kept, self.path)
-        else:
-            kept.unlink()
+        os.replace(kept, self.path)
+
+
+class JsonlTail:
+    """Rows as they come: what was appended to a file since the last `take`.
+
+    Starts over from the first row when the file was replaced (`cut_back` does that).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: tuple[int, int] | None = None  # device and inode
+        self._taken = 0  # bytes
+
+    def peek(self, at_most: int = 1 << 20) -> tuple[list[dict[str, Any]], int]:
+        """(whole rows after those taken, position to `take` them), of about `at_most` bytes or one longer line."""
+        rows: list[dict[str, Any]] = []
+        try:
+            stream = open(self._path, "rb")  # noqa: SIM115 - closed below
+        except FileNotFoundError:
+            return rows, self._taken
+        with stream:
+            found = os.fstat(stream.fileno())
+            if self._file != (found.st_dev, found.st_ino) or found.st_size < self._taken:
+                self._file, self._taken = (found.st_dev, found.st_ino), 0
+            stream.seek(self._taken)
+            end = self._taken
+            for line in stream:
+                if not line.endswith(b"\n") or end - self._taken > at_most:
+                    break
+                end += len(line)
+                if (row := parse_row(line)) is not None:
+                    rows.append(row)
+        return rows, end
+
+    def take(self, position: int) -> None:
+        """The rows up to a position that `peek` told are done with."""
+        self._taken = position
+
+    def rewind(self) -> None:
+        """Start over from the first row."""
+        self._taken = 0
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:
@@ -75,6 +107,11 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
     except ValueError:  # JSONDecodeError, UnicodeDecodeError
         return None
     return row if isinstance(row, dict) else None
+
+
+def _is_kept(line: bytes, step: int) -> bool:
+    row = parse_row(line)
+    return row is not None and row.get("step", step) <= step
 
 
 def as_number(value: Any) -> float | None:

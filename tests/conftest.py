@@ -1,0 +1,35 @@
+"""What all tests share: which ones run, and one thread a process."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from tests.torchvision_ops import DeclareOperators
+from vitscale.world import read_world
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run several processes on few cores
+sys.meta_path.insert(0, DeclareOperators())
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the long tests too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if read_world().device == "cpu":
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
+    if not config.getoption("--full"):
+        long = [item for item in items if "full" in item.keywords]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if "full" not in item.keywords]
+
+
+@pytest.fixture(scope="session")
+def slurm_required() -> bool:
+    """Whether a missing Slurm is a failure (in CI) or a reason to skip."""
+    return os.environ.get("VITSCALE_REQUIRE_SLURM") == "1"

@@ -1,0 +1,101 @@
+"""Every config that comes with vitscale loads, fits the cluster its record names, and builds its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitscale.config.check import accumulation, check_config
+from vitscale.config.load import dump_config, load_config
+from vitscale.config.schema import RunConfig
+from vitscale.models.auto import build_model
+from vitscale.world import World
+
+FOLDER = Path(__file__).parent.parent / "configs"
+NAMES = sorted(path.name for path in FOLDER.glob("*.yaml"))
+RANKS = {  # as the record says
+    "quickstart.yaml": 2,
+    "mae.yaml": 16,
+    "pretrain_vit_s_mae.yaml": 8,
+    "pretrain_vit_b_mae.yaml": 16,
+    "pretrain_vit_l_mae.yaml": 32,
+    "pretrain_vit_h_mae.yaml": 32,
+    "pretrain_vit_b_simmim.yaml": 16,
+    "pretrain_vit_b_classification.yaml": 8,
+}
+# Of the trainable model, its decoder or head with it. MAE's B, L and H: mmpretrain's configs/mae/README.md.
+PARAMETERS = {
+    "quickstart.yaml": 0.78e6,
+    "pretrain_vit_s_mae.yaml": 47.5e6,
+    "pretrain_vit_b_mae.yaml": 111.91e6,
+    "pretrain_vit_l_mae.yaml": 329.54e6,
+    "pretrain_vit_h_mae.yaml": 657.07e6,
+    "pretrain_vit_b_simmim.yaml": 86.4e6,
+    "pretrain_vit_b_classification.yaml": 86.57e6,
+}
+
+
+def load(name: str) -> RunConfig:
+    return load_config(FOLDER / name)
+
+
+def test_every_config_has_its_ranks_told() -> None:
+    assert sorted(RANKS) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loads_fits_and_builds(name: str, tmp_path: Path) -> None:
+    config, ranks = load(name), RANKS[name]
+    check_config(config, World(world_size=ranks, local_world_size=min(ranks, 8), device="cuda"))
+    assert config.data.lanes % ranks == 0, "each rank should own whole lanes"
+    with torch.device("meta"):
+        model = build_model(config)
+    if name in PARAMETERS:
+        # the fixed sin-cos positions are parameters there, not here
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(PARAMETERS[name], rel=0.005)
+    again = tmp_path / "resolved.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(again) == config
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_has_a_lab_record(name: str) -> None:
+    record = [line[2:] for line in (FOLDER / name).read_text().splitlines() if line.startswith("# ")]
+    whole = ("Purpose:", "Command:", "Hardware:", "Hours:", "Expected:")
+    for word in ("Purpose:", "Data:") if name == "mae.yaml" else whole:
+        assert any(line.startswith(word) for line in record), f"{name}: no {word}"
+
+
+@pytest.mark.parametrize("size", ["s", "b", "l", "h"])
+def test_mae_sizes_share_the_published_recipe(size: str) -> None:
+    """facebookresearch/mae, PRETRAIN.md and main_pretrain.py."""
+    config = load(f"pretrain_vit_{size}_mae.yaml")
+    optimizer, train = config.optimizer, config.train
+    assert optimizer.lr * train.global_batch / optimizer.lr_batch == pytest.approx(2.4e-3)
+    assert (optimizer.betas, optimizer.weight_decay, optimizer.clip, optimizer.min_lr) == ((0.9, 0.95), 0.05, 0, 0)
+    assert optimizer.warmup * train.epochs == 40
+    assert (config.objective.mae.mask_ratio, config.objective.mae.norm_pix_loss) == (0.75, True)
+    assert (config.augment.crop_scale, config.augment.flip) == ((0.2, 1.0), 0.5)
+    assert config.model.patch_size == (14 if size == "h" else 16)
+    with torch.device("meta"):
+        assert build_model(config).config.position_embeddings == "sincos"
+
+
+@pytest.mark.parametrize("change", ["mae", "simmim", "classification", "multitask"])
+def test_objective_name_alone_can_change(change: str) -> None:
+    config = load_config(FOLDER / "pretrain_vit_b_mae.yaml", [f"objective.name={change}"])
+    check_config(config, World(world_size=16))
+    with torch.device("meta"):
+        build_model(config)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_quickstart_fits_its_data(ranks: int) -> None:
+    """1,437 digits; an epoch needs a batch and a lane more than it gives."""
+    config = load("quickstart.yaml")
+    check_config(config, World(world_size=ranks, local_world_size=ranks))
+    assert config.train.global_batch + config.data.lanes <= 1437 <= config.data.window
+    assert accumulation(config, World(world_size=ranks)) == 2 // ranks
+    assert round(config.optimizer.warmup * config.train.steps) == 100

@@ -1,0 +1,102 @@
+"""What an image file says of itself before it is decoded: size, EXIF orientation, kind; and the limits on it."""
+
+from __future__ import annotations
+
+import io
+import struct
+from dataclasses import dataclass
+
+from PIL import Image
+
+# Why a sample is bad; a closed set, since counts by cause are summed over ranks and runs.
+CAUSES = ("no_image", "undecodable", "too_large", "channels", "label")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # of a GIF or another animation the first frame
+_SIZE_MARKERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_BARE_MARKERS = {0x01, *range(0xD0, 0xD9)}
+_END = b"\xff\xd9"
+
+
+class BadSample(Exception):
+    """A sample that another one must stand in for; `cause` is one of CAUSES."""
+
+    def __init__(self, cause: str, reason: str) -> None:
+        assert cause in CAUSES
+        super().__init__(f"{cause}: {reason}")
+        self.cause, self.reason = cause, " ".join(reason.split())[:300]
+
+
+@dataclass(frozen=True, eq=False)
+class Header:
+    """Size and kind of an image. Height and width are those in the file, before the orientation is applied."""
+
+    height: int
+    width: int
+    orientation: int  # EXIF's, 1 to 8, still to be applied to what is decoded
+    components: int  # of a JPEG; 0 for every other format
+    image: Image.Image | None = None  # opened but not decoded, for what is no JPEG
+
+    @property
+    def oriented(self) -> tuple[int, int]:
+        """(height, width) as the picture is to be seen: orientations 5 to 8 lie on their side."""
+        return (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
+
+
+def read_header(data: bytes, max_pixels: int) -> Header:
+    """The header of an encoded image. BadSample: undecodable, or too_large by its own account."""
+    header = _jpeg_header(data) if data[:3] == b"\xff\xd8\xff" else _other_header(data)
+    if header.height < 1 or header.width < 1:
+        raise BadSample("undecodable", f"its header says {header.width}x{header.height} pixels")
+    if header.height * header.width > max_pixels:
+        raise BadSample("too_large", f"{header.width}x{header.height} pixels, more than data.max_pixels={max_pixels}")
+    return header
+
+
+def _jpeg_header(data: bytes) -> Header:
+    """Walk a JPEG's markers to its frame header. A file without an end marker is cut: decoders differ on those."""
+    at, orientation = 2, 1
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF or marker in _BARE_MARKERS:  # fill bytes and markers without a length
+            at += 1 if marker == 0xFF else 2
+            continue
+        start, length = at + 4, int.from_bytes(data[at + 2 : at + 4], "big")
+        at += 2 + length
+        if length < 2 or marker in (0xD9, 0xDA):
+            break
+        if marker == 0xE1 and data[start : start + 6] == b"Exif\0\0" and orientation == 1:
+            orientation = exif_orientation(data[start + 6 : at])
+        if marker in _SIZE_MARKERS and length >= 8:
+            if data.rfind(_END, at) < 0:
+                raise BadSample("undecodable", "JPEG without an end marker: it is cut")
+            height, width, components = struct.unpack(">HHB", data[start + 1 : start + 6])
+            return Header(height, width, orientation, components)
+    raise BadSample("undecodable", "JPEG without a frame header")
+
+
+def exif_orientation(tiff: bytes) -> int:
+    """The orientation in an EXIF block (TIFF 6.0's first directory), 1 where it says nothing valid."""
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None or len(tiff) < 8:
+        return 1
+    at = struct.unpack_from(order + "I", tiff, 4)[0]
+    count = struct.unpack_from(order + "H", tiff, at)[0] if at + 2 <= len(tiff) else 0
+    for entry in range(at + 2, min(at + 2 + 12 * count, len(tiff) - 11), 12):
+        tag, kind = struct.unpack_from(order + "HH", tiff, entry)
+        if tag == 0x0112 and kind in (3, 4):  # SHORT, LONG
+            value = struct.unpack_from(order + ("H" if kind == 3 else "I"), tiff, entry + 8)[0]
+            return value if 1 <= value <= 8 else 1
+    return 1
+
+
+def _other_header(data: bytes) -> Header:
+    """By Pillow, which opens without decoding; of a TIFF it applies the orientation itself."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise BadSample("too_large", str(error)) from None
+    except Exception as error:  # its parsers raise nearly anything on damaged files
+        if not data or data.lstrip()[:1] in (b"<", b"{"):
+            raise BadSample("undecodable", "0 bytes" if not data else "a text, not an image") from None
+        raise BadSample("undecodable", f"no {', '.join(FORMATS)} image: {type(error).__name__}") from None
+    exif = image.info.get("exif") or b""
+    return Header(image.height, image.width, exif_orientation(exif.removeprefix(b"Exif\0\0")), 0, image)
