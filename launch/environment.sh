@@ -4,6 +4,7 @@
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VITSCALE_VENV:-$ROOT/.venv}
 case $VENV in /*) ;; *) VENV=$PWD/$VENV ;; esac
+export VITSCALE_VENV=$VENV  # for the scripts that these scripts call, from whatever folder
 
 say() { printf '%s\n' "$*"; }
 

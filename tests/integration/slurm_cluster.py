@@ -7,17 +7,14 @@ Everything lives in one temporary folder with its own SLURM_CONF and ports of it
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-
-import pytest
 
 NODES = ("node1", "node2", "node3", "node4")
 GPUS = 8
@@ -168,7 +165,8 @@ class SlurmCluster:
 
     def _stop(self) -> None:
         if (self.folder / "slurmctld.pid").exists():
-            subprocess.run(("scancel", "--user=root", "--full"), env=self.environment(), capture_output=True, timeout=60)
+            cancel = ("scancel", "--user=root", "--full")
+            subprocess.run(cancel, env=self.environment(), capture_output=True, timeout=60)
             deadline = time.monotonic() + 30
             while time.monotonic() < deadline and self.command("squeue", "-h").strip():
                 time.sleep(0.5)
@@ -205,15 +203,3 @@ def _free_ports(count: int) -> list[int]:
     for server in held:
         server.close()
     return ports
-
-
-@pytest.fixture(scope="session")
-def slurm(slurm_required: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    """The cluster, once a session."""
-    missing = what_is_missing()
-    if missing is not None:
-        (pytest.fail if slurm_required else pytest.skip)(missing)
-    with open("/run/lock/vitscale-tests-slurm", "w") as lock:  # node names and munge are the machine's
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
-            yield cluster

@@ -35,11 +35,13 @@ def check_config(config: RunConfig, world: World) -> None:
 
 
 def _check_batch(config: RunConfig, world: World) -> None:
-    batch, micro, ranks, lanes = config.train.global_batch, config.train.micro_batch, world.world_size, config.data.lanes
+    batch, micro = config.train.global_batch, config.train.micro_batch
+    ranks, lanes = world.world_size, config.data.lanes
     if batch % (micro * ranks):
         fitting = [size for size in range(1, batch // ranks + 1) if batch % (size * ranks) == 0]
         nearest = min(fitting, key=lambda size: abs(size - micro)) if batch % ranks == 0 else None
-        way = f"set train.micro_batch={nearest}" if nearest else f"set train.global_batch to a multiple of {micro * ranks}"
+        multiple = f"set train.global_batch to a multiple of {micro * ranks}"
+        way = f"set train.micro_batch={nearest}" if nearest else multiple
         raise ConfigError(
             f"train.global_batch={batch}: must be a multiple of train.micro_batch={micro} x {ranks} ranks; {way}"
         )
@@ -118,8 +120,10 @@ def _check_objective(config: RunConfig) -> None:
     widths = {"model.hidden_size": config.model.hidden_size}
     if objective.name == "mae":
         widths["objective.mae.decoder_hidden_size"] = objective.mae.decoder_hidden_size
+    positions = config.model.position_embeddings
+    sincos = positions == "sincos" or (positions == "auto" and objective.name == "mae")
     for key, width in widths.items():
-        if config.model.position_embeddings != "learned" and objective.name == "mae" and width % 4:
+        if sincos and width % 4:
             raise ConfigError(f"{key}={width}: must be a multiple of 4 for sin-cos position embeddings")
     if objective.needs_labels and config.model.num_labels < 1:
         raise ConfigError(

@@ -65,9 +65,11 @@ class _StrictLoader(yaml.SafeLoader):
 def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
+        key = loader.construct_object(key_node, deep=True)
+        line = key_node.start_mark.line + 1
+        if isinstance(key, (list, dict)):
+            raise ConfigError(f"{loader.name}:{line}: key {key!r}: must be one word")
         if key in seen:
-            line = key_node.start_mark.line + 1
             raise ConfigError(f"{loader.name}:{line}: key {key!r} is written twice; keep one")
         seen.add(key)
     return loader.construct_mapping(node, deep=True)

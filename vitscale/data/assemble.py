@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from vitscale.errors import DataError
 
 _CHUNK = 8  # samples that a thread takes at once
 _LABEL = re.compile(rb"\s*(\d{1,18})\s*")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +38,7 @@ class Plan:
     channels: int
     background: int
     max_pixels: int
-    image_size: tuple[int, int] | None
+    image_size: tuple[int, int] | None  # (height, width) that boxes are resized to, where known
     label: str
     needs_labels: bool
     num_labels: int | None
@@ -51,35 +53,45 @@ class Plan:
     table_samples: int
 
     def slots(self, number: int) -> tuple[int, int, int]:
-        """Micro-batch `number` of this rank: its global batch, first slot, and the slot after its last."""
+        """Micro-batch `number` of this rank: its global batch, its first slot, the slot after its last."""
         share = self.global_batch // self.ranks
         step, part = divmod(number, share // self.micro_batch)
         first = self.rank * share + part * self.micro_batch
         return self.first_batch + step, first, first + self.micro_batch
 
-    def position(self, number: int) -> tuple[int, str]:
-        """Global sample count at micro-batch `number`, and the shard of its first sample: for messages."""
+    @property
+    def micro_batches(self) -> int | None:
+        """How many there are from the start on; None: without end."""
+        if self.order.epochs is None:
+            return None
+        left = self.order.epochs * self.order.batches_per_epoch - self.first_batch
+        return left * (self.global_batch // self.ranks // self.micro_batch)
+
+    def where(self, number: int) -> str:
+        """Where in the data micro-batch `number` starts, for messages."""
         batch, first, _ = self.slots(number)
-        _, ids = self.order.refs(batch, first, first + 1)
-        return batch * self.global_batch + first, self.index.names[int(ids[0]) >> 32]
+        epoch, ids = self.order.refs(batch, first, first + 1)
+        shard = self.index.names[int(ids[0]) >> 32]
+        return f"sample {batch * self.global_batch + first} of the run (epoch {epoch}, shard {shard})"
 
 
 class Memory(Protocol):
     """Where a micro-batch's pixels go."""
 
     def reserve(self, count: int) -> np.ndarray:
-        """At least `count` bytes, uint8; what was written before is kept."""
+        """uint8 [at least count]; what was written before is kept."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
-class _Prepared:
-    """A sample whose header was read and found good."""
+class _Sample:
+    """A sample as read: with a good header, or with what is bad about it."""
 
+    id: int
     raw: RawSample
-    image: bytes
-    header: Header
+    header: Header | None
     label: int
+    bad: BadSample | None = None
 
 
 class Assembler:
@@ -96,35 +108,47 @@ class Assembler:
 
         Where an image lies in the memory depends on sizes alone, never on which thread was first.
         """
-        plan = self._plan
-        batch, first, last = plan.slots(number)
-        epoch, ids = plan.order.refs(batch, first, last)
-        samples = self._in_chunks(lambda chunk: [self._prepare(i) for i in chunk], ids.tolist())
-        filled = _Filling(plan, epoch, ids, memory)
-        jobs = filled.place(samples, range(len(ids)))
-        failures = self._in_chunks(self._decoder.decode, jobs)
-        bad = {i: sample for i, sample in enumerate(samples) if isinstance(sample, BadSample)}
-        good = (i for i in range(len(ids)) if i not in bad)
-        bad |= {i: failure for i, failure in zip(good, failures, strict=True) if failure is not None}
-        replaced = [self._replace(filled, i, batch, first + i, bad[i]) for i in sorted(bad)]
-        return filled.batch(tuple(replaced))
+        batch, first, last = self._plan.slots(number)
+        epoch, ids = self._plan.order.refs(batch, first, last)
+        samples = self._in_chunks(lambda chunk: [self._read(sample_id) for sample_id in chunk], ids.tolist())
+        filling = _Filling(self._plan, self._decoder, epoch, len(ids), memory)
+        bad = {place: sample.bad for place, sample in enumerate(samples) if sample.bad is not None}
+        good = [place for place in range(len(ids)) if place not in bad]
+        failures = self._in_chunks(self._decoder.decode, filling.place(good, [samples[place] for place in good]))
+        bad |= {place: failure for place, failure in zip(good, failures, strict=True) if failure is not None}
+        replaced = []
+        for place in sorted(bad):
+            raw, why = samples[place].raw, bad[place]
+            self._replace(filling, place, self._plan.order.candidates(batch, first + place), raw, why)
+            replaced.append(Replacement(first + place, raw.shard, raw.key, why.cause, why.reason))
+        return filling.batch(tuple(replaced))
 
-    def _in_chunks[T, R](self, work: Callable[[list[T]], list[R]], items: list[T]) -> list[R]:
-        chunks = [items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK)]
+    def _in_chunks(self, work: Callable[[list[Item]], list[Result]], items: list[Item]) -> list[Result]:
+        chunks = [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
         return list(chain.from_iterable(self._pool.map(work, chunks)))
 
-    def _prepare(self, sample_id: int) -> _Prepared | BadSample:
-        """A sample's bytes, label and header."""
+    def _replace(self, filling: _Filling, place: int, others: np.ndarray, raw: RawSample, why: BadSample) -> None:
+        """Fill the place of a bad sample with the first readable one of `others`."""
+        for sample_id in others.tolist():
+            sample = self._read(sample_id)
+            if sample.bad is None and self._decoder.decode(filling.place([place], [sample])) == [None]:
+                return
+        raise DataError(
+            f"{raw.shard}/{raw.key}: {why}; nor is any of the {len(others)} samples tried in its place readable: "
+            "look at the shard, and at data.decode, data.label and data.max_pixels"
+        )
+
+    def _read(self, sample_id: int) -> _Sample:
+        """A sample's bytes, header and label."""
         raw = self._shards.read(sample_id)
         try:
             if raw.image is None:
-                raise BadSample("no_image", "no member with an image's extension")
+                raise BadSample("no_image", "no member with the extension of an image")
             if raw.image_bytes > LARGEST_MEMBER:
                 raise BadSample("too_large", f"{raw.image_bytes} bytes, more than {LARGEST_MEMBER}")
-            return _Prepared(raw, raw.image, read_header(raw.image, self._plan.max_pixels), self._label(raw.label))
+            return _Sample(sample_id, raw, read_header(raw.image, self._plan.max_pixels), self._label(raw.label))
         except BadSample as bad:
-            bad.sample = raw
-            return bad
+            return _Sample(sample_id, raw, None, -1, bad)
 
     def _label(self, data: bytes | None) -> int:
         """The label as a whole number; -1 where there is none and none is needed."""
@@ -132,9 +156,63 @@ class Assembler:
         match = _LABEL.fullmatch(data) if data is not None else None
         if match is None:
             if plan.needs_labels:
-                raise BadSample("label", f"no .{plan.label} member" if data is None else f"{data[:20]!r} is no whole number")
+                what = f"no readable .{plan.label} member" if data is None else f"{data[:20]!r} is no whole number"
+                raise BadSample("label", what)
             return -1
         label = int(match[1])
         if plan.needs_labels and plan.num_labels is not None and label >= plan.num_labels:
             raise BadSample("label", f"{label}, with model.num_labels={plan.num_labels}")
         return label
+
+
+class _Filling:
+    """A micro-batch while its places are filled."""
+
+    def __init__(self, plan: Plan, decoder: Decoder, epoch: int, count: int, memory: Memory) -> None:
+        self._plan, self._decoder, self._epoch, self._memory = plan, decoder, epoch, memory
+        self._used = 0  # bytes
+        self._offsets, self._labels, self._ids, self._keys = np.zeros((4, count), dtype=np.int64)
+        self._shapes = np.zeros((count, 2), dtype=np.int32)
+        self._boxes = np.zeros((count, 4), dtype=np.float32)
+        self._names = [""] * count
+
+    def place(self, places: Sequence[int], samples: Sequence[_Sample]) -> list[Job]:
+        """Draw the boxes of good samples, give each its room in the memory, and say what is to be decoded."""
+        plan, at = self._plan, list(places)
+        ids = np.array([sample.id for sample in samples], dtype=np.int64)
+        keys = rng.sample_key(plan.seed, self._epoch, ids)
+        headers = [sample.header for sample in samples if sample.header is not None]
+        sizes = np.array([header.oriented for header in headers], dtype=np.int64).reshape(-1, 2)
+        drawn = plan.crop.boxes(keys, sizes[:, 0], sizes[:, 1]).tolist()
+        regions = [self._decoder.region(header, tuple(box)) for header, box in zip(headers, drawn, strict=True)]
+        shapes = np.array([region.shape for region in regions], dtype=np.int64).reshape(-1, 2)
+        ends = self._used + np.cumsum(shapes.prod(axis=1) * plan.channels)
+        starts = np.concatenate([[self._used], ends])[:-1]
+        self._used = int(ends[-1]) if at else self._used
+        self._offsets[at], self._shapes[at], self._ids[at], self._keys[at] = starts, shapes, ids, keys
+        self._boxes[at] = np.array([region.box for region in regions]).reshape(-1, 4)
+        self._labels[at] = [sample.label for sample in samples]
+        for place, sample in zip(at, samples, strict=True):
+            self._names[place] = f"{sample.raw.shard}/{sample.raw.key}"
+        pixels = self._memory.reserve(self._used)
+        rooms = [pixels[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        return [
+            Job(sample.raw.image or b"", header, region, room.reshape(*region.shape, plan.channels))
+            for sample, header, region, room in zip(samples, headers, regions, rooms, strict=True)
+        ]
+
+    def batch(self, replaced: tuple[Replacement, ...]) -> Batch:
+        return Batch(
+            pixels=self._memory.reserve(self._used)[: self._used],
+            offsets=self._offsets,
+            heights=self._shapes[:, 0].copy(),
+            widths=self._shapes[:, 1].copy(),
+            channels=self._plan.channels,
+            boxes=self._boxes,
+            labels=self._labels,
+            sample_ids=self._ids,
+            sample_keys=self._keys,
+            names=tuple(self._names),
+            epoch=self._epoch,
+            replaced=replaced,
+        )

@@ -88,10 +88,13 @@ class Decoder:
         self._channels, self._background = channels, background
         self._target = target if name == "simplejpeg" else None
         self._regions: Callable[[Sequence[Job]], list[np.ndarray | None]] | None = None
-        if channels in (1, 3) and name == "nvimgcodec":
-            self._regions = _NvImageCodec(channels).regions
-        if channels in (1, 3) and name == "simplejpeg":
-            self._regions = _SimpleJpeg(channels).regions
+        try:
+            if channels in (1, 3) and name == "nvimgcodec":
+                self._regions = _NvImageCodec(channels).regions
+            if channels in (1, 3) and name == "simplejpeg":
+                self._regions = _SimpleJpeg(channels).regions
+        except ImportError as error:
+            raise DataError(f"data.decode={name}: is installed but cannot be loaded: {error}; set another") from None
 
     def region(self, header: Header, box: Box) -> Region:
         """The part of the file's image that `box` (in oriented full-scale pixels) needs."""
@@ -187,7 +190,7 @@ class _NvImageCodec:
         images = self._decoder().decode([stream for stream in streams if stream is not None], params=self._params)
         decoded = iter(images)
         found = [next(decoded) if stream is not None else None for stream in streams]
-        return [None if image is None else np.asarray(image) for image in found]
+        return [self._columns(job, image) for job, image in zip(jobs, found, strict=True)]
 
     def _decoder(self) -> Any:
         if not hasattr(self._mine, "decoder"):
@@ -202,10 +205,21 @@ class _NvImageCodec:
             stream = self._codec.CodeStream(job.data)
         except RuntimeError:
             return None
-        if (region.bottom - region.top, region.right - region.left) == (header.height, header.width):
+        left, right = (0, header.width) if _is_narrow(region) else (region.left, region.right)
+        if (region.bottom - region.top, right - left) == (header.height, header.width):
             return stream
-        box = self._codec.Region(region.top, region.left, region.bottom, region.right)
-        return stream.get_sub_code_stream(region=box)
+        return stream.get_sub_code_stream(region=self._codec.Region(region.top, left, region.bottom, right))
+
+    def _columns(self, job: Job, image: Any) -> np.ndarray | None:
+        if image is None:
+            return None
+        array = np.asarray(image)
+        return array[:, job.region.left : job.region.right] if _is_narrow(job.region) else array
+
+
+def _is_narrow(region: Region) -> bool:
+    """libjpeg-turbo's smooth chroma needs more than two chroma columns: less it would not blend as in the whole."""
+    return region.right - region.left < 8
 
 
 class _SimpleJpeg:

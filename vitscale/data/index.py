@@ -82,7 +82,7 @@ class ShardIndex:
         except OSError as error:
             raise DataError(f"data.index={path}: cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"data.index={path}: is no index made by `vitscale index` or `vitscale pack`: {error!r}") from None
+            raise DataError(f"data.index={path}: is no index as `vitscale index` makes it: {error!r}") from None
         return _assemble(rows)
 
 
@@ -123,9 +123,11 @@ def open_index(sources: tuple[Source, ...], index_path: str | None, cache: Path)
     return _assemble([rows[path] for path in paths])
 
 
-def build_index(paths: Sequence[str], hash_bytes: bool = True, threads: int = 16) -> ShardIndex:
-    """Count every shard by its headers and, with hash_bytes, read it whole for its sha256."""
-    return _assemble(_in_threads(lambda path: _scanned(path, None, hash_bytes), paths, threads))
+def build_index(paths: Sequence[str], sha256: Sequence[str] | None = None) -> ShardIndex:
+    """Count every shard by its headers, and read it whole for its sha256 where that is not given."""
+    rows = _in_threads(lambda path: _scanned(path, None), paths)
+    digests = _in_threads(_sha256, paths) if sha256 is None else sha256
+    return _assemble([replace(row, sha256=digest) for row, digest in zip(rows, digests, strict=True)])
 
 
 def require_labels(index: ShardIndex, label: str) -> None:
@@ -161,7 +163,8 @@ def _expand(pattern: str) -> list[str]:
             "commands); copy the shards to a file system and name them there"
         )
     local = re.sub(r"^file:(//)?", "", pattern, flags=re.IGNORECASE)
-    count = math.prod(abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1 for first, last, step in _RANGE.findall(local))
+    ranges = [[int(number or 1) for number in found] for found in _RANGE.findall(local)]
+    count = math.prod(abs(last - first) // max(1, abs(step)) + 1 for first, last, step in ranges)
     if count > _MOST_SHARDS:
         raise DataError(f"shards {pattern!r}: its braces stand for {count} paths; at most {_MOST_SHARDS} are taken")
     try:
@@ -265,17 +268,17 @@ def _json(path: Path) -> Any:
         return None
 
 
-def _scanned(path: str, old: _Row | None, hash_bytes: bool = False, declared: int | None = None) -> _Row:
+def _scanned(path: str, old: _Row | None, declared: int | None = None) -> _Row:
     """A shard's row from its headers; a packer's sha256 stays while size and count do."""
     stat = _stat(path)
     samples = declared or len(scan_shard(path))
-    sha256 = None
-    if hash_bytes:
-        with open(path, "rb") as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    elif old and (old.samples, old.bytes) == (samples, stat.st_size):
-        sha256 = old.sha256
-    return _Row(path, samples, stat.st_size, sha256, stat.st_mtime_ns)
+    same = old is not None and (old.samples, old.bytes) == (samples, stat.st_size)
+    return _Row(path, samples, stat.st_size, old.sha256 if old and same else None, stat.st_mtime_ns)
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _stat(path: str) -> os.stat_result:

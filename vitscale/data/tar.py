@@ -109,7 +109,7 @@ class _Scan:
         if (total - self._number(header[148:156], "checksum")) % 65521:
             if self.position == 0:
                 gzipped = header[:2] == b"\x1f\x8b"
-                self._fail("is gzip-compressed; shards are read by position: gunzip it" if gzipped else "is no tar file")
+                self._fail("is gzip-compressed, but shards are read by position: gunzip it" if gzipped else "is no tar")
             self._fail(f"the header at byte {self.position} has a wrong checksum: the shard is damaged")
         return header
 

@@ -35,7 +35,7 @@ def extract(encoders: Mapping[str, Encoder], batches: Iterable[tuple[Tensor, np.
     labels, ids = [], []
     for pixel_values, batch_labels, batch_ids in batches:
         for name, encode in encoders.items():
-            parts[name].append(np.array(encode(pixel_values).float().cpu()))
+            parts[name].append(encode(pixel_values).float().cpu().numpy().copy())
         labels.append(np.array(batch_labels))  # copies: whoever made the batch may use its memory again
         ids.append(np.array(batch_ids))
     assert ids, "no batches to take features of"

@@ -116,14 +116,15 @@ class ViTMAEForPreTraining(ViTPreTrainedModel):
         """`pixel_values`: [n, channels, height, width]; `noise`: [n, patches], whose largest are hidden, drawn
         from `sample_key` (int64 [n]) where it is not given, and from torch's generator in evaluation
         without both; `options`: output_attentions, output_hidden_states, of the encoder."""
-        target = self.patchify(pixel_values.float())
-        noise = self._noise(target, noise, sample_key)
+        if noise is None:
+            noise = self._noise(pixel_values, sample_key)
         ids_keep, mask, ids_restore = random_masking(noise, self.config.mask_ratio)
 
         options["interpolate_pos_encoding"] = interpolate_pos_encoding
         encoded = self.vit(pixel_values, ids_keep=ids_keep, sample_key=sample_key, **options)
         logits = self.decoder(encoded.last_hidden_state, ids_restore, interpolate_pos_encoding)
 
+        target = self.patchify(pixel_values.float())
         if self.config.norm_pix_loss:
             mean, scale = _patch_statistics(target)
             target = (target - mean) / scale
@@ -140,15 +141,13 @@ class ViTMAEForPreTraining(ViTPreTrainedModel):
             metrics={},
         )
 
-    def _noise(self, target: Tensor, noise: Tensor | None, sample_key: Tensor | None) -> Tensor:
-        n, patches = target.shape[:2]
-        if noise is not None:
-            return noise
+    def _noise(self, pixel_values: Tensor, sample_key: Tensor | None) -> Tensor:
+        rows, columns = self.grid(pixel_values)
         if sample_key is not None:
-            return mask_noise(sample_key, patches)
+            return mask_noise(sample_key, rows * columns)
         if self.training:
             raise DataError(f"{type(self).__name__} needs sample_key (int64, one a sample) or noise to train")
-        return torch.rand(n, patches, device=target.device)
+        return torch.rand(len(pixel_values), rows * columns, device=pixel_values.device)
 
     def patchify(self, pixel_values: Tensor) -> Tensor:
         """[n, channels, height, width] to [n, patches, patch_values]: pixel by pixel, channels last."""

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitscale.config.check import pair
 from vitscale.errors import DataError
 from vitscale.models import flops
 from vitscale.models.configuration import ViTConfig, refuse
@@ -43,11 +42,6 @@ class MaskedImageModel(ViTPreTrainedModel):
     def decode(self, last_hidden_state: Tensor, pixel_values: Tensor) -> Tensor:
         """Each patch token to the pixels of its patch: [n, channels, height, width]."""
         return self.decoder(last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, self.grid(pixel_values)))
-
-    def grid(self, pixel_values: Tensor) -> tuple[int, int]:
-        """Patches along (height, width) of these images."""
-        (height, width), (patch_height, patch_width) = pixel_values.shape[2:], pair(self.config.patch_size)
-        return height // patch_height, width // patch_width
 
     def forward_flops(self) -> int:
         config = self.config

@@ -261,6 +261,13 @@ class ViTPreTrainedModel(nn.Module):
             raise ConfigError(f"{type(self).__name__} needs a {wanted}, not a {type(config).__name__}")
         self.config = config
 
+    def grid(self, pixel_values: Tensor) -> tuple[int, int]:
+        """Patches along (height, width) of these images; DataError where they do not come out even."""
+        (height, width), (patch_height, patch_width) = pixel_values.shape[-2:], pair(self.config.patch_size)
+        if height % patch_height or width % patch_width:
+            raise DataError(f"images of {height}x{width} pixels: must be a multiple of {patch_height}x{patch_width}")
+        return height // patch_height, width // patch_width
+
     def blocks(self) -> list[nn.Module]:
         """Every transformer block, a decoder's too."""
         return [layer for module in self.modules() if isinstance(module, ViTEncoder) for layer in module.layers]

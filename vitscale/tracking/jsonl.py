@@ -44,7 +44,7 @@ class JsonlFile:
             if row is not None:
                 rows.append(row)
             elif line.endswith(b"\n"):
-                raise DataError(f"{self.path}:{number}: is no JSON object; remove the line, or resume the run, which does")
+                raise DataError(f"{self.path}:{number}: is no JSON object; remove that line")
         return rows
 
     def cut_back(self, step: int) -> None:
@@ -70,14 +70,12 @@ class JsonlTail:
         self._file: tuple[int, int] | None = None  # device and inode
         self._taken = 0  # bytes
 
-    def peek(self, at_most: int = 1 << 20) -> tuple[list[dict[str, Any]], int]:
-        """(whole rows after those taken, position to `take` them), of about `at_most` bytes or one longer line."""
+    def peek(self, at_most: int = 1 << 20) -> tuple[list[dict[str, Any]], int] | None:
+        """(rows after those taken, position to `take` them), of about `at_most` bytes; None where none are new."""
         rows: list[dict[str, Any]] = []
-        try:
-            stream = open(self._path, "rb")  # noqa: SIM115 - closed below
-        except FileNotFoundError:
-            return rows, self._taken
-        with stream:
+        if not self._path.exists():
+            return None
+        with open(self._path, "rb") as stream:
             found = os.fstat(stream.fileno())
             if self._file != (found.st_dev, found.st_ino) or found.st_size < self._taken:
                 self._file, self._taken = (found.st_dev, found.st_ino), 0
@@ -89,7 +87,7 @@ class JsonlTail:
                 end += len(line)
                 if (row := parse_row(line)) is not None:
                     rows.append(row)
-        return rows, end
+        return (rows, end) if end > self._taken else None
 
     def take(self, position: int) -> None:
         """The rows up to a position that `peek` told are done with."""

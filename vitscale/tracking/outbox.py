@@ -18,15 +18,14 @@ STANDARD = ("config.yaml", "summary.json", "figures")  # artifacts of every run,
 
 
 class Outbox:
-    """Parameters, tags, the status a run should have, and the files not yet uploaded. Any thread may call it."""
+    """Tags, the status a run should have, and the files not yet uploaded. Any thread may call it."""
 
-    def __init__(self, run_folder: Path, params: dict[str, str], tags: dict[str, str]) -> None:
+    def __init__(self, run_folder: Path, tags: dict[str, str]) -> None:
         self._folder, self._path = run_folder, run_folder / FILE
         self._lock = Lock()
         saved = _read(self._path)
         self.key: str = saved.get("key") or uuid.uuid4().hex  # finds the run should its id have been lost on the way
         self.status: str = saved.get("status", "RUNNING")
-        self.params: dict[str, str] = params
         self.tags: dict[str, str] = {**saved.get("tags", {}), **tags}
         self._artifacts: list[list[str]] = saved.get("artifacts", [])
 

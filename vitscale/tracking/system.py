@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 import psutil
 
 try:
-    import pynvml  # of nvidia-ml-py; without it a GPU's load is not recorded
+    pynvml: Any = import_module("pynvml")  # of nvidia-ml-py; without it a GPU's load is not recorded
 except ImportError:
     pynvml = None
 
@@ -36,12 +39,19 @@ class SystemSampler:
         }
         self._network = network
         for number, gpu in enumerate(self._gpus):
-            used = pynvml.nvmlDeviceGetMemoryInfo(gpu)
-            row[f"gpu_{number}_utilization_percentage"] = pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu
-            row[f"gpu_{number}_memory_usage_megabytes"] = used.used / _MB
-            row[f"gpu_{number}_memory_usage_percentage"] = 100 * used.used / used.total
-            row[f"gpu_{number}_power_usage_watts"] = pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000
+            row |= {f"gpu_{number}_{name}": value for name, value in _gpu_readings(gpu)}
         return {f"system/{name}": float(value) for name, value in row.items()}
+
+
+def _gpu_readings(gpu: Any) -> Iterator[tuple[str, float]]:
+    readings: dict[str, Callable[[], float]] = {
+        "utilization_percentage": lambda: pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
+        "memory_usage_megabytes": lambda: pynvml.nvmlDeviceGetMemoryInfo(gpu).used / _MB,
+        "power_usage_watts": lambda: pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+    }
+    for name, read in readings.items():
+        with suppress(pynvml.NVMLError):  # not every GPU, nor a part of one, has every reading
+            yield name, read()
 
 
 def _gpus() -> list[Any]:

@@ -1,0 +1,163 @@
+"""What keys must satisfy together: every refusal names key, value and a way out that works."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from vitscale.config.check import accumulation, check_config, grid, pair
+from vitscale.config.load import load_config
+from vitscale.config.schema import RunConfig
+from vitscale.errors import ConfigError
+from vitscale.world import World
+
+SMALL = ("train.global_batch=64", "train.micro_batch=8", "data.lanes=8", "data.window=64")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text("train: {steps: 5}")
+    return path
+
+
+def made(base: Path, *overrides: str) -> RunConfig:
+    return load_config(base, [*SMALL, *overrides])
+
+
+def refusal(base: Path, ranks: int, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_config(made(base, *overrides), World(world_size=ranks))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def mended(base: Path, ranks: int, *overrides: str) -> None:
+    """The way out that a refusal tells, `set KEY=VALUE`, is taken and works."""
+    said = refusal(base, ranks, *overrides)
+    advice = re.search(r"set (\S+=\S+)", said)
+    assert advice is not None, said
+    check_config(made(base, *overrides, advice.group(1)), World(world_size=ranks))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_accumulation_makes_up_the_global_batch(base: Path, ranks: int) -> None:
+    config = made(base)
+    check_config(config, World(world_size=ranks))
+    assert accumulation(config, World(world_size=ranks)) * ranks * config.train.micro_batch == config.train.global_batch
+
+
+def test_batch_not_divisible(base: Path) -> None:
+    said = refusal(base, 16)
+    for word in ("train.global_batch=64", "train.micro_batch=8", "16 ranks"):
+        assert word in said
+    mended(base, 16)
+    mended(base, 1, "train.micro_batch=7")
+    mended(base, 1, "train.micro_batch=100")
+    assert "set train.global_batch to a multiple of 24" in refusal(base, 3)
+
+
+def test_lanes(base: Path) -> None:
+    assert "data.lanes=7" in refusal(base, 1, "data.lanes=7")
+    mended(base, 1, "data.lanes=9", "data.window=72")
+    said = refusal(base, 1, "data.window=65")
+    assert "data.window=65" in said
+    assert "data.lanes=8" in said
+    mended(base, 1, "data.window=65")
+    mended(base, 1, "data.window=3")
+
+
+def test_weights_of_sources(base: Path) -> None:
+    check_config(made(base, "data.train=[{pattern: a, weight: 2}, {pattern: b, weight: 2}]"), World())
+    assert "data.train" in refusal(base, 1, "data.train=[a, {pattern: b, weight: 2}]")
+
+
+def test_image_and_patch(base: Path) -> None:
+    said = refusal(base, 1, "model.image_size=225")
+    for word in ("model.image_size=225", "model.patch_size=16"):
+        assert word in said
+    mended(base, 1, "model.image_size=225")
+    assert "width" in refusal(base, 1, "model.image_size=[32, 33]")
+    assert "height" in refusal(base, 1, "model.image_size=[33, 32]")
+    assert "model.patch_size=0" in refusal(base, 1, "model.patch_size=0")
+    assert "model.image_size=0" in refusal(base, 1, "model.image_size=0")
+
+
+def test_heads(base: Path) -> None:
+    said = refusal(base, 1, "model.num_attention_heads=7")
+    assert "model.hidden_size=768" in said
+    assert "model.num_attention_heads=7" in said
+
+
+@pytest.mark.parametrize("name", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_dropout_is_refused_for_drop_path(base: Path, name: str) -> None:
+    said = refusal(base, 1, f"model.{name}=0.1")
+    assert f"model.{name}=0.1" in said
+    assert "model.drop_path_rate" in said
+
+
+def test_mean_and_std_have_one_number_a_channel_or_one(base: Path) -> None:
+    assert "augment.mean" in refusal(base, 1, "model.num_channels=4")
+    assert "augment.std" in refusal(base, 1, "augment.std=[0.5, 0.5]")
+    check_config(made(base, "model.num_channels=4", "augment.mean=[0.5]", "augment.std=[0.5]"), World())
+
+
+@pytest.mark.parametrize("name", ["simmim", "multitask"])
+def test_simmim_cells(base: Path, name: str) -> None:
+    objective = f"objective.name={name}"
+    check_config(made(base, objective), World())
+    said = refusal(base, 1, objective, "objective.simmim.mask_patch=3")
+    assert "objective.simmim.mask_patch=3" in said
+    assert "14x14" in said
+    assert "objective.simmim.mask_ratio=0.6" in refusal(base, 1, objective, "objective.simmim.mask_patch=14")
+    check_config(made(base, "objective.simmim.mask_patch=3"), World())  # nobody asked for simmim
+
+
+def test_mae_mask(base: Path) -> None:
+    assert "objective.mae.mask_ratio=0.999" in refusal(base, 1, "objective.mae.mask_ratio=0.999")
+    assert "decoder_num_attention_heads=7" in refusal(base, 1, "objective.mae.decoder_num_attention_heads=7")
+    check_config(made(base, "objective.name=simmim", "objective.mae.decoder_num_attention_heads=7"), World())
+
+
+def test_sincos_needs_a_multiple_of_four(base: Path) -> None:
+    narrow = ("model.hidden_size=6", "model.num_attention_heads=2")
+    assert "model.hidden_size=6" in refusal(base, 1, *narrow)
+    check_config(made(base, *narrow, "objective.name=simmim"), World())  # learned there
+    assert "model.hidden_size=6" in refusal(
+        base, 1, *narrow, "objective.name=simmim", "model.position_embeddings=sincos"
+    )
+
+
+def test_labels(base: Path) -> None:
+    assert "model.num_labels=0" in refusal(base, 1, "objective.name=classification", "model.num_labels=0")
+    check_config(made(base, "model.num_labels=0"), World())
+
+
+def test_stage_1_in_bf16_with_accumulation(base: Path) -> None:
+    asked = ("parallel.zero_stage=1", "train.precision=bf16")
+    mended(base, 2, *asked)
+    check_config(made(base, *asked), World(world_size=8))  # nothing to accumulate
+
+
+def test_offload_needs_zero(base: Path) -> None:
+    assert "parallel.zero_stage" in refusal(base, 1, "parallel.offload_optimizer=true")
+    check_config(made(base, "parallel.offload_optimizer=true", "parallel.zero_stage=2"), World())
+
+
+def test_a_length_must_be_set(base: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.steps and train\.epochs"):
+        check_config(RunConfig(), World())
+
+
+@pytest.mark.parametrize("name", ["mae", "simmim", "classification", "multitask"])
+@pytest.mark.parametrize("length", ["train.steps=9", "train.epochs=2"])
+def test_objective_and_length_change_alone(base: Path, name: str, length: str) -> None:
+    check_config(made(base, f"objective.name={name}", length), World())
+
+
+def test_grid_and_pair(base: Path) -> None:
+    assert pair(3) == (3, 3)
+    assert pair((2, 5)) == (2, 5)
+    assert grid(made(base, "model.image_size=[64, 32]", "model.patch_size=[8, 16]").model) == (8, 2)

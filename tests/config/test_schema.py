@@ -1,0 +1,79 @@
+"""What single values must satisfy: each bound from both sides."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from vitscale.config import schema
+from vitscale.errors import ConfigError
+
+REFUSED = [
+    (schema.Run, "run.name", ["", "a/b", ".", ".."], ["a", "a.b"]),
+    (schema.Model, "model.hidden_size", [0, -1], [1]),
+    (schema.Model, "model.num_hidden_layers", [0], [1]),
+    (schema.Model, "model.num_channels", [0], [1, 13]),
+    (schema.Model, "model.num_labels", [-1], [0]),
+    (schema.Model, "model.drop_path_rate", [-0.1, 1.0], [0.0, 0.9]),
+    (schema.Model, "model.position_embeddings", ["rope"], ["learned", "sincos", "auto"]),
+    (schema.MAE, "objective.mae.mask_ratio", [0.0, 1.0], [0.75]),
+    (schema.SimMIM, "objective.simmim.mask_ratio", [0.0, 1.0], [0.6]),
+    (schema.SimMIM, "objective.simmim.mask_patch", [0], [1]),
+    (schema.Classification, "objective.classification.label_smoothing", [-0.1, 1.0], [0.0, 0.1]),
+    (schema.Objective, "objective.name", ["dino"], list(schema.OBJECTIVES)),
+    (schema.Data, "data.lanes", [0], [1]),
+    (schema.Data, "data.window", [0], [1]),
+    (schema.Data, "data.decode", ["opencv"], list(schema.DECODERS)),
+    (schema.Data, "data.background", [-1, 256], [0, 255]),
+    (schema.Data, "data.max_bad_fraction", [-0.1, 1.1], [0.0, 1.0]),
+    (schema.Data, "data.max_pixels", [0], [1]),
+    (schema.Data, "data.threads", [0], [1, None]),
+    (schema.Data, "data.prefetch", [1], [2]),
+    (schema.Augment, "augment.crop_scale", [(0.0, 1.0), (0.5, 0.4), (0.5, 1.1)], [(1.0, 1.0)]),
+    (schema.Augment, "augment.crop_ratio", [(0.0, 1.0), (2.0, 1.0)], [(1.0, 1.0)]),
+    (schema.Augment, "augment.flip", [-0.1, 1.1], [0.0, 1.0]),
+    (schema.Augment, "augment.std", [(), (0.1, 0.0)], [(0.1,)]),
+    (schema.Optimizer, "optimizer.lr", [-1.0], [0.0]),
+    (schema.Optimizer, "optimizer.lr_batch", [0], [1, None]),
+    (schema.Optimizer, "optimizer.betas", [(1.0, 0.9), (-0.1, 0.9)], [(0.0, 0.0)]),
+    (schema.Optimizer, "optimizer.eps", [0.0], [1e-8]),
+    (schema.Optimizer, "optimizer.weight_decay", [-0.1], [0.0]),
+    (schema.Optimizer, "optimizer.clip", [-1.0], [0.0]),
+    (schema.Optimizer, "optimizer.warmup", [-0.1, 1.0], [0.0]),
+    (schema.Train, "train.global_batch", [0], [1]),
+    (schema.Train, "train.micro_batch", [0], [1]),
+    (schema.Train, "train.steps", [0], [1, None]),
+    (schema.Train, "train.epochs", [0.0], [0.5, None]),
+    (schema.Train, "train.precision", ["fp16"], list(schema.PRECISIONS)),
+    (schema.Train, "train.max_skipped_steps", [0], [1]),
+    (schema.Parallel, "parallel.zero_stage", [-1, 4], [0, 1, 2, 3]),
+    (schema.Parallel, "parallel.bucket_elements", [0], [1]),
+    (schema.Parallel, "parallel.timeout_s", [0], [1]),
+    (schema.Checkpoint, "checkpoint.every_steps", [0], [1]),
+    (schema.Checkpoint, "checkpoint.keep", [0], [1]),
+    (schema.Log, "log.every_steps", [0], [1]),
+]
+
+
+@pytest.mark.parametrize(("section", "key", "wrong", "right"), REFUSED, ids=[row[1] for row in REFUSED])
+def test_bounds(section: type, key: str, wrong: list[Any], right: list[Any]) -> None:
+    name = key.rsplit(".", 1)[-1]
+    for value in right:
+        assert getattr(section(**{name: value}), name) == value
+    for value in wrong:
+        with pytest.raises(ConfigError, match=r"must be") as caught:
+            section(**{name: value})
+        assert str(caught.value).startswith(f"{key}={value!r}: must be ")
+
+
+def test_a_config_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        schema.RunConfig().train.steps = 5  # type: ignore[misc]
+
+
+def test_as_dict_is_plain() -> None:
+    plain = schema.as_dict(schema.RunConfig(data=schema.Data(train=(schema.Source("a"),))))
+    assert plain["data"]["train"] == [{"pattern": "a", "weight": 1.0}]
+    assert plain["optimizer"]["betas"] == [0.9, 0.95]

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.data.makers import write_shards, write_tar
+from vitscale.config.schema import Source
+from vitscale.data.index import ShardIndex, build_index, expand, open_index, require_labels
+from vitscale.errors import DataError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "shards").mkdir()
+    write_shards(tmp_path / "shards", [3, 5, 2])
+    return tmp_path / "shards"
+
+
+def opened(folder: Path, pattern: str = "*.tar", index: str | None = None) -> ShardIndex:
+    return open_index((Source(f"{folder}/{pattern}"),), index, folder.parent / "run")
+
+
+def test_counts_come_from_the_headers(folder: Path) -> None:
+    index = opened(folder)
+    assert index.names == ("s000", "s001", "s002")
+    assert index.samples.tolist() == [3, 5, 2]
+    assert index.total == 10
+    assert index.bytes.tolist() == [os.path.getsize(path) for path in index.paths]
+
+
+def test_patterns(folder: Path) -> None:
+    paths = [f"{folder}/s{i:03d}.tar" for i in range(3)]
+    for pattern in ("*.tar", "s{000..002}.tar", "s00[0-2].tar", "s{000,001,002}.tar", "s00{0..2}.t?r"):
+        assert expand([Source(f"{folder}/{pattern}")]) == paths
+    assert expand([Source(f"file:{paths[1]}"), Source(f"file://{paths[0]}")]) == [paths[1], paths[0]]
+
+
+@pytest.mark.parametrize(
+    "pattern, word",
+    [
+        ("FOLDER/none-*.tar", "none-*.tar"),
+        ("FOLDER/s{000..003}.tar", "s003.tar"),
+        ("pipe:touch FOLDER/pwned; cat FOLDER/s000.tar", "pipe: URLs"),
+        ("https://example.com/a.tar", "https: URLs"),
+        ("s3://bucket/a.tar", "s3: URLs"),
+        ("FOLDER/s{0..99999999999}.tar", "braces"),
+        ("FOLDER/s{0..9999}{0..9999}{0..9999}.tar", "braces"),
+        ("FOLDER/s{000..002.tar", "Unbalanced"),
+    ],
+)
+def test_patterns_that_name_no_local_shards(folder: Path, pattern: str, word: str) -> None:
+    with pytest.raises(DataError) as caught:
+        expand([Source(pattern.replace("FOLDER", str(folder)))])
+    assert word in str(caught.value)
+    assert not (folder / "pwned").exists()
+
+
+def test_a_shard_twice_and_weights_are_refused(folder: Path) -> None:
+    with pytest.raises(DataError, match="twice"):
+        expand([Source(f"{folder}/*.tar"), Source(f"{folder}/../shards/s001.tar")])
+    with pytest.raises(DataError, match="weights"):
+        open_index((Source(f"{folder}/s000.tar", 2.0), Source(f"{folder}/s001.tar")), None, folder)
+    with pytest.raises(DataError, match=r"data.train is empty"):
+        expand([])
+
+
+def test_the_scan_is_kept_beside_the_shards_and_taken_while_fresh(folder: Path) -> None:
+    opened(folder)
+    kept = json.loads((folder / "index.json").read_text())
+    kept["shards"][1]["samples"] = 4  # a lie that only who trusts the cache repeats
+    (folder / "index.json").write_text(json.dumps(kept))
+    assert opened(folder).samples.tolist() == [3, 4, 2]
+    os.utime(folder / "s001.tar", ns=(1, 1))
+    assert opened(folder).samples.tolist() == [3, 5, 2]
+
+
+def test_a_shard_that_grew_is_scanned_again(folder: Path) -> None:
+    before = opened(folder)
+    os.utime(write_tar(folder / "s001.tar", [(f"{i}.jpg", bytes(5000)) for i in range(7)]), ns=(1, 1))
+    after = opened(folder)
+    assert after.samples.tolist() == [3, 7, 2]
+    assert after.digest != before.digest
+
+
+def test_a_packers_hash_outlives_a_copy(folder: Path) -> None:
+    packed = build_index(expand([Source(f"{folder}/*.tar")]))
+    packed.save(folder / "index.json")
+    copy = shutil.copytree(folder, folder.parent / "copy", copy_function=shutil.copyfile)
+    index = opened(copy)
+    assert index.sha256 == packed.sha256
+    assert all(index.sha256)
+    assert index.digest == packed.digest
+
+
+def test_a_part_of_the_shards_leaves_the_other_rows(folder: Path) -> None:
+    opened(folder)
+    os.utime(folder / "s002.tar", ns=(1, 1))
+    assert opened(folder, "s002.tar").samples.tolist() == [2]
+    assert len(json.loads((folder / "index.json").read_text())["shards"]) == 3
+
+
+def test_another_tools_index_is_left_alone(folder: Path) -> None:
+    (folder / "index.json").write_text('{"version": 2, "shards": []}')
+    for _ in range(2):
+        assert opened(folder).total == 10
+    assert (folder / "index.json").read_text() == '{"version": 2, "shards": []}'
+    (kept,) = (folder.parent / "run").iterdir()
+    assert ShardIndex.load(kept).total == 10
+
+
+def test_an_index_file_by_name(folder: Path) -> None:
+    path = folder.parent / "index.json"
+    build_index(expand([Source(f"{folder}/*.tar")])).save(path)
+    assert opened(folder, "s00[02].tar", str(path)).samples.tolist() == [3, 2]
+    write_tar(folder / "s003.tar", [("a.jpg", b"")])
+    with pytest.raises(DataError, match=r"no row for .*s003.tar"):
+        opened(folder, "*.tar", str(path))
+    write_tar(folder / "s000.tar", [("a.jpg", bytes(20000))])
+    with pytest.raises(DataError, match=r"s000.tar: has \d+ bytes, data.index=.* says \d+"):
+        opened(folder, "s00[0-2].tar", str(path))
+    for text in ("", "[]", "{}", '{"format": "vitscale-index-1", "shards": [{"name": "a.tar", "samples": -1}]}'):
+        path.write_text(text)
+        with pytest.raises(DataError, match="data.index"):
+            opened(folder, "*.tar", str(path))
+
+
+def test_bad_shards_are_told_at_the_start(folder: Path) -> None:
+    data = (folder / "s001.tar").read_bytes()
+    (folder / "s001.tar").write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match=r"s001.tar"):
+        opened(folder)
+
+
+def test_declared_counts_spare_the_scan(folder: Path) -> None:
+    (folder / "s000_stats.json").write_text('{"count": 9, "successes": 3, "failed_to_download": 6}')
+    (folder / "sizes.json").write_text('{"s001.tar": 6}')
+    assert opened(folder).samples.tolist() == [3, 6, 2]  # reading s001 will tell
+
+
+def test_the_digest_does_not_depend_on_the_place(folder: Path) -> None:
+    first = opened(folder)
+    moved = folder.rename(folder.parent / "elsewhere")
+    second = opened(moved)
+    assert first.digest == second.digest
+    assert second.paths[0].startswith(str(moved))
+
+
+def test_names_that_would_be_the_same_get_their_folders(tmp_path: Path) -> None:
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+        write_shards(tmp_path / name, [2])
+    index = open_index((Source(f"{tmp_path}/*/s000.tar"),), None, tmp_path / "run")
+    assert index.names == ("cats/s000", "dogs/s000")
+
+
+def test_save_and_load(folder: Path, tmp_path: Path) -> None:
+    index = build_index(expand([Source(f"{folder}/*.tar")]))
+    index.save(tmp_path / "elsewhere.json")
+    again = ShardIndex.load(tmp_path / "elsewhere.json")
+    assert (again.paths, again.names, again.sha256, again.digest) == (
+        index.paths, index.names, index.sha256, index.digest,
+    )  # fmt: skip
+    assert np.array_equal(again.samples, index.samples)
+
+
+def test_labels_where_there_are_none(tmp_path: Path) -> None:
+    index = write_shards(tmp_path, [3], labels=False)
+    with pytest.raises(DataError, match=r"data.label='cls'.*jpg"):
+        require_labels(index, "cls")
+    require_labels(write_shards(tmp_path, [3]), "cls")

@@ -1,0 +1,411 @@
+"""The loader with its real reader process: what comes out, and what happens when something is bad."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from tests.data.makers import encoded, photo, pixels, png_header, write_shards, write_tar
+from vitscale import rng
+from vitscale.config.schema import Data
+from vitscale.data.batch import Batch
+from vitscale.data.crop import CenterCrop, RandomCrop
+from vitscale.data.index import ShardIndex, build_index
+from vitscale.data.loader import Loader
+from vitscale.data.order import SUBSTITUTES, Order, SequentialOrder
+from vitscale.errors import DataError
+from vitscale.world import World
+
+SETTINGS = Data(lanes=4, window=40, threads=2, prefetch=3, decode="simplejpeg")
+CROP = RandomCrop((0.2, 1.0), (0.75, 4 / 3))
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    return write_shards(tmp_path_factory.mktemp("shards"), [17, 9, 30, 14])
+
+
+def loader(index: ShardIndex, rank: int = 0, ranks: int = 1, batch: int = 16, micro: int = 4, **options: Any) -> Loader:
+    data = options.pop("data", SETTINGS)
+    order = options.pop("order", None) or Order(index.samples, 7, batch, data.lanes, data.window)
+    arguments = dict(
+        index=index, order=order, crop=CROP, data=data, num_channels=3, seed=7, start=0, global_batch=batch,
+        micro_batch=micro, world=World(rank=rank, world_size=ranks),
+    )  # fmt: skip
+    return Loader(**(arguments | options))
+
+
+def kept(batch: Batch) -> Batch:
+    return replace(batch, pixels=batch.pixels.copy())
+
+
+def take(count: int, index: ShardIndex, **options: Any) -> list[Batch]:
+    with loader(index, **options) as batches:
+        return [kept(next(batches)) for _ in range(count)]
+
+
+def rows(batches: list[Batch]) -> list[tuple[Any, ...]]:
+    """A row a sample: all that the model will see of it."""
+    return [
+        (batch.epoch, batch.names[i], int(batch.sample_ids[i]), int(batch.sample_keys[i]), int(batch.labels[i]),
+         batch.boxes[i].tolist(), batch.image(i).shape, batch.image(i).tobytes())
+        for batch in batches for i in range(len(batch))
+    ]  # fmt: skip
+
+
+def test_batches_hold_the_drawn_crops(index: ShardIndex) -> None:
+    (batch,) = take(1, index, batch=64, micro=64)
+    assert len(batch) == 64
+    for i, (name, key) in enumerate(zip(batch.names, batch.sample_keys, strict=True)):
+        number = int(name.split("/")[1])
+        image = np.asarray(Image.open(io.BytesIO(photo(number, 16 + number % 7, 18 + number % 5))))
+        ((top, left, bottom, right),) = CROP.boxes(np.array([key]), np.array([len(image)]), np.array([image.shape[1]]))
+        assert np.array_equal(batch.image(i), image[top:bottom, left:right])
+        assert batch.boxes[i].tolist() == [0, 0, bottom - top, right - left]
+        assert batch.labels[i] == number % 10
+        assert name.split("/")[0] == index.names[int(batch.sample_ids[i]) >> 32]
+    assert np.array_equal(batch.sample_keys, rng.sample_key(7, 0, batch.sample_ids))
+    assert (batch.pixels.dtype, batch.boxes.dtype, batch.heights.dtype) == (np.uint8, np.float32, np.int32)
+    assert batch.replaced == ()
+
+
+def test_ranks_see_together_what_one_rank_sees(index: ShardIndex) -> None:
+    """8 global batches, over an epoch's border: slot order, whatever the ranks and the micro-batch."""
+    one = rows(take(8, index, micro=16))
+    assert [row[0] for row in one[::16]] == [0, 0, 0, 0, 1, 1, 1, 1]
+    for ranks, micro in ((2, 4), (4, 4), (1, 2)):
+        parts = 16 // ranks // micro
+        each = [take(8 * parts, index, rank=rank, ranks=ranks, micro=micro) for rank in range(ranks)]
+        slots = [batch for step in range(8) for rank in each for batch in rank[step * parts : (step + 1) * parts]]
+        assert rows(slots) == one
+
+
+def test_a_start_in_the_middle_goes_on_as_if_never_stopped(index: ShardIndex) -> None:
+    whole = take(8, index, micro=16)
+    for step in (1, 3, 5):
+        assert rows(take(8 - step, index, micro=16, start=step * 16)) == rows(whole[step:])
+
+
+def test_pixels_stay_until_the_next_batch(index: ShardIndex) -> None:
+    expected = rows(take(9, index, micro=8))
+    with loader(index, micro=8) as batches:
+        for number in range(9):
+            batch = next(batches)
+            time.sleep(0.01)  # the reader is filling the others meanwhile
+            assert rows([batch]) == expected[number * 8 : number * 8 + 8]
+
+
+def test_images_may_grow_from_batch_to_batch(tmp_path: Path) -> None:
+    """The shared memory grows when a batch needs more."""
+    sizes = [10, 20, 900, 30, 1500, 40, 1000, 10]
+    members = [(f"{i}.jpg", encoded(np.full((size, size, 3), i * 20, np.uint8))) for i, size in enumerate(sizes)]
+    index = build_index([str(write_tar(tmp_path / "a.tar", members))])
+    order = SequentialOrder(index.samples, 1)
+    batches = take(8, index, order=order, batch=1, micro=1, crop=CenterCrop(1.0), data=replace(SETTINGS, prefetch=2))
+    assert [batch.image(0).shape[0] for batch in batches] == sizes
+    assert [int(batch.image(0).mean()) // 20 for batch in batches] == list(range(8))
+
+
+def test_sequential_order_ends(index: ShardIndex) -> None:
+    order = SequentialOrder(index.samples, 16)
+    with loader(index, order=order, crop=CenterCrop(0.875), micro=4, ranks=2, rank=1) as batches:
+        names = [name for batch in batches for name in batch.names]
+    positions = [step * 16 + 8 + i for step in range(5) for i in range(8)]
+    assert [int(name.split("/")[1]) for name in names] == [p % 70 for p in positions]
+
+
+def test_what_a_rank_draws_does_not_depend_on_threads(index: ShardIndex) -> None:
+    expected = rows(take(6, index, micro=16))
+    for threads, prefetch in ((1, 2), (5, 8)):
+        assert rows(take(6, index, micro=16, data=replace(SETTINGS, threads=threads, prefetch=prefetch))) == expected
+
+
+@pytest.mark.parametrize("name", ["auto", "nvimgcodec", "pillow"])
+def test_full_scale_decoders_agree(index: ShardIndex, name: str) -> None:
+    with loader(index, micro=16, data=replace(SETTINGS, decode=name)) as batches:
+        assert rows([kept(next(batches)) for _ in range(2)]) == rows(take(2, index, micro=16))
+        assert batches.decoder == {"auto": "nvimgcodec"}.get(name, name)
+
+
+# --- bad samples ---
+
+
+def shard_with(folder: Path, bad: dict[int, list[tuple[str, bytes]]], count: int = 32) -> ShardIndex:
+    """One shard of `count` labelled photographs; of some samples the members are others."""
+    members: list[tuple[str, bytes]] = []
+    for i in range(count):
+        good = [("jpg", photo(i)), ("cls", b"3")]
+        members += [(f"{i:04d}.{kind}", data) for kind, data in bad.get(i, good)]
+    return build_index([str(write_tar(folder / "a.tar", members))])
+
+
+def bad_samples() -> dict[int, list[tuple[str, bytes]]]:
+    label = ("cls", b"3")
+    return {
+        2: [("jpg", b"this is a text"), label],
+        5: [("jpg", photo(5)[:-40]), label],
+        6: [("jpg", b""), label],
+        9: [("png", png_header(50_000, 50_000)), label],
+        12: [("json", b"{}"), label],
+        17: [("jpg", photo(17)), ("cls", b"cat")],
+        18: [("jpg", photo(18))],
+        21: [("jpg", photo(21)), ("cls", b"1000")],
+        30: [("tif", encoded(Image.new("F", (8, 8)), "TIFF")), label],
+    }
+
+
+CAUSES = {2: "undecodable", 5: "undecodable", 6: "undecodable", 9: "too_large", 12: "no_image", 17: "label",
+          18: "label", 21: "label", 30: "undecodable"}  # fmt: skip
+
+
+def test_bad_samples_are_replaced_and_told(tmp_path: Path) -> None:
+    bad = bad_samples()
+    settings = replace(SETTINGS, lanes=2, window=16)
+    clean_index, index = (shard_with(tmp_path / name, what) for name, what in _folders(tmp_path, bad).items())
+    options: dict[str, Any] = {"batch": 8, "micro": 8, "data": settings, "needs_labels": True, "num_labels": 10}
+    clean, batches = take(4, clean_index, **options), take(4, index, **options)
+    told = {}
+    for step, (was, batch) in enumerate(zip(clean, batches, strict=True)):
+        slots = {item.slot for item in batch.replaced}
+        for slot in range(8):
+            if slot not in slots:
+                assert rows([batch])[slot] == rows([was])[slot], "no other slot moves"
+        for item in batch.replaced:
+            told[int(item.key)] = item.cause
+            assert was.names[item.slot] == f"{item.shard}/{item.key}"
+            assert item.reason
+            stand_in = int(batch.names[item.slot].split("/")[1])
+            assert stand_in not in bad
+            order = Order(index.samples, 7, 8, 2, 16)
+            others = [int(i) & 0xFFFFFFFF for i in order.candidates(step, item.slot)]
+            assert stand_in == next(i for i in others if i not in bad), "the next readable one of its block"
+            assert batch.labels[item.slot] == 3
+            assert np.array_equal(batch.sample_keys, rng.sample_key(7, 0, batch.sample_ids))
+    assert told == CAUSES
+    for ranks in (2, 4):
+        each = [take(4, index, rank=rank, ranks=ranks, **(options | {"micro": 8 // ranks})) for rank in range(ranks)]
+        slots = [rank[step] for step in range(4) for rank in each]
+        assert rows(slots) == rows(batches)
+        assert [item for batch in slots for item in batch.replaced] == [i for b in batches for i in b.replaced]
+
+
+def _folders(tmp_path: Path, bad: dict[int, Any]) -> dict[str, dict[int, Any]]:
+    for name in ("clean", "bad"):
+        (tmp_path / name).mkdir()
+    return {"clean": {}, "bad": bad}
+
+
+def test_labels_may_be_missing_where_none_is_needed(tmp_path: Path) -> None:
+    what = {i: members for i, members in bad_samples().items() if CAUSES[i] == "label"}
+    (batch,) = take(1, shard_with(tmp_path, what), batch=28, micro=28)
+    assert batch.replaced == ()
+    assert {int(name.split("/")[1]): label for name, label in zip(batch.names, batch.labels, strict=True)} | {
+        17: -1, 18: -1, 21: 1000,
+    } == {int(name.split("/")[1]): label for name, label in zip(batch.names, batch.labels, strict=True)} | {
+        17: -1, 18: -1, 21: 1000,
+    }  # fmt: skip
+
+
+def test_no_label_at_all_is_told_at_the_start(tmp_path: Path) -> None:
+    index = write_shards(tmp_path, [30], labels=False)
+    with pytest.raises(DataError, match="data.label"):
+        loader(index, needs_labels=True)
+
+
+def test_nothing_but_bad_samples_is_an_error(tmp_path: Path) -> None:
+    index = shard_with(tmp_path, {i: [("jpg", b"x"), ("cls", b"1")] for i in range(100)}, count=100)
+    with loader(index) as batches, pytest.raises(DataError) as caught:
+        next(batches)
+    assert f"nor is any of the {min(SUBSTITUTES, 24)} samples" in str(caught.value)
+    assert "a/00" in str(caught.value)
+
+
+def test_bad_channels(tmp_path: Path) -> None:
+    rgba = np.concatenate([pixels(1), pixels(2, channels=1)], axis=2)
+    index = shard_with(tmp_path, {i: [("png", encoded(Image.fromarray(rgba), "PNG"))] for i in range(0, 32, 2)})
+    batches = take(3, index, num_channels=4, batch=8)
+    assert all(batch.image(i).shape[2] == batch.channels == 4 for batch in batches for i in range(len(batch)))
+    assert {item.cause for batch in batches for item in batch.replaced} == {"channels"}
+
+
+# --- shards that are not what the index says ---
+
+
+def changed(index: ShardIndex, shard: int, change: Callable[[bytes], bytes], same_size: bool) -> str:
+    path = Path(index.paths[shard])
+    data = path.read_bytes()
+    new = change(data)
+    path.write_bytes(new.ljust(len(data), b"\0") if same_size else new)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "change, same_size, word",
+    [
+        (lambda data: data[: len(data) // 2], False, "bytes, the index says"),
+        (lambda data: data[: len(data) // 2], True, ""),
+        (lambda data: data[: data.index(b"000003.jpg")], True, "holds 3 samples, the index says 12"),
+        (lambda data: data[: data.index(b"000003.jpg") + 1] + b"\xff" + data[data.index(b"000003.jpg") + 2 :], True,
+         "checksum"),
+    ],
+)  # fmt: skip
+def test_a_shard_that_changed_ends_the_run(tmp_path: Path, change: Any, same_size: bool, word: str) -> None:
+    index = write_shards(tmp_path, [12, 12])
+    path = changed(index, 0, change, same_size)
+    with loader(index) as batches, pytest.raises(DataError) as caught:
+        for _ in range(8):
+            next(batches)
+    assert path in str(caught.value)
+    assert word in str(caught.value)
+
+
+def test_a_missing_shard_is_told_after_the_good_batches_before_it(tmp_path: Path) -> None:
+    index = write_shards(tmp_path, [8, 8, 8])
+    Path(index.paths[2]).unlink()
+    with loader(index, order=SequentialOrder(index.samples, 4), batch=4) as batches:
+        assert [len(next(batches)) for _ in range(4)] == [4] * 4
+        for _ in range(2):
+            with pytest.raises(DataError, match=r"s002.tar.*No such file"):
+                next(batches)
+
+
+# --- the reader's life ---
+
+
+def reader_of(batches: Loader) -> int:
+    return batches._process.pid
+
+
+def test_a_killed_reader_is_told_with_its_place(index: ShardIndex) -> None:
+    with loader(index, micro=16) as batches:
+        next(batches)
+        os.kill(reader_of(batches), signal.SIGKILL)
+        started = time.monotonic()
+        with pytest.raises(DataError) as caught:
+            for _ in range(5):
+                next(batches)
+        assert time.monotonic() - started < 5
+    assert "signal 9" in str(caught.value)
+    assert "sample 16" in str(caught.value) or "sample 32" in str(caught.value) or "sample 48" in str(caught.value)
+    assert any(name in str(caught.value) for name in index.names)
+
+
+def test_a_reader_that_dies_before_the_first_batch(index: ShardIndex) -> None:
+    batches = loader(index)
+    os.kill(reader_of(batches), signal.SIGKILL)
+    with batches, pytest.raises(DataError, match="sample 0 of the run"):
+        next(batches)
+
+
+def test_the_reader_ignores_what_stops_a_run(index: ShardIndex) -> None:
+    expected = rows(take(6, index, micro=16))
+    with loader(index, micro=16) as batches:
+        for number in range(6):  # from the first moment of its life on
+            for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                os.kill(reader_of(batches), signum)
+            assert rows([next(batches)]) == expected[number * 16 : number * 16 + 16]
+
+
+def test_close_ends_the_reader_and_keeps_the_batch(index: ShardIndex) -> None:
+    files = len(os.listdir("/proc/self/fd"))
+    batches = loader(index, micro=16)
+    batch = next(batches)
+    before = rows([batch])
+    batches.close()
+    batches.close()
+    assert batches._process.returncode == 0
+    assert rows([batch]) == before
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+PARENT = """
+import sys, time
+from tests.data.test_loader import loader, reader_of
+from vitscale.data.index import ShardIndex
+from pathlib import Path
+batches = loader(ShardIndex.load(Path(sys.argv[1])))
+next(batches)
+print(reader_of(batches), flush=True)
+time.sleep(60)
+"""
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_the_reader_leaves_when_its_parent_is_killed(index: ShardIndex, tmp_path: Path) -> None:
+    index.save(tmp_path / "index.json")
+    with subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path / "index.json")], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert not gone(pid)
+        parent.kill()
+    deadline = time.monotonic() + 10
+    while not gone(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert gone(pid)
+
+
+def test_the_reader_never_imports_torch(index: ShardIndex) -> None:
+    with loader(index, data=replace(SETTINGS, decode="auto")) as batches:
+        next(batches)
+        mapped = Path(f"/proc/{reader_of(batches)}/maps").read_text()
+    assert "nvimgcodec" in mapped
+    assert "libtorch" not in mapped
+
+
+def test_the_room_never_imports_torch() -> None:
+    program = (
+        "import sys, json, importlib, pkgutil, vitscale.data as room\n"
+        "names = [m.name for m in pkgutil.iter_modules(room.__path__)]\n"
+        "[importlib.import_module(f'vitscale.data.{name}') for name in names]\n"
+        "print(json.dumps([names, 'torch' in sys.modules, 'webdataset' in sys.modules]))\n"
+    )
+    names, has_torch, has_webdataset = json.loads(subprocess.check_output([sys.executable, "-c", program]))
+    assert {"reader", "loader", "pack", "digits"} <= set(names)
+    assert not has_torch
+    assert not has_webdataset
+
+
+# --- other tools' shards ---
+
+
+def test_webdatasets_writer_and_img2datasets_layout_are_read(tmp_path: Path) -> None:
+    import webdataset
+
+    for shard in range(2):
+        with webdataset.TarWriter(str(tmp_path / f"{shard:05d}.tar")) as writer:
+            for i in range(12):
+                meta = {"key": f"{shard:05d}{i:04d}", "status": "success", "width": 32}
+                key = meta["key"]
+                writer.write({"__key__": key, "jpg": photo(shard * 12 + i), "json": meta, "txt": f"caption {i}", "cls": i})
+        (tmp_path / f"{shard:05d}_stats.json").write_text(json.dumps({"count": 14, "successes": 12}))
+    from vitscale.config.schema import Source
+    from vitscale.data.index import open_index
+
+    index = open_index((Source(f"{tmp_path}/{{00000..00001}}.tar"),), None, tmp_path / "run")
+    assert index.samples.tolist() == [12, 12]
+    (batch,) = take(1, index, order=SequentialOrder(index.samples, 24), crop=CenterCrop(1.0), batch=24, micro=24)
+    assert batch.labels.tolist() == list(range(12)) * 2
+    assert batch.names[13] == "00001/000010001"
+    square = Image.open(io.BytesIO(photo(13)))
+    side = min(square.size)
+    left = (square.width - side) // 2
+    assert np.array_equal(batch.image(13), np.asarray(ImageOps.exif_transpose(square))[:, left : left + side])

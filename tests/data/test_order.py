@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vitscale.data.order import SUBSTITUTES, Order, SequentialOrder
+from vitscale.errors import DataError
+
+
+def all_ids(counts: list[int]) -> set[int]:
+    return {shard << 32 | place for shard, count in enumerate(counts) for place in range(count)}
+
+
+def whole(order: Order | SequentialOrder, batch: int, size: int) -> np.ndarray:
+    return order.refs(batch, 0, size)[1]
+
+
+shapes = st.tuples(
+    st.lists(st.integers(1, 40), min_size=1, max_size=12),  # samples in each shard
+    st.integers(1, 5),  # lanes
+    st.integers(1, 6),  # samples of a lane in a batch
+    st.integers(1, 200),  # window
+    st.integers(0, 2**31),  # seed
+)
+
+
+@settings(deadline=None, max_examples=30)
+@given(shapes)
+def test_each_sample_once_an_epoch_but_a_small_tail(shape: tuple[list[int], int, int, int, int]) -> None:
+    counts, lanes, share, window, seed = shape
+    size = lanes * share
+    if sum(counts) < size + lanes:
+        with pytest.raises(DataError, match="train.global_batch"):
+            Order(np.array(counts), seed, size, lanes, window)
+        return
+    order = Order(np.array(counts), seed, size, lanes, window)
+    for epoch in range(3):
+        batches = range(epoch * order.batches_per_epoch, (epoch + 1) * order.batches_per_epoch)
+        ids = np.concatenate([whole(order, batch, size) for batch in batches])
+        assert {order.refs(batch, 0, 1)[0] for batch in batches} == {epoch}
+        assert len(set(ids.tolist())) == len(ids)
+        assert set(ids.tolist()) <= all_ids(counts)
+        assert sum(counts) - len(ids) < size + lanes
+
+
+@settings(deadline=None, max_examples=40)
+@given(shapes, st.integers(0, 50), st.data())
+def test_any_run_of_slots_is_a_part_of_the_batch(
+    shape: tuple[list[int], int, int, int, int], batch: int, data: st.DataObject
+) -> None:
+    counts, lanes, share, window, seed = shape
+    size = lanes * share
+    counts = counts + [size + lanes]
+    order = Order(np.array(counts), seed, size, lanes, window)
+    first = data.draw(st.integers(0, size - 1))
+    last = data.draw(st.integers(first + 1, size))
+    assert order.refs(batch, first, last)[1].tolist() == whole(order, batch, size)[first:last].tolist()
+    again = Order(np.array(counts), seed, size, lanes, window)  # no state: any position comes first
+    assert again.refs(batch, first, last)[1].tolist() == order.refs(batch, first, last)[1].tolist()
+
+
+def test_a_block_is_permuted_within_itself() -> None:
+    """One shard, one lane: a block of the epoch holds neighbours of the (rotated) shard, in another order."""
+    order = Order(np.array([1000]), 3, 10, 1, 50)
+    ids = np.concatenate([whole(order, batch, 10) for batch in range(order.batches_per_epoch)])
+    for start in range(0, 1000, 50):
+        block = np.sort(ids[start : start + 50])
+        gaps = np.diff(block, append=block[0] + 1000)
+        assert np.count_nonzero(gaps != 1) == 1, "neighbours on the ring of the rotated shard"
+        assert ids[start : start + 50].tolist() != block.tolist()
+
+
+def test_epochs_and_seeds_differ_and_drop_other_tails() -> None:
+    counts = np.array([100, 90, 80])
+    order = Order(counts, 1, 64, 4, 100)
+    epochs = [[whole(order, e * order.batches_per_epoch + t, 64).tolist() for t in range(order.batches_per_epoch)]
+              for e in range(4)]  # fmt: skip
+    assert len({str(epoch) for epoch in epochs}) == 4
+    dropped = [frozenset(all_ids([100, 90, 80])) - {i for batch in epoch for i in batch} for epoch in epochs]
+    assert len(set(dropped)) == 4
+    assert whole(Order(counts, 2, 64, 4, 100), 0, 64).tolist() != epochs[0][0]
+
+
+def test_a_rank_that_owns_lanes_reads_its_shards_nearly_front_to_back() -> None:
+    order = Order(np.full(64, 100), 5, 32, 8, 8 * 50)
+    lane = np.concatenate([order.refs(batch, 0, 4)[1] for batch in range(order.batches_per_epoch)])
+    places = {int(shard): np.flatnonzero(lane >> 32 == shard) for shard in np.unique(lane >> 32)}
+    assert len(places) <= 10  # of 8 shards' worth
+    for shard, at in places.items():
+        assert np.ptp(at) < 100 + 2 * 50, "a shard is read within its own length and a block at each end"
+        blocks = [np.sort(lane[at[at // 50 == block]]) for block in np.unique(at // 50)]
+        assert np.concatenate(blocks).tolist() == sorted(lane[at].tolist()), (shard, "blocks follow the shard's order")
+
+
+@settings(deadline=None, max_examples=40)
+@given(shapes, st.integers(0, 30))
+def test_candidates_are_other_samples_and_the_next_in_order_comes_first(
+    shape: tuple[list[int], int, int, int, int], batch: int
+) -> None:
+    counts, lanes, share, window, seed = shape
+    size = lanes * share
+    counts = counts + [size + lanes]
+    order = Order(np.array(counts), seed, size, lanes, window)
+    for slot in range(size):
+        own = int(order.refs(batch, slot, slot + 1)[1][0])
+        others = order.candidates(batch, slot).tolist()
+        assert own not in others
+        assert len(others) == min(SUBSTITUTES, sum(counts) // lanes - 1) == len(set(others))
+        assert set(others) <= all_ids(counts)
+
+
+def test_candidates_stay_in_the_block() -> None:
+    order = Order(np.array([1000]), 3, 10, 1, 50)
+    ids = np.concatenate([whole(order, batch, 10) for batch in range(order.batches_per_epoch)]).tolist()
+    block = ids[100:150]
+    for place in (0, 1, 9):
+        others = order.candidates(10, place).tolist()
+        assert others[:49] == (block + block)[place + 1 : place + 50]
+
+
+def test_a_huge_index_costs_what_a_batch_costs() -> None:
+    """1e9 samples in 1e5 shards: only the batch's own blocks are permuted."""
+    order = Order(np.full(100_000, 10_000), 7, 4096, 1024, 2048)
+    epoch, ids = order.refs(3 * order.batches_per_epoch + 12345, 0, 4096)
+    assert epoch == 3
+    assert len(set(ids.tolist())) == 4096
+    assert (ids & 0xFFFFFFFF).max() < 10_000
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 12))
+def test_sequential_order_is_the_index_and_then_repeats(counts: list[int], size: int) -> None:
+    order = SequentialOrder(np.array(counts), size)
+    ids = np.concatenate([whole(order, batch, size) for batch in range(order.batches_per_epoch)]).tolist()
+    assert ids[: sum(counts)] == sorted(all_ids(counts))
+    assert ids[sum(counts) :] == (ids[: sum(counts)] * size)[: len(ids) - sum(counts)]
+    assert len(ids) - sum(counts) < size
+    assert order.candidates(0, 0).tolist() == ids[1 : sum(counts)][:SUBSTITUTES]

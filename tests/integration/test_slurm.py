@@ -1,0 +1,162 @@
+"""slurm/pretrain_vit_h.sh as it is, on a real Slurm of four nodes on this machine, with a small config."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.slurm_cluster import SlurmCluster, what_is_missing
+from tests.integration.worlds import ROOT, losses, rows, trace
+
+SCRIPT = ROOT / "slurm" / "pretrain_vit_h.sh"
+STEPS = 150
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(scope="module")
+def slurm(slurm_required: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    missing = what_is_missing()
+    if missing is not None:
+        (pytest.fail if slurm_required else pytest.skip)(missing)
+    with open("/run/lock/vitscale-tests-slurm", "w") as lock:  # node names and munge are the machine's
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
+            yield cluster
+
+
+class Submitted:
+    """A job of 2 nodes x 2 ranks, submitted as a user would, and its run."""
+
+    def __init__(self, slurm: SlurmCluster, folder: Path, config: Path, shards: Path, *more: str) -> None:
+        self.slurm, self.folder = slurm, folder
+        self.log, self.run = folder / "job.log", folder / "runs" / "run"
+        environment = {
+            "VITSCALE_HOME": str(ROOT),
+            "VITSCALE_VENV": sys.prefix,
+            "CONFIG": str(config),
+            "DATA": f"{shards}/*.tar",
+            "NPROC_PER_NODE": "2",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        flags = ("--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=1", f"--output={self.log}")
+        arguments = (*flags, str(SCRIPT), f"train.steps={STEPS}", *more)
+        self.job = slurm.submit(*arguments, cwd=folder, environment=environment)
+
+    def steps(self) -> int:
+        metrics = self.run / "metrics.jsonl"
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+    def wait_for_steps(self, count: int) -> None:
+        self.slurm.wait_for(f"{count} steps", lambda: self.steps() >= count, 240, self.log)
+
+    def wait_for_end(self) -> dict[str, str]:
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        self.slurm.wait_for("the job's end", lambda: self.slurm.state(self.job)["JobState"] in over, 300, self.log)
+        return self.slurm.state(self.job)
+
+    def assert_whole(self) -> None:
+        """Every step once, though the run was interrupted; each sample at most once an epoch."""
+        assert sorted(losses(self.run)) == list(range(1, STEPS + 1))
+        assert [row["step"] for row in rows(self.run)] == list(range(1, STEPS + 1))
+        names = trace(self.run)
+        epoch = [key for step in range(1, 10) for key in names[step]]  # 150 samples: 9 steps of 16
+        assert len(set(epoch)) == len(epoch) == 9 * 16
+        assert json.loads((self.run / "exit.json").read_text()) == {"code": 0, "step": STEPS, "reason": "done"}
+        assert (self.run / "model" / "model.safetensors").exists()
+
+
+def test_stopped_by_a_signal_requeued_and_finished(
+    slurm: SlurmCluster, config: Path, shards: Path, tmp_path: Path
+) -> None:
+    job = Submitted(slurm, tmp_path, config, shards)
+    job.wait_for_steps(3)
+    slurm.command("scancel", "--signal=USR1", "--batch", str(job.job))  # as --signal=B:USR1@120 near the time limit
+    slurm.wait_for("a requeue", lambda: slurm.state(job.job)["Restarts"] == "1", 120, job.log)
+    assert 3 <= job.steps() < STEPS
+    ended = job.wait_for_end()
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1")
+    job.assert_whole()
+
+    log = job.log.read_text()  # one log for both starts
+    assert f"requeues job {job.job}" in log
+    assert log.count("start:") == 2
+    assert not (job.run / "stop").exists()
+    kept = sorted((job.run / "launch").iterdir())
+    assert len(kept) == 2
+    for snapshot in kept:
+        assert (snapshot / "slurm.sh").read_text().strip() == SCRIPT.read_text().strip()
+        assert (snapshot / "config.yaml").read_text() == config.read_text()
+        assert (snapshot / "command.txt").read_text().startswith("launch/slurm.sh pretrain ")
+        assert f"JobId={job.job}" in (snapshot / "job.txt").read_text()
+        assert (snapshot / "code.txt").read_text().startswith("vitscale ")
+
+
+def test_a_bad_config_ends_the_job_at_once(slurm: SlurmCluster, config: Path, shards: Path, tmp_path: Path) -> None:
+    job = Submitted(slurm, tmp_path, config, shards, "train.global_batch=18")
+    ended = job.wait_for_end()
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
+    lines = [line for line in job.log.read_text().splitlines() if "error" in line]
+    assert len(lines) == 1
+    assert "train.global_batch=18" in lines[0]
+    assert "4 ranks" in lines[0]
+    assert not job.run.exists()
+
+
+@pytest.mark.full
+def test_a_cancelled_job_saves_and_stays_cancelled(
+    slurm: SlurmCluster, config: Path, shards: Path, tmp_path: Path
+) -> None:
+    job = Submitted(slurm, tmp_path, config, shards)
+    job.wait_for_steps(3)
+    slurm.command("scancel", str(job.job))
+    slurm.wait_for("the run's end", (job.run / "exit.json").exists, 60, job.log)
+    slurm.wait_for("the job's end", lambda: "not requeued" in job.log.read_text(), 60, job.log)
+    assert slurm.state(job.job)["JobState"] == "CANCELLED"
+    assert json.loads((job.run / "exit.json").read_text())["code"] == 3
+    assert list((job.run / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.full
+def test_a_preempted_job_goes_on(slurm: SlurmCluster, config: Path, shards: Path, tmp_path: Path) -> None:
+    job = Submitted(slurm, tmp_path, config, shards)
+    job.wait_for_steps(3)
+    whole = ("--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    slurm.submit(*whole, cwd=tmp_path, environment={})
+    slurm.wait_for("a requeue", lambda: slurm.state(job.job)["Restarts"] == "1", 120, job.log)
+    ended = job.wait_for_end()
+    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0")
+    job.assert_whole()
+
+
+@pytest.mark.full
+def test_a_rank_that_dies_fails_the_job(slurm: SlurmCluster, config: Path, shards: Path, tmp_path: Path) -> None:
+    """No rank and no node may hang on after it."""
+    job = Submitted(slurm, tmp_path, config, shards)
+    job.wait_for_steps(3)
+    ranks = _ranks_of(config)
+    assert len(ranks) == 4
+    os.kill(ranks[-1], signal.SIGKILL)
+    ended = job.wait_for_end()
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "0")
+    assert _ranks_of(config) == []
+
+
+def _ranks_of(config: Path) -> list[int]:
+    """The processes that train with this config."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                words = (folder / "cmdline").read_text().split("\0")
+                if "vitscale.cli" in words and "torch.distributed.run" not in words and str(config) in words:
+                    found.append(int(folder.name))
+    return found

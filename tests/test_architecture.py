@@ -1,0 +1,220 @@
+"""The walls between the rooms, kept from the code's own imports (see ARCHITECTURE.md)."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "vitscale"
+
+# Each room may import those on the lines above it; rooms on one line never import each other.
+ORDER = (
+    {"errors"},
+    {"world", "rng", "run_folder"},
+    {"config"},
+    {"data", "augment", "models", "checkpoint", "tracking", "planning"},
+    {"interop", "launch"},
+    {"engine"},
+    {"evaluation"},
+    {"run", "bench"},
+    {"cli"},
+)
+# Nowhere in these is torch imported, not even inside a function.
+WITHOUT_TORCH = ("errors", "world", "run_folder", "config", "data", "checkpoint.store", "tracking", "launch")
+# Importing these imports nothing heavy; a function may, when it runs.
+LIGHT = (*WITHOUT_TORCH, "rng", "cli", "")
+HEAVY = ("torch", "deepspeed", "accelerate", "mlflow", "transformers", "sklearn", "matplotlib")
+ONLY_IN = {
+    "accelerate": ("engine.backend",),
+    "deepspeed": ("engine.backend",),
+    "mlflow": ("tracking.tracker",),
+    "transformers": ("bench.step",),
+    "pickle": ("data.wire",),  # between a rank and its own reader process
+}
+ENVIRONMENT = ("world", "launch")
+# What may be longer than a file (400) or a function (60), and how long; keep it short.
+LONG_FILES: dict[str, int] = {}
+LONG_FUNCTIONS: dict[str, int] = {}
+# Distributions whose module has another name.
+MODULE_NAMES = {
+    "nvidia-nvimgcodec-cu12": "nvidia",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import of a module: what, where, and whether it runs when the module is imported."""
+
+    name: str
+    by: str
+    line: int
+    at_top: bool
+
+
+def _module(path: Path) -> str:
+    """'data.order' for vitscale/data/order.py; '' for the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def _trees() -> dict[str, ast.Module]:
+    return {_module(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def _type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def _walk(node: ast.AST, at_top: bool) -> Iterator[tuple[ast.AST, bool]]:
+    for child in ast.iter_child_nodes(node):
+        if not _type_checking(child):
+            yield child, at_top
+            inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            yield from _walk(child, at_top and not inside)
+
+
+@cache
+def _imports() -> tuple[Import, ...]:
+    found = []
+    for module, tree in _trees().items():
+        for node, at_top in _walk(tree, True):
+            if isinstance(node, ast.Import):
+                found += [Import(alias.name, module, node.lineno, at_top) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{module}:{node.lineno}: import by full path"
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                found += [Import(name, module, node.lineno, at_top) for name in names]
+    return tuple(found)
+
+
+def _room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def _in(module: str, rooms: tuple[str, ...]) -> bool:
+    return any(module == room or (room and module.startswith(f"{room}.")) for room in rooms)
+
+
+def test_the_parser_of_this_test_sees_the_imports() -> None:
+    assert len(_trees()) > 30
+    assert any(found.name.startswith("vitscale.errors") for found in _imports())
+    assert any(not found.at_top for found in _imports())
+
+
+def test_every_room_has_its_place() -> None:
+    placed = set().union(*ORDER)
+    assert {_room(module) for module in _trees() if module} <= placed
+
+
+def test_rooms_import_only_those_below_them() -> None:
+    level = {room: number for number, rooms in enumerate(ORDER) for room in rooms}
+    broken = []
+    for found in _imports():
+        if not found.name.startswith("vitscale.") or not found.by:  # the package hands out public names, lazily
+            continue
+        own, other = _room(found.by), _room(found.name.removeprefix("vitscale."))
+        if other in level and own != other and level[other] >= level[own]:
+            broken.append(f"vitscale/{found.by}:{found.line} imports {found.name}")
+    assert not broken
+
+
+@pytest.mark.parametrize("package", ONLY_IN)
+def test_one_place_for_a_library(package: str) -> None:
+    broken = [
+        f"vitscale/{found.by}:{found.line} imports {found.name}"
+        for found in _imports()
+        if _room(found.name) == package and not _in(found.by, ONLY_IN[package])
+    ]
+    assert not broken
+
+
+def test_torch_stays_out_of_the_light_rooms() -> None:
+    broken = [
+        f"vitscale/{found.by}:{found.line} imports {found.name}"
+        for found in _imports()
+        if (_in(found.by, WITHOUT_TORCH) and _room(found.name) == "torch")
+        or (_in(found.by, LIGHT) and found.at_top and _room(found.name) in HEAVY)
+    ]
+    assert not broken
+
+
+def test_importing_the_light_rooms_imports_nothing_heavy() -> None:
+    """Also by way of others: what the reader process and `vitscale --help` import."""
+    light = [f"vitscale.{name}".rstrip(".") for name in _trees() if _in(name, LIGHT)]
+    assert {"vitscale.cli", "vitscale.data.reader", "vitscale.launch.torchrun"} <= set(light)
+    code = f"""
+import importlib, sys
+for name in {light}:
+    importlib.import_module(name)
+    heavy = [heavy for heavy in {HEAVY} if heavy in sys.modules]
+    if heavy:
+        sys.exit(f"{{name}} imports {{heavy}}")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_environment_is_read_in_two_places() -> None:
+    broken = []
+    for module, tree in _trees().items():
+        for node in ast.walk(tree):
+            touched = isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "putenv")
+            if touched and not _in(module, ENVIRONMENT):
+                broken.append(f"vitscale/{module}:{node.lineno}")
+    assert not broken
+
+
+def test_packages_re_export_nothing() -> None:
+    for path in PACKAGE.rglob("__init__.py"):
+        assert path.parent == PACKAGE or not path.read_text(encoding="utf-8").strip(), path
+
+
+def test_what_is_imported_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(item for extra in extras.values() for item in extra)]
+    names = {match.group() for item in wanted if (match := re.match(r"[\w-]+", item))}
+    declared = {MODULE_NAMES.get(name, name) for name in names} | {"vitscale"} | set(sys.stdlib_module_names)
+    broken = [
+        f"vitscale/{found.by}:{found.line} imports {found.name}"
+        for found in _imports()
+        if _room(found.name) not in declared
+    ]
+    assert not broken
+
+
+def test_files_are_short() -> None:
+    lengths = {_module(path): len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert {name: length for name, length in lengths.items() if length >= LONG_FILES.get(name, 400)} == {}
+
+
+def test_functions_are_short() -> None:
+    broken = {}
+    for module, tree in _trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                name, length = f"{module}.{node.name}", (node.end_lineno or 0) - node.lineno + 1
+                if length >= LONG_FUNCTIONS.get(name, 60):
+                    broken[name] = length
+    assert broken == {}
+
+
+def test_the_map_names_every_room() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    for module in _trees():
+        if module:
+            assert _room(module) in text, f"ARCHITECTURE.md does not name {_room(module)}"

@@ -1,0 +1,169 @@
+"""The rank's side of reading: starts the reader process, takes its micro-batches in order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import vitscale
+from vitscale.config import schema
+from vitscale.data.assemble import Plan
+from vitscale.data.batch import Batch
+from vitscale.data.crop import CenterCrop, RandomCrop
+from vitscale.data.decode import choose_decoder
+from vitscale.data.index import ShardIndex, require_labels
+from vitscale.data.order import Order, SequentialOrder
+from vitscale.data.reader import IGNORED_SIGNALS
+from vitscale.data.wire import FREE, Failed, Filled, SharedMemory, receive, send
+from vitscale.errors import DataError
+from vitscale.world import World, child_environment
+
+_PATIENCE_S = 5.0  # for a reader to leave by itself
+
+
+class Loader:
+    """An iterator over this rank's micro-batches, endless for an Order.
+
+    A Batch's pixels are valid until the next `next()`. Close it, or use it in a `with`.
+    """
+
+    def __init__(
+        self,
+        *,
+        index: ShardIndex,
+        order: Order | SequentialOrder,
+        crop: RandomCrop | CenterCrop,
+        data: schema.Data,
+        num_channels: int,
+        seed: int,
+        world: World,
+        global_batch: int,
+        micro_batch: int,
+        start: int,
+        needs_labels: bool = False,
+        num_labels: int | None = None,
+        image_size: tuple[int, int] | None = None,
+    ) -> None:
+        """start: global samples consumed, a multiple of global_batch.
+
+        needs_labels: a sample without a label (or, where num_labels is given, not below it) is a bad one.
+        image_size: (height, width) that boxes will be resized to; lets simplejpeg decode at a DCT scale.
+        """
+        assert start % global_batch == 0
+        assert global_batch % (micro_batch * world.world_size) == 0
+        if needs_labels:
+            require_labels(index, data.label)
+        owned = max(1, data.lanes // world.world_size)
+        self.decoder = choose_decoder(data.decode)  # what data.decode=auto has become, for the run's record
+        self._plan = Plan(
+            index=index, order=order, crop=crop, decoder=self.decoder, channels=num_channels,
+            background=data.background, max_pixels=data.max_pixels, image_size=image_size, label=data.label,
+            needs_labels=needs_labels, num_labels=num_labels, seed=seed, global_batch=global_batch,
+            micro_batch=micro_batch, rank=world.rank, ranks=world.world_size, first_batch=start // global_batch,
+            threads=data.threads or world.cores_per_rank, prefetch=data.prefetch,
+            # A lane is in one block of its window, which lies in a few shards.
+            table_samples=owned * (2 * (data.window // data.lanes) + 2 * int(index.samples.max())),
+        )  # fmt: skip
+        self._number = 0  # of the micro-batch to give out next
+        self._lent: int | None = None  # the memory of the batch given out last
+        self._arrived: dict[int, Filled | Failed] = {}
+        self._memories = [SharedMemory.create() for _ in range(data.prefetch)]
+        self._results, theirs = os.pipe()
+        try:
+            self._process = self._start_reader(theirs)
+        finally:
+            os.close(theirs)
+        try:
+            send(self._control, self._plan)
+            for memory in range(data.prefetch):
+                self._free(memory)
+        except BrokenPipeError:
+            raise self._died() from None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        number, end = self._number, self._plan.micro_batches
+        if end is not None and number >= end:
+            raise StopIteration
+        try:
+            if self._lent is not None:
+                self._free(self._lent)
+                self._lent = None
+            while number not in self._arrived:
+                message = receive(self._results)
+                self._arrived[message.number] = message
+        except (EOFError, BrokenPipeError):
+            raise self._died() from None
+        message = self._arrived[number]
+        if isinstance(message, Failed):
+            if message.is_users:
+                raise DataError(message.message)
+            raise RuntimeError(f"the reader failed at {self._plan.where(number)}:\n{message.message}")
+        del self._arrived[number]
+        self._number, self._lent = number + 1, number % len(self._memories)
+        return replace(message.batch, pixels=self._memories[self._lent].view(message.bytes))
+
+    def close(self) -> None:
+        """End the reader. Batches given out before stay readable."""
+        if self._process.stdin is None or self._process.stdin.closed:
+            return
+        self._process.stdin.close()
+        try:
+            self._process.wait(_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        os.close(self._results)
+        for memory in self._memories:
+            memory.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def _control(self) -> int:
+        assert self._process.stdin is not None
+        return self._process.stdin.fileno()
+
+    def _free(self, memory: int) -> None:
+        os.write(self._control, FREE.pack(memory))
+
+    def _start_reader(self, results: int) -> subprocess.Popen[bytes]:
+        memories = [memory.descriptor for memory in self._memories]
+        arguments = [str(number) for number in (results, os.getpid(), *memories)]
+        environment = child_environment() | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        root = Path(vitscale.__file__).parents[1]
+        if root.name not in ("site-packages", "dist-packages"):  # run from a checkout: the same code for the reader
+            environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [environment.get("PYTHONPATH")])])
+        # A signal to the whole group must not end the reader before it has learnt to ignore it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-m", "vitscale.data.reader", *arguments],
+                stdin=subprocess.PIPE, bufsize=0, pass_fds=[results, *memories], env=environment,
+            )  # fmt: skip
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _died(self) -> DataError:
+        """The reader's end as an error; it closes its pipe only by ending."""
+        try:
+            code = self._process.wait(_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            code = None
+        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        return DataError(
+            f"rank {self._plan.rank}: the reader process died ({how}) at {self._plan.where(self._number)}; start the "
+            "run again to go on from its newest checkpoint. Signal 9 is most often the machine's memory limit: lower "
+            "data.prefetch, train.micro_batch or data.max_pixels"
+        )

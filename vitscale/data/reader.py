@@ -1,0 +1,108 @@
+"""The reader process of a rank: `python -m vitscale.data.reader RESULTS_FD PARENT_PID MEMORY_FD...`.
+
+It reads ahead and decodes, with threads, and never imports torch. Standard input brings the Plan, then the
+number of each memory that is free to be filled; RESULTS_FD takes a message for each micro-batch. It ignores
+the signals that stop a run (the ranks save and leave in their own time) and leaves when its parent is gone.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import select
+import signal
+import sys
+import traceback
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import Lock
+
+import numpy as np
+from PIL import Image
+
+from vitscale.data.assemble import Assembler, Plan
+from vitscale.data.wire import FREE, Failed, Filled, SharedMemory, receive, send
+from vitscale.errors import DataError
+
+IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class _Reader:
+    """Fills memories as they become free: micro-batch n goes to memory n % prefetch."""
+
+    def __init__(self, plan: Plan, memories: list[SharedMemory], results: int) -> None:
+        self._memories, self._results = memories, results
+        self._end = plan.micro_batches
+        self._next = list(range(len(memories)))  # the micro-batch that each memory takes next
+        self._assembler = Assembler(plan)
+        self._pool = ThreadPoolExecutor(len(memories), thread_name_prefix="assemble")
+        self._sending = Lock()
+
+    def fill(self, memory: int) -> None:
+        """Start on the next micro-batch of a memory."""
+        number = self._next[memory]
+        self._next[memory] += len(self._memories)
+        if self._end is None or number < self._end:
+            self._pool.submit(self._fill, number, self._memories[memory])
+
+    def _fill(self, number: int, memory: SharedMemory) -> None:
+        message: Filled | Failed
+        try:
+            batch = self._assembler.assemble(number, memory)
+            message = Filled(number, len(batch.pixels), replace(batch, pixels=np.zeros(0, dtype=np.uint8)))
+        except DataError as error:
+            message = Failed(number, True, str(error))
+        except BaseException:
+            message = Failed(number, False, traceback.format_exc())
+        with self._sending:
+            send(self._results, message)
+
+
+def main(arguments: list[str]) -> None:
+    results, parent, *descriptors = map(int, arguments)
+    _quiet()
+    for ignored in IGNORED_SIGNALS:
+        signal.signal(ignored, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)  # the parent blocked them until now
+    code = 1
+    try:
+        _serve(results, parent, [SharedMemory(descriptor) for descriptor in descriptors])
+        code = 0
+    except (EOFError, BrokenPipeError):
+        code = 0  # the parent is gone
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)  # without waiting for threads in the middle of an image
+
+
+def _serve(results: int, parent: int, memories: list[SharedMemory]) -> None:
+    """Until the parent closes its end of standard input, or is no more."""
+    plan: Plan = receive(0)
+    Image.MAX_IMAGE_PIXELS = plan.max_pixels
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # header.py refuses at the limit itself
+    try:
+        reader = _Reader(plan, memories, results)
+    except DataError as error:
+        send(results, Failed(0, True, str(error)))
+        return
+    while os.getppid() == parent:
+        if select.select([0], [], [], 1.0)[0]:
+            message = os.read(0, FREE.size)
+            if not message:
+                return
+            reader.fill(FREE.unpack(message)[0])
+
+
+def _quiet() -> None:
+    """Send what C libraries print (nvImageCodec, libtiff: a line for each bad image) nowhere; Python's own stays."""
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    faulthandler.enable(sys.stderr)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

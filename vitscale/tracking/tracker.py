@@ -1,0 +1,312 @@
+"""MLflow, fed by a thread from metrics.jsonl: whatever the server does, no step and no exit waits for it.
+
+The rows of metrics.jsonl are the truth; what MLflow already holds of them it is asked for at every
+connection, and only later steps are sent, each with its own time. The run's id lies in the run folder.
+Only here is mlflow imported, and only in the thread (it takes seconds).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import vitscale
+from vitscale.config.schema import RunConfig, as_dict
+from vitscale.tracking.jsonl import JsonlTail, as_number
+from vitscale.tracking.outbox import Outbox, flat_params, redact, write_text
+from vitscale.tracking.system import SystemSampler
+
+RUN_ID_FILE = "mlflow_run_id"
+METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow's limits of log_batch
+LONGEST_PARAM, LONGEST_TAG = 6000, 8000  # characters
+FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
+GATHER_S = 2.0  # rows that come within it go in one call
+SAMPLE_S = 10.0  # between two looks at the machine
+SAMPLES_KEPT = 360  # of the machine, while the server does not answer
+_NOT_IN_NAMES = re.compile(r"[^\w\-./: ]")
+_KEY_TAG = "vitscale.key"
+
+
+def tracking_uri(run_folder: Path, config: RunConfig) -> str:
+    """Where the run is tracked: tracking.mlflow_uri, else a sqlite file in the run's folder."""
+    return config.tracking.mlflow_uri or f"sqlite:///{(run_folder / 'mlflow.db').resolve()}"
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class Tracker:
+    """Rank 0's line to MLflow. None of its methods waits for the server but `finish`, for as long as it is told."""
+
+    def __init__(self, run_folder: Path, config: RunConfig, tags: dict[str, str] | None = None,
+                 report: Callable[[str], None] = _to_stderr) -> None:
+        known = {"vitscale.version": vitscale.__version__, "host": socket.gethostname()}
+        self._sender = _Sender(run_folder, config, known | (tags or {}))
+        self._folder, self._report = run_folder, report
+        self._wake, self._closing = threading.Event(), threading.Event()
+        self._deadline = 0.0
+        self._all_sent = False
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._on = config.tracking.mlflow
+
+    def start(self) -> None:
+        """Begin to send. Call it when the heavy imports are done: importing mlflow beside them slows both."""
+        if self._on:
+            self._sender.outbox.set_status("RUNNING")
+            self._thread.start()
+
+    def notice(self) -> None:
+        """A row was appended."""
+        self._wake.set()
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Upload a file or folder, now or as soon as the server answers."""
+        self._sender.outbox.add(path, folder)
+        self._wake.set()
+
+    def finish(self, status: str, wait_s: float = 10.0) -> bool:
+        """End with status FINISHED, KILLED or FAILED; True when MLflow has it all. Takes at most `wait_s`."""
+        if not self._thread.is_alive():
+            return not self._on
+        self._sender.outbox.set_status(status)
+        self._deadline = time.monotonic() + wait_s
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(wait_s)
+        if not self._all_sent:
+            self._report(f"MLflow at {self._sender.name} has not got everything of this run; "
+                         f"`vitscale sync {self._folder}` or the next start sends the rest")
+        return self._all_sent
+
+    def _work(self) -> None:
+        failures = 0
+        while True:
+            closing = self._closing.is_set()
+            self._wake.clear()
+            try:
+                self._sender.send()
+                if failures and not closing:
+                    self._report(f"MLflow at {self._sender.name} answers again")
+                failures = 0
+            except Exception as error:  # nothing of MLflow may end or disturb the run
+                failures += 1
+                if failures == 1 and not closing:
+                    self._report(f"MLflow at {self._sender.name}: {_one_line(error)}; training goes on, "
+                                 "metrics.jsonl keeps the curves until it answers")
+            if closing and (not failures or time.monotonic() >= self._deadline):
+                self._all_sent = not failures
+                return
+            if failures:
+                pause = min(FIRST_RETRY_S * 2 ** (failures - 1), LONGEST_RETRY_S)
+                time.sleep(FIRST_RETRY_S) if closing else self._closing.wait(pause)
+            else:
+                self._wake.wait(SAMPLE_S)
+                self._closing.wait(GATHER_S)
+
+
+def sync(run_folder: Path, config: RunConfig, report: Callable[[str], None] = print) -> bool:
+    """Send what MLflow lacks of a run, in the foreground; True when it has it all."""
+    sender = _Sender(run_folder, config, {})
+    sender.outbox.set_status(_status_at_exit(run_folder) or sender.outbox.status)
+    sender.outbox.add_standard()
+    try:
+        sender.send()
+    except Exception as error:
+        report(f"MLflow at {sender.name}: {_one_line(error)}; nothing is lost, try again later")
+        return False
+    report(f"MLflow at {sender.name} has all of {run_folder}")
+    return True
+
+
+def _status_at_exit(run_folder: Path) -> str | None:
+    """MLflow's word for how a run that is not running ended; None where it did not say."""
+    path = run_folder / "exit.json"
+    code = json.loads(path.read_text(encoding="utf-8"))["code"] if path.exists() else None
+    return None if code is None else {0: "FINISHED", 3: "KILLED"}.get(code, "FAILED")
+
+
+def _one_line(error: Exception) -> str:
+    text = redact(" ".join(str(error).split()))
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+class _Sender:
+    """Sends what is not sent yet, in this thread; any exception means that some of it is still to be sent."""
+
+    def __init__(self, run_folder: Path, config: RunConfig, tags: dict[str, str]) -> None:
+        self._folder, self._tracking, self._run_name = run_folder, config.tracking, config.run.name
+        self._uri = tracking_uri(run_folder, config)
+        self.name = redact(self._uri)
+        self._params = {key: text[:LONGEST_PARAM] for key, text in flat_params(as_dict(config)).items()}
+        self.outbox = Outbox(run_folder, tags)
+        self._tail = JsonlTail(run_folder / "metrics.jsonl")
+        self._client: Any = None
+        self._run_id = ""
+        self._held: dict[str, int] = {}  # the last step that MLflow has of each metric
+        self._status = ""  # that MLflow has
+        self._started_ms = 0
+        self._sampler: SystemSampler | None = None
+        self._samples: deque[tuple[int, dict[str, float]]] = deque(maxlen=SAMPLES_KEPT)
+        self._next_sample = 0.0
+
+    def send(self) -> None:
+        """Rows first, then status, then files: what fails last holds up least."""
+        self._sample()
+        try:
+            if self._client is None:
+                self._connect()
+            self._send_rows()
+            self._send_samples()
+            self._send_status()
+            self._send_artifacts()
+        except Exception:
+            self._client = None  # ask anew what the server holds: a call that failed may have been done
+            raise
+
+    # ---- the run
+
+    def _connect(self) -> None:
+        from mlflow.tracking import MlflowClient
+
+        logging.getLogger("mlflow").setLevel(logging.ERROR)  # the terminal is the run's
+        client = MlflowClient(tracking_uri=self._uri)
+        run = self._saved_run(client) or self._found_or_new_run(client)
+        if run.info.run_id != self._run_id:
+            self._run_id, self._held = run.info.run_id, {}
+            self._tail.rewind()
+            write_text(self._folder / RUN_ID_FILE, self._run_id + "\n")
+        held = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+        if any(held.get(key, -1) < step for key, step in self._held.items()):
+            self._tail.rewind()  # the server has lost some of what it took
+        self._held = held
+        self._status, self._started_ms = run.info.status, run.info.start_time
+        self._send_params(client, run.data.params, run.data.tags)
+        self._client = client
+
+    def _saved_run(self, client: Any) -> Any:
+        """The run whose id lies in the run folder, or None where this server does not have it."""
+        from mlflow.exceptions import MlflowException
+
+        path = self._folder / RUN_ID_FILE
+        run_id = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+        if not run_id:
+            return None
+        try:
+            run = client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+        return run if run.info.lifecycle_stage == "active" else None
+
+    def _found_or_new_run(self, client: Any) -> Any:
+        """The run that bears this folder's key (its making was cut off before the id was written), or a new one."""
+        experiment = self._experiment(client)
+        found = client.search_runs([experiment], f"tags.`{_KEY_TAG}` = '{self.outbox.key}'", max_results=1)
+        tags = {_KEY_TAG: self.outbox.key, "mlflow.source.name": "vitscale", "mlflow.source.type": "LOCAL"}
+        return client.create_run(experiment, run_name=self._run_name, tags=tags)
+
+    def _experiment(self, client: Any) -> str:
+        name = self._tracking.experiment
+        experiment = client.get_experiment_by_name(name)
+        if experiment is not None:
+            return experiment.experiment_id
+        artifacts = None  # a server has its own place for them
+        if self._uri.startswith("sqlite:///"):
+            database = Path(self._uri.removeprefix("sqlite:///")).resolve()
+            artifacts = (database.parent / "mlflow-artifacts").as_uri()
+        return client.create_experiment(name, artifact_location=artifacts)
+
+    def _send_params(self, client: Any, held: dict[str, str], held_tags: dict[str, str]) -> None:
+        """Params, which MLflow never changes: one that has another value now becomes the tag changed.NAME."""
+        from mlflow.entities import Param, RunTag
+
+        new = [Param(key, text) for key, text in self._params.items() if key not in held]
+        tags = dict(self.outbox.tags)
+        for key, text in self._params.items():
+            if (key in held and held[key] != text) or f"changed.{key}" in held_tags:
+                tags[f"changed.{key}"] = text
+        fresh = [RunTag(key, text[:LONGEST_TAG]) for key, text in tags.items() if held_tags.get(key) != text]
+        for part in _parts(new, PARAMS_A_CALL):
+            client.log_batch(self._run_id, params=part)
+        for part in _parts(fresh, PARAMS_A_CALL):
+            client.log_batch(self._run_id, tags=part)
+
+    # ---- what it is told
+
+    def _send_rows(self) -> None:
+        from mlflow.entities import Metric
+
+        while (found := self._tail.peek()) is not None:
+            rows, position = found
+            batch: list[Any] = []
+            for row in rows:
+                metrics = [Metric(name, value, int(row.get("time", 0)), row["step"])
+                           for name, value in _row_metrics(row) if row["step"] > self._held.get(name, -1)]
+                if len(batch) + len(metrics) > METRICS_A_CALL:
+                    self._log(batch)
+                    batch = []
+                batch += metrics
+            self._log(batch)
+            self._tail.take(position)
+
+    def _log(self, metrics: list[Any]) -> None:
+        for part in _parts(metrics, METRICS_A_CALL):
+            self._client.log_batch(self._run_id, metrics=part)
+        for metric in metrics:
+            self._held[metric.key] = max(metric.step, self._held.get(metric.key, -1))
+
+    def _sample(self) -> None:
+        """Look at the machine, if it is time to and the server has answered once."""
+        if self._run_id and time.monotonic() >= self._next_sample:
+            self._next_sample = time.monotonic() + SAMPLE_S
+            self._sampler = self._sampler or SystemSampler()
+            self._samples.append((int(time.time() * 1000), self._sampler.sample()))
+
+    def _send_samples(self) -> None:
+        """The samples of the machine, at seconds since the run began as their steps."""
+        from mlflow.entities import Metric
+
+        metrics = [Metric(name, value, when, max(when - self._started_ms, 0) // 1000)
+                   for when, sample in self._samples for name, value in sample.items()]
+        for part in _parts(metrics, METRICS_A_CALL):
+            self._client.log_batch(self._run_id, metrics=part)
+        self._samples.clear()
+
+    def _send_status(self) -> None:
+        wanted = self.outbox.status
+        if wanted == self._status:
+            return
+        if wanted == "RUNNING":
+            self._client.update_run(self._run_id, status=wanted)
+        else:
+            self._client.set_terminated(self._run_id, wanted)
+        self._status = wanted
+
+    def _send_artifacts(self) -> None:
+        for path, folder in self.outbox.artifacts():
+            if path.exists():
+                self._client.log_artifact(self._run_id, str(path), folder or None)
+            self.outbox.uploaded(path, folder)
+
+
+def _row_metrics(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """(name, value) of every number in a row."""
+    for name, value in row.items():
+        if name not in ("step", "time") and (number := as_number(value)) is not None:
+            yield _NOT_IN_NAMES.sub("_", name)[:250], number
+
+
+def _parts(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
