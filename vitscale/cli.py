@@ -59,9 +59,10 @@ def _index(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     here = world.enter()
-    from vitscale.run import evaluate
+    from vitscale.evaluation.evaluate import as_table, evaluate
 
-    return evaluate(Path(arguments.run), here)
+    print(as_table(evaluate(RunFolder(Path(arguments.run)), here)))
+    return DONE
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -79,7 +79,8 @@ class _Pretraining:
         self.total_steps = train.steps or max(1, int((train.epochs or 0) * self.order.batches_per_epoch))
 
     def run(self) -> int:
-        model = build_model(self.config)
+        with torch.device("meta"):  # `initialize` gives it memory; torch's own initial values are never drawn
+            model = build_model(self.config)
         initialize(model, self.config.run.seed)
         checkpoint, state = self._start(model)
         if self.world.is_main:
@@ -189,6 +190,8 @@ class _Pretraining:
             micro_batch=config.train.micro_batch,
             start=samples,
             needs_labels=config.objective.needs_labels,
+            num_labels=config.model.num_labels if config.objective.needs_labels else None,
+            image_size=pair(config.model.image_size),
         )
 
     def _save(self, engine: Engine, state: TrainState) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -13,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.processes import ranks_of
 from tests.integration.slurm_cluster import SlurmCluster, what_is_missing
 from tests.integration.worlds import ROOT, losses, rows, trace
 
 SCRIPT = ROOT / "slurm" / "pretrain_vit_h.sh"
-STEPS = 150
+STEPS = 100
 
 pytestmark = pytest.mark.slurm
 
@@ -142,21 +142,9 @@ def test_a_rank_that_dies_fails_the_job(slurm: SlurmCluster, config: Path, shard
     """No rank and no node may hang on after it."""
     job = Submitted(slurm, tmp_path, config, shards)
     job.wait_for_steps(3)
-    ranks = _ranks_of(config)
+    ranks = ranks_of(config)
     assert len(ranks) == 4
     os.kill(ranks[-1], signal.SIGKILL)
     ended = job.wait_for_end()
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "0")
-    assert _ranks_of(config) == []
-
-
-def _ranks_of(config: Path) -> list[int]:
-    """The processes that train with this config."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                words = (folder / "cmdline").read_text().split("\0")
-                if "vitscale.cli" in words and "torch.distributed.run" not in words and str(config) in words:
-                    found.append(int(folder.name))
-    return found
+    assert ranks_of(config) == []

@@ -8,7 +8,6 @@ and the clearing of gradients, on images that are there already.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import gc
 import json
@@ -28,6 +27,7 @@ from vitscale.config.check import pair
 from vitscale.config.presets import preset
 from vitscale.config.schema import Model, Optimizer, RunConfig
 from vitscale.engine.optim import make_optimizer
+from vitscale.errors import ConfigError
 from vitscale.models.auto import build_model, initialize
 from vitscale.models.mae import ViTMAEConfig
 
@@ -50,7 +50,7 @@ class Contender:
 def main(arguments: Sequence[str]) -> int:
     """Measure and print; the last line is JSON."""
     options = _parser().parse_args(arguments)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(options.device)
     torch.manual_seed(0)
     model = build_model(RunConfig(model=Model(preset=options.preset, **preset(options.preset))))
     initialize(model, seed=0)
@@ -80,14 +80,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _device(asked: str | None) -> torch.device:
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device=cuda: torch sees no GPU here; leave the option away to measure the CPU")
+    return torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def _own_inputs(images: Tensor) -> dict[str, Tensor]:
     return {"pixel_values": images, "sample_key": torch.arange(len(images), device=images.device)}
 
 
 def _peer(config: ViTMAEConfig) -> nn.Module:
     """transformers' model of the same sizes, with its fused attention."""
-    with contextlib.suppress(KeyError):
-        del sys.modules["torchvision"]
     try:
         import torchvision  # noqa: F401 - transformers imports it where it is installed
     except (ImportError, RuntimeError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from vitscale.config.schema import Model, RunConfig
 from vitscale.errors import ConfigError
 from vitscale.world import World
@@ -99,7 +101,7 @@ def _check_objective(config: RunConfig) -> None:
                 "set it to 1, or change model.image_size"
             )
         cells = (rows // cell) * (columns // cell)
-        if not 0 < round(cells * objective.simmim.mask_ratio) < cells:
+        if not 0 < math.ceil(cells * objective.simmim.mask_ratio) < cells:
             raise ConfigError(
                 f"objective.simmim.mask_ratio={objective.simmim.mask_ratio}: of {cells} cells it must hide at least "
                 "one and leave one; lower objective.simmim.mask_patch"

@@ -216,16 +216,15 @@ class ZeroEngine(Engine):
         exact = {name: p.detach().clone() for name, p in self.module.named_parameters()} if bf16 else {}
         self.engine, wrapped = self.accelerator.prepare(self.module, optimizer)
         self.model, self.optimizer = self.engine, wrapped.optimizer
-        self.dtype = torch.bfloat16 if bf16 else torch.float32
         if exact:
             for fragment in zero_state.fragments(self.module, self.optimizer, self.stage, self.ranks.rank):
                 values = exact[fragment.name].view(-1)[fragment.start : fragment.start + fragment.count]
                 fragment.weights().copy_(values)
 
     def _forward_backward(self, inputs: Inputs, last: bool) -> Any:
-        cast = {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        # Pixels stay fp32: the model casts them where they meet its weights, and its targets stay exact.
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
-        output = self.engine(**cast)
+        output = self.engine(**inputs)
         self.engine.backward(output.loss)  # divides by the accumulation steps of its config
         return output
 

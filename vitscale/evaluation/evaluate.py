@@ -95,6 +95,7 @@ def _batches(index: ShardIndex, config: RunConfig, world: World) -> Batches:
         global_batch=batch,
         micro_batch=batch,
         start=0,
+        image_size=size,
     )
     with loader:
         for _ in range(-(-index.total // batch)):

@@ -213,6 +213,8 @@ class _Sender:
         """The run that bears this folder's key (its making was cut off before the id was written), or a new one."""
         experiment = self._experiment(client)
         found = client.search_runs([experiment], f"tags.`{_KEY_TAG}` = '{self.outbox.key}'", max_results=1)
+        if found:
+            return found[0]
         tags = {_KEY_TAG: self.outbox.key, "mlflow.source.name": "vitscale", "mlflow.source.type": "LOCAL"}
         return client.create_run(experiment, run_name=self._run_name, tags=tags)
 
