@@ -18,8 +18,8 @@ use_python() {
     PYTHON=$VENV/bin/python
     if [ ! -x "$PYTHON" ]; then
         PYTHON=$(command -v python3) || fail "no Python here; 'bash launch/quickstart.sh' makes $VENV"
-        "$PYTHON" -c 'import torch.version, yaml' 2>/dev/null ||
-            fail "$PYTHON has no torch or no yaml; make $VENV with 'bash launch/quickstart.sh', or load your own environment first"
+        "$PYTHON" -c 'import sys, importlib.util as u; sys.exit(not (u.find_spec("torch") and u.find_spec("yaml")))' ||
+            fail "$PYTHON has no torch or no yaml; 'bash launch/quickstart.sh' makes $VENV; or load your own environment first"
     fi
     export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 }

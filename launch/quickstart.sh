@@ -15,7 +15,7 @@ else
     "$PYTHON" -m vitscale.data.digits "$ROOT/runs/quickstart-data"
     code=0
     NPROC_PER_NODE=2 bash launch/torchrun.sh pretrain configs/quickstart.yaml \
-        "run.dir=$ROOT/runs" run.name=quickstart "$@" || code=$?
+        "$@" run.dir=runs run.name=quickstart || code=$?
     [ "$code" -ne 3 ] || fail "stopped; the same command goes on from the checkpoint" 3
     [ "$code" -eq 0 ] || fail "training failed, see above" "$code"
 fi

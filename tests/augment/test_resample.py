@@ -84,6 +84,15 @@ def test_forms_agree_on_a_mixed_batch() -> None:
     torch.testing.assert_close(dense / 255, banded / 255, rtol=0, atol=1e-5)
 
 
+@pytest.mark.gpu
+def test_gpu_equals_cpu() -> None:
+    images = ragged([picture(40 + 90 * seed, 300 - 50 * seed, 3, seed) for seed in range(5)], gap=5)
+    boxes = np.stack([np.array([2.5, 3, 38 + 90 * seed, 299 - 50 * seed], np.float32) for seed in range(5)])
+    flips = np.array([True, False, True, False, True])
+    cpu, gpu = (resample(images, boxes, flips, (48, 64), device).cpu() for device in ("cpu", "cuda"))
+    torch.testing.assert_close(gpu / 255, cpu / 255, rtol=0, atol=1e-5)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_cpu_result_has_the_same_bits_in_any_company(data: st.DataObject) -> None:

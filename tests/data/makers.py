@@ -23,7 +23,9 @@ def pixels(seed: int, height: int = 24, width: int = 32, channels: int = 3) -> n
     return np.stack(planes, axis=-1)
 
 
-def encoded(image: np.ndarray | Image.Image, kind: str = "JPEG", orientation: int | None = None, **options: Any) -> bytes:
+def encoded(
+    image: np.ndarray | Image.Image, kind: str = "JPEG", orientation: int | None = None, **options: Any
+) -> bytes:
     """An image file's bytes."""
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import zlib
 
@@ -186,7 +187,7 @@ def test_bombs_are_told_from_the_header() -> None:
 
 
 def test_a_png_that_unpacks_without_end_is_undecodable() -> None:
-    text = b"zTXt" + b"a\0\0" + zlib.compress(bytes(200 << 20), 9)
+    text = b"zTXt" + b"a\0\0" + zlib.compress(bytes(8 << 20), 9)
     chunk = (len(text) - 4).to_bytes(4, "big") + text + zlib.crc32(text).to_bytes(4, "big")
     data = encoded(pixels(0), "PNG")
     assert why(data[:33] + chunk + data[33:]).cause == "undecodable"
@@ -200,10 +201,8 @@ def test_damaged_files_decode_or_are_bad_samples(kind: str, data: st.DataObject)
     for _ in range(data.draw(st.integers(1, 4))):
         good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
     for name in DECODERS:
-        try:
+        with contextlib.suppress(BadSample):
             decode(bytes(good), name=name)
-        except BadSample as bad:
-            assert bad.reason
 
 
 def test_auto_is_the_first_that_is_installed() -> None:
@@ -214,5 +213,5 @@ def test_auto_is_the_first_that_is_installed() -> None:
 def test_a_decoder_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitscale.data.decode._is_installed", lambda package: False)
     assert choose_decoder("auto") == "pillow"
-    with pytest.raises(DataError, match="data.decode=simplejpeg.*pip install simplejpeg"):
+    with pytest.raises(DataError, match=r"data\.decode=simplejpeg.*pip install simplejpeg"):
         choose_decoder("simplejpeg")

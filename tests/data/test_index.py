@@ -125,7 +125,7 @@ def test_an_index_file_by_name(folder: Path) -> None:
         opened(folder, "s00[0-2].tar", str(path))
     for text in ("", "[]", "{}", '{"format": "vitscale-index-1", "shards": [{"name": "a.tar", "samples": -1}]}'):
         path.write_text(text)
-        with pytest.raises(DataError, match="data.index"):
+        with pytest.raises(DataError, match=r"data\.index"):
             opened(folder, "*.tar", str(path))
 
 

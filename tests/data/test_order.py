@@ -32,7 +32,7 @@ def test_each_sample_once_an_epoch_but_a_small_tail(shape: tuple[list[int], int,
     counts, lanes, share, window, seed = shape
     size = lanes * share
     if sum(counts) < size + lanes:
-        with pytest.raises(DataError, match="train.global_batch"):
+        with pytest.raises(DataError, match=r"train\.global_batch"):
             Order(np.array(counts), seed, size, lanes, window)
         return
     order = Order(np.array(counts), seed, size, lanes, window)

@@ -123,7 +123,7 @@ def test_bad_input(folder: Path, tmp_path: Path) -> None:
         pack(folder, tmp_path / "x")
     (folder / "loose.jpg").unlink()
     (folder / "dodo").mkdir()
-    with pytest.raises(DataError, match="dodo.*without images"):
+    with pytest.raises(DataError, match=r"dodo.*without images"):
         pack(folder, tmp_path / "x")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["precious"]
 

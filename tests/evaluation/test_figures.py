@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitscale.evaluation.figures import HIDDEN, Reconstructions, draw_curves, draw_reconstructions, reconstruct
+from vitscale.evaluation.figures import Reconstructions, draw_curves, draw_reconstructions, reconstruct
 from vitscale.models.auto import initialize
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
@@ -44,7 +44,7 @@ def test_panels_show_what_was_hidden_and_nothing_else(kind: str, channels: int) 
     normalised = (images - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
     panels = reconstruct(model, normalised, torch.tensor([1, 2, 3]), mean, std)
     np.testing.assert_allclose(panels.original, images.permute(0, 2, 3, 1), atol=1e-6)
-    hidden = (panels.masked == HIDDEN).all(axis=-1)
+    hidden = np.isnan(panels.masked).all(axis=-1)
     per_patch = hidden.reshape(3, 4, 4, 6, 4).mean(axis=(2, 4))
     assert set(np.unique(per_patch)) == {0.0, 1.0}  # whole patches
     # 75% of 24 patches; 60% of 6 cells of 4 patches, rounded up

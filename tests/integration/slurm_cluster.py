@@ -49,7 +49,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2
 MpiDefault=none
 ReturnToService=2
-KillWait=10
+KillWait=30
 SlurmdTimeout=60
 JobRequeue=1
 PreemptType=preempt/partition_prio

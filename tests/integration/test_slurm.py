@@ -118,9 +118,8 @@ def test_a_cancelled_job_saves_and_stays_cancelled(
     job = Submitted(slurm, tmp_path, config, shards)
     job.wait_for_steps(3)
     slurm.command("scancel", str(job.job))
-    slurm.wait_for("the run's end", (job.run / "exit.json").exists, 60, job.log)
-    slurm.wait_for("the job's end", lambda: "not requeued" in job.log.read_text(), 60, job.log)
-    assert slurm.state(job.job)["JobState"] == "CANCELLED"
+    assert job.wait_for_end()["JobState"] == "CANCELLED"
+    assert "not requeued" in job.log.read_text()
     assert json.loads((job.run / "exit.json").read_text())["code"] == 3
     assert list((job.run / "checkpoints").glob("step_*"))
 

@@ -8,6 +8,7 @@ import (7 s a launch) is shared.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -101,10 +102,9 @@ def serve() -> None:
     from vitscale import world
 
     world.enter()
-    import accelerate  # noqa: F401
-    import deepspeed  # noqa: F401
-
-    import vitscale.run  # noqa: F401
+    # What a run imports only when it gets there: accelerate's optional parts, and the compiler that DeepSpeed loads.
+    for module in ("accelerate", "deepspeed.runtime.zero.muon.original_muon", "torch.distributed.fsdp", "vitscale.run"):
+        importlib.import_module(module)
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)

@@ -131,6 +131,19 @@ def test_a_relative_environment_is_the_callers(tmp_path: Path) -> None:
     assert done.stdout.split() == [f"{tmp_path}/mine", f"{tmp_path}/mine", str(ROOT)]
 
 
+def test_without_an_environment_the_paths_python_must_do(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python3"
+    python.symlink_to("/bin/false")
+    options = {"path": f"{tmp_path}/bin:/usr/bin:/bin", "VITSCALE_VENV": str(tmp_path / "venv")}
+    done = sourced("use_python", **options)
+    assert done.returncode == 1
+    assert f"{python} has no torch" in done.stderr
+    python.unlink()
+    python.symlink_to("/bin/true")
+    assert sourced("use_python; echo $PYTHON", **options).stdout == f"{python}\n"
+
+
 @pytest.fixture
 def venv(tmp_path: Path) -> str:
     """A folder like a virtual environment's, with the Python that runs this test."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from vitscale.config.schema import Run, RunConfig, Tracking
@@ -46,9 +45,9 @@ class Server:
         command += ["--backend-store-uri", f"sqlite:///{self.database}"]
         command += ["--artifacts-destination", str(folder / "artifacts"), "--workers", "1"]
         with open(folder / "log", "wb") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
         self.uri = f"http://127.0.0.1:{self.port}"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not self._answers():
             assert self._process.poll() is None, (folder / "log").read_text()
             assert time.monotonic() < deadline, (folder / "log").read_text()
@@ -61,7 +60,9 @@ class Server:
             return False
 
     def close(self) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)
+        for child in psutil.Process(self._process.pid).children(recursive=True):
+            child.kill()
+        self._process.kill()
         self._process.wait()
 
 

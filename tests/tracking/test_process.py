@@ -1,4 +1,4 @@
-"""A process with a Tracker: what it shows on its terminal, and that it leaves when the server hangs."""
+"""A process with Trackers: nothing of MLflow on its terminal, and no waiting for a server that hangs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from tests.tracking.conftest import Relay, Server
-from tests.tracking.test_tracker import curve, expected
+from tests.tracking.test_tracker import curve, expected, until
 
 PROGRAM = """
 import sys
@@ -22,37 +20,38 @@ from tests.tracking.conftest import config, row
 from vitscale.tracking.jsonl import JsonlFile
 from vitscale.tracking.tracker import Tracker
 assert not {"mlflow", "torch"} & set(sys.modules)
-folder, uri, wait = Path(sys.argv[1]), sys.argv[2] or None, float(sys.argv[3])
-tracker = Tracker(folder, config(uri))
-tracker.start()
-for step in range(1, 11):
-    JsonlFile(folder / "metrics.jsonl").append(row(step))
-    tracker.notice()
-print("sent" if tracker.finish("FINISHED", wait) else "not sent")
+
+def track(name, uri, wait):
+    folder = Path(sys.argv[1]) / name
+    folder.mkdir()
+    tracker = Tracker(folder, config(uri))
+    tracker.start()
+    for step in range(1, 11):
+        JsonlFile(folder / "metrics.jsonl").append(row(step))
+        tracker.notice()
+    if name == "hanging":
+        sys.stdin.readline()
+    print(name, "sent" if tracker.finish("FINISHED", wait) else "not sent")
+
+track("sqlite", None, 100)
+track("server", sys.argv[2], 100)
+track("hanging", sys.argv[3], 0.5)
 """
 
 
-def run(folder: Path, uri: str, wait: float, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", PROGRAM, str(folder), uri, str(wait)]
-    root = Path(__file__).parents[2]
-    return subprocess.run(command, env=os.environ | environment, cwd=root, capture_output=True, text=True, timeout=60,
-                          check=True)
-
-
-@pytest.mark.parametrize("where", ["new sqlite file", "server"])
-def test_the_terminal_stays_the_runs(tmp_path: Path, server: Server, where: str):
-    uri = "" if where == "new sqlite file" else server.uri
-    outcome = run(tmp_path, uri, wait=30)
-    assert (outcome.stdout, outcome.stderr) == ("sent\n", "")
-    assert curve(tmp_path, uri or f"sqlite:///{tmp_path}/mlflow.db") == expected(range(1, 11))
-
-
-def test_a_hanging_server_does_not_hold_the_exit(tmp_path: Path, relay: Relay):
+def test_the_terminal_and_the_exit_stay_the_runs(tmp_path: Path, server: Server, relay: Relay):
     relay.hanging()
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), server.uri, relay.uri]
+    environment = os.environ | {"MLFLOW_HTTP_REQUEST_TIMEOUT": "500"}  # whoever waited for an answer would be missed
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[2], text=True, stdin=pipe,
+                               stdout=pipe, stderr=pipe)
+    until(lambda: relay.accepted > 0, seconds=120)
     began = time.monotonic()
-    outcome = run(tmp_path, relay.uri, wait=4.0, MLFLOW_HTTP_REQUEST_TIMEOUT="500")
+    shown, complained = process.communicate(timeout=120)
     assert time.monotonic() - began < 60
-    assert outcome.stdout == "not sent\n"
-    assert "`vitscale sync" in outcome.stderr
-    assert len(outcome.stderr.splitlines()) == 1
-    assert relay.accepted > 0
+    assert (process.returncode, shown) == (0, "sqlite sent\nserver sent\nhanging not sent\n")
+    assert "`vitscale sync" in complained
+    assert len(complained.splitlines()) == 1
+    for name, uri in (("sqlite", f"sqlite:///{tmp_path}/sqlite/mlflow.db"), ("server", server.uri)):
+        assert curve(tmp_path / name, uri) == expected(range(1, 11))

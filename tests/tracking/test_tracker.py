@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import shutil
+import contextlib
+import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -283,20 +284,22 @@ def test_a_server_that_hangs_holds_up_nothing(tmp_path: Path, relay: Relay, monk
 
 
 @pytest.mark.parametrize("lost", ["some", "all"])
-def test_a_server_that_lost_rows_gets_them_again(tmp_path: Path, template: Path, run_folder: Path, lost: str):
-    settings = config()
-    uri = tracking_uri(run_folder, settings)
-    tracker = Tracker(run_folder, settings, report=lambda text: None)
+def test_a_server_that_lost_rows_gets_them_again(tmp_path: Path, relay: Relay, server: Server, lost: str):
+    relay.up()
+    tracker = Tracker(tmp_path, config(relay.uri), report=lambda text: None)
     tracker.start()
-    log(run_folder, range(1, 11))
+    log(tmp_path, range(1, 21))
     tracker.notice()
-    until(lambda: (run_folder / "mlflow_run_id").exists() and len(curve(run_folder, uri)) == 10)
-    backup = tmp_path / "backup.db"
-    shutil.copy(run_folder / "mlflow.db", backup)
-    log(run_folder, range(11, 21))
+    until(lambda: (tmp_path / "mlflow_run_id").exists() and len(curve(tmp_path, server.uri)) == 20)
+    relay.down()
+    log(tmp_path, range(21, 31))
     tracker.notice()
-    until(lambda: len(curve(run_folder, uri)) == 20)
-    shutil.copy(backup if lost == "some" else template, run_folder / "mlflow.db")  # all: not even the run is there
-    log(run_folder, range(21, 31))
+    if lost == "all":
+        MlflowClient(server.uri).delete_run(run_id(tmp_path))
+    else:
+        with contextlib.closing(sqlite3.connect(server.database)) as database, database:
+            for change in ("DELETE FROM metrics", "UPDATE latest_metrics SET step = 10"):
+                database.execute(f"{change} WHERE run_uuid = ? AND step > 10", [run_id(tmp_path)])
+    relay.up()
     assert tracker.finish("FINISHED", 30)
-    assert curve(run_folder, uri) == expected(range(1, 31))
+    assert curve(tmp_path, server.uri) == expected(range(1, 31))

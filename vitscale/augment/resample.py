@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 SUPPORT = 2.0  # the bicubic kernel is 0 from here on
-# Padded values held at once: an image or a few in a CPU's cache; 1 GiB of fp32 on a GPU.
-CHUNK_VALUES = {"banded": 1 << 18, "dense": 1 << 28}
+# Padded values held at once: an image or a few in a CPU's cache; 256 MiB of fp32, some 100 photographs, on a GPU.
+CHUNK_VALUES = {"banded": 1 << 18, "dense": 1 << 26}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import importlib
 import json
 import re
 import statistics
@@ -29,7 +30,7 @@ from vitscale.config.schema import Model, Optimizer, RunConfig
 from vitscale.engine.optim import make_optimizer
 from vitscale.errors import ConfigError
 from vitscale.models.auto import build_model, initialize
-from vitscale.models.mae import ViTMAEConfig
+from vitscale.models.configuration import ViTConfig
 
 # Dense bf16 FLOP/s of a large matrix product, measured; of others, and of CPUs, it is measured in the run.
 MEASURED_PEAKS = {"H200": 790e12}
@@ -52,7 +53,8 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     device = _device(options.device)
     torch.manual_seed(0)
-    model = build_model(RunConfig(model=Model(preset=options.preset, **preset(options.preset))))
+    sizes: dict[str, Any] = preset(options.preset)
+    model = build_model(RunConfig(model=Model(preset=options.preset, **sizes)))
     initialize(model, seed=0)
     flops = model.flops_per_image()
     images = torch.randn(options.batch, model.config.num_channels, *pair(model.config.image_size), device=device)
@@ -90,10 +92,10 @@ def _own_inputs(images: Tensor) -> dict[str, Tensor]:
     return {"pixel_values": images, "sample_key": torch.arange(len(images), device=images.device)}
 
 
-def _peer(config: ViTMAEConfig) -> nn.Module:
+def _peer(config: ViTConfig) -> nn.Module:
     """transformers' model of the same sizes, with its fused attention."""
     try:
-        import torchvision  # noqa: F401 - transformers imports it where it is installed
+        importlib.import_module("torchvision")  # transformers imports it where it is installed
     except (ImportError, RuntimeError):
         sys.modules["torchvision"] = None  # type: ignore[assignment]  # installed but broken: let it do without
     import transformers

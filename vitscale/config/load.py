@@ -119,6 +119,10 @@ def _override_layer(overrides: Iterable[str]) -> Flat:
     return layer
 
 
+def _is_section(hint: Any) -> bool:
+    return is_dataclass(hint)
+
+
 @cache
 def _hints(section: type) -> dict[str, Any]:
     return get_type_hints(section)
@@ -132,7 +136,7 @@ def _flatten(section: type, content: dict[Any, Any], prefix: str, where: str) ->
         if name not in _hints(section):
             raise ConfigError(f"{where}: unknown key {key!r}{_nearest(key)}")
         hint = _hints(section)[name]
-        if not is_dataclass(hint):
+        if not _is_section(hint):
             flat[key] = _typed(hint, value, key, where)
         elif isinstance(value, dict):
             flat.update(_flatten(hint, value, f"{key}.", where))
@@ -152,7 +156,7 @@ def _nearest(key: str) -> str:
 def _all_keys(section: type, prefix: str) -> Iterable[str]:
     for name, hint in _hints(section).items():
         yield f"{prefix}{name}"
-        if is_dataclass(hint):
+        if _is_section(hint):
             yield from _all_keys(hint, f"{prefix}{name}.")
 
 
@@ -222,7 +226,7 @@ def _build(section: type, flat: Flat, prefix: str) -> Any:
     values: dict[str, Any] = {}
     for item in fields(section):
         key, hint = f"{prefix}{item.name}", _hints(section)[item.name]
-        if is_dataclass(hint):
+        if _is_section(hint):
             values[item.name] = _build(hint, flat, f"{key}.")
         elif key in flat:
             values[item.name] = flat[key]

@@ -93,8 +93,8 @@ class Decoder:
                 self._regions = _NvImageCodec(channels).regions
             if channels in (1, 3) and name == "simplejpeg":
                 self._regions = _SimpleJpeg(channels).regions
-        except ImportError as error:
-            raise DataError(f"data.decode={name}: is installed but cannot be loaded: {error}; set another") from None
+        except (ImportError, AttributeError) as error:  # cannot be loaded, or is older than pyproject.toml's floor
+            raise DataError(f"data.decode={name}: {error}; install a newer {_WHEELS[name]}, or set another") from None
 
     def region(self, header: Header, box: Box) -> Region:
         """The part of the file's image that `box` (in oriented full-scale pixels) needs."""
@@ -183,6 +183,7 @@ class _NvImageCodec:
         self._codec = nvimgcodec
         spec = nvimgcodec.ColorSpec.GRAY if channels == 1 else nvimgcodec.ColorSpec.SRGB
         self._params = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=spec)
+        self._device = nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY
         self._mine = threading.local()
 
     def regions(self, jobs: Sequence[Job]) -> list[np.ndarray | None]:
@@ -195,8 +196,7 @@ class _NvImageCodec:
     def _decoder(self) -> Any:
         if not hasattr(self._mine, "decoder"):
             backends = [self._codec.Backend(self._codec.BackendKind.CPU_ONLY)]
-            device = self._codec.NVIMGCODEC_DEVICE_CPU_ONLY
-            self._mine.decoder = self._codec.Decoder(device_id=device, max_num_cpu_threads=1, backends=backends)
+            self._mine.decoder = self._codec.Decoder(device_id=self._device, max_num_cpu_threads=1, backends=backends)
         return self._mine.decoder
 
     def _stream(self, job: Job) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
 import math
 import os
 import re
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,10 +68,13 @@ class ShardIndex:
                     "mtime_ns": self.modified[i],
                 }
             )
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # many nodes may write at once
         lines = ",\n".join(json.dumps(row) for row in rows)
-        temporary.write_text(f'{{"format": "{FORMAT}", "shards": [\n{lines}\n]}}\n')
-        os.replace(temporary, path)
+        try:
+            temporary.write_text(f'{{"format": "{FORMAT}", "shards": [\n{lines}\n]}}\n')
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: Path) -> ShardIndex:
@@ -236,11 +241,9 @@ def _cached(path: Path) -> dict[str, _Row]:
 def _write_cache(index: ShardIndex, beside: Path, elsewhere: Path) -> None:
     """Beside the shards unless another tool's index.json lies there or nothing may be written."""
     if not beside.exists() or _cached(beside):
-        try:
+        with contextlib.suppress(OSError):
             index.save(beside)
             return
-        except OSError:
-            beside.with_name(f".{beside.name}.{os.getpid()}").unlink(missing_ok=True)
     elsewhere.parent.mkdir(parents=True, exist_ok=True)
     index.save(elsewhere)
 

@@ -81,7 +81,7 @@ def _serve(results: int, parent: int, memories: list[SharedMemory]) -> None:
     """Until the parent closes its end of standard input, or is no more."""
     plan: Plan = receive(0)
     Image.MAX_IMAGE_PIXELS = plan.max_pixels
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # header.py refuses at the limit itself
+    warnings.filterwarnings("ignore", module="PIL")  # what is wrong with an image is counted, not printed
     try:
         reader = _Reader(plan, memories, results)
     except DataError as error:

@@ -18,7 +18,7 @@ from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.vit import ViTPreTrainedModel
 
 LOSS, RATE, QUIET = "#1f5fa8", "#b4551e", "#6b6b6b"
-HIDDEN = 0.5  # grey of a hidden patch
+HIDDEN = (0.56, 0.66, 0.77)  # a blue that neither a grey image nor most photographs have
 
 
 def draw_curves(rows: Iterable[Mapping[str, Any]], path: Path, title: str = "") -> None:
@@ -52,7 +52,7 @@ class Reconstructions:
     """Images in [0, 1], each float32 [n, height, width, channels], and what to know about them."""
 
     original: np.ndarray
-    masked: np.ndarray  # hidden patches in grey
+    masked: np.ndarray  # NaN in hidden patches
     reconstruction: np.ndarray  # hidden patches as the model thinks, the visible ones as they are
     note: str
 
@@ -80,7 +80,7 @@ def reconstruct(
     original, filled = ((images * scale + shift).clamp(0, 1) for images in (original, filled))
     return Reconstructions(
         original=_channels_last(original),
-        masked=_channels_last(original.masked_fill(where, HIDDEN)),
+        masked=_channels_last(original.masked_fill(where, float("nan"))),
         reconstruction=_channels_last(torch.where(where, filled, original)),
         note=note,
     )
@@ -106,12 +106,10 @@ def draw_reconstructions(panels: Reconstructions, path: Path, title: str = "") -
 
 
 def _show(axes: Axes, image: np.ndarray) -> None:
-    """One image [h, w, c]: in colour with 3 channels, else its first channel in grey."""
+    """One image [h, w, c]: in colour with 3 channels, else its first channel in grey; HIDDEN where it is NaN."""
+    colours = image if image.shape[2] == 3 else image[..., :1].repeat(3, axis=2)
     small = max(image.shape[:2]) < 64  # its pixels are to be seen as they are
-    axes.imshow(
-        image if image.shape[2] == 3 else image[..., 0],
-        cmap="gray", vmin=0, vmax=1, interpolation="nearest" if small else "antialiased",
-    )  # fmt: skip
+    axes.imshow(np.where(np.isnan(colours), HIDDEN, colours), interpolation="nearest" if small else "antialiased")
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_edgecolor("#c8c8c8")

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 import uuid
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 FILE = "mlflow_outbox.json"
@@ -22,7 +22,7 @@ class Outbox:
 
     def __init__(self, run_folder: Path, tags: dict[str, str]) -> None:
         self._folder, self._path = run_folder, run_folder / FILE
-        self._lock = Lock()
+        self._lock = threading.Lock()
         saved = _read(self._path)
         self.key: str = saved.get("key") or uuid.uuid4().hex  # finds the run should its id have been lost on the way
         self.status: str = saved.get("status", "RUNNING")
@@ -91,7 +91,7 @@ def _read(path: Path) -> dict[str, Any]:
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that it is never seen half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)
 
