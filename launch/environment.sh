@@ -49,12 +49,20 @@ set_up() {
     fi
     base=$(find_python) || exit 1
     say "Setting up $VENV, once: about 3 minutes and 2 GB. What pip says goes to $log"
-    mkdir -p "$VENV"
+    make_venv "$base"
     rm -f "$VENV"/installed-*
-    "$VENV/bin/python" -c '' 2>/dev/null || "$base" -m venv --clear "$VENV" || fail "$base could not make $VENV"
     install_packages "$kind" >"$log" 2>&1 || fail "pip could not install vitscale: $(grep -i error "$log" | tail -n 1) (all of it: $log)"
     say "$stamp" >"$VENV/installed-$kind"
     use_python
+}
+
+# Make the virtual environment, or make a broken one anew (its Python may have gone with an upgrade).
+make_venv() {
+    if "$VENV/bin/python" -c '' 2>/dev/null; then return; fi
+    if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$VENV")" ]; then
+        fail "$VENV is there and is no virtual environment; name another folder by VITSCALE_VENV"
+    fi
+    "$1" -m venv --clear "$VENV" || fail "$1 could not make $VENV"
 }
 
 install_packages() {

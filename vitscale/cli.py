@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vitscale import __version__, world
-from vitscale.errors import VitscaleError
+from vitscale.errors import LaunchError, VitscaleError
 from vitscale.run_folder import BAD_INPUT, DONE, RunFolder
 
 
@@ -157,11 +157,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run_verb(arguments)
     except VitscaleError as error:
-        if not getattr(error, "told", False):
+        # Before there is a run folder all ranks fail alike, and rank 0 speaks; after, the first to fail does.
+        if not getattr(error, "told", not _is_main()):
             print(f"vitscale: error: {error}", file=sys.stderr, flush=True)
         return BAD_INPUT
     except BrokenPipeError:
         return DONE  # the reader of our output has seen enough
+
+
+def _is_main() -> bool:
+    try:
+        return world.read_world().is_main
+    except LaunchError:
+        return True
 
 
 if __name__ == "__main__":

@@ -57,8 +57,11 @@ def pretrain(config: RunConfig, world: World) -> int:
             # The first rank to fail says why; the others fail because of it, or with the same words.
             error.told = not folder.write_exit(BAD_INPUT, None, str(error))
             raise
-        except BaseException as error:
-            folder.write_exit(FAILED, None, f"{type(error).__name__}: {error}")
+        except Exception as error:
+            if not folder.write_exit(FAILED, None, f"{type(error).__name__}: {error}"):
+                said = folder.read_exit()  # another rank failed first: its peers' closed connections are no news
+                assert said is not None
+                return int(said["code"])
             raise
 
 

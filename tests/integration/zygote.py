@@ -17,7 +17,8 @@ import sys
 import time
 from typing import Any
 
-GRACE_SECONDS = 30  # what survivors of a failed rank have to leave by themselves
+# What survivors of a failed rank have to leave by themselves, before TERM and before KILL (torchrun: 0 and 30).
+TERM_SECONDS, KILL_SECONDS = 5, 30
 
 
 def _fork_world(request: dict[str, Any]) -> list[int]:
@@ -78,21 +79,22 @@ def _kill_while_saving(point: str, nth: int) -> None:
 
 
 def _wait(pids: list[int]) -> list[int]:
-    """Exit codes by rank (minus the signal for a killed one); survivors that hang are killed after a grace."""
+    """Exit codes by rank, minus the signal for a killed one; as torchrun does, a failed rank ends the others."""
     codes: dict[int, int] = {}
-    deadline = float("inf")
+    failed_at = float("inf")
+    endings = {signal.SIGTERM: TERM_SECONDS, signal.SIGKILL: KILL_SECONDS}
     while len(codes) < len(pids):
         for pid in set(pids) - set(codes):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 codes[pid] = os.waitstatus_to_exitcode(status)
                 if codes[pid] != 0:
-                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-        if time.monotonic() > deadline:
-            for pid in set(pids) - set(codes):
-                print(f"a survivor (process {pid}) hangs and is killed", file=sys.stderr)
-                os.kill(pid, signal.SIGKILL)
-            deadline = float("inf")
+                    failed_at = min(failed_at, time.monotonic())
+        for number, seconds in list(endings.items()):
+            if time.monotonic() > failed_at + seconds:
+                del endings[number]
+                for pid in set(pids) - set(codes):
+                    os.kill(pid, number)
         time.sleep(0.01)
     return [codes[pid] for pid in pids]
 

@@ -20,7 +20,7 @@ FAKE_PYTHON = """\
 #!/bin/bash
 echo "$@" >>{log}
 case "$*" in
-    "-m venv"*) mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python" ;;
+    "-m venv"*) rm -rf "${{@: -1}}" && mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python" ;;
     "-m pip"*) {pip} ;;
     "-c import sys"*) {version} ;;
     *) exit 0 ;;
@@ -123,6 +123,25 @@ def test_a_missing_venv_module_is_said(fake: Callable[..., tuple[str, Path]], tm
     done = sourced("set_up run", path=path, VITSCALE_VENV=str(tmp_path / "venv"))
     assert done.returncode == 1
     assert "apt-get install python3-venv" in done.stderr
+
+
+def test_a_folder_of_other_things_is_left_alone(fake: Callable[..., tuple[str, Path]], tmp_path: Path) -> None:
+    path, _ = fake()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    done = sourced("set_up run", path=path, VITSCALE_VENV=str(tmp_path / "mine"))
+    assert done.returncode == 1
+    assert "is no virtual environment" in done.stderr
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_broken_environment_is_made_anew(fake: Callable[..., tuple[str, Path]], tmp_path: Path) -> None:
+    path, log = fake()
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "pyvenv.cfg").touch()
+    (tmp_path / "venv" / "bin" / "python").symlink_to("/nowhere")
+    assert sourced("set_up run", path=path, VITSCALE_VENV=str(tmp_path / "venv")).returncode == 0
+    assert f"-m venv --clear {tmp_path}/venv" in log.read_text()
 
 
 def test_a_relative_environment_is_the_callers(tmp_path: Path) -> None:

@@ -11,6 +11,15 @@ from pathlib import Path
 from tests.tracking.conftest import Relay, Server
 from tests.tracking.test_tracker import curve, expected, until
 
+def test_a_world_keeps_mlflow_from_printing_where_a_run_is():
+    """Else set_terminated prints the server's URI, with the password that may be in it, to the run's terminal."""
+    name = "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"
+    program = f"import os; from vitscale import world; world.enter(); print(os.environ.get({name!r}))"
+    bare = {key: value for key, value in os.environ.items() if key != name}
+    root = Path(__file__).parents[2]
+    assert subprocess.check_output([sys.executable, "-c", program], env=bare, cwd=root, text=True) == "true\n"
+
+
 PROGRAM = """
 import sys
 from pathlib import Path

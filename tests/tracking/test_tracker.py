@@ -286,7 +286,8 @@ def test_a_server_that_hangs_holds_up_nothing(tmp_path: Path, relay: Relay, monk
 @pytest.mark.parametrize("lost", ["some", "all"])
 def test_a_server_that_lost_rows_gets_them_again(tmp_path: Path, relay: Relay, server: Server, lost: str):
     relay.up()
-    tracker = Tracker(tmp_path, config(relay.uri), report=lambda text: None)
+    said: list[str] = []
+    tracker = Tracker(tmp_path, config(relay.uri), report=said.append)
     tracker.start()
     log(tmp_path, range(1, 21))
     tracker.notice()
@@ -294,6 +295,7 @@ def test_a_server_that_lost_rows_gets_them_again(tmp_path: Path, relay: Relay, s
     relay.down()
     log(tmp_path, range(21, 31))
     tracker.notice()
+    until(lambda: len(said) == 1)
     if lost == "all":
         MlflowClient(server.uri).delete_run(run_id(tmp_path))
     else:

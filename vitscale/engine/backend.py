@@ -259,6 +259,9 @@ def _make_accelerator(config: RunConfig, world: World) -> Any:
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+    # accelerate and DeepSpeed still use names that torch has newer ones for.
+    for module in ("torch.distributed", "accelerate"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     timeout = timedelta(seconds=config.parallel.timeout_s)
     group = InitProcessGroupKwargs(backend="nccl" if world.device == "cuda" else "gloo", timeout=timeout)
     if config.parallel.zero_stage == 0:
@@ -268,8 +271,6 @@ def _make_accelerator(config: RunConfig, world: World) -> Any:
     # A C++ op for CPU collectives that would be compiled at the first start; gloo serves as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     plugin = DeepSpeedPlugin(hf_ds_config=zero_config(config, world), zero3_init_flag=False)
-    # torch's newer names for collectives that DeepSpeed still calls by the older ones.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # With cpu=True accelerate would silently give DDP instead.
     return Accelerator(
         kwargs_handlers=[group], deepspeed_plugin=plugin, gradient_accumulation_steps=accumulation(config, world)
