@@ -59,9 +59,15 @@ def _index(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     here = world.enter()
+    from vitscale.config.load import load_config
     from vitscale.evaluation.evaluate import as_table, evaluate
+    from vitscale.tracking.tracker import sync
 
-    print(as_table(evaluate(RunFolder(Path(arguments.run)), here)))
+    folder = RunFolder(Path(arguments.run))
+    print(as_table(evaluate(folder, here)))
+    config = load_config(folder.config)
+    if config.tracking.mlflow:
+        sync(folder.path, config)
     return DONE
 
 

@@ -37,7 +37,7 @@ from vitscale.tracking.progress import Progress
 from vitscale.tracking.tracker import Tracker
 from vitscale.world import World
 
-ROW_FILES = ("metrics.jsonl", "trace.jsonl", "quarantine.jsonl", "skipped.jsonl")
+ROW_FILES = ("metrics.jsonl", "trace.jsonl", "quarantine.jsonl", "skipped.jsonl", "evaluation.jsonl")
 
 
 def pretrain(config: RunConfig, world: World) -> int:
@@ -108,7 +108,7 @@ class _Pretraining:
         config, world = self.config, self.world
         stop = StopRequest(self.folder.path, world.is_main)
         with _Records(self, state.step) as records, self._loader(state.samples) as loader:
-            calls = LoopCalls(lambda state: self._save(engine, state), records.log, records.record)
+            calls = LoopCalls(lambda state: self._save(engine, state, records), records.log, records.record)
             feed = _feed(loader, config, self.backend.device)
             records.status = "FAILED"
             done = train(engine, feed, state, self.total_steps, config, calls, stop)
@@ -197,7 +197,8 @@ class _Pretraining:
             image_size=pair(config.model.image_size),
         )
 
-    def _save(self, engine: Engine, state: TrainState) -> None:
+    def _save(self, engine: Engine, state: TrainState, records: _Records) -> None:
+        records.sync()  # a checkpoint must not know of rows that a power cut can take
         manifest = asdict(state) | {
             "adam_step": engine.adam_step,
             "total_steps": self.total_steps,
@@ -268,7 +269,7 @@ class _Records:
         for file in self._files.values():
             file.cut_back(step)
         self._progress = Progress(run.total_steps, run.config.train.global_batch)
-        self._tracker = Tracker(folder.path, run.config)
+        self._tracker = Tracker(folder.path, run.config, report=self._progress.say)
 
     def __enter__(self) -> _Records:
         if self._main:
@@ -284,6 +285,11 @@ class _Records:
     def record(self, file: str, row: dict[str, Any]) -> None:
         if self._main:
             self._files[file].append(row)
+
+    def sync(self) -> None:
+        if self._main:
+            for file in self._files.values():
+                file.sync()
 
     def __exit__(self, *_: object) -> None:
         if self._main:

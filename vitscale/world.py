@@ -63,6 +63,8 @@ def enter() -> World:
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        # Where a run is would be printed with the URI's user and password.
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "GIT_PYTHON_REFRESH": "quiet",
         # DeepSpeed speaks at INFO on every rank; what matters of it we say ourselves.
         "DEEPSPEED_LOG_LEVEL": "warning",

@@ -25,7 +25,7 @@ def _argv(config: Path, stage: int, ranks: int, *overrides: str) -> list[str]:
     return ["pretrain", str(config), f"parallel.zero_stage={stage}", micro, f"train.steps={STEPS}", *overrides]
 
 
-def _signal_at_step(world: World, run: Path, step: int, rank: int, number: signal.Signals) -> None:
+def signal_at_step(world: World, run: Path, step: int, rank: int, number: signal.Signals) -> None:
     """Send a signal to a rank once `step` is logged."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -69,7 +69,7 @@ def test_stop_and_resume_is_bit_identical(
     run = tmp_path / "runs" / "run"
     for step in (5, 23):
         world = launcher.start(argv, ranks)
-        _signal_at_step(world, run, step, rank=ranks - 1, number=signal.SIGTERM)
+        signal_at_step(world, run, step, rank=ranks - 1, number=signal.SIGTERM)
         assert world.wait() == [STOPPED] * ranks, world.output()
     output = launcher.run(argv, ranks, code=DONE)
     assert "start: " in output
@@ -88,7 +88,7 @@ def test_killed_ranks(launcher: Launcher, config: Path, tmp_path: Path, seed: in
     for number in range(5):
         world = launcher.start(argv, ranks)
         step = 8 * number + chance.randint(1, 8)
-        _signal_at_step(world, run, step, chance.randrange(ranks), signal.SIGKILL)
+        signal_at_step(world, run, step, chance.randrange(ranks), signal.SIGKILL)
         codes = world.wait()
         assert -signal.SIGKILL in codes, world.output()
         assert all(codes), f"a survivor of a killed rank says that all is well: {codes}"
@@ -103,7 +103,7 @@ def test_other_worlds_and_stages(launcher: Launcher, config: Path, tmp_path: Pat
     run = tmp_path / "runs" / "run"
     for step, ranks, stage in ((5, 2, 2), (17, 4, 3), (30, 1, 1)):
         world = launcher.start(_argv(config, stage, ranks), ranks)
-        _signal_at_step(world, run, step, 0, signal.SIGTERM)
+        signal_at_step(world, run, step, 0, signal.SIGTERM)
         assert world.wait() == [STOPPED] * ranks, world.output()
     launcher.run(_argv(config, 0, 2), 2)
     unbroken = tmp_path / "runs" / "unbroken"

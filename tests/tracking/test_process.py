@@ -11,6 +11,7 @@ from pathlib import Path
 from tests.tracking.conftest import Relay, Server
 from tests.tracking.test_tracker import curve, expected, until
 
+
 def test_a_world_keeps_mlflow_from_printing_where_a_run_is():
     """Else set_terminated prints the server's URI, with the password that may be in it, to the run's terminal."""
     name = "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"

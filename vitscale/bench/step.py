@@ -57,7 +57,8 @@ def main(arguments: Sequence[str]) -> int:
     peer = _transformers()
     config = vit_config(RunConfig(model=Model(preset=options.preset, **_sizes(options.preset))))
     assert isinstance(config, ViTMAEConfig)
-    flops = ViTMAEForPreTraining(config).flops_per_image()
+    with torch.device("meta"):
+        flops = ViTMAEForPreTraining(config).flops_per_image()
     images = torch.randn(options.batch, config.num_channels, *pair(config.image_size), device=device)
     inputs = {"pixel_values": images, "sample_key": torch.arange(len(images), device=device)}
     peak, source = _peak(options, device)

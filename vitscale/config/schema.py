@@ -6,6 +6,7 @@ is in `__post_init__`; what several must satisfy together is in config/check.py.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -249,6 +250,15 @@ class Tracking:
     mlflow: bool = True
     mlflow_uri: str | None = None  # null: sqlite in the run's folder
     experiment: str = "vitscale"
+
+    def __post_init__(self) -> None:
+        secret = re.match(r"\w+://[^/@]*:[^/@]*@", self.mlflow_uri or "")
+        # Not _require, which would print it.
+        if secret:
+            raise ConfigError(
+                "tracking.mlflow_uri holds a password, which config.yaml would keep: leave it out, and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+            )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ One process, no second loop: the same shards, decoder and resize as in training,
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,19 @@ def evaluate(folder: RunFolder, world: World) -> dict[str, dict[str, float]]:
         for name in encoders
     }
     _draw(folder, config, model, world)
+    _record(folder, scores)
     summary = json.loads(folder.summary.read_text(encoding="utf-8")) if folder.summary.exists() else {}
     summary["evaluation"] = {"train": len(train.labels), "test": len(test.labels), "scores": scores}
     write_atomically(folder.summary, json.dumps(summary, indent=2) + "\n")
     return scores
+
+
+def _record(folder: RunFolder, scores: dict[str, dict[str, float]]) -> None:
+    """The scores as a row of evaluation.jsonl, at the step that the run has reached; MLflow is fed from it."""
+    rows = JsonlFile(folder.metrics).rows()
+    row = {f"{name}/{key}": value for name, row in scores.items() for key, value in row.items()}
+    step = rows[-1]["step"] if rows else 0
+    JsonlFile(folder.path / "evaluation.jsonl").append({"step": step, **row, "time": int(time.time() * 1000)})
 
 
 def _features(

@@ -26,6 +26,7 @@ from vitscale.tracking.outbox import Outbox, flat_params, redact, write_text
 from vitscale.tracking.system import SystemSampler
 
 RUN_ID_FILE = "mlflow_run_id"
+ROW_FILES = ("metrics.jsonl", "evaluation.jsonl")  # no metric stands in both
 METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow's limits of log_batch
 LONGEST_PARAM, LONGEST_TAG = 6000, 8000  # characters
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
@@ -149,7 +150,7 @@ class _Sender:
         self.name = redact(self._uri)
         self._params = {key: text[:LONGEST_PARAM] for key, text in flat_params(as_dict(config)).items()}
         self.outbox = Outbox(run_folder, tags)
-        self._tail = JsonlTail(run_folder / "metrics.jsonl")
+        self._tails = [JsonlTail(run_folder / name) for name in ROW_FILES]
         self._client: Any = None
         self._run_id = ""
         self._held: dict[str, int] = {}  # the last step that MLflow has of each metric
@@ -183,11 +184,11 @@ class _Sender:
         run = self._saved_run(client) or self._found_or_new_run(client)
         if run.info.run_id != self._run_id:
             self._run_id, self._held = run.info.run_id, {}
-            self._tail.rewind()
+            self._rewind()
             write_text(self._folder / RUN_ID_FILE, self._run_id + "\n")
         held = {metric.key: metric.step for metric in run.data.to_proto().metrics}
         if any(held.get(key, -1) < step for key, step in self._held.items()):
-            self._tail.rewind()  # the server has lost some of what it took
+            self._rewind()  # the server has lost some of what it took
         self._held = held
         self._status, self._started_ms = run.info.status, run.info.start_time
         self._send_params(client, run.data.params, run.data.tags)
@@ -246,21 +247,30 @@ class _Sender:
 
     # ---- what it is told
 
+    def _rewind(self) -> None:
+        for tail in self._tails:
+            tail.rewind()
+
     def _send_rows(self) -> None:
+        for tail in self._tails:
+            while (found := tail.peek()) is not None:
+                rows, position = found
+                self._send_metrics(rows)
+                tail.take(position)
+
+    def _send_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """What MLflow lacks of some rows; the metrics of one row go in one call."""
         from mlflow.entities import Metric
 
-        while (found := self._tail.peek()) is not None:
-            rows, position = found
-            batch: list[Any] = []
-            for row in rows:
-                metrics = [Metric(name, value, int(row.get("time", 0)), row["step"])
-                           for name, value in _row_metrics(row) if row["step"] > self._held.get(name, -1)]
-                if len(batch) + len(metrics) > METRICS_A_CALL:
-                    self._log(batch)
-                    batch = []
-                batch += metrics
-            self._log(batch)
-            self._tail.take(position)
+        batch: list[Any] = []
+        for row in rows:
+            metrics = [Metric(name, value, int(row.get("time", 0)), row["step"])
+                       for name, value in _row_metrics(row) if row["step"] > self._held.get(name, -1)]
+            if len(batch) + len(metrics) > METRICS_A_CALL:
+                self._log(batch)
+                batch = []
+            batch += metrics
+        self._log(batch)
 
     def _log(self, metrics: list[Any]) -> None:
         for part in _parts(metrics, METRICS_A_CALL):
