@@ -7,13 +7,18 @@ Verbs import what they need when they run, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vitscale import __version__, world
 from vitscale.errors import LaunchError, VitscaleError
 from vitscale.run_folder import BAD_INPUT, DONE, RunFolder
+
+if TYPE_CHECKING:
+    from vitscale.config.schema import RunConfig
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ from vitscale.errors import CheckpointError, ConfigError, LaunchError, VitscaleE
 from vitscale.evaluation.figures import draw_curves
 from vitscale.interop.pretrained import save_run_model, start_from
 from vitscale.models.auto import build_model, initialize
+from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder, write_atomically
 from vitscale.tracking.jsonl import JsonlFile
 from vitscale.tracking.progress import Progress
@@ -138,7 +139,7 @@ class _Pretraining:
                         "start all ranks with one command on one shared folder"
                     )
 
-    def _start(self, model: nn.Module) -> tuple[Checkpoint | None, TrainState]:
+    def _start(self, model: ViTPreTrainedModel) -> tuple[Checkpoint | None, TrainState]:
         """Where the run starts from, in the order that `pretrain` tells; `model` has the weights after it."""
         config = self.config
         checkpoint = open_newest(self.folder.checkpoints, self.ranks, self._say)

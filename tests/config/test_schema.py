@@ -77,3 +77,10 @@ def test_as_dict_is_plain() -> None:
     plain = schema.as_dict(schema.RunConfig(data=schema.Data(train=(schema.Source("a"),))))
     assert plain["data"]["train"] == [{"pattern": "a", "weight": 1.0}]
     assert plain["optimizer"]["betas"] == [0.9, 0.95]
+
+
+def test_a_password_in_the_tracking_uri_is_refused_without_printing_it() -> None:
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD") as caught:
+        schema.Tracking(mlflow_uri="https://me:secret@mlflow.example.org")
+    assert "secret" not in str(caught.value)
+    assert schema.Tracking(mlflow_uri="postgresql://me@host/db").mlflow_uri

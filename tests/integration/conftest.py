@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from vitscale.data.pack import pack
 
 from tests.integration.worlds import Launcher
+from vitscale.data.pack import pack
 
 CONFIG = """\
 run: {{name: run, dir: {runs}}}

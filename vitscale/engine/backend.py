@@ -64,9 +64,10 @@ class Backend:
             for block in model.blocks():  # type: ignore[operator]
                 block.compile()
         model.train()
-        on_gpu = self.device.type == "cuda"
-        if on_gpu and config.train.precision == "fp32":
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        if self.device.type == "cuda":
+            # fp32 is fp32; beside bf16, what is still multiplied in fp32 (the resize) may use TF32.
+            torch.backends.cudnn.allow_tf32 = config.train.precision == "bf16"
+            torch.set_float32_matmul_precision("high" if config.train.precision == "bf16" else "highest")
         engine = DDPEngine if config.parallel.zero_stage == 0 else ZeroEngine
         return engine(self.accelerator, model, config, self.ranks)
 

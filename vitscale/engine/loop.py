@@ -25,10 +25,20 @@ from vitscale.tracking.meters import Meters
 class MicroBatch(Protocol):
     """One forward's worth of samples on this rank."""
 
-    inputs: Inputs  # the model's keyword arguments, on the device
-    names: Sequence[str]  # "shard/key" of each sample, by slot
-    replaced: Sequence[Any]  # dataclasses of the samples that stood in for bad ones, with a `cause`
-    epoch: int
+    @property
+    def inputs(self) -> Inputs:
+        """The model's keyword arguments, on the device."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """SHARD/KEY of each sample, by slot."""
+
+    @property
+    def replaced(self) -> Sequence[Any]:
+        """Dataclasses of the bad samples that others stood in for, each with a `cause`."""
+
+    @property
+    def epoch(self) -> int: ...
 
 
 @dataclass

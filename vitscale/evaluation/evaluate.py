@@ -50,12 +50,15 @@ def evaluate(folder: RunFolder, world: World) -> dict[str, dict[str, float]]:
     config = load_config(folder.config)
     evaluation = config.evaluation
     if not evaluation.test:
-        raise ConfigError("evaluation.test is empty: give held-out labelled shards, as `vitscale pack --held-out` makes")
+        raise ConfigError(
+            "evaluation.test is empty: give held-out labelled shards, as `vitscale pack --held-out` makes them"
+        )
     device = torch.device(world.device)
     model = load_model(folder.model).to(device)
     untrained = build_model(config)
     initialize(untrained, config.run.seed)
-    encoders = {"trained": pooled(model.vit), "untrained": pooled(untrained.to(device).vit), "pixels": pixels()}
+    models = {"trained": model, "untrained": untrained.to(device)}
+    encoders = {name: pooled(each.get_submodule("vit")) for name, each in models.items()} | {"pixels": pixels()}
 
     train = _features(encoders, evaluation.train or config.data.train, config, world, folder.path)
     test = _features(encoders, evaluation.test, config, world, folder.path)
