@@ -106,14 +106,10 @@ def _sync(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     world.enter()
-    if arguments.what == "loader":
-        from vitscale.bench.loader import main
-    else:
-        from vitscale.bench.step import main
-    return main(arguments.rest)
+    return importlib.import_module(f"vitscale.bench.{arguments.what}").main(arguments.rest)
 
 
-def _config(arguments: argparse.Namespace):
+def _config(arguments: argparse.Namespace) -> RunConfig:
     from vitscale.config.load import load_config
 
     return load_config(arguments.config, arguments.overrides)

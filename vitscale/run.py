@@ -21,6 +21,7 @@ from vitscale.config.load import dump_config, load_config
 from vitscale.config.schema import RunConfig
 from vitscale.data.batch import Replacement
 from vitscale.data.crop import RandomCrop
+from vitscale.data.decode import choose_decoder
 from vitscale.data.index import ShardIndex, open_index, require_labels
 from vitscale.data.loader import Loader
 from vitscale.data.order import Order
@@ -77,6 +78,7 @@ class _Pretraining:
         self.ranks = self.backend.ranks
         self.ranks.barrier()
         self.index = index or self._open_index()
+        self.decoder = choose_decoder(config.data.decode)
         self._preflight()
         data, train = config.data, config.train
         self.order = Order(self.index.samples, config.run.seed, train.global_batch, data.lanes, data.window)
@@ -130,7 +132,12 @@ class _Pretraining:
 
     def _preflight(self) -> None:
         """All ranks must have the same config, data and code, or they would train different runs."""
-        mine = {"config": _digest(self.config), "index": self.index.digest, "version of vitscale": __version__}
+        mine = {
+            "config": _digest(self.config),
+            "index": self.index.digest,
+            "decoder": self.decoder,
+            "version of vitscale": __version__,
+        }
         for rank, theirs in enumerate(self.ranks.gather(mine)):
             for what, value in theirs.items():
                 if value != mine[what]:
@@ -207,6 +214,7 @@ class _Pretraining:
             "world_size": self.world.world_size,
             "zero_stage": engine.stage,
             "precision": self.config.train.precision,
+            "decoder": self.decoder,
             "config": _digest(self.config),
             "vitscale": __version__,
         }
@@ -229,6 +237,7 @@ class _Pretraining:
             "zero_stage": self.config.parallel.zero_stage,
             "precision": self.config.train.precision,
             "device": self.world.device,
+            "decoder": self.decoder,
             "skipped_steps": state.skipped,
             "bad_samples": state.bad,
             "model": str(out),
@@ -244,7 +253,7 @@ class _Pretraining:
         self._say(f"model: {type(model).__name__}, {parameters:,} parameters")
         self._say(
             f"data: {self.index.total:,} samples in {len(self.index.names)} shards, "
-            f"{order.batches_per_epoch} steps an epoch"
+            f"{order.batches_per_epoch} steps an epoch, decoded by {self.decoder}"
         )
         self._say(
             f"train: {self.total_steps} steps of {config.train.global_batch} images "

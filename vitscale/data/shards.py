@@ -55,10 +55,6 @@ class Shards:
         data = self._bytes(shard, *image) if image[1] <= LARGEST_MEMBER else b""
         return RawSample(name, table.keys[place], data, image[1], label_bytes)
 
-    def name(self, sample_id: int) -> str:
-        """The name of the shard that holds a sample."""
-        return self._index.names[sample_id >> 32]
-
     def _bytes(self, shard: int, offset: int, count: int) -> bytes:
         path = self._index.paths[shard]
         try:
