@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from vitscale import __version__, world
 from vitscale.errors import LaunchError, VitscaleError
-from vitscale.run_folder import BAD_INPUT, DONE, RunFolder
+from vitscale.run_folder import BAD_INPUT, DONE, STOPPED, RunFolder
 
 if TYPE_CHECKING:
     from vitscale.config.schema import RunConfig
@@ -25,7 +25,9 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     here = world.enter()
     from vitscale.run import pretrain
 
-    return pretrain(_config(arguments), here)
+    code = pretrain(_config(arguments), here)
+    # torchrun takes every code but 0 for a failure and says so in forty lines; the launcher reads exit.json.
+    return DONE if code == STOPPED and here.supervised and here.world_size > 1 else code
 
 
 def _print_config(arguments: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ from vitscale.engine.preempt import StopRequest
 from vitscale.errors import CheckpointError, ConfigError, LaunchError, VitscaleError
 from vitscale.evaluation.figures import draw_curves
 from vitscale.interop.pretrained import save_run_model, start_from
+from vitscale.launch.torchrun import folder_of
 from vitscale.models.auto import build_model, initialize
 from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder, write_atomically
@@ -48,7 +49,7 @@ def pretrain(config: RunConfig, world: World) -> int:
     Start order: this run's newest good checkpoint > checkpoint.resume_from > model.init_from > scratch.
     """
     check_config(config, world)
-    folder = RunFolder(Path(config.run.dir) / config.run.name)
+    folder = folder_of(config)
     with contextlib.ExitStack() as stack:
         if world.is_main:
             stack.enter_context(folder.held())

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -76,6 +77,8 @@ class RunFolder:
                 f"run.name={self.path.name!r}: {self.path} is in use by {holder}; wait for it, "
                 f"stop it with `vitscale stop {self.path}`, or choose another run.name"
             ) from None
+        except OSError as error:  # a file system without locks, say Lustre mounted without flock
+            print(f"{stream.name}: cannot be locked ({error}); take care that one run uses the folder", file=sys.stderr)
         if not shared:
             stream.truncate(0)
             stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from vitscale.errors import LaunchError
 
+SUPERVISED = "VITSCALE_SUPERVISED"  # set by launch/torchrun.py for its ranks
+
 
 @dataclass(frozen=True)
 class World:
@@ -22,6 +24,7 @@ class World:
     local_world_size: int = 1
     node_rank: int = 0
     device: str = "cpu"  # "cpu" or "cuda"
+    supervised: bool = False  # by our launcher, which reads exit.json instead of the ranks' exit codes
 
     @property
     def is_main(self) -> bool:
@@ -44,6 +47,7 @@ def read_world() -> World:
         local_world_size=_integer("LOCAL_WORLD_SIZE"),
         node_rank=_integer("GROUP_RANK", 0),
         device=_device(),
+        supervised=SUPERVISED in os.environ,
     )
     if not 0 <= world.rank < world.world_size or not 0 <= world.local_rank < world.local_world_size:
         raise LaunchError(

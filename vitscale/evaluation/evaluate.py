@@ -79,7 +79,7 @@ def evaluate(folder: RunFolder, world: World) -> dict[str, dict[str, float]]:
 def _record(folder: RunFolder, scores: dict[str, dict[str, float]]) -> None:
     """The scores as a row of evaluation.jsonl, at the step that the run has reached; MLflow is fed from it."""
     rows = JsonlFile(folder.metrics).rows()
-    row = {f"{name}/{key}": value for name, row in scores.items() for key, value in row.items()}
+    row = {f"evaluation/{kind}_{name}": scores[name][kind] for name in scores for kind in ("linear_probe", "knn")}
     step = rows[-1]["step"] if rows else 0
     JsonlFile(folder.path / "evaluation.jsonl").append({"step": step, **row, "time": int(time.time() * 1000)})
 

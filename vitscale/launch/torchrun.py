@@ -26,7 +26,7 @@ from vitscale.config.schema import RunConfig
 from vitscale.errors import ConfigError, LaunchError, VitscaleError
 from vitscale.launch.snapshot import keep_snapshot
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder
-from vitscale.world import World, read_world
+from vitscale.world import SUPERVISED, World, read_world
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -67,7 +67,7 @@ class Layout:
     def environment(self) -> dict[str, str]:
         """The ranks' environment: without a thread count of the user's own, the node's cores are shared out."""
         threads = max(1, len(os.sched_getaffinity(0)) // self.per_node)
-        return {"OMP_NUM_THREADS": str(threads), **os.environ}
+        return {"OMP_NUM_THREADS": str(threads), SUPERVISED: "1", **os.environ}
 
 
 def read_layout() -> Layout:

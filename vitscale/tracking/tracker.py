@@ -228,7 +228,8 @@ class _Sender:
         if self._uri.startswith("sqlite:///"):
             database = Path(self._uri.removeprefix("sqlite:///")).resolve()
             artifacts = (database.parent / "mlflow-artifacts").as_uri()
-        return client.create_experiment(name, artifact_location=artifacts)
+        # Or MLflow's pages show evaluations of language models first.
+        return client.create_experiment(name, artifacts, tags={"mlflow.experimentKind": "custom_model_development"})
 
     def _send_params(self, client: Any, held: dict[str, str], held_tags: dict[str, str]) -> None:
         """Params, which MLflow never changes: one that has another value now becomes the tag changed.NAME."""
