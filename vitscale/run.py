@@ -25,7 +25,7 @@ from vitscale.data.decode import choose_decoder
 from vitscale.data.index import ShardIndex, open_index, require_labels
 from vitscale.data.loader import Loader
 from vitscale.data.order import Order
-from vitscale.engine.backend import Backend, Engine, Inputs, load_weights
+from vitscale.engine.backend import Backend, Engine, Inputs, load_weights, peak_memory
 from vitscale.engine.loop import LoopCalls, TrainState, train
 from vitscale.engine.preempt import StopRequest
 from vitscale.errors import CheckpointError, ConfigError, LaunchError, VitscaleError
@@ -97,10 +97,11 @@ class _Pretraining:
             self._say(f"done: step {state.step} of {self.total_steps}; for more, raise train.steps or train.epochs")
             done = True
         else:
+            parameters = sum(p.numel() for p in model.parameters())  # ZeRO-3 leaves none of them whole
             engine = self.backend.wrap(model, self.config)
             if checkpoint is not None:
                 engine.restore(checkpoint)
-            done = self._train(engine, state)
+            done = self._train(engine, state, parameters)
         code = DONE if done else STOPPED
         if self.world.is_main:
             self.folder.write_exit(code, state.step, "done" if done else "stopped on request")
@@ -108,7 +109,7 @@ class _Pretraining:
         self.backend.close()
         return code
 
-    def _train(self, engine: Engine, state: TrainState) -> bool:
+    def _train(self, engine: Engine, state: TrainState, parameters: int) -> bool:
         config, world = self.config, self.world
         stop = StopRequest(self.folder.path, world.is_main)
         with _Records(self, state.step) as records, self._loader(state.samples) as loader:
@@ -117,8 +118,9 @@ class _Pretraining:
             records.status = "FAILED"
             done = train(engine, feed, state, self.total_steps, config, calls, stop)
             stop.honour()
+            peaks = self.ranks.gather(peak_memory(self.backend.device))
             if done and world.is_main:
-                self._finish(state, sum(p.numel() for p in engine.module.parameters()))
+                self._finish(state, parameters, peaks)
             records.status = "FINISHED" if done else "KILLED"
         return done
 
@@ -222,7 +224,7 @@ class _Pretraining:
         keep = self.config.checkpoint.keep
         save_checkpoint(self.folder.checkpoints, state.step, engine.pieces(), manifest, self.ranks, keep)
 
-    def _finish(self, state: TrainState, parameters: int) -> None:
+    def _finish(self, state: TrainState, parameters: int, peaks: list[int]) -> None:
         """On rank 0, at the end: the model as others open it, the loss curve, a summary."""
         out = export(self.folder.path)
         rows = JsonlFile(self.folder.metrics).rows()
@@ -234,6 +236,7 @@ class _Pretraining:
             "epochs": state.samples / self.index.total,
             "loss": rows[-1]["loss"],
             "parameters": parameters,
+            "peak_memory_bytes": peaks,
             "world_size": self.world.world_size,
             "zero_stage": self.config.parallel.zero_stage,
             "precision": self.config.train.precision,

@@ -6,6 +6,7 @@ and library defaults differ between versions, and some of them silently train so
 
 from __future__ import annotations
 
+import resource
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -232,6 +233,13 @@ class ZeroEngine(Engine):
     def _update(self) -> tuple[float, bool]:
         self.engine.step()
         return float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held so far: of GPU memory by tensors, or on a CPU of RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def load_weights(module: nn.Module, checkpoint: Checkpoint) -> None:
