@@ -59,7 +59,10 @@ def _index(arguments: argparse.Namespace) -> int:
     from vitscale.data.index import build_index, expand
 
     index = build_index(expand(tuple(Source(pattern) for pattern in arguments.patterns)))
-    index.save(Path(arguments.out))
+    try:
+        index.save(Path(arguments.out))
+    except OSError as error:
+        raise VitscaleError(f"--out {arguments.out}: cannot be written ({error})") from None
     print(f"{arguments.out}: {index.total} samples in {len(index.names)} shards")
     return DONE
 
@@ -67,11 +70,14 @@ def _index(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     here = world.enter()
     from vitscale.config.load import load_config
-    from vitscale.evaluation.evaluate import as_table, evaluate
+    from vitscale.evaluation.evaluate import as_table, evaluate, saved_scores
     from vitscale.tracking.tracker import sync
 
     folder = RunFolder(Path(arguments.run))
-    print(as_table(evaluate(folder, here)))
+    if arguments.show:
+        print(as_table(saved_scores(folder)))
+        return DONE
+    print(as_table(evaluate(folder, here, arguments.overrides)))
     config = load_config(folder.config)
     if config.tracking.mlflow:
         sync(folder.path, config)
@@ -91,7 +97,14 @@ def _stop(arguments: argparse.Namespace) -> int:
     folder = RunFolder(Path(arguments.run))
     if not folder.config.exists():
         raise VitscaleError(f"{arguments.run}: is no run folder (no config.yaml in it); name the folder RUN_DIR/NAME")
-    folder.stop.touch()
+    try:
+        with folder.held(shared=True):
+            raise VitscaleError(
+                f"{arguments.run}: no run holds this folder, so there is nothing to stop (on a file system whose locks "
+                f"other nodes do not see: touch {folder.stop})"
+            )
+    except LaunchError:
+        folder.stop.touch()  # a run has it
     print(f"{folder.stop}: the run saves a checkpoint and stops at its next step")
     return DONE
 
@@ -134,7 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     takes_config(verb("pretrain", _pretrain, "train, or go on where this run stopped"))
     shown = verb("config", _print_config, "print the resolved config")
     takes_config(shown)
-    shown.add_argument("--ranks", type=int, default=1, help="check it for so many ranks (default: 1)")
+    counts = range(1, 1 << 20)
+    shown.add_argument("--ranks", type=int, choices=counts, metavar="N", default=1, help="to check for (default: 1)")
     added = verb("pack", _pack, "a folder of images into WebDataset shards with an index")
     added.add_argument("folder", help="images in one folder a class, or flat")
     added.add_argument("out", help="a new folder for the shards")
@@ -147,6 +161,8 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--out", required=True, metavar="index.json")
     added = verb("evaluate", _evaluate, "score a run's frozen features, draw its figures")
     added.add_argument("run", metavar="RUN_FOLDER")
+    added.add_argument("overrides", metavar="dotted.key=value", nargs="*", help="say evaluation.test='held_out/*.tar'")
+    added.add_argument("--show", action="store_true", help="print the scores that are there, without work")
     added = verb("export", _export, "a checkpoint as a model folder that transformers opens")
     added.add_argument("source", metavar="RUN_FOLDER_OR_CHECKPOINT")
     added.add_argument("--out", default=None, help="default: RUN_FOLDER/model")

@@ -1,4 +1,4 @@
-"""The one place where the parts meet: pretrain(config), export(folder), evaluate(folder)."""
+"""Where the parts meet: pretrain(config) from shards to a finished run, export(folder) of its weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vitscale.augment.pipeline import Augment
 from vitscale.checkpoint.store import Checkpoint, SoleRank, open_checkpoint, open_newest, save_checkpoint
 from vitscale.config.check import check_config, pair
 from vitscale.config.load import dump_config, load_config
-from vitscale.config.schema import RunConfig
+from vitscale.config.schema import RunConfig, as_dict
 from vitscale.data.batch import Replacement
 from vitscale.data.crop import RandomCrop
 from vitscale.data.decode import choose_decoder
@@ -31,11 +31,13 @@ from vitscale.engine.preempt import StopRequest
 from vitscale.errors import CheckpointError, ConfigError, LaunchError, VitscaleError
 from vitscale.evaluation.figures import draw_curves
 from vitscale.interop.pretrained import save_run_model, start_from
+from vitscale.launch.snapshot import code_version, commit
 from vitscale.launch.torchrun import folder_of
-from vitscale.models.auto import build_model, initialize
+from vitscale.models.auto import build_model, initialize, model_keys
 from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder, write_atomically
 from vitscale.tracking.jsonl import JsonlFile
+from vitscale.tracking.outbox import flat_params
 from vitscale.tracking.progress import Progress
 from vitscale.tracking.tracker import Tracker
 from vitscale.world import World
@@ -50,12 +52,15 @@ def pretrain(config: RunConfig, world: World) -> int:
     """
     check_config(config, world)
     folder = folder_of(config)
+    stop = StopRequest(folder.path, world.is_main)
     with contextlib.ExitStack() as stack:
         if world.is_main:
             stack.enter_context(folder.held())
             folder.clear_exit()
+            if not world.supervised:  # else the launcher has cleared it; one made since then counts
+                folder.stop.unlink(missing_ok=True)
         try:
-            return _Pretraining(config, world, folder).run()
+            return _Pretraining(config, world, folder, stop).run()
         except VitscaleError as error:
             # The first rank to fail says why; the others fail because of it, or with the same words.
             error.told = not folder.write_exit(BAD_INPUT, None, str(error))
@@ -71,8 +76,8 @@ def pretrain(config: RunConfig, world: World) -> int:
 class _Pretraining:
     """One start of a run, from its config to its end."""
 
-    def __init__(self, config: RunConfig, world: World, folder: RunFolder) -> None:
-        self.config, self.world, self.folder = config, world, folder
+    def __init__(self, config: RunConfig, world: World, folder: RunFolder, stop: StopRequest) -> None:
+        self.config, self.world, self.folder, self.stop = config, world, folder, stop
         # Rank 0 scans the shards before it joins the others: a missing one is told at once.
         index = self._open_index() if world.is_main else None
         self.backend = Backend(config, world)
@@ -89,40 +94,48 @@ class _Pretraining:
         with torch.device("meta"):  # `initialize` gives it memory; torch's own initial values are never drawn
             model = build_model(self.config)
         initialize(model, self.config.run.seed)
+        self.parameters = sum(p.numel() for p in model.parameters())  # ZeRO-3 leaves none of them whole
         checkpoint, state = self._start(model)
         if self.world.is_main:
             self._describe(model)
-            write_atomically(self.folder.config, dump_config(self.config))
-        if state.step >= self.total_steps:
-            self._say(f"done: step {state.step} of {self.total_steps}; for more, raise train.steps or train.epochs")
-            done = True
-        else:
-            parameters = sum(p.numel() for p in model.parameters())  # ZeRO-3 leaves none of them whole
-            engine = self.backend.wrap(model, self.config)
-            if checkpoint is not None:
-                engine.restore(checkpoint)
-            done = self._train(engine, state, parameters)
+        done = state.step >= self.total_steps
+        if not (done and self.ranks.gather(self._is_finished(state))[0]):
+            with _Records(self, state.step) as records:
+                done = done or self._train(model, checkpoint, state, records)
+                if done:
+                    self._finish(state)
+                records.status = "FINISHED" if done else "KILLED"
+        self._say(f"{'done' if done else 'stopped'}: step {state.step} of {self.total_steps}")
         code = DONE if done else STOPPED
+        self.stop.honour()
         if self.world.is_main:
             self.folder.write_exit(code, state.step, "done" if done else "stopped on request")
         self.ranks.barrier()
         self.backend.close()
         return code
 
-    def _train(self, engine: Engine, state: TrainState, parameters: int) -> bool:
-        config, world = self.config, self.world
-        stop = StopRequest(self.folder.path, world.is_main)
-        with _Records(self, state.step) as records, self._loader(state.samples) as loader:
+    def _train(
+        self, model: ViTPreTrainedModel, checkpoint: Checkpoint | None, state: TrainState, records: _Records
+    ) -> bool:
+        if self.world.is_main:
+            self._tell_changes()
+            write_atomically(self.folder.config, dump_config(self.config))
+        engine = self.backend.wrap(model, self.config)
+        if checkpoint is not None:
+            engine.restore(checkpoint)
+        with self._loader(state.samples) as loader:
             calls = LoopCalls(lambda state: self._save(engine, state, records), records.log, records.record)
-            feed = _feed(loader, config, self.backend.device)
-            records.status = "FAILED"
-            done = train(engine, feed, state, self.total_steps, config, calls, stop)
-            stop.honour()
-            peaks = self.ranks.gather(peak_memory(self.backend.device))
-            if done and world.is_main:
-                self._finish(state, parameters, peaks)
-            records.status = "FINISHED" if done else "KILLED"
-        return done
+            feed = _feed(loader, self.config, self.backend.device)
+            return train(engine, feed, state, self.total_steps, self.config, calls, self.stop)
+
+    def _tell_changes(self) -> None:
+        """The keys that differ from those of the run's last start."""
+        if not self.folder.config.exists():
+            return
+        before, now = (flat_params(as_dict(config)) for config in (load_config(self.folder.config), self.config))
+        for key, value in now.items():
+            if before.get(key) != value:
+                self._say(f"config: {key} was {before.get(key)}, is {value}")
 
     def _open_index(self) -> ShardIndex:
         data = self.config.data
@@ -167,7 +180,7 @@ class _Pretraining:
         return None, TrainState()
 
     def _resumed(self, checkpoint: Checkpoint, model: nn.Module) -> TrainState:
-        saved = checkpoint.state
+        config, saved = self.config, checkpoint.state
         self._say(f"start: {checkpoint.folder}, step {saved['step']} of {self.total_steps}")
         for name, value in self._what_decides_the_order().items():
             if saved["order"][name] != value:
@@ -175,8 +188,18 @@ class _Pretraining:
                     f"{checkpoint.folder}: was saved with {name}={saved['order'][name]}, this run has {value}: samples "
                     "would be repeated or skipped; set it back, or start another run.name with model.init_from"
                 )
+        here = model_keys(config)
+        differing = [f"{key} (saved {saved['model'].get(key)}, here {here.get(key)})"
+                     for key in sorted(here.keys() | saved["model"].keys()) if saved["model"].get(key) != here.get(key)]
+        if differing:
+            raise CheckpointError(
+                f"{checkpoint.folder}: is of another model: {', '.join(differing)}; set them back, "
+                "or start another run.name"
+            )
         if saved["total_steps"] != self.total_steps:
             self._say(f"steps: {saved['total_steps']} before, {self.total_steps} now; lr follows the new total")
+        if saved["decoder"] != self.decoder:
+            self._say(f"decoder: {saved['decoder']} before, {self.decoder} now; pixels may differ in their last bits")
         load_weights(model, checkpoint)
         return TrainState(**{name: saved[name] for name in TrainState.__dataclass_fields__})
 
@@ -214,6 +237,7 @@ class _Pretraining:
             "adam_step": engine.adam_step,
             "total_steps": self.total_steps,
             "order": self._what_decides_the_order(),
+            "model": model_keys(self.config),
             "world_size": self.world.world_size,
             "zero_stage": engine.stage,
             "precision": self.config.train.precision,
@@ -224,8 +248,17 @@ class _Pretraining:
         keep = self.config.checkpoint.keep
         save_checkpoint(self.folder.checkpoints, state.step, engine.pieces(), manifest, self.ranks, keep)
 
-    def _finish(self, state: TrainState, parameters: int, peaks: list[int]) -> None:
-        """On rank 0, at the end: the model as others open it, the loss curve, a summary."""
+    def _is_finished(self, state: TrainState) -> bool:
+        """Whether an earlier start has got as far as its summary, which is written last."""
+        if not self.folder.summary.exists() or not self.folder.model.exists():
+            return False
+        return json.loads(self.folder.summary.read_text(encoding="utf-8"))["steps"] == state.step
+
+    def _finish(self, state: TrainState) -> None:
+        """At the end, by rank 0: the model as others open it, the loss curve, a summary."""
+        peaks = self.ranks.gather(peak_memory(self.backend.device))
+        if not self.world.is_main:
+            return
         out = export(self.folder.path)
         rows = JsonlFile(self.folder.metrics).rows()
         draw_curves(rows, self.folder.figures / "loss.png")
@@ -233,9 +266,9 @@ class _Pretraining:
             "run": self.config.run.name,
             "steps": state.step,
             "samples": state.samples,
-            "epochs": state.samples / self.index.total,
+            "epochs": state.step / self.order.batches_per_epoch,
             "loss": rows[-1]["loss"],
-            "parameters": parameters,
+            "parameters": self.parameters,
             "peak_memory_bytes": peaks,
             "world_size": self.world.world_size,
             "zero_stage": self.config.parallel.zero_stage,
@@ -252,9 +285,8 @@ class _Pretraining:
     def _describe(self, model: nn.Module) -> None:
         """What is about to run, for the terminal."""
         config, world, order = self.config, self.world, self.order
-        parameters = sum(p.numel() for p in model.parameters())
         self._say(f"run: {self.folder.path} (vitscale {__version__})")
-        self._say(f"model: {type(model).__name__}, {parameters:,} parameters")
+        self._say(f"model: {type(model).__name__}, {self.parameters:,} parameters")
         self._say(
             f"data: {self.index.total:,} samples in {len(self.index.names)} shards, "
             f"{order.batches_per_epoch} steps an epoch, decoded by {self.decoder}"
@@ -283,7 +315,8 @@ class _Records:
         for file in self._files.values():
             file.cut_back(step)
         self._progress = Progress(run.total_steps, run.config.train.global_batch)
-        self._tracker = Tracker(folder.path, run.config, report=self._progress.say)
+        tags = {"mlflow.source.git.commit": commit(), "vitscale.code": code_version()}
+        self._tracker = Tracker(folder.path, run.config, {k: v for k, v in tags.items() if v}, self._progress.say)
 
     def __enter__(self) -> _Records:
         if self._main:
@@ -341,8 +374,11 @@ def _digest(config: RunConfig) -> str:
 def export(source: Path, out: Path | None = None) -> Path:
     """A run's newest good checkpoint (or a checkpoint folder) as a model folder that transformers opens.
 
-    On the CPU, from the pieces, without the world that made them; the folder appears whole.
+    On the CPU, from the pieces, without the world that made them.
     """
+    source = source.resolve()
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: no such folder; name a run's folder or a checkpoint in it")
     if (source / "checkpoints").is_dir():
         folder = RunFolder(source)
         checkpoint = open_newest(folder.checkpoints, SoleRank(), print)

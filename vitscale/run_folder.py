@@ -62,8 +62,14 @@ class RunFolder:
         A launcher holds it `shared` for a moment, to see that no run has it. Raises LaunchError, naming
         host and process, where another run holds it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "lock", "a+", encoding="utf-8") as stream:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            stream = open(self.path / "lock", "a+", encoding="utf-8")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise LaunchError(
+                f"run.dir={str(self.path.parent)!r}: cannot be written ({error}); name a folder of your own"
+            ) from None
+        with stream:
             self._take(stream, shared)
             yield
 
@@ -96,6 +102,12 @@ class RunFolder:
             os.link(draft, self.exit)  # atomic, and fails where the file is there
         except FileExistsError:
             return False
+        except OSError:  # a file system without hard links: the same, but a reader may come too early
+            try:
+                with open(self.exit, "x", encoding="utf-8") as stream:
+                    stream.write(draft.read_text(encoding="utf-8"))
+            except FileExistsError:
+                return False
         finally:
             draft.unlink()
         return True

@@ -73,6 +73,7 @@ def enter() -> World:
         # DeepSpeed speaks at INFO on every rank; what matters of it we say ourselves.
         "DEEPSPEED_LOG_LEVEL": "warning",
         "MPLBACKEND": "agg",
+        "OMP_NUM_THREADS": str(world.cores_per_rank),
     }
     if world.device == "cpu":
         defaults["DS_ACCELERATOR"] = "cpu"
@@ -85,11 +86,6 @@ def enter() -> World:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     return world
-
-
-def environment_value(name: str) -> str | None:
-    """An environment variable that belongs to the user (a site's setting), or None."""
-    return os.environ.get(name)
 
 
 def child_environment() -> dict[str, str]:

@@ -11,7 +11,6 @@ import pytest
 from tests.checkpoint.ranks import run_ranks
 from vitscale.checkpoint import store
 from vitscale.checkpoint.fragments import Piece
-from vitscale.checkpoint.report import describe
 from vitscale.checkpoint.store import SoleRank, checkpoint_folders, open_checkpoint, open_newest, save_checkpoint
 from vitscale.errors import CheckpointError
 
@@ -299,13 +298,6 @@ def test_a_checkpoint_of_another_model_names_the_differing(tmp_path):
     assert "1 of another shape: encoder.bias (saved [7], here [9])" in message
     with pytest.raises(CheckpointError, match="holds no ema named 'scale'"):
         checkpoint.whole("ema", "scale")
-
-
-def test_described_in_words(tmp_path):
-    text = describe(open_checkpoint(save(tmp_path, 1), SoleRank()))
-    assert "step: 1" in text
-    assert "samples: 256" in text
-    assert "param: 4 tensors, 85 elements (float32)" in text
 
 
 def test_state_is_read_back_as_it_was(tmp_path):

@@ -56,6 +56,17 @@ def test_webdataset_reads_what_we_pack(folder: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["ant", "bee", "cow"]
 
 
+def test_it_says_which_key_the_classes_need(folder: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    pack(folder, tmp_path / "out", held_out=0.3, workers=1, report=said.append)
+    assert [Path(line.split(":")[0]).name for line in said] == ["train", "test", "classes.json"]
+    assert "3 classes" in said[-1]
+    assert said[-1].endswith("model.num_labels=3")
+    said.clear()
+    pack(folder / "bee", tmp_path / "flat", workers=1, report=said.append)
+    assert len(said) == 1, "without labels there is no key to set"
+
+
 def test_keys_tell_the_file(folder: Path, tmp_path: Path) -> None:
     keys = set(contents(pack(folder, tmp_path / "out")[""].paths))
     assert {"bee/img_0001", "ant/deep/__0__", "cow/img_0002"} <= keys

@@ -76,7 +76,15 @@ def test_checkpoint_of_another_model(launcher: Launcher, config: Path) -> None:
     launcher.run(_argv(config, "train.steps=5"), 2)
     output = launcher.run(_argv(config, "train.steps=10", "model.num_hidden_layers=3"), 2, code=BAD_INPUT)
     assert output.count("vitscale: error:") == 1
-    assert "vit.encoder.layers.2." in output
+    assert "num_hidden_layers (saved 2, here 3)" in output
+
+
+def test_another_model_of_the_same_shapes(launcher: Launcher, config: Path) -> None:
+    launcher.run(_argv(config, "train.steps=5"), 2)
+    argv = _argv(config, "train.steps=10", "model.num_attention_heads=4", "model.hidden_act=relu")
+    output = launcher.run(argv, 2, code=BAD_INPUT)
+    assert "num_attention_heads (saved 2, here 4)" in output
+    assert "hidden_act (saved gelu, here relu)" in output
 
 
 def test_another_order_of_samples_is_refused(launcher: Launcher, config: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from collections import Counter
@@ -112,18 +113,37 @@ def test_other_worlds_and_stages(launcher: Launcher, config: Path, tmp_path: Pat
 
 
 def test_stop_file(launcher: Launcher, config: Path, tmp_path: Path) -> None:
-    """`vitscale stop` makes the file; the run takes it away, says 3 in exit.json, and goes on later."""
+    """A stop file from before the start is cleared; one made later stops the run, which takes it away."""
     run = tmp_path / "runs" / "run"
     run.mkdir(parents=True)
     (run / "stop").touch()
-    argv = _argv(config, 2, 2)
-    launcher.run(argv, 2, code=STOPPED)
+    argv = [*_argv(config, 2, 2), "train.steps=2000"]
+    world = launcher.start(argv, 2)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not ((run / "metrics.jsonl").exists() and rows(run)):
+        time.sleep(0.01)
+    assert not (run / "stop").exists()
+    (run / "stop").touch()
+    assert world.wait() == [STOPPED] * 2, world.output()
     assert not (run / "stop").exists()
     assert '"code": 3' in (run / "exit.json").read_text()
-    assert len(losses(run)) == 1
-    launcher.run(argv, 2)
+    reached = len(losses(run))
+    assert 1 <= reached < 2000
+    launcher.run([*argv, f"train.steps={reached + 5}"], 2)
     assert '"code": 0' in (run / "exit.json").read_text()
-    assert len(losses(run)) == STEPS
+    assert len(losses(run)) == reached + 5
+
+
+def test_killed_between_the_last_checkpoint_and_the_end(launcher: Launcher, config: Path, tmp_path: Path) -> None:
+    """What the end of a run leaves is made by the next start where it is missing."""
+    argv = [*_argv(config, 0, 2), "train.steps=3"]
+    launcher.run(argv, 2)
+    run = tmp_path / "runs" / "run"
+    shutil.rmtree(run / "model")
+    (run / "summary.json").unlink()
+    launcher.run(argv, 2)
+    assert (run / "model" / "model.safetensors").exists()
+    assert '"steps": 3' in (run / "summary.json").read_text()
 
 
 def test_done_run_says_so_and_goes_on_with_more_steps(launcher: Launcher, config: Path, tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """Ranks that start in a second: a process imports torch and deepspeed once and forks every world from there.
 
 `python -m tests.integration.zygote` reads a JSON line a world from stdin, {"ranks", "argv", "log",
-"kill"}, forks the ranks, each of which runs `vitscale ARGV` as it would under torchrun, and answers
-with their process ids at once and their exit codes at the end. Real processes, real gloo; only the
-import (7 s a launch) is shared.
+"kill", "nan"}, forks the ranks, each of which runs `vitscale ARGV` as it would under torchrun, and
+answers with their process ids at once and their exit codes at the end. Real processes, real gloo; only
+the import (7 s a launch) is shared.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ def _be_rank(rank: int, port: int, request: dict[str, Any]) -> None:
     kill = request.get("kill")
     if kill and kill["rank"] == rank:
         _kill_while_saving(kill["point"], kill["nth"])
+    nan = request.get("nan")
+    if nan and nan["rank"] == rank:
+        _nan_pixels(nan["first"], nan["last"])
     code = 1
     try:
         from vitscale.cli import main
@@ -76,6 +79,21 @@ def _kill_while_saving(point: str, nth: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     store.on_progress = at
+
+
+def _nan_pixels(first: int, last: int) -> None:
+    """NaN in every pixel of this rank's micro-batches `first` to `last`, counted from 1."""
+    from vitscale.augment.pipeline import Augment
+
+    exact, seen = Augment.__call__, 0
+
+    def call(self: Augment, batch: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        pixels = exact(self, batch)
+        return pixels.fill_(float("nan")) if first <= seen <= last else pixels
+
+    Augment.__call__ = call  # type: ignore[method-assign]
 
 
 def _wait(pids: list[int]) -> list[int]:

@@ -197,7 +197,8 @@ def _retire(root: Path, step: int, keep: int, report: Callable[[str], None]) -> 
             # Of a later step, and yet the run resumed from an earlier one: it could not be read, or would be
             # the past of another run. Were it read the next time, it would undo what was done since.
             aside = folder.with_name(f"bad-{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
+            for older in root.glob("bad-step_*"):  # one is enough to look at
+                shutil.rmtree(older, ignore_errors=True)
             folder.rename(aside)
             report(f"{folder}: later than the step just saved, so not of this run's past; set aside as {aside.name}")
         for folder in folders[saved + keep :]:

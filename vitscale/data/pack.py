@@ -79,6 +79,9 @@ def pack(
         shards = _cut(sorted(chosen, key=lambda s: _draw(s.key, "order", seed)), shard_samples, shard_bytes)
         indexes[name] = write_shards(shards, Path(out) / name, name or "shard", workers)
         report(f"{Path(out) / name}: {indexes[name].total} images in {len(shards)} shards")
+    if classes:
+        count = len(classes)
+        report(f"{Path(out) / 'classes.json'}: {count} classes; to train by labels: model.num_labels={count}")
     return indexes
 
 

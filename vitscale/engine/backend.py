@@ -45,7 +45,7 @@ class Backend:
 
     def __init__(self, config: RunConfig, world: World) -> None:
         self.accelerator = _make_accelerator(config, world)
-        self.ranks = ProcessRanks()
+        self.ranks = ProcessRanks(timedelta(seconds=config.parallel.timeout_s))
         seen = (self.accelerator.process_index, self.accelerator.num_processes, self.ranks.world_size)
         if seen != (world.rank, world.world_size, world.world_size):
             raise LaunchError(
@@ -137,7 +137,7 @@ class Engine:
         return max((int(state["step"]) for state in self.inner.state.values()), default=0)
 
     def pieces(self) -> Iterator[Piece]:
-        """What this rank writes of a checkpoint: copies on the CPU, one tensor at a time."""
+        """What this rank writes of a checkpoint, on the CPU."""
         for fragment in self._written():
             yield _piece("param", fragment, fragment.weights())
             for kind in zero_state.MOMENTS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ class ProcessRanks:
     `gather` and `sum` are collectives: every rank calls them, in the same order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: timedelta) -> None:
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.world_size = dist.get_world_size() if distributed else 1
@@ -23,7 +24,7 @@ class ProcessRanks:
         if self.world_size > 1:
             # NCCL would need the values on the GPU, and would queue behind its kernels.
             same = dist.get_backend() == "gloo"
-            self._group = dist.group.WORLD if same else dist.new_group(backend="gloo")
+            self._group = dist.group.WORLD if same else dist.new_group(backend="gloo", timeout=timeout)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank."""

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,13 @@ from vitscale.data.crop import CenterCrop
 from vitscale.data.index import ShardIndex, open_index, require_labels
 from vitscale.data.loader import Loader
 from vitscale.data.order import SequentialOrder
+from vitscale.engine.guard import SampleGuard
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.evaluation.features import Features, extract, pixels, pooled
 from vitscale.evaluation.figures import draw_curves, draw_reconstructions, reconstruct
 from vitscale.evaluation.scores import score_features
 from vitscale.interop.pretrained import load_model
+from vitscale.launch.torchrun import folder_of
 from vitscale.models.auto import build_model, initialize
 from vitscale.run_folder import RunFolder, write_atomically
 from vitscale.tracking.jsonl import JsonlFile
@@ -34,66 +35,92 @@ from vitscale.world import World
 
 SHOWN = 12  # images in the figure of reconstructions
 
+Scores = dict[str, dict[str, float]]
 Batches = Iterator[tuple[torch.Tensor, np.ndarray, np.ndarray]]
 
 
-def evaluate(folder: RunFolder, world: World) -> dict[str, dict[str, float]]:
-    """Score the trained encoder, the same encoder untrained, and raw pixels; draw figures; write summary.json.
+def evaluate(folder: RunFolder, world: World, overrides: Sequence[str] = ()) -> Scores:
+    """Draw the run's figures, then score the trained encoder, the same encoder untrained, and raw pixels.
 
-    Returns {features' name: {linear_probe, linear_probe_se, knn, knn_se}}.
+    `overrides`: of the run's config, for keys of `evaluation`. Writes figures/, evaluation.jsonl and
+    summary.json; returns {features' name: {linear_probe, linear_probe_se, knn, knn_se}}.
     """
     if not folder.config.exists() or not (folder.model / "config.json").exists():
         raise CheckpointError(
             f"{folder.path}: is no finished run (no config.yaml or model/ in it); let it end, "
             f"or make model/ from its newest checkpoint with `vitscale export {folder.path}`"
         )
-    config = load_config(folder.config)
+    config = load_config(folder.config, overrides)
     evaluation = config.evaluation
-    if not evaluation.test:
-        raise ConfigError(
-            "evaluation.test is empty: give held-out labelled shards, as `vitscale pack --held-out` makes them"
-        )
     device = torch.device(world.device)
     model = load_model(folder.model).to(device)
+    _draw(folder, config, model, world)
+    if not evaluation.test:
+        raise ConfigError(
+            f"evaluation.test is empty: figures are in {folder.figures}, but features are scored on held-out labelled "
+            "shards, as `vitscale pack --held-out` makes them: add evaluation.test='FOLDER/test/*.tar'"
+        )
     untrained = build_model(config)
     initialize(untrained, config.run.seed)
     models = {"trained": model, "untrained": untrained.to(device)}
     encoders = {name: pooled(each.get_submodule("vit")) for name, each in models.items()} | {"pixels": pixels()}
-
-    train = _features(encoders, evaluation.train or config.data.train, config, world, folder.path)
-    test = _features(encoders, evaluation.test, config, world, folder.path)
+    bad = SampleGuard(config.data.max_bad_fraction, {})
+    index = None if evaluation.train else config.data.index
+    train = _features(encoders, evaluation.train or config.data.train, index, config, world, bad)
+    test = _features(encoders, evaluation.test, None, config, world, bad)
     scores = {
-        name: score_features(
-            train.values[name], train.labels, test.values[name], test.labels, evaluation.neighbours
-        )
+        name: score_features(train.values[name], train.labels, test.values[name], test.labels, evaluation.neighbours)
         for name in encoders
     }
-    _draw(folder, config, model, world)
-    _record(folder, scores)
-    summary = json.loads(folder.summary.read_text(encoding="utf-8")) if folder.summary.exists() else {}
-    summary["evaluation"] = {"train": len(train.labels), "test": len(test.labels), "scores": scores}
+    summary = _summary(folder)
+    _record(folder, summary, scores)
+    summary["evaluation"] = {
+        "train": len(train.labels),
+        "test": len(test.labels),
+        "bad_samples": dict(bad.counts),
+        "scores": scores,
+    }
     write_atomically(folder.summary, json.dumps(summary, indent=2) + "\n")
     return scores
 
 
-def _record(folder: RunFolder, scores: dict[str, dict[str, float]]) -> None:
-    """The scores as a row of evaluation.jsonl, at the step that the run has reached; MLflow is fed from it."""
-    rows = JsonlFile(folder.metrics).rows()
+def saved_scores(folder: RunFolder) -> Scores:
+    """The scores that an earlier evaluation left in summary.json."""
+    summary = _summary(folder)
+    if "evaluation" not in summary:
+        raise CheckpointError(f"{folder.summary}: holds no scores yet; `vitscale evaluate {folder.path}` makes them")
+    return summary["evaluation"]["scores"]
+
+
+def _summary(folder: RunFolder) -> dict[str, Any]:
+    return json.loads(folder.summary.read_text(encoding="utf-8")) if folder.summary.exists() else {}
+
+
+def _record(folder: RunFolder, summary: dict[str, Any], scores: Scores) -> None:
+    """The scores as a row of evaluation.jsonl, at the step of the model; MLflow is fed from it."""
     row = {f"evaluation/{kind}_{name}": scores[name][kind] for name in scores for kind in ("linear_probe", "knn")}
-    step = rows[-1]["step"] if rows else 0
-    JsonlFile(folder.path / "evaluation.jsonl").append({"step": step, **row, "time": int(time.time() * 1000)})
+    time_ms = int(time.time() * 1000)
+    JsonlFile(folder.path / "evaluation.jsonl").append({"step": summary.get("steps", 0), **row, "time": time_ms})
 
 
 def _features(
-    encoders: dict[str, Any], sources: tuple[Source, ...], config: RunConfig, world: World, cache: Path
+    encoders: dict[str, Any],
+    sources: tuple[Source, ...],
+    index_path: str | None,
+    config: RunConfig,
+    world: World,
+    bad: SampleGuard,
 ) -> Features:
-    index = open_index(sources, None, cache)
+    index = open_index(sources, index_path, folder_of(config).path)
     require_labels(index, config.data.label)
-    return extract(encoders, _batches(index, config, world))
+    return extract(encoders, _batches(index, config, world, bad))
 
 
-def _batches(index: ShardIndex, config: RunConfig, world: World) -> Batches:
-    """Every sample of the index, in its order, the last batch padded: (pixel_values, labels, sample ids)."""
+def _batches(index: ShardIndex, config: RunConfig, world: World, bad: SampleGuard) -> Batches:
+    """Every sample of the index, in its order, the last batch padded: (pixel_values, labels, sample ids).
+
+    Others stand in for bad samples, which are counted in `bad`, and bounded as in training.
+    """
     size = pair(config.model.image_size)
     augment = Augment(config.augment, size, config.model.num_channels, world.device, train=False)
     batch = min(config.evaluation.batch, index.total)
@@ -111,8 +138,8 @@ def _batches(index: ShardIndex, config: RunConfig, world: World) -> Batches:
         image_size=size,
     )
     with loader:
-        for _ in range(-(-index.total // batch)):
-            decoded = next(loader)
+        for number, decoded in enumerate(loader, start=1):
+            bad.note((replaced.cause for replaced in decoded.replaced), number * batch)
             yield augment(decoded), decoded.labels, decoded.sample_ids
 
 
@@ -122,16 +149,18 @@ def _draw(folder: RunFolder, config: RunConfig, model: Any, world: World) -> Non
     draw_curves(JsonlFile(folder.metrics).rows(), folder.figures / "loss.png", title)
     if config.objective.name == "classification":
         return
-    index = open_index(config.evaluation.test, None, folder.path)
-    batches = _batches(index, config, world)
+    sources = config.evaluation.test
+    index = open_index(sources or config.data.train, None if sources else config.data.index, folder.path)
+    batches = _batches(index, config, world, SampleGuard(1.0, {}))
     pixel_values, _, ids = next(batches)
     batches.close()  # type: ignore[attr-defined]
     key = torch.from_numpy(np.array(ids[:SHOWN])).to(pixel_values.device)
     panels = reconstruct(model, pixel_values[:SHOWN], key, config.augment.mean, config.augment.std)
-    draw_reconstructions(panels, folder.figures / "reconstructions.png", f"{title}, held-out images")
+    shown = "held-out" if sources else "training"
+    draw_reconstructions(panels, folder.figures / "reconstructions.png", f"{title}, {shown} images")
 
 
-def as_table(scores: dict[str, dict[str, float]]) -> str:
+def as_table(scores: Scores) -> str:
     """The scores as lines for the terminal, in percent with one standard error."""
     lines = [f"{'features':<12}{'linear probe':>18}{'kNN':>18}"]
     for name, row in scores.items():

@@ -51,14 +51,20 @@ def _with_parents(config: Path) -> Iterator[Path]:
         yield from _with_parents(config.parent / parent)
 
 
+_GIT = ("git", "-C", str(Path(__file__).resolve().parents[2]))
+
+
+def commit() -> str:
+    """The commit of this checkout, or nothing where it is none."""
+    return _output(*_GIT, "rev-parse", "HEAD").strip()
+
+
 def code_version() -> str:
     """Version, commit and what differs from it."""
-    git = ("git", "-C", str(Path(__file__).resolve().parents[2]))
-    commit = _output(*git, "rev-parse", "HEAD").strip()
-    if not commit:
+    if not (head := commit()):
         return f"vitscale {__version__}, not in a git checkout\n"
-    changed = _output(*git, "status", "--short") + _output(*git, "diff", "--stat", "HEAD")
-    return f"vitscale {__version__}, commit {commit}\n{changed or 'no change since that commit'}\n"
+    changed = _output(*_GIT, "status", "--short") + _output(*_GIT, "diff", "--stat", "HEAD")
+    return f"vitscale {__version__}, commit {head}\n{changed or 'no change since that commit'}\n"
 
 
 def _output(*command: str) -> str:

@@ -24,6 +24,8 @@ class Progress:
         left = (self._total - row["step"]) * self._batch / speed if speed > 0 else None
         text = (f"step {row['step']}/{self._total}  loss {_number(row.get('loss'), '.4f')}  "
                 f"lr {_number(row.get('lr'), '.2e')}  {speed:,.0f} images/s  {duration(left)} left")
+        for key in ("skipped_steps", "bad_samples"):
+            text += f"  {row[key]} {key.replace('_', ' ')}" if row.get(key) else ""
         if self._in_place:
             text = text[: max(shutil.get_terminal_size().columns - 1, 20)]
             self._write(f"\r{text}\x1b[K")
