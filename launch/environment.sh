@@ -48,7 +48,8 @@ set_up() {
         return
     fi
     base=$(find_python) || exit 1
-    say "Setting up $VENV, once: about 3 minutes and 2 GB. What pip says goes to $log"
+    if has_gpu; then cost="PyTorch comes with CUDA's libraries, several GB"; else cost="about 3 minutes and 2 GB"; fi
+    say "Setting up $VENV, once: $cost. What pip says goes to $log"
     make_venv "$base"
     rm -f "$VENV"/installed-*
     install_packages "$kind" >"$log" 2>&1 || fail "pip could not install vitscale: $(grep -i error "$log" | tail -n 1) (all of it: $log)"

@@ -28,21 +28,17 @@ from vitscale.data.order import Order
 from vitscale.engine.backend import Backend, Engine, Inputs, load_weights, peak_memory
 from vitscale.engine.loop import LoopCalls, TrainState, train
 from vitscale.engine.preempt import StopRequest
+from vitscale.engine.records import Records
 from vitscale.errors import CheckpointError, ConfigError, LaunchError, VitscaleError
 from vitscale.evaluation.figures import draw_curves
 from vitscale.interop.pretrained import save_run_model, start_from
-from vitscale.launch.snapshot import code_version, commit
 from vitscale.launch.torchrun import folder_of
 from vitscale.models.auto import build_model, initialize, model_keys
 from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder, write_atomically
 from vitscale.tracking.jsonl import JsonlFile
 from vitscale.tracking.outbox import flat_params
-from vitscale.tracking.progress import Progress
-from vitscale.tracking.tracker import Tracker
 from vitscale.world import World
-
-ROW_FILES = ("metrics.jsonl", "trace.jsonl", "quarantine.jsonl", "skipped.jsonl", "evaluation.jsonl")
 
 
 def pretrain(config: RunConfig, world: World) -> int:
@@ -52,15 +48,14 @@ def pretrain(config: RunConfig, world: World) -> int:
     """
     check_config(config, world)
     folder = folder_of(config)
-    stop = StopRequest(folder.path, world.is_main)
     with contextlib.ExitStack() as stack:
         if world.is_main:
             stack.enter_context(folder.held())
-            folder.clear_exit()
-            if not world.supervised:  # else the launcher has cleared it; one made since then counts
+            if not world.supervised:  # else the launcher has cleared both, and what came since then counts
+                folder.clear_exit()
                 folder.stop.unlink(missing_ok=True)
         try:
-            return _Pretraining(config, world, folder, stop).run()
+            return _Pretraining(config, world, folder).run()
         except VitscaleError as error:
             # The first rank to fail says why; the others fail because of it, or with the same words.
             error.told = not folder.write_exit(BAD_INPUT, None, str(error))
@@ -76,13 +71,15 @@ def pretrain(config: RunConfig, world: World) -> int:
 class _Pretraining:
     """One start of a run, from its config to its end."""
 
-    def __init__(self, config: RunConfig, world: World, folder: RunFolder, stop: StopRequest) -> None:
-        self.config, self.world, self.folder, self.stop = config, world, folder, stop
+    def __init__(self, config: RunConfig, world: World, folder: RunFolder) -> None:
+        self.config, self.world, self.folder = config, world, folder
         # Rank 0 scans the shards before it joins the others: a missing one is told at once.
         index = self._open_index() if world.is_main else None
         self.backend = Backend(config, world)
         self.ranks = self.backend.ranks
         self.ranks.barrier()
+        # Not before: a rank that waits in C++ for the others could not answer a TERM.
+        self.stop = StopRequest(folder.path, looks=world.local_rank == 0, clears=world.is_main)
         self.index = index or self._open_index()
         self.decoder = choose_decoder(config.data.decode)
         self._preflight()
@@ -100,7 +97,7 @@ class _Pretraining:
             self._describe(model)
         done = state.step >= self.total_steps
         if not (done and self.ranks.gather(self._is_finished(state))[0]):
-            with _Records(self, state.step) as records:
+            with Records(self.folder, self.config, self.world, self.total_steps, state.step) as records:
                 done = done or self._train(model, checkpoint, state, records)
                 if done:
                     self._finish(state)
@@ -115,7 +112,7 @@ class _Pretraining:
         return code
 
     def _train(
-        self, model: ViTPreTrainedModel, checkpoint: Checkpoint | None, state: TrainState, records: _Records
+        self, model: ViTPreTrainedModel, checkpoint: Checkpoint | None, state: TrainState, records: Records
     ) -> bool:
         if self.world.is_main:
             self._tell_changes()
@@ -132,7 +129,12 @@ class _Pretraining:
         """The keys that differ from those of the run's last start."""
         if not self.folder.config.exists():
             return
-        before, now = (flat_params(as_dict(config)) for config in (load_config(self.folder.config), self.config))
+        try:
+            last = load_config(self.folder.config)
+        except ConfigError as error:  # written by another version: news, but no reason to stop
+            self._say(f"config: the one of the last start cannot be compared: {error}")
+            return
+        before, now = flat_params(as_dict(last)), flat_params(as_dict(self.config))
         for key, value in now.items():
             if before.get(key) != value:
                 self._say(f"config: {key} was {before.get(key)}, is {value}")
@@ -231,7 +233,7 @@ class _Pretraining:
             image_size=pair(config.model.image_size),
         )
 
-    def _save(self, engine: Engine, state: TrainState, records: _Records) -> None:
+    def _save(self, engine: Engine, state: TrainState, records: Records) -> None:
         records.sync()  # a checkpoint must not know of rows that a power cut can take
         manifest = asdict(state) | {
             "adam_step": engine.adam_step,
@@ -252,7 +254,7 @@ class _Pretraining:
         """Whether an earlier start has got as far as its summary, which is written last."""
         if not self.folder.summary.exists() or not self.folder.model.exists():
             return False
-        return json.loads(self.folder.summary.read_text(encoding="utf-8"))["steps"] == state.step
+        return json.loads(self.folder.summary.read_text(encoding="utf-8")).get("steps") == state.step
 
     def _finish(self, state: TrainState) -> None:
         """At the end, by rank 0: the model as others open it, the loss curve, a summary."""
@@ -267,7 +269,7 @@ class _Pretraining:
             "steps": state.step,
             "samples": state.samples,
             "epochs": state.step / self.order.batches_per_epoch,
-            "loss": rows[-1]["loss"],
+            "loss": rows[-1]["loss"] if rows else None,
             "parameters": self.parameters,
             "peak_memory_bytes": peaks,
             "world_size": self.world.world_size,
@@ -300,48 +302,6 @@ class _Pretraining:
     def _say(self, line: str) -> None:
         if self.world.is_main:
             print(line, flush=True)
-
-
-class _Records:
-    """What rank 0 writes down of a run: JSONL files, MLflow, the progress line. Nothing on other ranks."""
-
-    def __init__(self, run: _Pretraining, step: int) -> None:
-        self.status = "FAILED"
-        self._main = run.world.is_main
-        if not self._main:
-            return
-        folder = run.folder
-        self._files = {name: JsonlFile(folder.path / name) for name in ROW_FILES}
-        for file in self._files.values():
-            file.cut_back(step)
-        self._progress = Progress(run.total_steps, run.config.train.global_batch)
-        tags = {"mlflow.source.git.commit": commit(), "vitscale.code": code_version()}
-        self._tracker = Tracker(folder.path, run.config, {k: v for k, v in tags.items() if v}, self._progress.say)
-
-    def __enter__(self) -> _Records:
-        if self._main:
-            self._tracker.start()
-        return self
-
-    def log(self, row: dict[str, Any]) -> None:
-        if self._main:
-            self.record("metrics.jsonl", row)
-            self._progress.show(row)
-            self._tracker.notice()
-
-    def record(self, file: str, row: dict[str, Any]) -> None:
-        if self._main:
-            self._files[file].append(row)
-
-    def sync(self) -> None:
-        if self._main:
-            for file in self._files.values():
-                file.sync()
-
-    def __exit__(self, *_: object) -> None:
-        if self._main:
-            self._progress.close()
-            self._tracker.finish(self.status)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -123,7 +124,7 @@ class RunFolder:
 def write_atomically(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     with open(draft, "w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vitscale.config.check import accumulation, check_config, grid, pair
+from vitscale.config.check import accumulation, check_config, grid, mask_patch, pair
 from vitscale.config.load import load_config
 from vitscale.config.schema import RunConfig
 from vitscale.errors import ConfigError
@@ -79,6 +79,8 @@ def test_image_and_patch(base: Path) -> None:
     for word in ("model.image_size=225", "model.patch_size=16"):
         assert word in said
     mended(base, 1, "model.image_size=225")
+    mended(base, 1, "model.image_size=36", "model.patch_size=[8,16]")
+    mended(base, 1, "model.image_size=[5,100]")
     assert "width" in refusal(base, 1, "model.image_size=[32, 33]")
     assert "height" in refusal(base, 1, "model.image_size=[33, 32]")
     assert "model.patch_size=0" in refusal(base, 1, "model.patch_size=0")
@@ -112,11 +114,64 @@ def test_simmim_cells(base: Path, name: str) -> None:
     assert "objective.simmim.mask_patch=3" in said
     assert "14x14" in said
     assert "objective.simmim.mask_ratio=0.6" in refusal(base, 1, objective, "objective.simmim.mask_patch=14")
+    mended(base, 1, objective, "objective.simmim.mask_patch=3")
+    mended(base, 1, objective, "objective.simmim.mask_patch=14")
+    mended(base, 1, objective, "objective.simmim.mask_patch=7", "objective.simmim.mask_ratio=0.9")
+    mended(base, 1, objective, "model.image_size=[16,32]")
     check_config(made(base, "objective.simmim.mask_patch=3"), World())  # nobody asked for simmim
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "cell"),
+    [("224", "16", 2), ("224", "32", 1), ("14", "2", 1), ("96", "8", 2), ("32", "16", 1), ("[64,32]", "16", 1),
+     ("[64,48]", "16", 1), ("[64,64]", "16", 2)],
+)  # fmt: skip
+def test_cells_fit_the_grid(base: Path, size: str, patch: str, cell: int) -> None:
+    config = made(base, "objective.name=simmim", f"model.image_size={size}", f"model.patch_size={patch}")
+    check_config(config, World())
+    assert mask_patch(config) == cell
+
+
+def test_cells_leave_one_at_every_ratio(base: Path) -> None:
+    """Of 2x4 patches, cells of 2 would be two, which at 0.6 are both hidden."""
+    tall = ("objective.name=simmim", "model.image_size=[32,64]")
+    assert mask_patch(made(base, *tall)) == 1
+    assert mask_patch(made(base, *tall, "objective.simmim.mask_ratio=0.5")) == 2
+    assert mask_patch(made(base, *tall, "objective.simmim.mask_patch=2")) == 2  # as written
+
+
+@pytest.mark.parametrize("name", ["mae", "simmim", "multitask"])
+def test_a_single_patch_hides_nothing(base: Path, name: str) -> None:
+    single = ("model.image_size=16", "model.patch_size=16")
+    for word in ("model.image_size=16", "model.patch_size=16", f"objective.name={name}"):
+        assert word in refusal(base, 1, f"objective.name={name}", *single)
+    mended(base, 1, f"objective.name={name}", *single)
+    check_config(made(base, "objective.name=classification", *single), World())
+
+
+@pytest.mark.parametrize("name", ["simmim", "multitask"])
+def test_simmim_wants_square_patches(base: Path, name: str) -> None:
+    flat = (f"objective.name={name}", "model.image_size=48", "model.patch_size=[12,16]")
+    assert "model.patch_size=(12, 16)" in refusal(base, 1, *flat)
+    mended(base, 1, *flat)
+    check_config(made(base, f"objective.name={name}", "model.patch_size=[16,16]"), World())
+    check_config(made(base, *flat[1:]), World())  # mae takes any
+
+
+def test_stride_is_the_patch(base: Path) -> None:
+    assert "model.encoder_stride=8" in refusal(base, 1, "model.encoder_stride=8")
+    mended(base, 1, "model.encoder_stride=8")
+    check_config(made(base, "model.encoder_stride=16", "objective.name=simmim"), World())
 
 
 def test_mae_mask(base: Path) -> None:
     assert "objective.mae.mask_ratio=0.999" in refusal(base, 1, "objective.mae.mask_ratio=0.999")
+    mended(base, 1, "objective.mae.mask_ratio=0.999")
+    mended(base, 1, "model.image_size=[16,48]")
+    single_numbers = ("model.image_size=8", "model.patch_size=1", "model.num_channels=1")
+    grey = ("augment.mean=[0.5]", "augment.std=[0.5]")
+    assert "objective.mae.norm_pix_loss" in refusal(base, 1, *single_numbers, *grey)
+    mended(base, 1, *single_numbers, *grey)
     assert "decoder_num_attention_heads=7" in refusal(base, 1, "objective.mae.decoder_num_attention_heads=7")
     check_config(made(base, "objective.name=simmim", "objective.mae.decoder_num_attention_heads=7"), World())
 

@@ -182,12 +182,51 @@ def test_overrides_win_and_are_typed(write: Any) -> None:
         ("train.steps=[1", ["no YAML"]),
         ("train.steps.more=1", ["train.steps"]),
         ("train=5", ["train=5", "section"]),
+        ("train.steps=2026-99-99", ["no YAML"]),
+        ("run.name=[a]", ["run.name=['a']", "text"]),
+        ("run.name=", ["run.name=''", "a folder's name"]),
+        ("data.train=", ["data.train=None", "{pattern, weight}"]),
+        ("nosuch=[1", ["no YAML"]),
+        ("run.name={a: 1, a: 2}", ["'a' is written twice"]),
+        ("model.label2id={a: 0}", ["model.id2label"]),
     ],
 )
 def test_a_bad_override(write: Any, override: str, words: list[str]) -> None:
     said = refusal(write(""), override)
     for word in words:
         assert word in said
+
+
+@pytest.mark.parametrize(
+    "text", ["123", "007", "1.5", "1e3", "yes", "null", "2026-01-02", "2026-99-99", "{a,b}.x", "*star", "[a", "a: b: c"]
+)
+def test_text_stays_as_it_was_written(write: Any, text: str) -> None:
+    config = load_config(write(""), [f"run.name={text}", f"tracking.experiment={text}"])
+    assert (config.run.name, config.tracking.experiment) == (text, text)
+
+
+@pytest.mark.parametrize("text", ["123", "{a,b}.tar", "{00..09}.tar", "*.tar", "[ab].tar"])
+def test_one_pattern_as_it_was_written(write: Any, text: str) -> None:
+    config = load_config(write(""), [f"data.train={text}", f"evaluation.test={text}"])
+    assert config.data.train == config.evaluation.test == (Source(text),)
+
+
+def test_null_is_null_where_the_schema_has_it(write: Any) -> None:
+    path = write("data: {index: i.json}\nmodel: {init_from: x}")
+    config = load_config(path, ["data.index=", "model.init_from=null"])
+    assert (config.data.index, config.model.init_from) == (None, None)
+    assert load_config(path, ["model.init_from=12"]).model.init_from == "12"
+
+
+def test_class_names_in_every_form(write: Any) -> None:
+    for text in ("[cat, dog]", "{0: cat, 1: dog}", "{1: dog, 0: cat}"):
+        model = load_config(write(f"model: {{id2label: {text}}}")).model
+        assert (model.id2label, model.num_labels) == (("cat", "dog"), 2)
+    for text in ("{1: cat, 2: dog}", "cat", "[1, 2]", "{a: 0}"):
+        assert "a list of texts or a mapping" in refusal(write(f"model: {{id2label: {text}}}"))
+    named = write("model: {num_labels: 7}")
+    assert load_config(named, ["model.id2label=[a, b, c]"]).model.num_labels == 3  # clears what lies below
+    assert "model.num_labels=5: must be 2" in refusal(write("model: {id2label: [a, b]}"), "model.num_labels=5")
 
 
 def test_steps_and_epochs_clear_each_other(write: Any) -> None:
@@ -252,6 +291,7 @@ def test_an_unknown_preset(write: Any) -> None:
         "model: {preset: g}",
         "model: {preset: S, hidden_size: 96, num_attention_heads: 4}",
         "model: {image_size: [64, 32], patch_size: [8, 4]}",
+        "model: {id2label: {0: 'no', 1: '1'}}",
         "data: {train: [a.tar, {pattern: 'b {0..1}.tar', weight: 1}]}",
         "train: {epochs: 1.5}\noptimizer: {lr: 1.5e-4, eps: 1e-8, lr_batch: null}",
         "run: {name: 'é: #'}\naugment: {mean: [0.5], std: [0.25]}",

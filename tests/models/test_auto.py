@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models.shapes import TRAINABLE, inputs, tiny, tiny_keys
+from vitscale.config import schema
+from vitscale.config.check import check_config
 from vitscale.config.presets import preset
-from vitscale.config.schema import MAE, Model, Multitask, Objective, RunConfig, SimMIM
+from vitscale.config.schema import MAE, Model, Multitask, Objective, RunConfig, SimMIM, Train
 from vitscale.errors import ConfigError
-from vitscale.models.auto import OBJECTIVES, build_model, initialize, vit_config
+from vitscale.models import vit
+from vitscale.models.auto import FREE_KEYS, OBJECTIVES, build_model, initialize, model_keys, vit_config
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
 from vitscale.models.multitask import ViTForMultitaskPreTraining
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
+from vitscale.world import World
 
 every_trainable = pytest.mark.parametrize("model_class", TRAINABLE, ids=lambda c: c.__name__)
 
 
-def run_config(objective: str, **model: object) -> RunConfig:
-    return RunConfig(model=Model(**model), objective=Objective(name=objective))
+# Keys of ViTConfig that are an objective's own and are written there.
+ELSEWHERE = {
+    "mask_ratio": [schema.MAE, schema.SimMIM],
+    "mask_patch": [schema.SimMIM],
+    "label_smoothing": [schema.Classification],
+    "mim_weight": [schema.Multitask],
+    "classification_weight": [schema.Multitask],
+}
+NARROW = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+
+
+def run_config(objective: str, **model: Any) -> RunConfig:
+    return RunConfig(model=Model(**model), objective=Objective(name=objective), train=Train(steps=1))
+
+
+def names(section: type) -> set[str]:
+    return {item.name for item in fields(section)}
 
 
 @every_trainable
@@ -99,8 +123,119 @@ def test_config_keys_reach_the_model() -> None:
     assert type(config) is ViTConfig
     assert (config.mask_ratio, config.mask_patch, config.mim_weight, config.classification_weight) == (0.5, 4, 0.3, 0.7)
     assert (config.num_labels, config.encoder_stride, config.position_embeddings) == (37, 8, "learned")
-    with pytest.raises(ConfigError, match=r"model\.patch_size"):
-        vit_config(run_config("simmim", patch_size=(16, 8)))
+
+
+def test_every_key_of_vit_config_can_be_written() -> None:
+    assert names(ViTConfig) - names(Model) == set(ELSEWHERE)
+    for name, sections in ELSEWHERE.items():
+        assert all(name in names(section) for section in sections)
+    assert names(ViTMAEConfig) - names(ViTConfig) <= names(MAE)
+
+
+WRITTEN: dict[str, Any] = {
+    "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 20, "hidden_act": "relu",
+    "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2, "drop_path_rate": 0.3, "initializer_range": 0.01,
+    "layer_norm_eps": 1e-3, "image_size": 64, "patch_size": 8, "num_channels": 5, "qkv_bias": False,
+    "encoder_stride": 8, "pooler_output_size": 7, "pooler_act": "relu", "position_embeddings": "sincos",
+    "num_labels": 2, "id2label": ("cat", "dog"), "problem_type": "single_label_classification",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", ["classification", "multitask"])
+def test_every_key_of_the_model_section_arrives(objective: str) -> None:
+    assert set(WRITTEN) == names(Model) - {"preset", "init_from"}
+    config = vit_config(run_config(objective, **WRITTEN))
+    expected = WRITTEN | {"id2label": {0: "cat", 1: "dog"}}
+    assert {name: getattr(config, name) for name in WRITTEN} == expected
+    assert config.to_dict()["label2id"] == {"cat": 0, "dog": 1}
+
+
+def test_activations_are_those_of_the_schema() -> None:
+    assert tuple(vit.ACTIVATIONS) == schema.ACTIVATIONS
+
+
+@pytest.mark.parametrize("objective", schema.OBJECTIVES)
+@pytest.mark.parametrize(
+    ("size", "patch"),
+    [(224, 16), (224, 32), (14, 2), (96, 8), (16, 4), (28, 14), (48, 16), ((32, 64), 16), (64, (8, 8))],
+)
+def test_the_objectives_name_alone_can_change(objective: str, size: Any, patch: Any) -> None:
+    config = run_config(objective, **NARROW, image_size=size, patch_size=patch)
+    check_config(config, World())
+    with torch.device("meta"):
+        model = build_model(config)
+    if model.config.num_patches <= 64:  # and it runs: the mask fits the grid
+        initialize(model, 0)
+        assert torch.isfinite(model(**inputs(model, n=2)).loss)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    objective=st.sampled_from(schema.OBJECTIVES),
+    model=st.fixed_dictionaries({
+        "image_size": st.sampled_from([4, 8, 12, (8, 16)]),
+        "patch_size": st.sampled_from([1, 2, 4, (4, 4), (2, 4)]),
+        "hidden_size": st.sampled_from([8, 12, 6]),
+        "num_attention_heads": st.sampled_from([1, 2, 4]),
+        "num_channels": st.sampled_from([1, 3]),
+        "encoder_stride": st.sampled_from([None, None, None, 2]),
+        "position_embeddings": st.sampled_from(["auto", "learned", "sincos"]),
+        "num_labels": st.sampled_from([3, 1, 0]),
+        "pooler_act": st.sampled_from(schema.ACTIVATIONS),
+    }),
+    simmim=st.builds(SimMIM, st.sampled_from([0.6, 0.1, 0.9]), st.sampled_from([None, 1, 2, 3])),
+    mae=st.builds(
+        MAE, st.sampled_from([0.75, 0.1, 0.99]), st.booleans(), st.sampled_from([8, 6]), st.just(1),
+        st.sampled_from([1, 2, 4]), st.just(8),
+    ),
+)  # fmt: skip
+def test_what_is_checked_can_be_built(objective: str, model: dict[str, Any], simmim: SimMIM, mae: MAE) -> None:
+    """A config that check_config lets through never fails later, where the model is built and runs."""
+    config = RunConfig(
+        model=Model(**model, num_hidden_layers=1, intermediate_size=8),
+        objective=Objective(objective, mae=mae, simmim=simmim),
+        augment=schema.Augment(mean=(0.5,), std=(0.5,)),
+        train=Train(steps=1),
+    )
+    try:
+        check_config(config, World())
+    except ConfigError:
+        return
+    with torch.device("meta"):
+        built = build_model(config)
+    initialize(built, 0)
+    assert torch.isfinite(built(**inputs(built, n=2)).loss)
+
+
+def test_model_keys_are_what_the_weights_depend_on() -> None:
+    of_all = {f"model.{name}" for name in names(ViTConfig) - FREE_KEYS - {"num_labels"}} | {"objective.name"}
+    of_mae = {f"objective.mae.{name}" for name in names(MAE) - FREE_KEYS}
+    config = run_config("mae", **WRITTEN)
+    assert model_keys(config).keys() == of_all | of_mae
+    for objective in ("classification", "multitask"):
+        assert model_keys(run_config(objective)).keys() == of_all | {"model.num_labels"}
+    assert model_keys(run_config("simmim")).keys() == of_all
+    assert json.loads(json.dumps(model_keys(config))) == model_keys(config)
+    assert model_keys(run_config("mae"))["model.position_embeddings"] == "sincos"
+    assert model_keys(run_config("simmim"))["model.position_embeddings"] == "learned"
+
+
+@pytest.mark.parametrize(
+    ("free", "change"),
+    [
+        (True, {"drop_path_rate": 0.5}), (True, {"initializer_range": 0.5}), (True, {"pooler_act": "relu"}),
+        (True, {"id2label": ("tabby", "dog")}), (True, {"init_from": "folder"}), (True, {"patch_size": (8, 8)}),
+        (False, {"hidden_act": "gelu"}), (False, {"layer_norm_eps": 1e-6}), (False, {"num_attention_heads": 8}),
+        (False, {"position_embeddings": "learned"}), (False, {"image_size": (64, 32)}),
+        (False, {"num_labels": 3, "id2label": None}),
+    ],
+)  # fmt: skip
+def test_model_keys_differ_where_the_weights_would(free: bool, change: dict[str, Any]) -> None:
+    config = run_config("multitask", **WRITTEN)
+    changed = replace(config, model=replace(config.model, **change))
+    assert (model_keys(changed) == model_keys(config)) == free
+    objective = replace(config.objective, simmim=SimMIM(0.3, 1), multitask=Multitask(0.1, 0.2))
+    assert model_keys(replace(config, objective=objective)) == model_keys(config)
 
 
 @pytest.mark.parametrize(("size", "millions"), [("Ti", 5.5), ("S", 21.7), ("B", 85.8), ("L", 303.3), ("H", 630.8)])

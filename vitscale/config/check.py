@@ -20,6 +20,21 @@ def grid(model: Model) -> tuple[int, int]:
     return height // patch_height, width // patch_width
 
 
+def mask_patch(config: RunConfig) -> int:
+    """Side of SimMIM's cells, in patches: as written, else the largest up to 2 that divides the grid
+    and leaves a cell visible."""
+    written, (rows, columns) = config.objective.simmim.mask_patch, grid(config.model)
+    if written is not None:
+        return written
+    divides = rows % 2 == 0 and columns % 2 == 0
+    return 2 if divides and _hides_some(rows * columns // 4, config.objective.simmim.mask_ratio) else 1
+
+
+def _hides_some(cells: int, mask_ratio: float) -> bool:
+    """Whether SimMIM hides a cell and leaves one: of one cell it cannot."""
+    return 0 < math.ceil(cells * mask_ratio) < cells
+
+
 def accumulation(config: RunConfig, world: World) -> int:
     """Micro-batches that one rank runs a step."""
     return config.train.global_batch // (config.train.micro_batch * world.world_size)
@@ -64,13 +79,19 @@ def _check_batch(config: RunConfig, world: World) -> None:
 
 def _check_model(config: RunConfig) -> None:
     model = config.model
-    for name, size, patch in zip(("height", "width"), pair(model.image_size), pair(model.patch_size), strict=True):
-        if patch <= 0 or size <= 0 or size % patch:
-            fitting = max(1, round(size / patch)) * patch if patch > 0 else "a multiple of a patch above 0"
+    sizes = list(zip(pair(model.image_size), pair(model.patch_size), strict=True))
+    for name, (size, patch) in zip(("height", "width"), sizes, strict=True):
+        if size % patch:
+            height, width = (max(1, round(size / patch)) * patch for size, patch in sizes)
             raise ConfigError(
                 f"model.image_size={model.image_size}: its {name} must be a multiple of "
-                f"model.patch_size={model.patch_size}; set model.image_size={fitting}"
+                f"model.patch_size={model.patch_size}; set model.image_size={_size(height, width)}"
             )
+    if model.encoder_stride is not None and pair(model.patch_size) != pair(model.encoder_stride):
+        raise ConfigError(
+            f"model.encoder_stride={model.encoder_stride}: must be the (square) model.patch_size={model.patch_size}; "
+            "set model.encoder_stride=null"
+        )
     if model.hidden_size % model.num_attention_heads:
         raise ConfigError(
             f"model.hidden_size={model.hidden_size}: must be a multiple of "
@@ -92,46 +113,84 @@ def _check_model(config: RunConfig) -> None:
 
 
 def _check_objective(config: RunConfig) -> None:
-    objective, (rows, columns) = config.objective, grid(config.model)
-    cell = objective.simmim.mask_patch
-    if objective.name in ("simmim", "multitask"):
-        if rows % cell or columns % cell:
-            raise ConfigError(
-                f"objective.simmim.mask_patch={cell}: must divide the {rows}x{columns} grid of patches; "
-                "set it to 1, or change model.image_size"
-            )
-        cells = (rows // cell) * (columns // cell)
-        if not 0 < math.ceil(cells * objective.simmim.mask_ratio) < cells:
-            raise ConfigError(
-                f"objective.simmim.mask_ratio={objective.simmim.mask_ratio}: of {cells} cells it must hide at least "
-                "one and leave one; lower objective.simmim.mask_patch"
-            )
-    if objective.name == "mae":
-        kept = int(rows * columns * (1 - objective.mae.mask_ratio))
-        if not 0 < kept < rows * columns:
-            raise ConfigError(
-                f"objective.mae.mask_ratio={objective.mae.mask_ratio}: of {rows * columns} patches it must hide at "
-                "least one and leave one"
-            )
-        decoder, heads = objective.mae.decoder_hidden_size, objective.mae.decoder_num_attention_heads
-        if decoder % heads:
-            raise ConfigError(
-                f"objective.mae.decoder_hidden_size={decoder}: must be a multiple of "
-                f"objective.mae.decoder_num_attention_heads={heads}"
-            )
+    name = config.objective.name
+    if name in ("mae", "simmim", "multitask"):
+        _check_grid(config)
+    if name in ("simmim", "multitask"):
+        _check_simmim(config)
+    if name == "mae":
+        _check_mae(config)
     widths = {"model.hidden_size": config.model.hidden_size}
-    if objective.name == "mae":
-        widths["objective.mae.decoder_hidden_size"] = objective.mae.decoder_hidden_size
+    if name == "mae":
+        widths["objective.mae.decoder_hidden_size"] = config.objective.mae.decoder_hidden_size
     positions = config.model.position_embeddings
-    sincos = positions == "sincos" or (positions == "auto" and objective.name == "mae")
+    sincos = positions == "sincos" or (positions == "auto" and name == "mae")
     for key, width in widths.items():
         if sincos and width % 4:
             raise ConfigError(f"{key}={width}: must be a multiple of 4 for sin-cos position embeddings")
-    if objective.needs_labels and config.model.num_labels < 1:
+    if config.objective.needs_labels and config.model.num_labels < 1:
         raise ConfigError(
-            f"model.num_labels={config.model.num_labels}: objective.name={objective.name} needs at least 1; "
+            f"model.num_labels={config.model.num_labels}: objective.name={name} needs at least 1; "
             "set it to the number of classes"
         )
+
+
+def _check_grid(config: RunConfig) -> None:
+    model = config.model
+    if grid(model) == (1, 1):
+        height, width = pair(model.patch_size)
+        raise ConfigError(
+            f"model.image_size={model.image_size}: is one patch of model.patch_size={model.patch_size}, of which "
+            f"objective.name={config.objective.name} can hide none; lower model.patch_size, or "
+            f"set model.image_size={_size(2 * height, 2 * width)}"
+        )
+
+
+def _check_simmim(config: RunConfig) -> None:
+    simmim, (rows, columns), cell = config.objective.simmim, grid(config.model), mask_patch(config)
+    height, width = pair(config.model.patch_size)
+    if height != width:
+        # transformers' decoder has one stride: a folder with two could not be opened there.
+        raise ConfigError(
+            f"model.patch_size={config.model.patch_size}: must be square for "
+            f"objective.name={config.objective.name}; set model.patch_size={math.gcd(height, width)}"
+        )
+    if rows % cell or columns % cell:
+        raise ConfigError(
+            f"objective.simmim.mask_patch={cell}: must divide the {rows}x{columns} grid of patches; "
+            "set objective.simmim.mask_patch=null"
+        )
+    cells = (rows // cell) * (columns // cell)
+    if not _hides_some(cells, simmim.mask_ratio):
+        way = "mask_patch=null" if cells == 1 else "mask_ratio=0.5"
+        raise ConfigError(
+            f"objective.simmim.mask_ratio={simmim.mask_ratio}: of {cells} cells of {cell}x{cell} patches it must hide "
+            f"at least one and leave one; set objective.simmim.{way}"
+        )
+
+
+def _check_mae(config: RunConfig) -> None:
+    mae, (rows, columns) = config.objective.mae, grid(config.model)
+    if not 0 < int(rows * columns * (1 - mae.mask_ratio)) < rows * columns:
+        raise ConfigError(
+            f"objective.mae.mask_ratio={mae.mask_ratio}: of {rows * columns} patches it must hide at least one and "
+            "leave one; set objective.mae.mask_ratio=0.5"
+        )
+    if mae.decoder_hidden_size % mae.decoder_num_attention_heads:
+        raise ConfigError(
+            f"objective.mae.decoder_hidden_size={mae.decoder_hidden_size}: must be a multiple of "
+            f"objective.mae.decoder_num_attention_heads={mae.decoder_num_attention_heads}"
+        )
+    if mae.norm_pix_loss and math.prod(pair(config.model.patch_size)) * config.model.num_channels == 1:
+        raise ConfigError(
+            "objective.mae.norm_pix_loss=true: a patch is a single number, which cannot be standardized; "
+            "set objective.mae.norm_pix_loss=false"
+        )
+
+
+def _size(height: int, width: int) -> str:
+    """A size as one writes it on the command line."""
+    return str(height) if height == width else f"[{height},{width}]"
 
 
 def _check_parallel(config: RunConfig, world: World) -> None:

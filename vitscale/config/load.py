@@ -35,6 +35,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     if merged.get("model.preset") is not None:
         sizes = preset(merged["model.preset"])
         merged = {f"model.{name}": value for name, value in sizes.items()} | merged
+    if merged.get("model.id2label") is not None:
+        merged.setdefault("model.num_labels", len(merged["model.id2label"]))
     return _build(RunConfig, merged, "")
 
 
@@ -55,6 +57,8 @@ def _overlay(merged: Flat, layer: Flat) -> None:
     if "model.preset" in layer:
         for name in PRESET_KEYS:
             merged.pop(f"model.{name}", None)
+    if layer.get("model.id2label") is not None:
+        merged.pop("model.num_labels", None)
     merged.update(layer)
 
 
@@ -87,7 +91,9 @@ def _file_layers(path: Path, below: tuple[Path, ...]) -> list[Flat]:
             content = yaml.load(stream, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file; see configs/ for those that come with vitscale") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except ConfigError:  # which is a ValueError
+        raise
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: bytes that are no text, the date 2026-99-99
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     if content is None:
         content = {}
@@ -103,20 +109,37 @@ def _file_layers(path: Path, below: tuple[Path, ...]) -> list[Flat]:
 
 
 def _override_layer(overrides: Iterable[str]) -> Flat:
-    """`a.b=value` strings as a layer; the value is read as YAML would read it."""
+    """`a.b=value` strings as a layer."""
     layer: Flat = {}
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise ConfigError(f"override {text!r}: must be dotted.key=value")
-        try:
-            content = yaml.load(value, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {text!r}: the value is no YAML: {' '.join(str(error).split())}") from None
-        for part in reversed(name.strip().split(".")):
+        parts = name.strip().split(".")
+        content = _override_value(_hint(parts), value, text)
+        for part in reversed(parts):
             content = {part: content}
         layer.update(_flatten(RunConfig, content, "", "command line"))
     return layer
+
+
+def _override_value(hint: Any, value: str, text: str) -> Any:
+    """What an override says: read as YAML, but where the schema wants text, what YAML takes for a
+    number, a date or no YAML at all (run.name=$SLURM_JOB_ID, data.train={a,b}.tar) stays as written."""
+    options = _options(hint)
+    is_text = str in options
+    is_sources = any(get_origin(option) is tuple and get_args(option)[0] is Source for option in options)
+    try:
+        content = yaml.load(value, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except ConfigError:  # which is a ValueError
+        raise
+    except (ValueError, yaml.YAMLError) as error:
+        if is_text or is_sources:
+            return value
+        raise ConfigError(f"override {text!r}: the value is no YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return value if is_text and type(None) not in options else None
+    return value if (is_text or is_sources) and not isinstance(content, (str, list, dict)) else content
 
 
 def _is_section(hint: Any) -> bool:
@@ -126,6 +149,19 @@ def _is_section(hint: Any) -> bool:
 @cache
 def _hints(section: type) -> dict[str, Any]:
     return get_type_hints(section)
+
+
+def _hint(parts: list[str]) -> Any:
+    """The type of a dotted key, None where the schema has no such key."""
+    hint: Any = RunConfig
+    for part in parts:
+        hint = _hints(hint).get(part) if _is_section(hint) else None
+    return hint
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The types that a hint allows."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def _flatten(section: type, content: dict[Any, Any], prefix: str, where: str) -> Flat:
@@ -162,8 +198,7 @@ def _all_keys(section: type, prefix: str) -> Iterable[str]:
 
 def _typed(hint: Any, value: Any, key: str, where: str) -> Any:
     """`value` as the schema's type, or ConfigError; widens int to float and '1e-3' (a YAML string)."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    for option in options:
+    for option in _options(hint):
         try:
             return _as_type(option, value, key, where)
         except TypeError:
@@ -177,12 +212,8 @@ def _as_type(hint: Any, value: Any, key: str, where: str) -> Any:
     if hint is Source:
         return _source(value, key, where)
     if get_origin(hint) is tuple:
-        if not isinstance(value, (list, tuple)):
-            # One pattern may stand for a list of one; a tuple of numbers must be written out.
-            value = [value] if get_args(hint)[0] is Source and isinstance(value, (str, dict)) else None
-        if value is None:
-            raise TypeError
         items = get_args(hint)
+        value = _listed(items[0], value)
         items = (items[0],) * len(value) if len(items) == 2 and items[1] is Ellipsis else items
         if len(items) != len(value):
             raise TypeError
@@ -197,6 +228,17 @@ def _as_type(hint: Any, value: Any, key: str, where: str) -> Any:
         return number
     if hint in (int, str, bool) and type(value) is hint:
         return value
+    raise TypeError
+
+
+def _listed(item: Any, value: Any) -> list[Any] | tuple[Any, ...]:
+    """A list as it is; one pattern stands for a list of one, and {0: name, 1: name} for a list of names."""
+    if isinstance(value, (list, tuple)):
+        return value
+    if item is Source and isinstance(value, (str, dict)):
+        return [value]
+    if item is str and isinstance(value, dict) and value.keys() == set(range(len(value))):
+        return [value[number] for number in range(len(value))]
     raise TypeError
 
 
@@ -216,6 +258,8 @@ def _type_name(hint: Any) -> str:
         item = get_args(hint)[0]
         if item is Source:
             return "a list of patterns or {pattern, weight}"
+        if item is str:
+            return "a list of texts or a mapping {0: text, 1: text, ...}"
         open_ended = get_args(hint)[-1] is Ellipsis
         return f"a list of {'numbers' if open_ended else f'{len(get_args(hint))} numbers'}"
     return names.get(hint) or {list: "a list", dict: "a mapping", tuple: "a list"}.get(hint, str(hint))

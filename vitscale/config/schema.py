@@ -15,6 +15,7 @@ from vitscale.errors import ConfigError
 OBJECTIVES = ("mae", "simmim", "classification", "multitask")
 PRECISIONS = ("fp32", "bf16")
 DECODERS = ("auto", "nvimgcodec", "simplejpeg", "pillow")
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")  # those of models/vit.py
 
 
 def _require(holds: bool, key: str, value: Any, rule: str) -> None:
@@ -39,7 +40,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Model:
-    """Keys of models.vit.ViTConfig; `preset` gives the sizes that are not written here."""
+    """Keys of models.configuration.ViTConfig; `preset` gives the sizes that are not written here."""
 
     preset: str | None = None  # Ti, S, B, L, H, g or G
     hidden_size: int = 768
@@ -56,15 +57,37 @@ class Model:
     patch_size: int | tuple[int, int] = 16
     num_channels: int = 3
     qkv_bias: bool = True
+    encoder_stride: int | None = None  # transformers' name for what SimMIM's decoder needs: the patch size, as null is
+    pooler_output_size: int | None = None  # the pooler is transformers' and in no objective: its keys are handed on
+    pooler_act: str = "tanh"
     position_embeddings: str = "auto"  # learned, sincos, or auto: sincos for mae, else learned
-    num_labels: int = 1000
+    num_labels: int = 1000  # where id2label is written, as many as it names
+    id2label: tuple[str, ...] | None = None  # the classes' names: a list, or a mapping from 0, 1, ...
+    problem_type: str | None = None  # single_label_classification, the only kind there is
     init_from: str | None = None  # a saved model folder whose weights a fresh run starts from
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels",
+                     "initializer_range", "layer_norm_eps"):  # fmt: skip
             _require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "above 0")
+        for name in ("image_size", "patch_size"):
+            size = getattr(self, name)
+            _require(min(size if isinstance(size, tuple) else (size,)) > 0, f"model.{name}", size, "above 0")
+        for name in ("encoder_stride", "pooler_output_size"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"model.{name}", value, "above 0 or null")
+        for name in ("hidden_act", "pooler_act"):
+            _one_of(f"model.{name}", getattr(self, name), ACTIVATIONS)
         _require(self.num_labels >= 0, "model.num_labels", self.num_labels, "0 (features only) or more")
-        _require(0 <= self.drop_path_rate < 1, "model.drop_path_rate", self.drop_path_rate, "in [0, 1)")
+        if self.id2label is not None:
+            named = len(self.id2label)
+            _require(named > 0, "model.id2label", self.id2label, "the names of one class or more, or null")
+            rule = f"{named}, as many as model.id2label names"
+            _require(self.num_labels == named, "model.num_labels", self.num_labels, rule)
+        kinds = (None, "single_label_classification")
+        _require(self.problem_type in kinds, "model.problem_type", self.problem_type, f"{kinds[1]} or null")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+            _require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "in [0, 1)")
         _one_of("model.position_embeddings", self.position_embeddings, ("auto", "learned", "sincos"))
 
 
@@ -81,6 +104,9 @@ class MAE:
 
     def __post_init__(self) -> None:
         _require(0 < self.mask_ratio < 1, "objective.mae.mask_ratio", self.mask_ratio, "in (0, 1)")
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            value = getattr(self, f"decoder_{name}")
+            _require(value > 0, f"objective.mae.decoder_{name}", value, "above 0")
 
 
 @dataclass(frozen=True)
@@ -88,11 +114,13 @@ class SimMIM:
     """Xie et al. 2022, arXiv 2111.09886."""
 
     mask_ratio: float = 0.6
-    mask_patch: int = 2  # side of a masked cell, in patches (2 x 16 = the paper's 32 pixels)
+    mask_patch: int | None = None  # side of a cell, in patches; null: 2 (x 16 = the paper's 32 pixels) or, where
+    # 2 do not fit the grid, 1 (config/check.py, mask_patch)
 
     def __post_init__(self) -> None:
         _require(0 < self.mask_ratio < 1, "objective.simmim.mask_ratio", self.mask_ratio, "in (0, 1)")
-        _require(self.mask_patch > 0, "objective.simmim.mask_patch", self.mask_patch, "above 0 (in patches)")
+        value = self.mask_patch
+        _require(value is None or value > 0, "objective.simmim.mask_patch", value, "above 0 (in patches) or null")
 
 
 @dataclass(frozen=True)
@@ -252,7 +280,7 @@ class Tracking:
     experiment: str = "vitscale"
 
     def __post_init__(self) -> None:
-        secret = re.match(r"\w+://[^/@]*:[^/@]*@", self.mlflow_uri or "")
+        secret = re.match(r"[\w+.-]+://[^/@]*:[^/@]*@", self.mlflow_uri or "")
         # Not _require, which would print it.
         if secret:
             raise ConfigError(

@@ -58,7 +58,10 @@ class Shards:
     def _bytes(self, shard: int, offset: int, count: int) -> bytes:
         path = self._index.paths[shard]
         try:
-            data = os.pread(self._files.get(shard).descriptor, count, offset)
+            file = self._files.get(shard)  # held until it is read: another thread may let go of it
+            data = b""
+            while len(data) < count and (part := os.pread(file.descriptor, count - len(data), offset + len(data))):
+                data += part
         except OSError as error:
             raise DataError(f"{path}: cannot be read at byte {offset}: {error.strerror}") from None
         if len(data) != count:

@@ -44,6 +44,7 @@ class Backend:
     """The process group and, after `wrap`, the engine that trains."""
 
     def __init__(self, config: RunConfig, world: World) -> None:
+        self.world = world
         self.accelerator = _make_accelerator(config, world)
         self.ranks = ProcessRanks(timedelta(seconds=config.parallel.timeout_s))
         seen = (self.accelerator.process_index, self.accelerator.num_processes, self.ranks.world_size)
@@ -63,14 +64,14 @@ class Backend:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         if config.train.compile:
             for block in model.blocks():  # type: ignore[operator]
-                block.compile()
+                block.compile(dynamic=False)  # encoder and decoder have each one length, not one dynamic one
         model.train()
         if self.device.type == "cuda":
             # fp32 is fp32; beside bf16, what is still multiplied in fp32 (the resize) may use TF32.
             torch.backends.cudnn.allow_tf32 = config.train.precision == "bf16"
             torch.set_float32_matmul_precision("high" if config.train.precision == "bf16" else "highest")
         engine = DDPEngine if config.parallel.zero_stage == 0 else ZeroEngine
-        return engine(self.accelerator, model, config, self.ranks)
+        return engine(self.accelerator, model, config, self.world, self.ranks)
 
     def close(self) -> None:
         """Leave the process group."""
@@ -86,13 +87,15 @@ class Engine:
     model: nn.Module  # as wrapped
     optimizer: Any  # torch's at stage 0, DeepSpeed's ZeRO optimizer above
 
-    def __init__(self, accelerator: Any, model: nn.Module, config: RunConfig, ranks: ProcessRanks) -> None:
+    def __init__(
+        self, accelerator: Any, model: nn.Module, config: RunConfig, world: World, ranks: ProcessRanks
+    ) -> None:
         self.accelerator = accelerator
         self.module = model
         self.config = config
         self.ranks = ranks
         self.stage = config.parallel.zero_stage
-        self.accumulation = config.train.global_batch // (config.train.micro_batch * ranks.world_size)
+        self.accumulation = accumulation(config, world)
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         assert not frozen, f"frozen parameters are not checkpointed yet: {frozen}"
         # The fused step reads its state on the GPU.
@@ -316,6 +319,8 @@ def zero_config(config: RunConfig, world: World) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+    if bf16:
+        result["communication_data_type"] = "fp32"  # gradients are summed over ranks as stage 0 sums them
     if bf16 and accumulated > 1:
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     return result

@@ -41,6 +41,15 @@ class MicroBatch(Protocol):
     def epoch(self) -> int: ...
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What is kept of a micro-batch after its forward: not its tensors."""
+
+    names: Sequence[str]
+    replaced: Sequence[Any]
+    epoch: int
+
+
 @dataclass
 class TrainState:
     """Where a run stands: what a checkpoint's manifest holds of the loop."""
@@ -116,15 +125,16 @@ def train(
 
 def _step(
     engine: Engine, feed: Iterator[MicroBatch], lr: float, meters: Meters
-) -> tuple[list[MicroBatch], StepResult]:
+) -> tuple[list[Taken], StepResult]:
     """One optimizer step; also the micro-batches it took."""
-    taken: list[MicroBatch] = []
+    taken: list[Taken] = []
 
     def pull() -> Iterator[Inputs]:
         for _ in range(engine.accumulation):
             with meters.measure("data"):
-                taken.append(next(feed))
-            yield taken[-1].inputs
+                batch = next(feed)
+            taken.append(Taken(batch.names, batch.replaced, batch.epoch))
+            yield batch.inputs
 
     result = engine.step(pull(), lr)
     meters.count(engine.config.train.global_batch)
@@ -132,7 +142,7 @@ def _step(
 
 
 def _agree(
-    engine: Engine, result: StepResult, micro_batches: Sequence[MicroBatch], stop: bool
+    engine: Engine, result: StepResult, micro_batches: Sequence[Taken], stop: bool
 ) -> tuple[dict[str, float], bool, int]:
     """One exchange at a step's end: (means over the ranks, whether any wants to stop, bad samples)."""
     names = sorted(result.metrics)
@@ -146,14 +156,14 @@ def _agree(
 
 
 def _record_names(
-    engine: Engine, calls: LoopCalls, file: str, step: int, micro_batches: Sequence[MicroBatch]
+    engine: Engine, calls: LoopCalls, file: str, step: int, micro_batches: Sequence[Taken]
 ) -> None:
     """A line with the sample keys of the global batch, in slot order."""
     by_rank = engine.ranks.gather([name for batch in micro_batches for name in batch.names])
     calls.record(file, {"step": step, "sample_keys": list(itertools.chain(*by_rank))})
 
 
-def _record_replaced(engine: Engine, calls: LoopCalls, step: int, micro_batches: Sequence[MicroBatch]) -> list[str]:
+def _record_replaced(engine: Engine, calls: LoopCalls, step: int, micro_batches: Sequence[Taken]) -> list[str]:
     """A line a replaced sample of any rank; returns their causes."""
     mine = [asdict(replaced) for batch in micro_batches for replaced in batch.replaced]
     every = list(itertools.chain(*engine.ranks.gather(mine)))

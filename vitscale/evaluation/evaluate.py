@@ -16,7 +16,7 @@ import torch
 from vitscale.augment.pipeline import Augment
 from vitscale.config.check import pair
 from vitscale.config.load import load_config
-from vitscale.config.schema import RunConfig, Source
+from vitscale.config.schema import RunConfig
 from vitscale.data.crop import CenterCrop
 from vitscale.data.index import ShardIndex, open_index, require_labels
 from vitscale.data.loader import Loader
@@ -27,7 +27,6 @@ from vitscale.evaluation.features import Features, extract, pixels, pooled
 from vitscale.evaluation.figures import draw_curves, draw_reconstructions, reconstruct
 from vitscale.evaluation.scores import score_features
 from vitscale.interop.pretrained import load_model
-from vitscale.launch.torchrun import folder_of
 from vitscale.models.auto import build_model, initialize
 from vitscale.run_folder import RunFolder, write_atomically
 from vitscale.tracking.jsonl import JsonlFile
@@ -64,10 +63,12 @@ def evaluate(folder: RunFolder, world: World, overrides: Sequence[str] = ()) -> 
     initialize(untrained, config.run.seed)
     models = {"trained": model, "untrained": untrained.to(device)}
     encoders = {name: pooled(each.get_submodule("vit")) for name, each in models.items()} | {"pixels": pixels()}
-    bad = SampleGuard(config.data.max_bad_fraction, {})
-    index = None if evaluation.train else config.data.index
-    train = _features(encoders, evaluation.train or config.data.train, index, config, world, bad)
-    test = _features(encoders, evaluation.test, None, config, world, bad)
+    bad = {name: SampleGuard(config.data.max_bad_fraction, {}) for name in ("train", "test")}
+    index = open_index(
+        evaluation.train or config.data.train, None if evaluation.train else config.data.index, folder.path
+    )
+    train = _features(encoders, index, config, world, bad["train"])
+    test = _features(encoders, open_index(evaluation.test, None, folder.path), config, world, bad["test"])
     scores = {
         name: score_features(train.values[name], train.labels, test.values[name], test.labels, evaluation.neighbours)
         for name in encoders
@@ -77,7 +78,7 @@ def evaluate(folder: RunFolder, world: World, overrides: Sequence[str] = ()) -> 
     summary["evaluation"] = {
         "train": len(train.labels),
         "test": len(test.labels),
-        "bad_samples": dict(bad.counts),
+        "bad_samples": {name: dict(guard.counts) for name, guard in bad.items()},
         "scores": scores,
     }
     write_atomically(folder.summary, json.dumps(summary, indent=2) + "\n")
@@ -104,14 +105,8 @@ def _record(folder: RunFolder, summary: dict[str, Any], scores: Scores) -> None:
 
 
 def _features(
-    encoders: dict[str, Any],
-    sources: tuple[Source, ...],
-    index_path: str | None,
-    config: RunConfig,
-    world: World,
-    bad: SampleGuard,
+    encoders: dict[str, Any], index: ShardIndex, config: RunConfig, world: World, bad: SampleGuard
 ) -> Features:
-    index = open_index(sources, index_path, folder_of(config).path)
     require_labels(index, config.data.label)
     return extract(encoders, _batches(index, config, world, bad))
 

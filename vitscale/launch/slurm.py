@@ -64,12 +64,12 @@ def finish(folder: RunFolder) -> int:
     if code != STOPPED:
         return code
     # A cancelled job is CANCELLED at once, a preempted one or one near its time limit still RUNNING.
-    state = job_state(_scontrol("show", "job", job))
-    if state != "RUNNING":
-        print(f"launch/slurm.sh: job {job} is {state}: not requeued; the same sbatch goes on from the checkpoint")
-        return code
-    print(f"launch/slurm.sh: requeues job {job}; it goes on from the checkpoint", flush=True)
     try:
+        state = job_state(_scontrol("show", "job", job))
+        if state != "RUNNING":
+            print(f"launch/slurm.sh: job {job} is {state}: not requeued; the same sbatch goes on from the checkpoint")
+            return code
+        print(f"launch/slurm.sh: requeues job {job}; it goes on from the checkpoint", flush=True)
         _scontrol("requeue", job)
     except LaunchError as error:  # a site may forbid it
         print(f"launch/slurm.sh: {error}; the same sbatch goes on from the checkpoint", flush=True)

@@ -147,7 +147,8 @@ def supervise(arguments: Sequence[str], layout: Layout, folder: RunFolder) -> in
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         if asked and process is not None:
-            process.terminate()
+            # A single rank would take one more TERM for the same wish.
+            process.kill() if layout.ranks == 1 else process.terminate()
             return
         asked = True
         folder.stop.touch()

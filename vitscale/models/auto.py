@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vitscale import rng
-from vitscale.config.schema import RunConfig
-from vitscale.errors import ConfigError
+from vitscale.config.check import mask_patch, pair
+from vitscale.config.schema import MAE, RunConfig
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
@@ -32,24 +32,52 @@ CLASSES: dict[str, type[ViTPreTrainedModel]] = {
 }
 
 
+# Keys that another start of a run may change. They are about how to train (what is hidden or dropped,
+# how losses are weighed), about what no objective has (the pooler), or follow from other keys.
+FREE_KEYS = frozenset({
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "initializer_range",
+    "mask_ratio", "mask_patch", "label_smoothing", "mim_weight", "classification_weight",
+    "pooler_output_size", "pooler_act", "encoder_stride", "id2label", "problem_type",
+})  # fmt: skip
+
+
 def vit_config(config: RunConfig) -> ViTConfig:
     """The ViTConfig of a run: its `model` section and its objective's keys."""
     model, objective = config.model, config.objective
-    keys = _values(model, {item.name for item in fields(ViTConfig)} - {"num_labels", "position_embeddings"})
+    elsewhere = {"position_embeddings", "num_labels", "id2label", "problem_type"}
+    keys = _values(model, {item.name for item in fields(ViTConfig)} - elsewhere)
+    keys["encoder_stride"] = model.encoder_stride or pair(model.patch_size)[0]  # SimMIM refuses any but a square
     if model.position_embeddings != "auto":  # else the config class knows
         keys["position_embeddings"] = model.position_embeddings
     if objective.name == "mae":
         return ViTMAEConfig(**keys, **_values(objective.mae))
     if objective.needs_labels:
-        keys |= {"num_labels": model.num_labels, **_values(objective.classification)}
+        names = None if model.id2label is None else dict(enumerate(model.id2label))
+        keys |= {"num_labels": model.num_labels, "id2label": names, "problem_type": model.problem_type}
+        keys |= _values(objective.classification)
     if objective.name in ("simmim", "multitask"):
-        if not isinstance(model.patch_size, int):
-            rule = f"must be one number (a square) for objective.name={objective.name}"
-            raise ConfigError(f"model.patch_size={model.patch_size}: {rule}")
-        keys |= {"encoder_stride": model.patch_size, **_values(objective.simmim)}
+        keys |= {**_values(objective.simmim), "mask_patch": mask_patch(config)}
     if objective.name == "multitask":
         keys |= _values(objective.multitask)
     return ViTConfig(**keys)
+
+
+def model_keys(config: RunConfig) -> dict[str, Any]:
+    """What the weights of a run depend on: {dotted config key: value as JSON has it}.
+
+    The objective's name and every key of its `vit_config` but FREE_KEYS, with the value that it came
+    to (`position_embeddings` is learned or sincos, sizes are those of the preset; a size that is no
+    square is a list). Between two starts of a run these must be equal: with another value the tensors
+    have other shapes, or the same numbers mean something else.
+    """
+    left_out = FREE_KEYS if config.objective.needs_labels else FREE_KEYS | {"num_labels"}
+    of_mae = {item.name for item in fields(MAE)}
+    described: dict[str, Any] = {"objective.name": config.objective.name}
+    for name, value in _values(vit_config(config)).items():
+        if name not in left_out:
+            section = "objective.mae" if name in of_mae else "model"
+            described[f"{section}.{name}"] = list(value) if isinstance(value, tuple) else value
+    return described
 
 
 def _values(section: Any, names: Container[str] | None = None) -> dict[str, Any]:

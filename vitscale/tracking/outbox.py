@@ -6,12 +6,13 @@ Written before anything is sent, so that `vitscale sync` or the next start can t
 from __future__ import annotations
 
 import json
-import os
 import re
 import threading
 import uuid
 from pathlib import Path
 from typing import Any
+
+from vitscale.run_folder import write_atomically
 
 FILE = "mlflow_outbox.json"
 STANDARD = ("config.yaml", "summary.json", "figures")  # artifacts of every run, where they are there
@@ -78,7 +79,7 @@ class Outbox:
 
     def _save(self) -> None:
         content = {"key": self.key, "status": self.status, "tags": self.tags, "artifacts": self._artifacts}
-        write_text(self._path, json.dumps(content, indent=1) + "\n")
+        write_atomically(self._path, json.dumps(content, indent=1) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -86,14 +87,6 @@ def _read(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is never seen half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
 
 
 def redact(text: str) -> str:

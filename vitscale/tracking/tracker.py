@@ -21,8 +21,9 @@ from typing import Any
 
 import vitscale
 from vitscale.config.schema import RunConfig, as_dict
+from vitscale.run_folder import write_atomically
 from vitscale.tracking.jsonl import JsonlTail, as_number
-from vitscale.tracking.outbox import Outbox, flat_params, redact, write_text
+from vitscale.tracking.outbox import Outbox, flat_params, redact
 from vitscale.tracking.system import SystemSampler
 
 RUN_ID_FILE = "mlflow_run_id"
@@ -185,7 +186,7 @@ class _Sender:
         if run.info.run_id != self._run_id:
             self._run_id, self._held = run.info.run_id, {}
             self._rewind()
-            write_text(self._folder / RUN_ID_FILE, self._run_id + "\n")
+            write_atomically(self._folder / RUN_ID_FILE, self._run_id + "\n")
         held = {metric.key: metric.step for metric in run.data.to_proto().metrics}
         if any(held.get(key, -1) < step for key, step in self._held.items()):
             self._rewind()  # the server has lost some of what it took

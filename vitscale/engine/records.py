@@ -1,0 +1,64 @@
+"""What rank 0 writes down of a run while it trains: JSONL files, MLflow, the progress line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vitscale.config.schema import RunConfig
+from vitscale.launch.snapshot import code_version, commit
+from vitscale.run_folder import RunFolder
+from vitscale.tracking.jsonl import JsonlFile
+from vitscale.tracking.progress import Progress
+from vitscale.tracking.tracker import Tracker
+from vitscale.world import World
+
+# Cut back to the checkpoint's step when a run goes on from it.
+FILES = ("metrics.jsonl", "trace.jsonl", "quarantine.jsonl", "skipped.jsonl", "evaluation.jsonl")
+
+
+class Records:
+    """A context from the start of training to the run's end; silent on every rank but 0.
+
+    `status` is what MLflow is told at its end: FINISHED, KILLED (stopped on request) or FAILED.
+    """
+
+    def __init__(self, folder: RunFolder, config: RunConfig, world: World, total_steps: int, step: int) -> None:
+        self.status = "FAILED"
+        self._main = world.is_main
+        if not self._main:
+            return
+        self._files = {name: JsonlFile(folder.path / name) for name in FILES}
+        for file in self._files.values():
+            file.cut_back(step)
+        self._progress = Progress(total_steps, config.train.global_batch)
+        tags = {"mlflow.source.git.commit": commit(), "vitscale.code": code_version()}
+        present = {name: value for name, value in tags.items() if value}
+        self._tracker = Tracker(folder.path, config, present, self._progress.say)
+
+    def __enter__(self) -> Records:
+        if self._main:
+            self._tracker.start()
+        return self
+
+    def log(self, row: dict[str, Any]) -> None:
+        """A row of metrics.jsonl."""
+        if self._main:
+            self.record("metrics.jsonl", row)
+            self._progress.show(row)
+            self._tracker.notice()
+
+    def record(self, file: str, row: dict[str, Any]) -> None:
+        """A row of any of FILES."""
+        if self._main:
+            self._files[file].append(row)
+
+    def sync(self) -> None:
+        """Hand all rows to the disk."""
+        if self._main:
+            for file in self._files.values():
+                file.sync()
+
+    def __exit__(self, *_: object) -> None:
+        if self._main:
+            self._progress.close()
+            self._tracker.finish(self.status)
