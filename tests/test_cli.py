@@ -22,9 +22,11 @@ from vitscale.run_folder import BAD_INPUT, DONE, RunFolder
 
 VERBS = ("pretrain", "config", "pack", "index", "evaluate", "export", "stop", "sync", "bench")
 MODEL = """\
-model: {hidden_size: 8, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 16, image_size: 8, patch_size: 4}
+model: {hidden_size: 8, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 16, image_size: 8,
+        patch_size: 4}
 objective:
-  mae: {decoder_hidden_size: 8, decoder_num_hidden_layers: 1, decoder_num_attention_heads: 2, decoder_intermediate_size: 8}
+  mae: {decoder_hidden_size: 8, decoder_num_hidden_layers: 1, decoder_num_attention_heads: 2,
+        decoder_intermediate_size: 8}
 data: {train: "shards/*.tar"}
 train: {steps: 4}
 tracking: {mlflow: false}
@@ -310,4 +312,16 @@ def test_folders_that_are_no_finished_run(
         assert "nowhere" in refused(capsys, verb, tmp_path / "nowhere")
     main(["export", str(run[0])])
     capsys.readouterr()
-    assert "evaluation.test" in refused(capsys, "evaluate", run[0])
+    assert "'shards/*.tar'" in refused(capsys, "evaluate", run[0])
+    assert "evaluation.tset" in refused(capsys, "evaluate", run[0], "evaluation.tset=test/*.tar")
+
+
+def test_scores_again(run: tuple[Path, dict[str, np.ndarray]], capsys: pytest.CaptureFixture[str]) -> None:
+    """`evaluate --show` prints what an evaluation has left, without work."""
+    assert "no scores yet" in refused(capsys, "evaluate", "--show", run[0])
+    scores = {"trained": {"linear_probe": 0.5, "linear_probe_se": 0.01, "knn": 0.25, "knn_se": 0.02}}
+    RunFolder(run[0]).summary.write_text(json.dumps({"evaluation": {"scores": scores}}))
+    assert main(["evaluate", "--show", str(run[0])]) == DONE
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("trained"))
+    assert "50.0 +- 1.0 %" in row
+    assert "25.0 +- 2.0 %" in row

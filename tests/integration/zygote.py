@@ -48,7 +48,7 @@ def _be_rank(rank: int, port: int, request: dict[str, Any]) -> None:
         _kill_while_saving(kill["point"], kill["nth"])
     nan = request.get("nan")
     if nan and nan["rank"] == rank:
-        _nan_pixels(nan["first"], nan["last"])
+        _nan_pixels(nan["calls"])
     code = 1
     try:
         from vitscale.cli import main
@@ -81,8 +81,8 @@ def _kill_while_saving(point: str, nth: int) -> None:
     store.on_progress = at
 
 
-def _nan_pixels(first: int, last: int) -> None:
-    """NaN in every pixel of this rank's micro-batches `first` to `last`, counted from 1."""
+def _nan_pixels(calls: list[int]) -> None:
+    """NaN in every pixel of these micro-batches of this rank, counted from 1."""
     from vitscale.augment.pipeline import Augment
 
     exact, seen = Augment.__call__, 0
@@ -91,7 +91,7 @@ def _nan_pixels(first: int, last: int) -> None:
         nonlocal seen
         seen += 1
         pixels = exact(self, batch)
-        return pixels.fill_(float("nan")) if first <= seen <= last else pixels
+        return pixels.fill_(float("nan")) if seen in calls else pixels
 
     Augment.__call__ = call  # type: ignore[method-assign]
 
