@@ -53,8 +53,9 @@ def test_gradient_checkpointing(
 
 
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
-def test_compiled_blocks(launcher: Launcher, config: Path, tmp_path: Path) -> None:
-    argv = ["pretrain", str(config), "train.steps=3"]
+@pytest.mark.parametrize("objective", ["simmim", pytest.param("mae", marks=pytest.mark.full)])
+def test_compiled_blocks(launcher: Launcher, config: Path, tmp_path: Path, objective: str) -> None:
+    argv = ["pretrain", str(config), "train.steps=3", f"objective.name={objective}"]
     launcher.run([*argv, "run.name=plain"])
     launcher.run([*argv, "train.compile=true"])
     plain, compiled = losses(tmp_path / "runs" / "plain"), losses(tmp_path / "runs" / "run")

@@ -1,4 +1,4 @@
-"""launch/quickstart.sh without its installation: digits, two ranks of ZeRO-2, scores, a model for transformers, MLflow."""
+"""launch/quickstart.sh without its installation: digits, two ranks of ZeRO-2, scores, transformers, MLflow."""
 
 from __future__ import annotations
 
