@@ -134,6 +134,13 @@ def test_config_is_checked_for_the_ranks_asked(config: Path, capsys: pytest.Capt
     assert main(["config", str(config), "--ranks", "4"]) == DONE
 
 
+def test_config_for_no_ranks(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["config", str(config), "--ranks", "0"])
+    assert ended.value.code == BAD_INPUT
+    assert len(capsys.readouterr().err) < 1000
+
+
 def test_no_such_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for verb in ("config", "pretrain"):
         assert "nowhere.yaml" in refused(capsys, verb, tmp_path / "nowhere.yaml")
@@ -191,6 +198,19 @@ def test_pack_with_a_wrong_number(argv: tuple[str, str], tmp_path: Path, capsys:
     assert name in said.replace("-", "_")
     assert argv[1] in said
     assert not (tmp_path / "out").exists()
+
+
+def test_pack_with_too_few_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["pack", str(images(tmp_path / "images")), str(tmp_path / "out"), "--workers", "0"])
+    assert ended.value.code == BAD_INPUT
+    assert "--workers" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_pack_into_a_place_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert "file/out" in refused(capsys, "pack", images(tmp_path / "images"), tmp_path / "file" / "out")
 
 
 def test_pack_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -285,6 +305,13 @@ def test_export_of_nothing(
     damaged = run[0] / "checkpoints" / "step_00000002"
     (damaged / "manifest.json").write_text("{")
     assert "step_00000002" in refused(capsys, "export", damaged)
+
+
+def test_export_onto_a_file(
+    run: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert str(tmp_path / "file") in refused(capsys, "export", run[0], "--out", tmp_path / "file")
 
 
 def test_stop(run: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

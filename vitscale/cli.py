@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from vitscale import __version__, world
 from vitscale.errors import LaunchError, VitscaleError
-from vitscale.run_folder import BAD_INPUT, DONE, STOPPED, RunFolder
+from vitscale.run_folder import BAD_INPUT, DONE, STOPPED, FolderInUse, RunFolder
 
 if TYPE_CHECKING:
     from vitscale.config.schema import RunConfig
@@ -103,8 +103,8 @@ def _stop(arguments: argparse.Namespace) -> int:
                 f"{arguments.run}: no run holds this folder, so there is nothing to stop (on a file system whose locks "
                 f"other nodes do not see: touch {folder.stop})"
             )
-    except LaunchError:
-        folder.stop.touch()  # a run has it
+    except FolderInUse:
+        folder.stop.touch()
     print(f"{folder.stop}: the run saves a checkpoint and stops at its next step")
     return DONE
 
@@ -147,14 +147,13 @@ def _parser() -> argparse.ArgumentParser:
     takes_config(verb("pretrain", _pretrain, "train, or go on where this run stopped"))
     shown = verb("config", _print_config, "print the resolved config")
     takes_config(shown)
-    counts = range(1, 1 << 20)
-    shown.add_argument("--ranks", type=int, choices=counts, metavar="N", default=1, help="to check for (default: 1)")
+    shown.add_argument("--ranks", type=_above_zero, metavar="N", default=1, help="to check for (default: 1)")
     added = verb("pack", _pack, "a folder of images into WebDataset shards with an index")
     added.add_argument("folder", help="images in one folder a class, or flat")
     added.add_argument("out", help="a new folder for the shards")
     added.add_argument("--shard-samples", type=int, default=5000, help="images a shard (default: 5000)")
     added.add_argument("--held-out", type=float, default=0.0, help="share of images for OUT/test (default: 0)")
-    added.add_argument("--workers", type=int, default=None, help="processes (default: one a core)")
+    added.add_argument("--workers", type=_above_zero, default=None, help="processes (default: one a core)")
     added.add_argument("--seed", type=int, default=0, help="of the order and the split (default: 0)")
     added = verb("index", _index, "count and hash shards into an index.json")
     added.add_argument("patterns", nargs="+", metavar="PATTERN")
@@ -193,6 +192,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except BrokenPipeError:
         return DONE  # the reader of our output has seen enough
+
+
+def _above_zero(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above 0")
+    return int(text)
 
 
 def _is_main() -> bool:

@@ -18,6 +18,10 @@ from vitscale.errors import LaunchError
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 3  # exit codes; STOPPED is to be requeued
 
 
+class FolderInUse(LaunchError):
+    """Another process runs in this folder."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The folder RUN_DIR/NAME of one run."""
@@ -60,8 +64,8 @@ class RunFolder:
     def held(self, shared: bool = False) -> Any:
         """Hold the folder for this process while the context lasts; the kernel lets go of it for a dead one.
 
-        A launcher holds it `shared` for a moment, to see that no run has it. Raises LaunchError, naming
-        host and process, where another run holds it.
+        A launcher holds it `shared` for a moment, to see that no run has it. Raises FolderInUse, naming
+        host and process, where another run holds it, LaunchError where the folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -80,7 +84,7 @@ class RunFolder:
         except BlockingIOError:
             stream.seek(0)
             holder = stream.read().strip() or "another process"
-            raise LaunchError(
+            raise FolderInUse(
                 f"run.name={self.path.name!r}: {self.path} is in use by {holder}; wait for it, "
                 f"stop it with `vitscale stop {self.path}`, or choose another run.name"
             ) from None

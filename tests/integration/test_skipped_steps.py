@@ -98,8 +98,11 @@ def test_too_many_bad_steps_in_a_row_stop_all_ranks(
 
 
 def test_bad_steps_apart_do_not_add_up(launcher: Launcher, config: Path, tmp_path: Path) -> None:
-    """The limit is of steps in a row; and the first step may be one of them."""
+    """The limit is of steps in a row; the first step of a run may be one of them, and its last."""
     argv = [*_argv(config, 0, "fp32", micro=8), "train.max_skipped_steps=2"]
-    world = start(launcher, argv, [1, 3])
+    world = start(launcher, argv, [1, STEPS])
     assert world.wait() == [DONE, DONE], world.output()
-    assert [row["skipped_steps"] for row in rows(tmp_path / "runs" / "run")] == [1, 1, 2, 2]
+    run = tmp_path / "runs" / "run"
+    assert [row["skipped_steps"] for row in rows(run)] == [1, 1, 1, 2]
+    assert {"loss.png"} == {path.name for path in (run / "figures").iterdir()}
+    assert all(np.isfinite(value).all() for value in saved(run, STEPS)[0].values())

@@ -87,9 +87,15 @@ def pack(
 
 def make_empty(out: Path) -> None:
     """Make a folder; DataError when there is one with something in it."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        occupied = any(out.iterdir())
+    except FileExistsError:
+        occupied = True
+    except OSError as error:
+        raise DataError(f"{out}: cannot be made: {error.strerror}; name a folder of your own") from None
+    if occupied:
         raise DataError(f"{out}: exists and is not an empty folder; name a new one or empty it")
-    out.mkdir(parents=True, exist_ok=True)
 
 
 def write_shards(

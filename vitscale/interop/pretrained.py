@@ -83,7 +83,10 @@ def save_model(
     content = {"architectures": [class_name], **config.to_dict(), "dtype": dtype, "vitscale_version": _version()}
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be made: {error.strerror}; name another folder") from None
     # Each file appears whole; the weights come last, so that a folder with weights is complete.
     _write_json(folder / CONFIG, content)
     _write_json(folder / PROCESSOR, _processor(config, image_mean, image_std))
