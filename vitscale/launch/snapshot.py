@@ -51,20 +51,22 @@ def _with_parents(config: Path) -> Iterator[Path]:
         yield from _with_parents(config.parent / parent)
 
 
-_GIT = ("git", "-C", str(Path(__file__).resolve().parents[2]))
-
-
 def commit() -> str:
     """The commit of this checkout, or nothing where it is none."""
-    return _output(*_GIT, "rev-parse", "HEAD").strip()
+    return _git("rev-parse", "HEAD").strip()
 
 
 def code_version() -> str:
     """Version, commit and what differs from it."""
     if not (head := commit()):
         return f"vitscale {__version__}, not in a git checkout\n"
-    changed = _output(*_GIT, "status", "--short") + _output(*_GIT, "diff", "--stat", "HEAD")
+    changed = _git("status", "--short") + _git("diff", "--stat", "HEAD")
     return f"vitscale {__version__}, commit {head}\n{changed or 'no change since that commit'}\n"
+
+
+def _git(*arguments: str) -> str:
+    """What git says of the checkout that this file lies in."""
+    return _output("git", "-C", str(Path(__file__).resolve().parents[2]), *arguments)
 
 
 def _output(*command: str) -> str:
