@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from vitscale.engine.preempt import StopRequest
 
 @pytest.fixture(autouse=True)
 def _keep_handler() -> object:
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_stop_file_is_seen_and_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,3 +48,14 @@ def test_term_counts_on_any_rank(tmp_path: Path) -> None:
     stop = StopRequest(tmp_path, looks=False, clears=False)
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.requested()
+
+
+def test_ctrl_c_asks_and_once_more_insists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = StopRequest(tmp_path, looks=False, clears=False)
+    for _ in range(2):  # the terminal's, and the same one passed on
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.requested()
+    later = time.monotonic() + 5
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
