@@ -96,7 +96,7 @@ class _Pretraining:
         if self.world.is_main:
             self._describe(model)
         done = state.step >= self.total_steps
-        if not (done and self.ranks.gather(self._is_finished(state))[0]):
+        if not (done and self.ranks.gather(self.world.is_main and self._is_finished(state))[0]):
             with Records(self.folder, self.config, self.world, self.total_steps, state.step) as records:
                 done = done or self._train(model, checkpoint, state, records)
                 if done:
