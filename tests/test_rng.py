@@ -39,6 +39,19 @@ def test_torch_gives_numpys_bits(ids: list[int], seed: int, epoch: int, count: i
     np.testing.assert_array_equal(drawn, torch_drawn.numpy())
 
 
+@settings(max_examples=100, deadline=None)
+@given(INT64, INT64)
+def test_a_number_folds_as_an_array_of_it_does(state: int, value: int) -> None:
+    keys = np.array([state], dtype=np.int64)
+    np.testing.assert_array_equal(rng.fold(keys, value), rng.fold(keys, np.array([value], dtype=np.int64)))
+
+
+def test_a_purpose_is_its_name_or_its_code() -> None:
+    keys = sample_keys(5)
+    np.testing.assert_array_equal(rng.uniform(keys, "mask", 3), rng.uniform(keys, rng.purpose_code("mask"), 3))
+    assert (rng.uniform(keys, "mask", 3) != rng.uniform(keys, "drop_path", 3)).all()
+
+
 def test_values_never_change() -> None:
     """A change here would change every run: splitmix64's published stream, and this project's keys."""
     assert [int(x) & (2**64 - 1) for x in rng.bits(np.array([1234567], dtype=np.int64), 3)[0]] == [

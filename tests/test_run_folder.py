@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -29,10 +30,11 @@ def test_second_run_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
     with pytest.raises(LaunchError), RunFolder(tmp_path).held(shared=True):
         pass
     assert holder.pid is not None
-    os.kill(holder.pid, signal.SIGKILL)
+    assert RunFolder(tmp_path).holder().startswith(f"process {holder.pid} on ")
+    threading.Timer(0.5, os.kill, (holder.pid, signal.SIGKILL)).start()
+    with RunFolder(tmp_path).held(patience_s=60):
+        assert RunFolder(tmp_path).holder().startswith(f"process {os.getpid()} on ")
     holder.join()
-    with RunFolder(tmp_path).held():
-        pass
 
 
 def test_launchers_look_at_the_same_time(tmp_path: Path) -> None:

@@ -47,9 +47,12 @@ def fold(state: Any, value: Any) -> Any:
     return mix((state + GOLDEN) ^ value)
 
 
-@cache
 def _mix_int(value: int) -> int:
-    return int(mix(np.array([_signed(value + GOLDEN)]))[0])
+    """`mix(value + GOLDEN)` in Python's own numbers, wrapped by hand: torch.compile computes it while tracing."""
+    x = _signed(value + GOLDEN)
+    x = _signed((x ^ _shift(x, 30)) * _MIX1)
+    x = _signed((x ^ _shift(x, 27)) * _MIX2)
+    return x ^ _shift(x, 31)
 
 
 @cache
@@ -79,9 +82,13 @@ def bits(keys: Any, count: int) -> Any:
     return mix(keys[..., None] + (_arange(keys, count) + 1) * GOLDEN)
 
 
-def uniform(keys: Any, purpose: str, count: int) -> Any:
-    """`count` float64 in [0, 1) of each key for a purpose: shape [*keys.shape, count]."""
-    top = _shift(bits(fold(keys, purpose_code(purpose)), count), 11)
+def uniform(keys: Any, purpose: str | int, count: int) -> Any:
+    """`count` float64 in [0, 1) of each key for a purpose: shape [*keys.shape, count].
+
+    `purpose`: its name, or its `purpose_code`, as code under torch.compile has it, which cannot trace the hash.
+    """
+    code = purpose_code(purpose) if isinstance(purpose, str) else purpose
+    top = _shift(bits(fold(keys, code), count), 11)
     as_float = top.astype(np.float64) if isinstance(top, np.ndarray) else top.double()
     return as_float * 2.0**-53
 

@@ -1,4 +1,4 @@
-"""Where the parts meet: pretrain(config) from shards to a finished run, export(folder) of its weights."""
+"""Where the parts meet: pretrain(config) from shards to a finished run and its weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import nn
 
 from vitscale import __version__
 from vitscale.augment.pipeline import Augment
-from vitscale.checkpoint.store import Checkpoint, SoleRank, open_checkpoint, open_newest, save_checkpoint
-from vitscale.config.check import check_config, pair
+from vitscale.checkpoint.store import Checkpoint, open_checkpoint, open_newest, save_checkpoint
+from vitscale.config.check import check_config, has_classes, pair
 from vitscale.config.load import dump_config, load_config
 from vitscale.config.schema import RunConfig, as_dict
 from vitscale.data.batch import Replacement
@@ -31,7 +31,8 @@ from vitscale.engine.preempt import StopRequest
 from vitscale.engine.records import Records
 from vitscale.errors import CheckpointError, ConfigError, LaunchError, VitscaleError
 from vitscale.evaluation.figures import draw_curves
-from vitscale.interop.pretrained import save_run_model, start_from
+from vitscale.export.checkpoint import export_run
+from vitscale.interop.loading import start_from
 from vitscale.launch.torchrun import folder_of
 from vitscale.models.auto import build_model, initialize, model_keys
 from vitscale.models.vit import ViTPreTrainedModel
@@ -136,7 +137,7 @@ class _Pretraining:
             return
         before, now = flat_params(as_dict(last)), flat_params(as_dict(self.config))
         for key, value in now.items():
-            if before.get(key) != value:
+            if before.get(key) != value and key not in ("train.steps", "train.epochs"):  # told as the new total
                 self._say(f"config: {key} was {before.get(key)}, is {value}")
 
     def _open_index(self) -> ShardIndex:
@@ -149,8 +150,9 @@ class _Pretraining:
         return index
 
     def _preflight(self) -> None:
-        """All ranks must have the same config, data and code, or they would train different runs."""
+        """All ranks must have the same folder, config, data and code, or they would train different runs."""
         mine = {
+            "run folder": f"held by {self.folder.holder()}",
             "config": _digest(self.config),
             "index": self.index.digest,
             "decoder": self.decoder,
@@ -198,7 +200,7 @@ class _Pretraining:
                 f"{checkpoint.folder}: is of another model: {', '.join(differing)}; set them back, "
                 "or start another run.name"
             )
-        if saved["total_steps"] != self.total_steps:
+        if saved["total_steps"] != self.total_steps:  # also where other data made the epochs longer
             self._say(f"steps: {saved['total_steps']} before, {self.total_steps} now; lr follows the new total")
         if saved["decoder"] != self.decoder:
             self._say(f"decoder: {saved['decoder']} before, {self.decoder} now; pixels may differ in their last bits")
@@ -229,7 +231,7 @@ class _Pretraining:
             micro_batch=config.train.micro_batch,
             start=samples,
             needs_labels=config.objective.needs_labels,
-            num_labels=config.model.num_labels if config.objective.needs_labels else None,
+            num_labels=config.model.num_labels if has_classes(config) else None,
             image_size=pair(config.model.image_size),
         )
 
@@ -261,13 +263,14 @@ class _Pretraining:
         peaks = self.ranks.gather(peak_memory(self.backend.device))
         if not self.world.is_main:
             return
-        out = export(self.folder.path)
+        out = export_run(self.folder.path)
         rows = JsonlFile(self.folder.metrics).rows()
         draw_curves(rows, self.folder.figures / "loss.png")
         summary = {
             "run": self.config.run.name,
             "steps": state.step,
             "samples": state.samples,
+            "images": self.index.total,
             "epochs": state.step / self.order.batches_per_epoch,
             "loss": rows[-1]["loss"] if rows else None,
             "parameters": self.parameters,
@@ -329,26 +332,3 @@ def _feed(loader: Loader, config: RunConfig, device: torch.device) -> Iterator[_
 
 def _digest(config: RunConfig) -> str:
     return hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
-
-
-def export(source: Path, out: Path | None = None) -> Path:
-    """A run's newest good checkpoint (or a checkpoint folder) as a model folder that transformers opens.
-
-    On the CPU, from the pieces, without the world that made them.
-    """
-    source = source.resolve()
-    if not source.is_dir():
-        raise CheckpointError(f"{source}: no such folder; name a run's folder or a checkpoint in it")
-    if (source / "checkpoints").is_dir():
-        folder = RunFolder(source)
-        checkpoint = open_newest(folder.checkpoints, SoleRank(), print)
-    else:
-        folder = RunFolder(source.parent.parent)
-        checkpoint = open_checkpoint(source, SoleRank())
-    if checkpoint is None or not folder.config.exists():
-        raise CheckpointError(f"{source}: no run folder with a checkpoint, nor a checkpoint inside one")
-    config = load_config(folder.config)
-    state = {name: checkpoint.whole("param", name) for name in checkpoint.shapes("param")}
-    out = out or folder.model
-    save_run_model(out, config, state)
-    return out

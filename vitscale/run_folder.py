@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -60,23 +61,40 @@ class RunFolder:
     def exit(self) -> Path:
         return self.path / "exit.json"
 
+    @property
+    def lock(self) -> Path:
+        return self.path / "lock"
+
     @contextlib.contextmanager
-    def held(self, shared: bool = False) -> Any:
+    def held(self, shared: bool = False, patience_s: float = 0.0) -> Any:
         """Hold the folder for this process while the context lasts; the kernel lets go of it for a dead one.
 
-        A launcher holds it `shared` for a moment, to see that no run has it. Raises FolderInUse, naming
-        host and process, where another run holds it, LaunchError where the folder cannot be written.
+        A launcher holds it `shared` for a moment, to see that no run has it; with `patience_s` it waits so
+        long, since a file server keeps a dead node's lock for a while. Raises FolderInUse, naming host and
+        process, where another run holds it, LaunchError where the folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            stream = open(self.path / "lock", "a+", encoding="utf-8")  # noqa: SIM115 - closed below
+            stream = open(self.lock, "a+", encoding="utf-8")  # noqa: SIM115 - closed below
         except OSError as error:
             raise LaunchError(
                 f"run.dir={str(self.path.parent)!r}: cannot be written ({error}); name a folder of your own"
             ) from None
         with stream:
-            self._take(stream, shared)
+            deadline = time.monotonic() + patience_s
+            while True:
+                try:
+                    self._take(stream, shared)
+                    break
+                except FolderInUse:
+                    if time.monotonic() >= deadline:
+                        raise
+                    time.sleep(1)
             yield
+
+    def holder(self) -> str:
+        """What the process that holds the folder, or held it last, wrote of itself; no two starts write the same."""
+        return self.lock.read_text(encoding="utf-8").strip() if self.lock.exists() else "nobody"
 
     def _take(self, stream: IO[str], shared: bool) -> None:
         try:
@@ -92,8 +110,9 @@ class RunFolder:
             print(f"{stream.name}: cannot be locked ({error}); take care that one run uses the folder", file=sys.stderr)
         if not shared:
             stream.truncate(0)
-            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            stream.write(f"process {os.getpid()} on {socket.gethostname()} since {time.time():.6f}\n")
             stream.flush()
+            os.fsync(stream.fileno())  # other nodes look whether they see it too
 
     def clear_exit(self) -> None:
         """Take away what an earlier start said of its end."""
@@ -101,6 +120,7 @@ class RunFolder:
 
     def write_exit(self, code: int, step: int | None, reason: str) -> bool:
         """Say how the run ended, unless a rank has said so already; True when this call was the first."""
+        self.path.mkdir(parents=True, exist_ok=True)  # a rank may see another folder than the one that made it
         draft = self.path / f".exit.{socket.gethostname()}.{os.getpid()}"
         draft.write_text(json.dumps({"code": code, "step": step, "reason": reason}) + "\n", encoding="utf-8")
         try:

@@ -25,6 +25,10 @@ class ThreadRanks:
         self._barrier.wait(timeout=30)
         return values
 
+    def collect(self, value: Any) -> list[Any]:
+        values = self.gather(value)
+        return values if self.rank == 0 else []
+
 
 def run_ranks(world_size: int, work: Callable[[Ranks], Any]) -> list[Any]:
     """`work` on every rank at once; results by rank, an exception in place of a result."""

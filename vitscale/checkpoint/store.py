@@ -41,13 +41,17 @@ on_progress: Callable[[str], None] = _pass
 
 
 class Ranks(Protocol):
-    """The processes that hold one state together. `gather` is a collective: all call it, in the same order."""
+    """The processes that hold one state together. The methods are collectives: all call them, in the same order."""
 
     rank: int
     world_size: int
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's JSON-able value, by rank, on every rank."""
+        ...
+
+    def collect(self, value: Any) -> list[Any]:
+        """The same on rank 0 alone, for what is large; nothing on the others."""
         ...
 
 
@@ -59,6 +63,8 @@ class SoleRank:
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
+
+    collect = gather
 
 
 def folder_name(step: int) -> str:
@@ -99,10 +105,9 @@ def save_checkpoint(root: Path, step: int, pieces: Iterable[Piece], state: dict[
         _agreed(ranks, target, lambda: _prepare(root, temporary, sum(sizes)) if ranks.rank == 0 else None)
         written = _agreed(ranks, target, lambda: _write_state(temporary, ranks.rank, held))
         on_progress("agreed")
-        records = join_tables([file.pop("table") for file in written])
-        manifest = {"format": FORMAT, "step": step, "state": state, "files": written,
-                    "tensors": [record.as_json() for record in records]}
-        _agreed(ranks, target, lambda: _publish(temporary, target, manifest) if ranks.rank == 0 else None)
+        tables = ranks.collect(table(held))
+        manifest = {"format": FORMAT, "step": step, "state": state, "files": written}
+        _agreed(ranks, target, lambda: _publish(temporary, target, manifest, tables) if ranks.rank == 0 else None)
     except Exception:
         if ranks.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)  # what cannot be removed now is swept by the next save
@@ -152,18 +157,19 @@ def _prepare(root: Path, temporary: Path, needed: int) -> None:
 
 
 def _write_state(temporary: Path, rank: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-    """Write this rank's file; tells its name, size, digest and table of pieces."""
+    """Write this rank's file; tells its name, size and digest."""
     path = temporary / f"state-{rank:05d}.safetensors"
     on_progress("state_begun")
     write_pieces(path, pieces)
     on_progress("state_written")
     _sync(path)
     on_progress("state_synced")
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path), "table": table(pieces)}
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
-def _publish(temporary: Path, target: Path, manifest: dict[str, Any]) -> None:
+def _publish(temporary: Path, target: Path, manifest: dict[str, Any], tables: Sequence[list[list[Any]]]) -> None:
     """Rank 0: the manifest, then the rename that makes the checkpoint exist."""
+    manifest["tensors"] = [record.as_json() for record in join_tables(tables)]
     for file in manifest["files"]:
         path = temporary / file["name"]
         if not path.exists() or path.stat().st_size != file["bytes"]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 class ProcessRanks:
     """The ranks of the default process group; one rank needs no group.
 
-    `gather` and `sum` are collectives: every rank calls them, in the same order.
+    `gather`, `collect`, `sum` and `barrier` are collectives: every rank calls them, in the same order.
     """
 
     def __init__(self, timeout: timedelta) -> None:
@@ -32,6 +32,14 @@ class ProcessRanks:
             return [value]
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def collect(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank, on rank 0; nothing on the others."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size if self.rank == 0 else []
+        dist.gather_object(value, values if self.rank == 0 else None, dst=0, group=self._group)
         return values
 
     def sum(self, values: np.ndarray) -> np.ndarray:

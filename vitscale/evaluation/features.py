@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitscale.errors import ConfigError
+from vitscale.models.vit import ViTModel
 
 # [n, channels, height, width] normalised -> [n, features]
 Encoder = Callable[[Tensor], Tensor]
@@ -52,11 +53,14 @@ def pooled(vit: nn.Module, pool: str = "mean") -> Encoder:
     """
     if pool not in ("mean", "cls"):
         raise ConfigError(f"pool={pool!r}: must be mean (of the patch tokens) or cls")
+    assert isinstance(vit, ViTModel), type(vit)
+    if pool == "cls" and not vit.config.use_cls_token:
+        raise ConfigError("pool='cls': this model has no class token; set pool to mean")
     vit.eval()
 
     def encode(pixel_values: Tensor) -> Tensor:
         tokens = vit(pixel_values=pixel_values).last_hidden_state
-        return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
+        return tokens[:, 0] if pool == "cls" else vit.patch_tokens(tokens).mean(dim=1)
 
     return encode
 

@@ -34,20 +34,24 @@ def slurm_layout() -> Layout:
         raise LaunchError("SLURM_JOB_ID is not set: launch/slurm.sh runs inside a job; submit with sbatch slurm/*.sh")
     nodes = whole_number("SLURM_JOB_NUM_NODES", 1)
     first = _scontrol("show", "hostnames", names).split()[0]
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     return Layout(
         nodes=nodes,
         per_node=ranks_per_node(),
-        endpoint=f"{first}:{rendezvous_port(int(job), restarts)}",
-        run_id=f"{job}.{restarts}",
+        endpoint=f"{first}:{rendezvous_port(int(job), restarts())}",
+        run_id=f"{job}.{restarts()}",
         is_host=os.environ.get("SLURM_NODEID", "0") == "0",
         address=os.environ.get("SLURMD_NODENAME"),
     )
 
 
-def rendezvous_port(job: int, restarts: int) -> int:
+def restarts() -> int:
+    """How often this job was requeued."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
+def rendezvous_port(job: int, restart: int) -> int:
     """A port in 15000 to 29999, below those that Linux hands out; jobs side by side get different ones."""
-    return 15000 + (job * 7 + restarts) % 15000
+    return 15000 + (job * 7 + restart) % 15000
 
 
 def node(arguments: Sequence[str]) -> int:
@@ -98,7 +102,9 @@ def main(arguments: Sequence[str]) -> int:
     step, rest = arguments[0], arguments[1:]
     try:
         if step == "prepare":
-            print(prepare(rest, slurm_layout(), "launch/slurm.sh").path)
+            # Requeued after a node's death, whose lock the file server keeps until its lease ends.
+            patience_s = 180.0 if restarts() else 0.0
+            print(prepare(rest, slurm_layout(), "launch/slurm.sh", patience_s).path)
             return DONE
         return node(rest) if step == "node" else finish(RunFolder(Path(rest[0])))
     except VitscaleError as error:

@@ -23,6 +23,7 @@ from types import FrameType
 from vitscale.config.check import check_config
 from vitscale.config.load import load_config
 from vitscale.config.schema import RunConfig
+from vitscale.data.index import open_index
 from vitscale.errors import ConfigError, LaunchError, VitscaleError
 from vitscale.launch.snapshot import keep_snapshot
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder
@@ -107,17 +108,21 @@ def _visible_gpus() -> int:
     return len(list(Path("/dev").glob("nvidia[0-9]*"))) or 1
 
 
-def prepare(arguments: Sequence[str], layout: Layout, script: str) -> RunFolder:
-    """Check config and world before there is any process, clear what an earlier start left, keep a snapshot.
+def prepare(arguments: Sequence[str], layout: Layout, script: str, patience_s: float = 0.0) -> RunFolder:
+    """Check config, world and data before there is any rank, clear what an earlier start left, keep a snapshot.
 
-    `arguments`: `pretrain CONFIG.yaml [dotted.key=value ...]`; `script`: the launch script, for the record.
+    `arguments`: `pretrain CONFIG.yaml [dotted.key=value ...]`; `script`: the launch script, for the record;
+    `patience_s`: how long to wait for a folder that is in use. Shards not yet counted are counted here, however
+    long that takes: ranks that wait for each other give up after parallel.timeout_s.
     """
     config = read_config(arguments)
     check_config(config, layout.world())
     folder = folder_of(config)
-    with folder.held(shared=True):
+    with folder.held(shared=True, patience_s=patience_s):
         folder.clear_exit()
         folder.stop.unlink(missing_ok=True)
+        if config.data.train:  # without any, the run itself says what to give
+            open_index(config.data.train, config.data.index, folder.path)
         keep_snapshot(folder, Path(arguments[1]), [script, *arguments])
     return folder
 

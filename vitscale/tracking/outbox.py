@@ -28,7 +28,7 @@ class Outbox:
         self.key: str = saved.get("key") or uuid.uuid4().hex  # finds the run should its id have been lost on the way
         self.status: str = saved.get("status", "RUNNING")
         self.tags: dict[str, str] = {**saved.get("tags", {}), **tags}
-        self._artifacts: list[list[str]] = saved.get("artifacts", [])
+        self._artifacts: list[str] = saved.get("artifacts", [])  # names in the run's folder
 
     def set_status(self, status: str) -> None:
         """The status that MLflow should show; with it go the files that every run has."""
@@ -38,44 +38,26 @@ class Outbox:
                 self._add_standard()
             self._save()
 
-    def add(self, path: Path, folder: str = "") -> None:
-        """A file or folder to upload under `folder` of the run's artifacts."""
-        with self._lock:
-            self._add(path, folder)
-            self._save()
-
     def add_standard(self) -> None:
         """The files that every run has."""
         with self._lock:
             self._add_standard()
             self._save()
 
-    def artifacts(self) -> list[tuple[Path, str]]:
-        """(path, folder) of what is to be uploaded."""
+    def artifacts(self) -> list[Path]:
+        """What is to be uploaded."""
         with self._lock:
-            return [(self._folder / path, folder) for path, folder in self._artifacts]
+            return [self._folder / name for name in self._artifacts]
 
-    def uploaded(self, path: Path, folder: str) -> None:
+    def uploaded(self, path: Path) -> None:
         """Strike one off."""
         with self._lock:
-            self._artifacts.remove(self._entry(path, folder))
+            self._artifacts.remove(path.name)
             self._save()
 
     def _add_standard(self) -> None:
-        for name in STANDARD:
-            if (self._folder / name).exists():
-                self._add(self._folder / name, "")
-
-    def _add(self, path: Path, folder: str) -> None:
-        entry = self._entry(path, folder)
-        if entry not in self._artifacts:
-            self._artifacts.append(entry)
-
-    def _entry(self, path: Path, folder: str) -> list[str]:
-        """Inside the run's folder by a relative path, so that the folder may be moved."""
-        path = path.absolute()
-        home = self._folder.absolute()
-        return [str(path.relative_to(home) if path.is_relative_to(home) else path), folder]
+        there = [name for name in STANDARD if (self._folder / name).exists()]
+        self._artifacts += [name for name in there if name not in self._artifacts]
 
     def _save(self) -> None:
         content = {"key": self.key, "status": self.status, "tags": self.tags, "artifacts": self._artifacts}

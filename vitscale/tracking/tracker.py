@@ -7,6 +7,8 @@ Only here is mlflow imported, and only in the thread (it takes seconds).
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import json
 import logging
 import re
@@ -53,6 +55,8 @@ class Tracker:
     def __init__(self, run_folder: Path, config: RunConfig, tags: dict[str, str] | None = None,
                  report: Callable[[str], None] = _to_stderr) -> None:
         known = {"vitscale.version": vitscale.__version__, "host": socket.gethostname()}
+        with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
+            known["mlflow.user"] = getpass.getuser()
         self._sender = _Sender(run_folder, config, known | (tags or {}))
         self._folder, self._report = run_folder, report
         self._wake, self._closing = threading.Event(), threading.Event()
@@ -69,11 +73,6 @@ class Tracker:
 
     def notice(self) -> None:
         """A row was appended."""
-        self._wake.set()
-
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """Upload a file or folder, now or as soon as the server answers."""
-        self._sender.outbox.add(path, folder)
         self._wake.set()
 
     def finish(self, status: str, wait_s: float = 10.0) -> bool:
@@ -308,10 +307,10 @@ class _Sender:
         self._status = wanted
 
     def _send_artifacts(self) -> None:
-        for path, folder in self.outbox.artifacts():
+        for path in self.outbox.artifacts():
             if path.exists():
-                self._client.log_artifact(self._run_id, str(path), folder or None)
-            self.outbox.uploaded(path, folder)
+                self._client.log_artifact(self._run_id, str(path))
+            self.outbox.uploaded(path)
 
 
 def _row_metrics(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
