@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vitscale.config.check import accumulation, check_config, grid, mask_patch, pair
+from vitscale.config.check import accumulation, check_config, grid, has_classes, mask_patch, pair
 from vitscale.config.load import load_config
 from vitscale.config.schema import RunConfig
 from vitscale.errors import ConfigError
@@ -149,13 +149,36 @@ def test_a_single_patch_hides_nothing(base: Path, name: str) -> None:
     check_config(made(base, "objective.name=classification", *single), World())
 
 
-@pytest.mark.parametrize("name", ["simmim", "multitask"])
-def test_simmim_wants_square_patches(base: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["mae", "simmim", "classification", "multitask"])
+def test_patches_need_not_be_square(base: Path, name: str) -> None:
     flat = (f"objective.name={name}", "model.image_size=48", "model.patch_size=[12,16]")
-    assert "model.patch_size=(12, 16)" in refusal(base, 1, *flat)
-    mended(base, 1, *flat)
-    check_config(made(base, f"objective.name={name}", "model.patch_size=[16,16]"), World())
-    check_config(made(base, *flat[1:]), World())  # mae takes any
+    check_config(made(base, *flat), World())
+    check_config(made(base, *flat, "model.encoder_stride=[12,16]"), World())
+    mended(base, 1, *flat, "model.encoder_stride=12")
+
+
+def test_without_a_class_token_patches_are_pooled(base: Path) -> None:
+    assert "model.pooling=cls" in refusal(base, 1, "model.use_cls_token=false")
+    mended(base, 1, "model.use_cls_token=false")
+
+
+def test_rotary_positions_need_heads_of_fours(base: Path) -> None:
+    rope = ("model.rope_theta=100", "model.num_attention_heads=128")
+    assert "model.hidden_size=768 / model.num_attention_heads=128" in refusal(base, 1, *rope)
+    mended(base, 1, *rope)
+    narrow = ("model.rope_theta=100", "objective.mae.decoder_num_attention_heads=256")
+    assert "objective.mae.decoder_hidden_size=512" in refusal(base, 1, *narrow)
+    mended(base, 1, *narrow)
+    check_config(made(base, *narrow, "objective.name=simmim"), World())
+
+
+@pytest.mark.parametrize("name", ["mae", "simmim", "multitask"])
+def test_what_predicts_patches_knows_where_they_are(base: Path, name: str) -> None:
+    blind = (f"objective.name={name}", "model.position_embeddings=none")
+    assert "model.position_embeddings=none" in refusal(base, 1, *blind)
+    mended(base, 1, *blind)
+    check_config(made(base, *blind, "model.rope_theta=100"), World())
+    check_config(made(base, "objective.name=classification", blind[1]), World())
 
 
 def test_stride_is_the_patch(base: Path) -> None:
@@ -188,6 +211,37 @@ def test_sincos_needs_a_multiple_of_four(base: Path) -> None:
 def test_labels(base: Path) -> None:
     assert "model.num_labels=0" in refusal(base, 1, "objective.name=classification", "model.num_labels=0")
     check_config(made(base, "model.num_labels=0"), World())
+
+
+def test_problem_types_of_shards(base: Path) -> None:
+    supervised = "objective.name=classification"
+    for name, kind in (("classification", "multi_label_classification"), ("multitask", "regression")):
+        asked = (f"objective.name={name}", f"model.problem_type={kind}")
+        assert f"model.problem_type={kind}" in refusal(base, 1, *asked)
+        mended(base, 1, *asked)
+    many = (supervised, "model.problem_type=regression")
+    assert "model.num_labels=1000" in refusal(base, 1, *many)
+    mended(base, 1, *many)
+    alone = (supervised, "model.num_labels=1", "model.problem_type=single_label_classification")
+    assert "model.num_labels=1" in refusal(base, 1, *alone)
+    smooth = (supervised, "model.num_labels=1", "objective.classification.label_smoothing=0.1")
+    assert "label_smoothing=0.1" in refusal(base, 1, *smooth)
+    mended(base, 1, *smooth)
+
+
+@pytest.mark.parametrize(
+    ("expected", "overrides"),
+    [
+        (True, ["objective.name=classification"]), (True, ["objective.name=multitask", "model.num_labels=1"]),
+        (False, ["objective.name=classification", "model.num_labels=1"]), (False, ["objective.name=mae"]),
+        (False, ["objective.name=classification", "model.num_labels=1", "model.problem_type=regression"]),
+        (True, ["objective.name=classification", "model.problem_type=single_label_classification"]),
+    ],
+)  # fmt: skip
+def test_labels_are_classes_or_quantities(base: Path, expected: bool, overrides: list[str]) -> None:
+    config = made(base, *overrides)
+    check_config(config, World())
+    assert has_classes(config) == expected
 
 
 def test_stage_1_in_bf16_with_accumulation(base: Path) -> None:

@@ -31,6 +31,19 @@ DECODER = {
     "decoder_intermediate_size": 12,
 }
 
+# Every option that any model can have, each of them on.
+EVERY_OPTION = {
+    "use_cls_token": False,
+    "pooling": "mean",
+    "num_register_tokens": 3,
+    "position_embeddings": "none",
+    "rope_theta": 100.0,
+    "layer_scale_init_value": 0.5,
+    "qk_norm": True,
+    "swiglu": True,
+}
+OPTION_SETS = {"plain": {}, "options": EVERY_OPTION, "registers": {"num_register_tokens": 2}}
+
 
 def tiny(model_class: type[ViTPreTrainedModel], **keys: Any) -> ViTPreTrainedModel:
     """A tiny initialized model, in training mode."""

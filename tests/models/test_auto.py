@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.models.shapes import TRAINABLE, inputs, tiny, tiny_keys
+from tests.models.shapes import EVERY_OPTION, OPTION_SETS, TRAINABLE, inputs, tiny, tiny_keys
 from vitscale.config import schema
 from vitscale.config.check import check_config
 from vitscale.config.presets import preset
@@ -21,7 +22,8 @@ from vitscale.config.schema import MAE, Model, Multitask, Objective, RunConfig, 
 from vitscale.errors import ConfigError
 from vitscale.models import vit
 from vitscale.models.auto import FREE_KEYS, OBJECTIVES, build_model, initialize, model_keys, vit_config
-from vitscale.models.configuration import ViTConfig
+from vitscale.models.classification import ViTForImageClassification
+from vitscale.models.configuration import OPTIONS, ViTConfig
 from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
 from vitscale.models.multitask import ViTForMultitaskPreTraining
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
@@ -49,9 +51,12 @@ def names(section: type) -> set[str]:
     return {item.name for item in fields(section)}
 
 
+@pytest.mark.parametrize("options", [*OPTION_SETS.values(), {"fc_norm": True}], ids=[*OPTION_SETS, "fc_norm"])
 @every_trainable
-def test_no_parameter_is_forgotten(model_class: type[ViTPreTrainedModel]) -> None:
-    model = tiny(model_class, position_embeddings="learned")
+def test_no_parameter_is_forgotten(model_class: type[ViTPreTrainedModel], options: dict[str, Any]) -> None:
+    if "fc_norm" in options and model_class is not ViTForImageClassification:
+        return
+    model = tiny(model_class, **{"position_embeddings": "learned"} | options)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
@@ -126,7 +131,6 @@ def test_config_keys_reach_the_model() -> None:
 
 
 def test_every_key_of_vit_config_can_be_written() -> None:
-    assert names(ViTConfig) - names(Model) == set(ELSEWHERE)
     for name, sections in ELSEWHERE.items():
         assert all(name in names(section) for section in sections)
     assert names(ViTMAEConfig) - names(ViTConfig) <= names(MAE)
@@ -138,6 +142,8 @@ WRITTEN: dict[str, Any] = {
     "layer_norm_eps": 1e-3, "image_size": 64, "patch_size": 8, "num_channels": 5, "qkv_bias": False,
     "encoder_stride": 8, "pooler_output_size": 7, "pooler_act": "relu", "position_embeddings": "sincos",
     "num_labels": 2, "id2label": ("cat", "dog"), "problem_type": "single_label_classification",
+    "use_cls_token": False, "num_register_tokens": 2, "rope_theta": 50.0, "layer_scale_init_value": 0.1,
+    "qk_norm": True, "swiglu": True, "pooling": "mean", "fc_norm": True,
 }  # fmt: skip
 
 
@@ -145,7 +151,7 @@ WRITTEN: dict[str, Any] = {
 def test_every_key_of_the_model_section_arrives(objective: str) -> None:
     assert set(WRITTEN) == names(Model) - {"preset", "init_from"}
     config = vit_config(run_config(objective, **WRITTEN))
-    expected = WRITTEN | {"id2label": {0: "cat", 1: "dog"}}
+    expected = WRITTEN | {"id2label": {0: "cat", 1: "dog"}, "fc_norm": objective == "classification"}
     assert {name: getattr(config, name) for name in WRITTEN} == expected
     assert config.to_dict()["label2id"] == {"cat": 0, "dog": 1}
 
@@ -178,9 +184,18 @@ def test_the_objectives_name_alone_can_change(objective: str, size: Any, patch: 
         "hidden_size": st.sampled_from([8, 12, 6]),
         "num_attention_heads": st.sampled_from([1, 2, 4]),
         "num_channels": st.sampled_from([1, 3]),
-        "encoder_stride": st.sampled_from([None, None, None, 2]),
-        "position_embeddings": st.sampled_from(["auto", "learned", "sincos"]),
+        "encoder_stride": st.sampled_from([None, None, None, 2, (2, 4)]),
+        "position_embeddings": st.sampled_from(["auto", "learned", "sincos", "none"]),
         "num_labels": st.sampled_from([3, 1, 0]),
+        "problem_type": st.sampled_from([None, None, *schema.PROBLEM_TYPES]),
+        "use_cls_token": st.booleans(),
+        "pooling": st.sampled_from(["cls", "mean", "mean"]),
+        "num_register_tokens": st.sampled_from([0, 2]),
+        "rope_theta": st.sampled_from([None, 100.0]),
+        "layer_scale_init_value": st.sampled_from([None, 0.1]),
+        "qk_norm": st.booleans(),
+        "swiglu": st.booleans(),
+        "fc_norm": st.booleans(),
         "pooler_act": st.sampled_from(schema.ACTIVATIONS),
     }),
     simmim=st.builds(SimMIM, st.sampled_from([0.6, 0.1, 0.9]), st.sampled_from([None, 1, 2, 3])),
@@ -208,10 +223,13 @@ def test_what_is_checked_can_be_built(objective: str, model: dict[str, Any], sim
 
 
 def test_model_keys_are_what_the_weights_depend_on() -> None:
-    of_all = {f"model.{name}" for name in names(ViTConfig) - FREE_KEYS - {"num_labels"}} | {"objective.name"}
+    of_all = {f"model.{name}" for name in names(ViTConfig) - FREE_KEYS - {"num_labels"} - OPTIONS.keys()}
+    of_all |= {"objective.name"}
     of_mae = {f"objective.mae.{name}" for name in names(MAE) - FREE_KEYS}
     config = run_config("mae", **WRITTEN)
-    assert model_keys(config).keys() == of_all | of_mae
+    of_options = {f"model.{name}" for name in OPTIONS.keys() - {"fc_norm"}}  # which is of classification
+    assert model_keys(config).keys() == of_all | of_mae | of_options
+    assert model_keys(run_config("mae")).keys() == of_all | of_mae  # as a checkpoint from before the options has it
     for objective in ("classification", "multitask"):
         assert model_keys(run_config(objective)).keys() == of_all | {"model.num_labels"}
     assert model_keys(run_config("simmim")).keys() == of_all
@@ -227,7 +245,9 @@ def test_model_keys_are_what_the_weights_depend_on() -> None:
         (True, {"id2label": ("tabby", "dog")}), (True, {"init_from": "folder"}), (True, {"patch_size": (8, 8)}),
         (False, {"hidden_act": "gelu"}), (False, {"layer_norm_eps": 1e-6}), (False, {"num_attention_heads": 8}),
         (False, {"position_embeddings": "learned"}), (False, {"image_size": (64, 32)}),
-        (False, {"num_labels": 3, "id2label": None}),
+        (False, {"num_labels": 3, "id2label": None}), (False, {"rope_theta": None}), (False, {"qk_norm": False}),
+        (False, {"num_register_tokens": 0}), (False, {"swiglu": False}), (False, {"use_cls_token": True}),
+        (True, {"fc_norm": False}), (True, {"problem_type": None}),
     ],
 )  # fmt: skip
 def test_model_keys_differ_where_the_weights_would(free: bool, change: dict[str, Any]) -> None:
@@ -246,6 +266,32 @@ def test_parameter_counts(size: str, millions: float) -> None:
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
 
 
+@pytest.mark.parametrize(("size", "millions"), [("B", 86), ("L", 307), ("H", 632)])
+def test_published_parameter_counts(size: str, millions: float) -> None:
+    """Dosovitskiy et al. 2021, table 1, with a head of ImageNet's 1,000 classes; and transformers', to the last one."""
+    with torch.device("meta"):
+        model = ViTForImageClassification(ViTConfig(**preset(size), num_labels=1000))
+        theirs = transformers.ViTForImageClassification(transformers.ViTConfig(**preset(size), num_labels=1000))
+    count = sum(p.numel() for p in model.parameters())
+    assert count / 1e6 == pytest.approx(millions, rel=0.01)
+    assert count == sum(p.numel() for p in theirs.parameters())
+
+
+@pytest.mark.parametrize(("size", "shape", "millions"), [
+    ("low", (256, 6, 8, 224), 5.0), ("medium", (768, 12, 12, 224), 85.8), ("high", (1024, 24, 16, 384), 303.7),
+])  # fmt: skip
+def test_tiers_of_resources(size: str, shape: tuple[int, ...], millions: float) -> None:
+    config = ViTConfig(**preset(size))
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.image_size) == shape
+    with torch.device("meta"):
+        model = ViTModel(config, add_pooling_layer=False)
+    width, layers, _, side = shape
+    patch, block = 3 * 256 * width + width, 12 * width**2 + 13 * width
+    by_hand = patch + (2 + (side // 16) ** 2) * width + layers * block + 2 * width
+    assert sum(p.numel() for p in model.parameters()) == by_hand
+    assert by_hand / 1e6 == pytest.approx(millions, abs=0.06)
+
+
 @pytest.mark.parametrize(("size", "millions"), [("B", 111.91), ("L", 329.54), ("H", 657.07)])
 def test_parameter_counts_of_mae(size: str, millions: float) -> None:
     """mmpretrain's table (configs/mae), which counts the fixed positions in."""
@@ -255,11 +301,14 @@ def test_parameter_counts_of_mae(size: str, millions: float) -> None:
     assert values / 1e6 == pytest.approx(millions, abs=0.006)
 
 
+@pytest.mark.parametrize(("options", "tokens"), [
+    ({}, 33), ({**EVERY_OPTION, "position_embeddings": "learned"}, 32), ({"num_register_tokens": 2}, 33),
+])  # fmt: skip
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_flops_are_what_torch_counts(objective: str) -> None:
+def test_flops_are_what_torch_counts(objective: str, options: dict[str, Any], tokens: int) -> None:
     sizes = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 40}
     with torch.device("meta"):
-        model = build_model(run_config(objective, **sizes, image_size=(32, 64), patch_size=8, num_labels=7))
+        model = build_model(run_config(objective, **sizes, image_size=(32, 64), patch_size=8, num_labels=7, **options))
     initialize(model, 0)
     batch = inputs(model, n=2)
     with FlopCounterMode(display=False) as counter:
@@ -267,7 +316,7 @@ def test_flops_are_what_torch_counts(objective: str) -> None:
         model.eval()(**batch, output_attentions=True)
     counted = counter.get_total_flops()
     if objective == "mae":  # whose decoder has no eager path
-        tokens, width, layers = 33, 512, 8
+        width, layers = 512, 8
         counted += 2 * layers * 2 * 2 * tokens * tokens * width
     assert counted == 2 * model.forward_flops()
     assert model.flops_per_image() == 3 * model.forward_flops()

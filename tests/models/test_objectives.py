@@ -97,6 +97,9 @@ def test_multitask_is_both_losses_on_one_forward() -> None:
     assert torch.allclose(output.metrics["classification_loss"], classification, rtol=1e-5)
     assert torch.allclose(output.loss, 2 * output.metrics["mim_loss"] + 0.5 * classification, rtol=1e-5)
     assert output.metrics["labelled"] == 0.5
+    features = output.last_hidden_state  # which both heads saw
+    assert torch.equal(model.classifier(features[:, 0]), output.logits)
+    assert torch.equal(model.decode(features, batch["pixel_values"]), output.reconstruction)
     right = sum(int(output.logits[i].argmax() == label) for i, label in ((0, 1), (2, 0), (5, 4)))
     assert math.isclose(output.metrics["correct"].item(), right / 6, rel_tol=1e-6)
     assert not any(value.requires_grad for value in output.metrics.values())

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
-import pickle
+from typing import Any
 
 import pytest
 import torch
 
-from tests.models.shapes import TINY, TRAINABLE, inputs, tiny
+from tests.models.shapes import OPTION_SETS, TINY, TRAINABLE, inputs, tiny
 from vitscale import rng
-from vitscale.errors import ConfigError, DataError
+from vitscale.errors import DataError
 from vitscale.models.configuration import ViTConfig
-from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
+from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.simmim import ViTForMaskedImageModeling
 from vitscale.models.vit import ViTLayer, ViTModel, ViTPreTrainedModel, drop_path_scales
 
 every_trainable = pytest.mark.parametrize("model_class", TRAINABLE, ids=lambda c: c.__name__)
+every_option = pytest.mark.parametrize("options", OPTION_SETS.values(), ids=OPTION_SETS.keys())
 
 
 def gradients(model: ViTPreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -25,16 +26,18 @@ def gradients(model: ViTPreTrainedModel, batch: dict[str, torch.Tensor]) -> dict
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+@every_option
 @every_trainable
-def test_every_parameter_gets_a_gradient(model_class: type[ViTPreTrainedModel]) -> None:
+def test_every_parameter_gets_a_gradient(model_class: type[ViTPreTrainedModel], options: dict[str, Any]) -> None:
     """So that DDP needs no search for unused ones."""
-    model = tiny(model_class)
+    model = tiny(model_class, **options)
     assert all(torch.isfinite(g).all() for g in gradients(model, inputs(model)).values())
 
 
+@every_option
 @every_trainable
-def test_checkpointing_changes_nothing(model_class: type[ViTPreTrainedModel]) -> None:
-    model = tiny(model_class, drop_path_rate=0.3)
+def test_checkpointing_changes_nothing(model_class: type[ViTPreTrainedModel], options: dict[str, Any]) -> None:
+    model = tiny(model_class, drop_path_rate=0.3, **options)
     batch = inputs(model)
     plain = gradients(model, batch)
     model.gradient_checkpointing_enable()
@@ -45,10 +48,13 @@ def test_checkpointing_changes_nothing(model_class: type[ViTPreTrainedModel]) ->
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
+@every_option
 @every_trainable
-def test_training_step_is_a_function_of_the_samples(model_class: type[ViTPreTrainedModel]) -> None:
+def test_training_step_is_a_function_of_the_samples(
+    model_class: type[ViTPreTrainedModel], options: dict[str, Any]
+) -> None:
     """Loss of a batch = mean of its halves' losses, drop path and masks on: no rank matters."""
-    model = tiny(model_class, drop_path_rate=0.4).double()
+    model = tiny(model_class, drop_path_rate=0.4, **options).double()
     batch = inputs(model)
     torch.manual_seed(1)
     whole = model(**batch).loss
@@ -86,22 +92,25 @@ def test_evaluation_drops_nothing() -> None:
     assert torch.equal(model(**batch).last_hidden_state, plain(**batch).last_hidden_state)
 
 
-def test_eager_attention_agrees_with_the_fused_one() -> None:
-    model = tiny(ViTModel).eval()
+@pytest.mark.parametrize(("options", "tokens"), [*zip(OPTION_SETS.values(), (17, 19, 19), strict=True)])
+def test_eager_attention_agrees_with_the_fused_one(options: dict[str, Any], tokens: int) -> None:
+    model = tiny(ViTModel, **options).eval()
     batch = inputs(model)
     fused = model(**batch)
     eager = model(**batch, output_attentions=True, output_hidden_states=True)
     assert torch.allclose(fused.last_hidden_state, eager.last_hidden_state, atol=1e-6)
-    assert [tuple(a.shape) for a in eager.attentions] == [(6, 2, 17, 17)] * 3
-    assert torch.allclose(eager.attentions[0].sum(-1), torch.ones(6, 2, 17))
+    assert [tuple(a.shape) for a in eager.attentions] == [(6, 2, tokens, tokens)] * 3
+    assert torch.allclose(eager.attentions[0].sum(-1), torch.ones(6, 2, tokens))
+    assert eager.last_hidden_state.shape == (6, tokens, 16)
     assert len(eager.hidden_states) == 4
     assert fused.attentions is None
     assert fused.hidden_states is None
 
 
+@every_option
 @every_trainable
-def test_bf16_keeps_losses_in_float32(model_class: type[ViTPreTrainedModel]) -> None:
-    model = tiny(model_class, drop_path_rate=0.2)
+def test_bf16_keeps_losses_in_float32(model_class: type[ViTPreTrainedModel], options: dict[str, Any]) -> None:
+    model = tiny(model_class, drop_path_rate=0.2, **options)
     batch = inputs(model)
     exact = model(**batch).loss
     seen = []
@@ -116,23 +125,12 @@ def test_bf16_keeps_losses_in_float32(model_class: type[ViTPreTrainedModel]) -> 
     assert torch.allclose(low, exact, rtol=0.02)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_blocks_compile_whole() -> None:
-    """No graph break in a block, with drop path on, forward and backward."""
-    torch._dynamo.reset()
-    model = tiny(ViTForMaskedImageModeling, drop_path_rate=0.5, num_hidden_layers=2)
-    batch = inputs(model)
-    expected = gradients(model, batch)
-    for block in model.blocks():
-        block.compile(backend="aot_eager", fullgraph=True)
-    found = gradients(model, batch)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    assert all(torch.allclose(expected[name], found[name], atol=1e-6) for name in expected)
-
-
-@pytest.mark.parametrize("positions", ["learned", "sincos"])
-def test_other_image_sizes(positions: str) -> None:
-    model = tiny(ViTModel, position_embeddings=positions).eval()
+@pytest.mark.parametrize("positions", [
+    {}, {"position_embeddings": "sincos"}, {"position_embeddings": "none", "rope_theta": 100.0},
+    {"use_cls_token": False, "pooling": "mean", "num_register_tokens": 1},
+])  # fmt: skip
+def test_other_image_sizes(positions: dict[str, Any]) -> None:
+    model = tiny(ViTModel, **positions).eval()
     for size in ((16, 16), (8, 12), (32, 20)):
         pixels = torch.randn(2, 3, *size)
         tokens = model(pixels, interpolate_pos_encoding=True).last_hidden_state
@@ -149,47 +147,10 @@ def test_wrong_input_is_told() -> None:
         model(torch.randn(2, 3, 16, 16))
     with pytest.raises(DataError, match="mask token"):
         model(torch.randn(2, 3, 16, 16), torch.zeros(2, 16, dtype=torch.bool))
+    with pytest.raises(DataError, match=r"bool_masked_pos of shape \(2, 15\): must be \(2, 16\)"):
+        tiny(ViTForMaskedImageModeling)(torch.randn(2, 3, 16, 16), torch.zeros(2, 15, dtype=torch.bool))
     with pytest.raises(TypeError, match="output_attention"):
         model.eval()(torch.randn(2, 3, 16, 16), output_attention=True)
-
-
-@pytest.mark.parametrize("keys", [
-    {"image_size": 30}, {"image_size": (16, 18)}, {"num_attention_heads": 3}, {"hidden_act": "gelo"},
-    {"position_embeddings": "rope"}, {"hidden_size": 18, "position_embeddings": "sincos"},
-    {"drop_path_rate": 1.0}, {"problem_type": "regression"},
-])  # fmt: skip
-def test_impossible_configs(keys: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match="must be"):
-        ViTModel(ViTConfig(**TINY | keys))
-
-
-def test_config_goes_through_json() -> None:
-    config = ViTConfig(**TINY | {"image_size": (16, 32), "num_labels": 7, "drop_path_rate": 0.1})
-    assert ViTConfig.from_dict(config.to_dict()) == config
-    named = ViTConfig.from_dict({"id2label": {"0": "cat", "1": "dog", "2": "cow"}, "transformers_version": "5.0"})
-    assert named.num_labels == 3
-    assert named.to_dict()["label2id"] == {"cat": 0, "dog": 1, "cow": 2}
-    with pytest.raises(ConfigError, match="use_rope"):
-        ViTConfig.from_dict({"use_rope": True})
-    with pytest.raises(ConfigError, match="vit_mae"):
-        ViTMAEConfig.from_dict(config.to_dict())
-    with pytest.raises(ConfigError, match="needs a ViTMAEConfig"):
-        ViTMAEForPreTraining(config)
-
-
-def test_output_is_a_dict_with_attributes() -> None:
-    model = tiny(ViTForMaskedImageModeling)
-    output = model(**inputs(model))
-    assert output.loss is output["loss"]
-    assert isinstance(output, dict)
-    assert output.attentions is None
-    assert "attentions" not in output
-    with pytest.raises(AttributeError, match="logit"):
-        _ = output.logit
-    rebuilt = type(output)(dict(output))  # as accelerate does
-    assert rebuilt.loss is output.loss
-    detached = type(output)(reconstruction=output.reconstruction.detach(), metrics={})
-    assert torch.equal(pickle.loads(pickle.dumps(detached)).reconstruction, detached.reconstruction)
 
 
 def test_fixed_positions_are_no_state() -> None:

@@ -89,13 +89,17 @@ def _check_model(config: RunConfig) -> None:
             )
     if model.encoder_stride is not None and pair(model.patch_size) != pair(model.encoder_stride):
         raise ConfigError(
-            f"model.encoder_stride={model.encoder_stride}: must be the (square) model.patch_size={model.patch_size}; "
+            f"model.encoder_stride={model.encoder_stride}: must be model.patch_size={model.patch_size}; "
             "set model.encoder_stride=null"
         )
     if model.hidden_size % model.num_attention_heads:
         raise ConfigError(
             f"model.hidden_size={model.hidden_size}: must be a multiple of "
             f"model.num_attention_heads={model.num_attention_heads}"
+        )
+    if not model.use_cls_token and model.pooling != "mean":
+        raise ConfigError(
+            f"model.use_cls_token=false: leaves model.pooling={model.pooling} nothing to take; set model.pooling=mean"
         )
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         if getattr(model, name) > 0:
@@ -120,19 +124,67 @@ def _check_objective(config: RunConfig) -> None:
         _check_simmim(config)
     if name == "mae":
         _check_mae(config)
-    widths = {"model.hidden_size": config.model.hidden_size}
+    _check_positions(config)
+    if config.objective.needs_labels:
+        _check_labels(config)
+
+
+def _check_positions(config: RunConfig) -> None:
+    model, mae, name = config.model, config.objective.mae, config.objective.name
+    widths = {"model.": (model.hidden_size, model.num_attention_heads)}
     if name == "mae":
-        widths["objective.mae.decoder_hidden_size"] = config.objective.mae.decoder_hidden_size
-    positions = config.model.position_embeddings
-    sincos = positions == "sincos" or (positions == "auto" and name == "mae")
-    for key, width in widths.items():
+        widths["objective.mae.decoder_"] = (mae.decoder_hidden_size, mae.decoder_num_attention_heads)
+    sincos = model.position_embeddings == "sincos" or (model.position_embeddings == "auto" and name == "mae")
+    for section, (width, heads) in widths.items():
         if sincos and width % 4:
-            raise ConfigError(f"{key}={width}: must be a multiple of 4 for sin-cos position embeddings")
-    if config.objective.needs_labels and config.model.num_labels < 1:
+            raise ConfigError(f"{section}hidden_size={width}: must be a multiple of 4 for sin-cos position embeddings")
+        if model.rope_theta is not None and (width // heads) % 4:
+            raise ConfigError(
+                f"model.rope_theta={model.rope_theta}: turns heads whose width is a multiple of 4, not "
+                f"{section}hidden_size={width} / {section}num_attention_heads={heads}; set model.rope_theta=null"
+            )
+    if name != "classification" and model.position_embeddings == "none" and model.rope_theta is None:
         raise ConfigError(
-            f"model.num_labels={config.model.num_labels}: objective.name={name} needs at least 1; "
+            f"model.position_embeddings=none: objective.name={name} must know where the patches are that it predicts; "
+            "set model.position_embeddings=auto"
+        )
+
+
+def _check_labels(config: RunConfig) -> None:
+    model, name, smoothing = config.model, config.objective.name, config.objective.classification.label_smoothing
+    if model.num_labels < 1:
+        raise ConfigError(
+            f"model.num_labels={model.num_labels}: objective.name={name} needs at least 1; "
             "set it to the number of classes"
         )
+    single = "single_label_classification"
+    if model.problem_type not in ((None, single) if name == "multitask" else (None, single, "regression")):
+        # A shard has one whole number a sample; ViTForImageClassification itself knows all kinds.
+        raise ConfigError(
+            f"model.problem_type={model.problem_type}: is not what objective.name={name} can train, from one whole "
+            f"number a sample; set model.problem_type={single}"
+        )
+    if model.problem_type == single and model.num_labels == 1:
+        raise ConfigError(
+            f"model.num_labels=1: model.problem_type={single} needs 2 or more; two classes are model.num_labels=2"
+        )
+    if not has_classes(config) and model.num_labels != 1:
+        raise ConfigError(
+            f"model.num_labels={model.num_labels}: a sample has one number for model.problem_type=regression; "
+            "set model.num_labels=1"
+        )
+    if not has_classes(config) and smoothing:
+        raise ConfigError(
+            f"objective.classification.label_smoothing={smoothing}: there are no classes in a regression; "
+            "set objective.classification.label_smoothing=0"
+        )
+
+
+def has_classes(config: RunConfig) -> bool:
+    """Whether labels are numbers of classes: not in a regression, told as transformers does."""
+    model, name = config.model, config.objective.name
+    regression = model.problem_type == "regression" or (model.problem_type is None and model.num_labels == 1)
+    return name == "multitask" or (name == "classification" and not regression)
 
 
 def _check_grid(config: RunConfig) -> None:
@@ -148,13 +200,6 @@ def _check_grid(config: RunConfig) -> None:
 
 def _check_simmim(config: RunConfig) -> None:
     simmim, (rows, columns), cell = config.objective.simmim, grid(config.model), mask_patch(config)
-    height, width = pair(config.model.patch_size)
-    if height != width:
-        # transformers' decoder has one stride: a folder with two could not be opened there.
-        raise ConfigError(
-            f"model.patch_size={config.model.patch_size}: must be square for "
-            f"objective.name={config.objective.name}; set model.patch_size={math.gcd(height, width)}"
-        )
     if rows % cell or columns % cell:
         raise ConfigError(
             f"objective.simmim.mask_patch={cell}: must divide the {rows}x{columns} grid of patches; "

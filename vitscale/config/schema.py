@@ -15,6 +15,9 @@ from vitscale.errors import ConfigError
 OBJECTIVES = ("mae", "simmim", "classification", "multitask")
 PRECISIONS = ("fp32", "bf16")
 DECODERS = ("auto", "nvimgcodec", "simplejpeg", "pillow")
+POSITIONS = ("learned", "sincos", "none")
+POOLINGS = ("cls", "mean")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")  # those of models/vit.py
 
 
@@ -42,7 +45,7 @@ class Run:
 class Model:
     """Keys of models.configuration.ViTConfig; `preset` gives the sizes that are not written here."""
 
-    preset: str | None = None  # Ti, S, B, L, H, g or G
+    preset: str | None = None  # Ti, S, B, L, H, g, G, or by resources: low, medium, high
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
@@ -57,13 +60,23 @@ class Model:
     patch_size: int | tuple[int, int] = 16
     num_channels: int = 3
     qkv_bias: bool = True
-    encoder_stride: int | None = None  # transformers' name for what SimMIM's decoder needs: the patch size, as null is
+    encoder_stride: int | tuple[int, int] | None = None  # transformers' name for what SimMIM's decoder needs: the
+    # patch size, as null is
     pooler_output_size: int | None = None  # the pooler is transformers' and in no objective: its keys are handed on
     pooler_act: str = "tanh"
-    position_embeddings: str = "auto"  # learned, sincos, or auto: sincos for mae, else learned
+    use_cls_token: bool = True
+    num_register_tokens: int = 0  # tokens that belong to no patch, beside the class token
+    position_embeddings: str = "auto"  # learned, sincos, none, or auto: sincos for mae, else learned
+    rope_theta: float | None = None  # rotary positions of patches with this base (DINOv3: 100); null: none
+    layer_scale_init_value: float | None = None  # what both branches of a block are scaled by at first; null: not
+    qk_norm: bool = False  # a layer norm of every head's query and key
+    swiglu: bool = False  # MLPs that gate with SiLU; hidden_act is not used then
+    pooling: str = "cls"  # what the classifier sees: cls, or the mean of patch tokens
+    fc_norm: bool = False  # the last norm stands after the pooling, none before; of objective classification only
     num_labels: int = 1000  # where id2label is written, as many as it names
     id2label: tuple[str, ...] | None = None  # the classes' names: a list, or a mapping from 0, 1, ...
-    problem_type: str | None = None  # single_label_classification, the only kind there is
+    problem_type: str | None = None  # regression, single_label_classification (the only one of multitask),
+    # multi_label_classification, or null: regression where num_labels is 1, else single-label
     init_from: str | None = None  # a saved model folder whose weights a fresh run starts from
 
     def __post_init__(self) -> None:
@@ -73,9 +86,10 @@ class Model:
         for name in ("image_size", "patch_size"):
             size = getattr(self, name)
             _require(min(size if isinstance(size, tuple) else (size,)) > 0, f"model.{name}", size, "above 0")
-        for name in ("encoder_stride", "pooler_output_size"):
-            value = getattr(self, name)
-            _require(value is None or value > 0, f"model.{name}", value, "above 0 or null")
+        stride, pooled = self.encoder_stride, self.pooler_output_size
+        positive = stride is None or min(stride if isinstance(stride, tuple) else (stride,)) > 0
+        _require(positive, "model.encoder_stride", stride, "above 0 or null")
+        _require(pooled is None or pooled > 0, "model.pooler_output_size", pooled, "above 0 or null")
         for name in ("hidden_act", "pooler_act"):
             _one_of(f"model.{name}", getattr(self, name), ACTIVATIONS)
         _require(self.num_labels >= 0, "model.num_labels", self.num_labels, "0 (features only) or more")
@@ -84,11 +98,16 @@ class Model:
             _require(named > 0, "model.id2label", self.id2label, "the names of one class or more, or null")
             rule = f"{named}, as many as model.id2label names"
             _require(self.num_labels == named, "model.num_labels", self.num_labels, rule)
-        kinds = (None, "single_label_classification")
-        _require(self.problem_type in kinds, "model.problem_type", self.problem_type, f"{kinds[1]} or null")
+        kind = self.problem_type
+        _require(kind is None or kind in PROBLEM_TYPES, "model.problem_type", kind,
+                 f"one of {', '.join(PROBLEM_TYPES)}, or null")  # fmt: skip
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             _require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "in [0, 1)")
-        _one_of("model.position_embeddings", self.position_embeddings, ("auto", "learned", "sincos"))
+        _one_of("model.position_embeddings", self.position_embeddings, ("auto", *POSITIONS))
+        _one_of("model.pooling", self.pooling, POOLINGS)
+        tokens, theta = self.num_register_tokens, self.rope_theta
+        _require(tokens >= 0, "model.num_register_tokens", tokens, "0 or more")
+        _require(theta is None or theta > 0, "model.rope_theta", theta, "above 0 or null")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from vitscale import rng
 from vitscale.config.check import mask_patch, pair
 from vitscale.config.schema import MAE, RunConfig
 from vitscale.models.classification import ViTForImageClassification
-from vitscale.models.configuration import ViTConfig
+from vitscale.models.configuration import OPTIONS, ViTConfig
 from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
 from vitscale.models.multitask import ViTForMultitaskPreTraining
 from vitscale.models.positions import fill_fixed_positions
@@ -37,16 +37,16 @@ CLASSES: dict[str, type[ViTPreTrainedModel]] = {
 FREE_KEYS = frozenset({
     "hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "initializer_range",
     "mask_ratio", "mask_patch", "label_smoothing", "mim_weight", "classification_weight",
-    "pooler_output_size", "pooler_act", "encoder_stride", "id2label", "problem_type",
+    "pooler_output_size", "pooler_act", "encoder_stride", "id2label", "label2id", "problem_type",
 })  # fmt: skip
 
 
 def vit_config(config: RunConfig) -> ViTConfig:
     """The ViTConfig of a run: its `model` section and its objective's keys."""
     model, objective = config.model, config.objective
-    elsewhere = {"position_embeddings", "num_labels", "id2label", "problem_type"}
+    elsewhere = {"position_embeddings", "num_labels", "id2label", "problem_type", "fc_norm"}
     keys = _values(model, {item.name for item in fields(ViTConfig)} - elsewhere)
-    keys["encoder_stride"] = model.encoder_stride or pair(model.patch_size)[0]  # SimMIM refuses any but a square
+    keys["encoder_stride"] = pair(model.patch_size)[0]  # of SimMIM alone, see below
     if model.position_embeddings != "auto":  # else the config class knows
         keys["position_embeddings"] = model.position_embeddings
     if objective.name == "mae":
@@ -56,7 +56,9 @@ def vit_config(config: RunConfig) -> ViTConfig:
         keys |= {"num_labels": model.num_labels, "id2label": names, "problem_type": model.problem_type}
         keys |= _values(objective.classification)
     if objective.name in ("simmim", "multitask"):
-        keys |= {**_values(objective.simmim), "mask_patch": mask_patch(config)}
+        keys |= {**_values(objective.simmim), "mask_patch": mask_patch(config), "encoder_stride": model.patch_size}
+    if objective.name == "classification":
+        keys["fc_norm"] = model.fc_norm
     if objective.name == "multitask":
         keys |= _values(objective.multitask)
     return ViTConfig(**keys)
@@ -66,15 +68,18 @@ def model_keys(config: RunConfig) -> dict[str, Any]:
     """What the weights of a run depend on: {dotted config key: value as JSON has it}.
 
     The objective's name and every key of its `vit_config` but FREE_KEYS, with the value that it came
-    to (`position_embeddings` is learned or sincos, sizes are those of the preset; a size that is no
-    square is a list). Between two starts of a run these must be equal: with another value the tensors
-    have other shapes, or the same numbers mean something else.
+    to (`position_embeddings` is learned, sincos or none, sizes are those of the preset; a size that is
+    no square is a list); an option of OPTIONS only where it is on. Between two starts of a run these
+    must be equal: with another value the tensors have other shapes, or the same numbers mean something
+    else.
     """
     left_out = FREE_KEYS if config.objective.needs_labels else FREE_KEYS | {"num_labels"}
     of_mae = {item.name for item in fields(MAE)}
     described: dict[str, Any] = {"objective.name": config.objective.name}
-    for name, value in _values(vit_config(config)).items():
-        if name not in left_out:
+    of_run = vit_config(config)
+    off = {name for name, usual in OPTIONS.items() if getattr(of_run, name) == usual}
+    for name, value in _values(of_run).items():
+        if name not in left_out | off:
             section = "objective.mae" if name in of_mae else "model"
             described[f"{section}.{name}"] = list(value) if isinstance(value, tuple) else value
     return described
@@ -117,6 +122,9 @@ def initialize(model: ViTPreTrainedModel, seed: int) -> None:
                 parameter.fill_(1.0 if name == "weight" else 0.0)
             elif name == "bias":
                 parameter.zero_()
+            elif name.startswith("layer_scale"):
+                assert model.config.layer_scale_init_value is not None
+                parameter.fill_(model.config.layer_scale_init_value)
             else:
                 draw = draw_matrix if isinstance(module, (nn.Linear, nn.Conv2d)) else draw_token
                 draw(parameter, std, generator)

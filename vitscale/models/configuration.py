@@ -6,20 +6,28 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
 from vitscale.config.check import pair
+from vitscale.config.schema import POOLINGS, POSITIONS, PROBLEM_TYPES
 from vitscale.errors import ConfigError
+from vitscale.models.pretrained_mixin import PretrainedConfigMixin
 
 Size = int | tuple[int, int]
 
 # What transformers writes beside a model's own keys; none of it changes what a ViT computes.
 GENERIC_KEYS = {"model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "vitscale_version"}
-GENERIC_KEYS |= {"label2id", "return_dict", "output_attentions", "output_hidden_states", "use_cache"}
+GENERIC_KEYS |= {"return_dict", "output_attentions", "output_hidden_states", "use_cache"}
+
+# Our keys that change what a model computes, and their defaults: what transformers' ViT has.
+OPTIONS: dict[str, Any] = {
+    "use_cls_token": True, "num_register_tokens": 0, "rope_theta": None, "layer_scale_init_value": None,
+    "qk_norm": False, "swiglu": False, "pooling": "cls", "fc_norm": False,
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)
-class ViTConfig:
-    """The shape of a ViT. Keys down to `num_labels` are transformers' ViTConfig's, with its defaults.
+class ViTConfig(PretrainedConfigMixin):
+    """The shape of a ViT. Keys down to `problem_type` are transformers' ViTConfig's, with its defaults.
 
-    Raises ConfigError for values that no ViT can have.
+    Every key after them is off by default. Raises ConfigError for values that no ViT can have.
     """
 
     model_type: ClassVar[str] = "vit"
@@ -27,6 +35,7 @@ class ViTConfig:
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads; stays what it was where heads are pruned
     intermediate_size: int = 3072
     hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.0
@@ -37,15 +46,25 @@ class ViTConfig:
     patch_size: Size = 16
     num_channels: int = 3
     qkv_bias: bool = True
-    encoder_stride: int = 16  # SimMIM's decoder: pixels a side that a token becomes; the patch size
+    encoder_stride: Size = 16  # SimMIM's decoder: pixels that a token becomes; the patch size
     pooler_output_size: int | None = None  # None: hidden_size
     pooler_act: str = "tanh"
-    num_labels: int = 2
+    num_labels: int = 2  # 0: features, no classifier
     id2label: dict[int, str] | None = None  # the classes' names; their number is num_labels
-    problem_type: str | None = None
+    label2id: dict[str, int] | None = None  # the way back; follows from id2label where it is not given
+    problem_type: str | None = None  # one of PROBLEM_TYPES; None: told from num_labels and the labels
+
+    use_cls_token: bool = True
+    num_register_tokens: int = 0  # tokens that belong to no patch (Darcet et al. 2024, arXiv 2309.16588)
+    position_embeddings: str = "learned"  # "sincos", which is fixed, or "none"
+    rope_theta: float | None = None  # rotary positions of patches with this base, as DINOv3; its own is 100
+    layer_scale_init_value: float | None = None  # what both branches of a block are scaled by (arXiv 2103.17239)
+    qk_norm: bool = False  # a layer norm of every head's query and key (arXiv 2302.05442)
+    swiglu: bool = False  # fc2(silu(a) * b), a and b the halves of fc1 (arXiv 2002.05202); hidden_act is not used
+    pooling: str = "cls"  # what the classifier and the pooler see: the class token, or the "mean" of patch tokens
+    fc_norm: bool = False  # the last norm stands after the pooling, none before; classification only, as timm
 
     drop_path_rate: float = 0.0  # of the last block; grows linearly from 0 at the first
-    position_embeddings: str = "learned"  # or "sincos", which is fixed
     mask_ratio: float = 0.6  # share of what is hidden, of cells (SimMIM) or patches (MAE)
     mask_patch: int = 2  # side of SimMIM's cells, in patches
     label_smoothing: float = 0.0
@@ -54,25 +73,88 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         self.image_size, self.patch_size = _size(self.image_size), _size(self.patch_size)
+        self.encoder_stride = _size(self.encoder_stride)
+        if self.label2id is not None:
+            self.label2id = {name: int(number) for name, number in self.label2id.items()}
+            if self.id2label is None:
+                self.id2label = {number: name for name, number in self.label2id.items()}
         if self.id2label is not None:
             self.id2label = {int(number): name for number, name in self.id2label.items()}
             self.num_labels = len(self.id2label)
+            if self.label2id is None:
+                self.label2id = {name: number for number, name in self.id2label.items()}
         self._check()
 
     def _check(self) -> None:
         for side, patch in zip(pair(self.image_size), pair(self.patch_size), strict=True):
             if patch < 1 or side < patch or side % patch:
                 refuse("image_size", self.image_size, f"a multiple of patch_size={self.patch_size}")
-        if self.hidden_size % self.num_attention_heads:
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
+            if getattr(self, name) < 1:
+                refuse(name, getattr(self, name), "1 or more")
+        if self.head_dim is not None and self.head_dim < 1:
+            refuse("head_dim", self.head_dim, "1 or more, or None")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             refuse("hidden_size", self.hidden_size, f"a multiple of num_attention_heads={self.num_attention_heads}")
-        if self.position_embeddings not in ("learned", "sincos"):
-            refuse("position_embeddings", self.position_embeddings, "learned or sincos")
+        for name, choices in (("position_embeddings", POSITIONS), ("pooling", POOLINGS)):
+            if getattr(self, name) not in choices:
+                refuse(name, getattr(self, name), f"one of {', '.join(choices)}")
         if self.position_embeddings == "sincos" and self.hidden_size % 4:
             refuse("hidden_size", self.hidden_size, "a multiple of 4 for sincos position embeddings")
         if not 0 <= self.drop_path_rate < 1:
             refuse("drop_path_rate", self.drop_path_rate, "in [0, 1)")
-        if self.problem_type not in (None, "single_label_classification"):
-            refuse("problem_type", self.problem_type, "single_label_classification, the only kind there is")
+        if self.num_labels < 0:
+            refuse("num_labels", self.num_labels, "0 (features only) or more")
+        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
+            refuse("problem_type", self.problem_type, f"one of {', '.join(PROBLEM_TYPES)}, or None")
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            refuse("num_labels", 1, "2 or more for single_label_classification, as in transformers")
+        if self.label_smoothing and self.problem_type not in (None, "single_label_classification"):
+            refuse("label_smoothing", self.label_smoothing, f"0 for problem_type={self.problem_type}")
+        self._check_options()
+
+    def _check_options(self) -> None:
+        if self.num_register_tokens < 0:
+            refuse("num_register_tokens", self.num_register_tokens, "0 or more")
+        if not self.use_cls_token and self.pooling != "mean":
+            refuse("pooling", self.pooling, "mean where use_cls_token=False")
+        if self.rope_theta is not None:
+            if self.head_dim is not None and self.head_dim % 4:
+                refuse("head_dim", self.head_dim, "a multiple of 4 for rope_theta")
+            if self.head_dim is None:
+                check_rope("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+            if self.rope_theta <= 0:
+                refuse("rope_theta", self.rope_theta, "above 0, or None")
+
+    @property
+    def beyond_transformers(self) -> list[str]:
+        """The keys that are set to what transformers' model of this kind cannot express."""
+        keys = [name for name, usual in OPTIONS.items() if getattr(self, name) != usual]
+        if self.position_embeddings == "none":
+            keys.append("position_embeddings")
+        if isinstance(self.encoder_stride, tuple):
+            keys.append("encoder_stride")
+        return keys
+
+    @property
+    def saved_model_type(self) -> str:
+        """model_type on disk: one that transformers does not know where it would misread the model."""
+        return f"vitscale_{self.model_type}" if self.beyond_transformers else self.model_type
+
+    @property
+    def head_width(self) -> int:
+        """Of a head's query, key and value."""
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def attention_width(self) -> int:
+        """Of all heads' queries together, and of keys and values: hidden_size unless heads were pruned."""
+        return self.num_attention_heads * self.head_width
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before those of the patches: the class token and the registers."""
+        return int(self.use_cls_token) + self.num_register_tokens
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -96,10 +178,9 @@ class ViTConfig:
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         if self.id2label is not None:
             values["id2label"] = {str(number): name for number, name in self.id2label.items()}
-            values["label2id"] = {name: number for number, name in self.id2label.items()}
             del values["num_labels"]
         present = {name: value for name, value in values.items() if value is not None}
-        return {"model_type": self.model_type, **present}
+        return {"model_type": self.saved_model_type, **present}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Self:
@@ -108,8 +189,9 @@ class ViTConfig:
         Raises ConfigError for another model_type and for keys that are not known, since they may
         change what the model computes.
         """
-        if content.get("model_type", cls.model_type) != cls.model_type:
-            raise ConfigError(f"model_type={content['model_type']!r}: must be {cls.model_type!r} for {cls.__name__}")
+        known = (cls.model_type, f"vitscale_{cls.model_type}")
+        if content.get("model_type", cls.model_type) not in known:
+            raise ConfigError(f"model_type={content['model_type']!r}: must be {' or '.join(known)} for {cls.__name__}")
         names = {item.name for item in fields(cls)}
         unknown = sorted(name for name in content.keys() - names - GENERIC_KEYS if not name.startswith("_"))
         if unknown:
@@ -126,3 +208,15 @@ def _size(value: Any) -> Size:
 def refuse(name: str, value: Any, rule: str) -> None:
     """Raise the ConfigError of a key."""
     raise ConfigError(f"{name}={value!r}: must be {rule}")
+
+
+def check_rope(width_key: str, width: int, heads_key: str, heads: int) -> None:
+    """Rotary positions turn pairs of features, half of them by the row and half by the column."""
+    if width // heads % 4:
+        refuse(width_key, width, f"{heads_key}={heads} times a multiple of 4 for rope_theta")
+
+
+def check_positions(config: ViTConfig, model: str) -> None:
+    """A model that predicts hidden patches must know where they are: else it says the same of all of them."""
+    if config.position_embeddings == "none" and config.rope_theta is None:
+        refuse("position_embeddings", "none", f"learned or sincos for {model}, or rope_theta set")

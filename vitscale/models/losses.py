@@ -2,21 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitscale.errors import DataError
+from vitscale.models.configuration import ViTConfig
 
-def masked_l1(pixel_values: Tensor, reconstruction: Tensor, bool_masked_pos: Tensor, patch: int) -> Tensor:
+# A user's own loss: (logits in float32, labels as given) -> one number.
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def masked_l1(pixel_values: Tensor, reconstruction: Tensor, bool_masked_pos: Tensor, patch: tuple[int, int]) -> Tensor:
     """SimMIM's loss: mean absolute error over the pixels and channels of hidden patches.
 
-    `pixel_values`, `reconstruction`: [n, channels, height, width]; `bool_masked_pos`: [n, patches].
+    `pixel_values`, `reconstruction`: [n, channels, height, width]; `bool_masked_pos`: [n, patches];
+    `patch`: (height, width) of one.
     """
     channels, height, width = pixel_values.shape[1:]
-    hidden = bool_masked_pos.view(-1, height // patch, width // patch)
-    hidden = hidden.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, None]
+    hidden = bool_masked_pos.view(-1, height // patch[0], width // patch[1])
+    hidden = hidden.repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2)[:, None]
     error = (pixel_values.float() - reconstruction.float()).abs()
     return (error * hidden).sum() / (hidden.sum() + 1e-5) / channels
+
+
+def problem_type(config: ViTConfig, labels: Tensor) -> str:
+    """What is predicted: as the config says, else told from num_labels and the labels' type, as transformers does."""
+    if config.problem_type is not None:
+        return config.problem_type
+    if config.num_labels == 1:
+        return "regression"
+    whole = labels.dtype in (torch.int64, torch.int32)
+    return "single_label_classification" if whole else "multi_label_classification"
+
+
+def classification_loss(config: ViTConfig, logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of `logits` [n, num_labels] by problem type.
+
+    regression: mean squared error, `labels` like logits or, of one number, [n];
+    single_label_classification: cross-entropy with config.label_smoothing, labels whole numbers [n];
+    multi_label_classification: binary cross-entropy, labels like logits, each in [0, 1].
+    Raises DataError for labels of another shape.
+    """
+    kind = problem_type(config, labels)
+    n, classes = logits.shape
+    shapes: list[tuple[int, ...]] = [(n,)] if kind == "single_label_classification" else [(n, classes)]
+    if kind == "regression" and classes == 1:
+        shapes.append((n,))
+    if tuple(labels.shape) not in shapes:
+        raise DataError(
+            f"labels of shape {tuple(labels.shape)}: must be {' or '.join(str(shape) for shape in shapes)} for "
+            f"{kind} of num_labels={classes}; problem_type of the config says which it is"
+        )
+    if kind == "single_label_classification":
+        return F.cross_entropy(logits.float(), labels.long(), label_smoothing=config.label_smoothing)
+    if kind == "regression":
+        return F.mse_loss(logits.float().view(labels.shape), labels.float())
+    return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
 
 
 def label_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:

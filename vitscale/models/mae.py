@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from vitscale.config.check import pair
 from vitscale.errors import DataError
 from vitscale.models import flops
-from vitscale.models.configuration import ViTConfig, refuse
+from vitscale.models.configuration import ViTConfig, check_positions, check_rope, refuse
 from vitscale.models.masking import mask_noise, random_masking
-from vitscale.models.outputs import MAEOutput
-from vitscale.models.positions import Positioned, interpolate_positions
+from vitscale.models.outputs import MAEOutput, can_return_tuple
+from vitscale.models.positions import Positioned, interpolate_positions, rotary_positions
 from vitscale.models.vit import ViTEncoder, ViTModel, ViTPreTrainedModel
 
 
@@ -35,12 +35,27 @@ class ViTMAEConfig(ViTConfig):
     def _check(self) -> None:
         super()._check()
         width, heads = self.decoder_hidden_size, self.decoder_num_attention_heads
+        if self.head_dim is not None:
+            refuse("head_dim", self.head_dim, "None: transformers gives it to the decoder's heads too")
         if width % heads:
             refuse("decoder_hidden_size", width, f"a multiple of decoder_num_attention_heads={heads}")
         if self.position_embeddings == "sincos" and width % 4:
             refuse("decoder_hidden_size", width, "a multiple of 4 for sincos position embeddings")
         if self.norm_pix_loss and self.patch_values < 2:
             refuse("norm_pix_loss", True, "false where a patch is a single number")
+        if self.visible_patches < 1:
+            refuse("mask_ratio", self.mask_ratio, f"such that one of {self.num_patches} patches stays visible")
+        if self.fc_norm:
+            refuse("fc_norm", True, "False: a masked autoencoder decodes tokens that are not pooled")
+        if self.rope_theta is not None:
+            check_rope("decoder_hidden_size", width, "decoder_num_attention_heads", heads)
+        check_positions(self, "a masked autoencoder")
+
+    @property
+    def beyond_transformers(self) -> list[str]:
+        """The same of transformers' ViTMAE: it has squares only, and nothing in it is pooled."""
+        keys = [name for name in super().beyond_transformers if name != "pooling"]
+        return keys + [name for name in ("image_size", "patch_size") if isinstance(getattr(self, name), tuple)]
 
     @property
     def visible_patches(self) -> int:
@@ -59,36 +74,53 @@ class ViTMAEConfig(ViTConfig):
 
 
 class ViTMAEDecoder(Positioned):
-    """The encoded visible patches, and a mask token for each hidden one, to the pixels of every patch."""
+    """The encoded visible patches, and a mask token for each hidden one, to the pixels of every patch.
 
-    decoder_pos_embed: Tensor  # [1, 1 + patches, decoder width]
+    Its blocks have the encoder's options (rotary positions, layer scale, ...). The class token goes
+    through it, as in MAE; register tokens, which stand for nothing, stay behind.
+    """
+
+    decoder_pos_embed: Tensor | None  # [1, class token + patches, decoder width]
 
     def __init__(self, config: ViTMAEConfig) -> None:
         super().__init__()
-        width = config.decoder_hidden_size
-        self.grid = config.grid
+        width, prefix = config.decoder_hidden_size, int(config.use_cls_token)
+        self.grid, self.rope_theta = config.grid, config.rope_theta
+        self.registers = slice(prefix, prefix + config.num_register_tokens)
+        self.head_width = config.decoder().head_width
         self.decoder_embed = nn.Linear(config.hidden_size, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.make_positions("decoder_pos_embed", config.position_embeddings, width, config.grid)
+        self.make_positions("decoder_pos_embed", config.position_embeddings, width, config.grid, prefix)
         self.transformer = ViTEncoder(config.decoder())
         self.decoder_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.decoder_pred = nn.Linear(width, config.patch_values)
 
-    def forward(self, latent: Tensor, ids_restore: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
-        """`latent`: [n, 1 + visible, width]; `ids_restore`: [n, patches]. Gives [n, patches, patch_values]."""
+    def forward(
+        self, latent: Tensor, ids_restore: Tensor, grid: tuple[int, int], interpolate_pos_encoding: bool = False
+    ) -> Tensor:
+        """`latent`: [n, tokens, width], the encoder's; `ids_restore`: [n, patches]; `grid`: patches along
+        (height, width). Gives [n, patches, patch_values]."""
+        prefix = self.registers.start
+        if self.registers.stop > prefix:
+            latent = torch.cat([latent[:, :prefix], latent[:, self.registers.stop :]], dim=1)
         x = self.decoder_embed(latent)
-        cls, visible = x[:, :1], x[:, 1:]
+        cls, visible = x[:, :prefix], x[:, prefix:]
         n, patches = ids_restore.shape
         hidden = self.mask_token.to(x.dtype).expand(n, patches - visible.shape[1], -1)
         shuffled = torch.cat([visible, hidden], dim=1)
         restored = torch.gather(shuffled, 1, ids_restore[..., None].expand(-1, -1, x.shape[-1]))
-        x = torch.cat([cls, restored], dim=1) + self._positions(patches, interpolate_pos_encoding).to(x.dtype)
-        x = self.transformer(x).last_hidden_state
-        return self.decoder_pred(self.decoder_norm(x)[:, 1:])
+        x = torch.cat([cls, restored], dim=1)
+        positions, rotary = self._positions(patches, interpolate_pos_encoding), None
+        if positions is not None:
+            x = x + positions.to(x.dtype)
+        if self.rope_theta is not None:
+            rotary = rotary_positions(grid, self.head_width, self.rope_theta, x.device)
+        x = self.transformer(x, rotary=rotary).last_hidden_state
+        return self.decoder_pred(self.decoder_norm(x)[:, prefix:])
 
-    def _positions(self, patches: int, interpolate: bool) -> Tensor:
+    def _positions(self, patches: int, interpolate: bool) -> Tensor | None:
         positions = self.decoder_pos_embed
-        if not interpolate:
+        if positions is None or not interpolate:
             return positions
         # transformers stretches the row of all patches here, not the grid; folders must agree with it.
         return interpolate_positions(positions, (1, self.grid[0] * self.grid[1]), (1, patches))
@@ -105,6 +137,7 @@ class ViTMAEForPreTraining(ViTPreTrainedModel):
         self.vit = ViTModel(config, add_pooling_layer=False)
         self.decoder = ViTMAEDecoder(config)
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
@@ -122,7 +155,8 @@ class ViTMAEForPreTraining(ViTPreTrainedModel):
 
         options["interpolate_pos_encoding"] = interpolate_pos_encoding
         encoded = self.vit(pixel_values, ids_keep=ids_keep, sample_key=sample_key, **options)
-        logits = self.decoder(encoded.last_hidden_state, ids_restore, interpolate_pos_encoding)
+        grid = self.grid(pixel_values)
+        logits = self.decoder(encoded.last_hidden_state, ids_restore, grid, interpolate_pos_encoding)
 
         target = self.patchify(pixel_values.float())
         if self.config.norm_pix_loss:
@@ -178,12 +212,13 @@ class ViTMAEForPreTraining(ViTPreTrainedModel):
 
     def forward_flops(self) -> int:
         config, decoder = self.config, self.config.decoder()
-        embed = flops.linear(1 + config.visible_patches, config.hidden_size, decoder.hidden_size)
+        prefix = int(config.use_cls_token)  # the decoder has no register tokens
+        embed = flops.linear(prefix + config.visible_patches, config.hidden_size, decoder.hidden_size)
         predict = flops.linear(config.num_patches, decoder.hidden_size, config.patch_values)
         return (
             flops.encoder(config, config.visible_patches)
             + embed
-            + flops.blocks(decoder, 1 + config.num_patches)
+            + flops.blocks(decoder, prefix + config.num_patches)
             + predict
         )
 

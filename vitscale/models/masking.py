@@ -10,10 +10,12 @@ from torch import Tensor
 from vitscale import rng
 from vitscale.errors import ConfigError, DataError
 
+_MASK = rng.purpose_code("mask")
+
 
 def mask_noise(sample_key: Tensor, count: int) -> Tensor:
     """float64 [n, count]: the noise whose order tells what is hidden."""
-    return rng.uniform(sample_key, "mask", count)
+    return rng.uniform(sample_key, _MASK, count)
 
 
 def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:

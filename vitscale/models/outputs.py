@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor
 
 
 class Output(OrderedDict[str, Any]):
-    """Fields as attributes and as dict entries, like transformers' ModelOutput.
+    """Fields as attributes, as dict entries and by place, like transformers' ModelOutput.
 
     A dict, because DeepSpeed's ZeRO-3 and accelerate look for tensors only in tuples, lists and
-    dicts. A field that is None is not an entry: its attribute reads None.
+    dicts. A field that is None is not an entry: its attribute reads None. As a tuple it has the
+    fields of transformers' output in its order, without those that are ours alone.
     """
+
+    ours: ClassVar[frozenset[str]] = frozenset({"metrics"})
 
     def __init__(self, *mapping: Any, **fields: Any) -> None:
         super().__init__(*mapping)
@@ -26,29 +31,55 @@ class Output(OrderedDict[str, Any]):
             return None
         raise AttributeError(f"{type(self).__name__} has no field {name!r}; it has {', '.join(self)}")
 
+    def __getitem__(self, key: str | int | slice) -> Any:
+        """A field by its name, or by its place among those of `to_tuple`."""
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(value for name, value in self.items() if name not in self.ours)
+
+
+_Forward = TypeVar("_Forward", bound=Callable[..., Output])
+
+
+def can_return_tuple(forward: _Forward) -> _Forward:
+    """Let a model's forward take transformers' `return_dict`: False gives the tuple."""
+
+    @wraps(forward)
+    def wrapped(*args: Any, return_dict: bool | None = None, **options: Any) -> Any:
+        output = forward(*args, **options)
+        return output.to_tuple() if return_dict is False else output
+
+    return cast(_Forward, wrapped)
+
 
 class EncoderOutput(Output):
-    last_hidden_state: Tensor  # [n, 1 + patches, width]
+    last_hidden_state: Tensor  # [n, tokens, width]
     hidden_states: tuple[Tensor, ...] | None  # the embeddings, then what each block gave
     attentions: tuple[Tensor, ...] | None  # a block: [n, heads, tokens, tokens]
 
 
 class ViTModelOutput(Output):
-    last_hidden_state: Tensor  # [n, 1 + patches, width], after the last layer norm
+    last_hidden_state: Tensor  # [n, tokens, width], after the last layer norm
     pooler_output: Tensor | None  # [n, pooler_output_size]
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
 
 
 class ClassificationOutput(Output):
+    ours = Output.ours | {"last_hidden_state"}
+
     loss: Tensor | None
-    logits: Tensor  # [n, num_labels]; with num_labels=0 the cls token's features
+    logits: Tensor  # [n, num_labels]; with num_labels=0 the pooled features [n, width]
+    last_hidden_state: Tensor | None  # with num_labels=0: [n, tokens, width]
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
     metrics: dict[str, Tensor]
 
 
 class MaskedImageModelingOutput(Output):
+    ours = Output.ours | {"bool_masked_pos"}
+
     loss: Tensor | None
     reconstruction: Tensor  # [n, channels, height, width]
     bool_masked_pos: Tensor | None  # [n, patches], True where hidden
@@ -58,9 +89,12 @@ class MaskedImageModelingOutput(Output):
 
 
 class MultitaskOutput(Output):
+    ours = Output.ours | {"bool_masked_pos"}
+
     loss: Tensor | None
     reconstruction: Tensor  # [n, channels, height, width]
     logits: Tensor  # [n, num_labels]
+    last_hidden_state: Tensor  # [n, tokens, width]: the features
     bool_masked_pos: Tensor | None  # [n, patches], True where hidden
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None

@@ -6,13 +6,28 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vitscale.config.check import pair
 from vitscale.errors import DataError
 from vitscale.models import flops
-from vitscale.models.configuration import ViTConfig, refuse
+from vitscale.models.configuration import ViTConfig, check_positions, refuse
 from vitscale.models.losses import masked_l1
 from vitscale.models.masking import cell_masking
-from vitscale.models.outputs import MaskedImageModelingOutput
+from vitscale.models.outputs import MaskedImageModelingOutput, can_return_tuple
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
+
+
+class PixelShuffle(nn.Module):
+    """torch's PixelShuffle, for blocks that need not be square: [n, channels * p * q, rows, columns] to
+    [n, channels, rows * p, columns * q]."""
+
+    def __init__(self, block: tuple[int, int]) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        (p, q), (rows, columns) = self.block, x.shape[2:]
+        x = x.unflatten(1, (-1, p, q)).permute(0, 1, 4, 2, 5, 3)  # ncpqhw -> nchpwq
+        return x.reshape(len(x), -1, rows * p, columns * q)
 
 
 class MaskedImageModel(ViTPreTrainedModel):
@@ -22,10 +37,13 @@ class MaskedImageModel(ViTPreTrainedModel):
         super().__init__(config)
         self.vit = ViTModel(config, add_pooling_layer=False, use_mask_token=True)
         if config.patch_size != config.encoder_stride:
-            refuse("encoder_stride", config.encoder_stride, f"the (square) patch_size={config.patch_size}")
+            refuse("encoder_stride", config.encoder_stride, f"the size of a patch, patch_size={config.patch_size}")
+        if config.fc_norm:
+            refuse("fc_norm", True, f"False: {type(self).__name__} decodes tokens that are not pooled")
+        check_positions(config, type(self).__name__)
         self.decoder = nn.Sequential(
             nn.Conv2d(config.hidden_size, config.patch_values, kernel_size=1),
-            nn.PixelShuffle(config.encoder_stride),
+            PixelShuffle(pair(config.patch_size)),
         )
 
     def hidden(self, pixel_values: Tensor, bool_masked_pos: Tensor | None, sample_key: Tensor | None) -> Tensor | None:
@@ -41,7 +59,8 @@ class MaskedImageModel(ViTPreTrainedModel):
 
     def decode(self, last_hidden_state: Tensor, pixel_values: Tensor) -> Tensor:
         """Each patch token to the pixels of its patch: [n, channels, height, width]."""
-        return self.decoder(last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, self.grid(pixel_values)))
+        patches = self.vit.patch_tokens(last_hidden_state)
+        return self.decoder(patches.transpose(1, 2).unflatten(2, self.grid(pixel_values)))
 
     def forward_flops(self) -> int:
         config = self.config
@@ -51,6 +70,7 @@ class MaskedImageModel(ViTPreTrainedModel):
 class ViTForMaskedImageModeling(MaskedImageModel):
     """SimMIM: mask tokens, a linear decoder, L1 on what is hidden."""
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
@@ -66,7 +86,7 @@ class ViTForMaskedImageModeling(MaskedImageModel):
         reconstruction = self.decode(encoded.last_hidden_state, pixel_values)
         loss = None
         if bool_masked_pos is not None:
-            loss = masked_l1(pixel_values, reconstruction, bool_masked_pos, self.config.encoder_stride)
+            loss = masked_l1(pixel_values, reconstruction, bool_masked_pos, pair(self.config.patch_size))
         return MaskedImageModelingOutput(
             loss=loss,
             reconstruction=reconstruction,

@@ -1,0 +1,60 @@
+"""Self-attention: one matrix for query, key and value, and torch's fused kernels wherever they will do."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitscale.models.configuration import ViTConfig
+from vitscale.models.positions import Rotary, rotate
+
+
+class ViTSelfAttention(nn.Module):
+    """softmax(q k' / sqrt(d)) v in every head, over one matrix for query, key and value."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.num_attention_heads = config.num_attention_heads
+        self.dropout = config.attention_probs_dropout_prob
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.attention_width, bias=config.qkv_bias)
+        width, eps = config.head_width, config.layer_norm_eps
+        self.query_norm = nn.LayerNorm(width, eps=eps) if config.qk_norm else None
+        self.key_norm = nn.LayerNorm(width, eps=eps) if config.qk_norm else None
+
+    def forward(
+        self, x: Tensor, rotary: Rotary | None = None, output_attentions: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """`x`: [n, tokens, width]; gives the same shape, and [n, heads, tokens, tokens] where asked."""
+        n, tokens = x.shape[:2]
+        qkv = self.qkv(x).view(n, tokens, 3, self.num_attention_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [n, heads, tokens, head's width]
+        if self.query_norm is not None and self.key_norm is not None:
+            # Under autocast a layer norm gives float32.
+            query, key = self.query_norm(query).to(value.dtype), self.key_norm(key).to(value.dtype)
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if output_attentions:  # the fused kernels do not give the weights
+            scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+            weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
+            context = weights @ value
+        else:
+            context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        return context.transpose(1, 2).flatten(2), weights
+
+
+class ViTAttention(nn.Module):
+    """Self-attention and its output projection."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.attention = ViTSelfAttention(config)
+        self.output = nn.Linear(config.attention_width, config.hidden_size)
+
+    def forward(
+        self, x: Tensor, rotary: Rotary | None = None, output_attentions: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        context, weights = self.attention(x, rotary, output_attentions)
+        return self.output(context), weights
