@@ -7,13 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import vitscale
 from tests.models.shapes import DECODER, TINY, TRAINABLE, tiny_keys
 from vitscale.config.check import pair
+from vitscale.errors import ConfigError
+from vitscale.interop.loading import LoadReport
 from vitscale.interop.pretrained import load_model, save_model
 from vitscale.models.auto import initialize
 from vitscale.models.classification import ViTForImageClassification
+from vitscale.models.configuration import ViTConfig
 from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.multitask import ViTForMultitaskPreTraining
 from vitscale.models.simmim import ViTForMaskedImageModeling
@@ -22,13 +27,21 @@ from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 transformers = pytest.importorskip("transformers")
 
 CLASSES = [ViTModel, *(c for c in TRAINABLE if c is not ViTForMultitaskPreTraining)]
+AUTO = {
+    ViTModel: "AutoModel",
+    ViTForImageClassification: "AutoModelForImageClassification",
+    ViTForMaskedImageModeling: "AutoModelForMaskedImageModeling",
+    ViTMAEForPreTraining: "AutoModelForPreTraining",
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
     "patch14": {"image_size": 28, "patch_size": 14, "encoder_stride": 14, "layer_norm_eps": 1e-6},
     "no_qkv_bias": {"qkv_bias": False, "layer_norm_eps": 1e-2},
     "one_channel": {"num_channels": 1, "hidden_act": "gelu_new"},
     "four_channels": {"num_channels": 4, "intermediate_size": 40, "num_attention_heads": 4},
+    "thirteen_channels": {"num_channels": 13, "hidden_act": "relu", "num_hidden_layers": 1},
 }
+OBLONG: dict[str, Any] = {"image_size": (8, 24), "patch_size": (4, 6)}  # transformers' decoders take squares only
 NORM = {"norm_pix_loss": True, "mask_ratio": 0.5}
 
 every_class = pytest.mark.parametrize("model_class", CLASSES, ids=lambda c: c.__name__)
@@ -166,11 +179,132 @@ def test_fixed_positions_in_a_plain_vit(tmp_path: Path) -> None:
     assert load_model(tmp_path).config.position_embeddings == "sincos"
 
 
-def test_images_that_are_not_square(tmp_path: Path) -> None:
-    ours = ViTModel(ViTModel.config_class(**TINY | {"image_size": (8, 24)}))
+@pytest.mark.parametrize("shape", [{"image_size": (8, 24)}, OBLONG], ids=["image", "patch"])
+@pytest.mark.parametrize("model_class", [ViTModel, ViTForImageClassification], ids=lambda c: c.__name__)
+def test_what_is_not_square(tmp_path: Path, model_class: type[ViTPreTrainedModel], shape: dict[str, Any]) -> None:
+    ours = model_class(ViTConfig(**TINY | shape, num_labels=5))
     initialize(ours, 0)
-    theirs = open_theirs(save_ours(shaken(ours), tmp_path), "ViTModel")
+    theirs = open_theirs(save_ours(shaken(ours), tmp_path / "ours"), model_class.__name__)
     assert_equal(ours, theirs)
+    theirs = shaken(getattr(transformers, model_class.__name__)(transformers.ViTConfig(**TINY | shape, num_labels=5)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_equal(model_class.from_pretrained(tmp_path / "theirs"), theirs)
+
+
+@every_class
+def test_several_files_by_the_public_calls(tmp_path: Path, model_class: type[ViTPreTrainedModel]) -> None:
+    """save_pretrained with max_shard_size, from either side, and the Auto classes of both."""
+    ours = model_class(model_class.config_class(**keys_of(model_class, "four_channels")))
+    initialize(ours, 0)
+    shaken(ours).save_pretrained(tmp_path / "ours", max_shard_size="8KB")
+    theirs = open_theirs(tmp_path / "ours", model_class.__name__)
+    assert_equal(ours, theirs)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="8KB")
+    for folder in (tmp_path / "ours", tmp_path / "theirs"):
+        assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
+    again, report = model_class.from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    assert report == LoadReport()
+    assert_equal(again, theirs)
+    name = AUTO[model_class]
+    assert type(getattr(transformers, name).from_pretrained(tmp_path / "ours")) is type(theirs)
+    assert type(getattr(vitscale, name).from_pretrained(tmp_path / "theirs")) is model_class
+
+
+@every_class
+def test_their_newest_names_and_their_pickle(tmp_path: Path, model_class: type[ViTPreTrainedModel]) -> None:
+    """`layers.N.attention.q_proj`, which transformers 5 has in memory, and pytorch_model.bin."""
+    config_class = transformers.ViTMAEConfig if model_class is ViTMAEForPreTraining else transformers.ViTConfig
+    theirs = shaken(getattr(transformers, model_class.__name__)(config_class(**keys_of(model_class, "plain"))))
+    theirs.save_pretrained(tmp_path, save_original_format=False)
+    names = load_file(tmp_path / "model.safetensors")
+    assert any(name.endswith("layers.0.attention.q_proj.weight") for name in names)
+    assert_equal(load_model(tmp_path), theirs)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    assert_equal(load_model(tmp_path), theirs)
+
+
+def test_their_encoder_of_an_mae(tmp_path: Path) -> None:
+    """ViTMAEModel hides patches; with nothing to hide it is our ViTModel, its order of tokens apart."""
+    keys = tiny_keys(ViTMAEForPreTraining) | {"mask_ratio": 0.0}
+    theirs = shaken(transformers.ViTMAEModel(transformers.ViTMAEConfig(**keys)))
+    theirs.save_pretrained(tmp_path)
+    ours = vitscale.AutoModel.from_pretrained(tmp_path)
+    assert type(ours) is ViTModel
+    pixel_values = torch.randn(2, 3, 16, 16)
+    noise = torch.arange(16.0).repeat(2, 1)
+    expected = theirs(pixel_values=pixel_values, noise=noise).last_hidden_state
+    assert torch.allclose(ours(pixel_values).last_hidden_state, expected, atol=1e-5)
+
+
+LABELS = {
+    "regression": (1, torch.tensor([0.5, -2.0, 3.0])),
+    "single_label_classification": (5, torch.tensor([0, 4, 2])),
+    "multi_label_classification": (5, torch.tensor([[1.0, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]])),
+}
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["said", "told_from_labels"])
+@pytest.mark.parametrize("problem_type", LABELS)
+def test_the_loss_of_each_problem(tmp_path: Path, problem_type: str, said: bool) -> None:
+    count, labels = LABELS[problem_type]
+    keys = tiny_keys(ViTForImageClassification) | {"num_labels": count}
+    keys |= {"problem_type": problem_type} if said else {}
+    theirs = shaken(transformers.ViTForImageClassification(transformers.ViTConfig(**keys)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = ViTForImageClassification.from_pretrained(tmp_path / "theirs")
+    assert ours.config.problem_type == (problem_type if said else None)
+    assert_equal(ours, theirs, labels=labels)
+    ours.save_pretrained(tmp_path / "ours")
+    again = open_theirs(tmp_path / "ours", "ViTForImageClassification")
+    assert (again.config.num_labels, again.config.problem_type) == (count, ours.config.problem_type)
+    assert_equal(ours, again, labels=labels)
+
+
+def test_features_only(tmp_path: Path) -> None:
+    """num_labels=0: both give the class token as logits."""
+    theirs = shaken(transformers.ViTForImageClassification(transformers.ViTConfig(**TINY, num_labels=0)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = ViTForImageClassification.from_pretrained(tmp_path / "theirs")
+    given = {"pixel_values": inputs(ours)["pixel_values"]}
+    assert torch.allclose(ours(**given).logits, theirs(**given).logits, atol=1e-5)
+    ours.save_pretrained(tmp_path / "ours")
+    again = open_theirs(tmp_path / "ours", "ViTForImageClassification")
+    assert torch.allclose(again(**given).logits, theirs(**given).logits, atol=1e-5)
+
+
+BEYOND: dict[str, Any] = {
+    "use_cls_token": False, "num_register_tokens": 2, "position_embeddings": "none", "rope_theta": 100.0,
+    "layer_scale_init_value": 0.1, "qk_norm": True, "swiglu": True, "pooling": "mean", "fc_norm": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", BEYOND)
+@pytest.mark.parametrize("model_class", CLASSES, ids=lambda c: c.__name__)
+def test_transformers_refuses_what_it_would_misread(
+    tmp_path: Path, model_class: type[ViTPreTrainedModel], key: str
+) -> None:
+    keys = tiny_keys(model_class) | {key: BEYOND[key]}
+    keys |= {"use_cls_token": {"pooling": "mean"}, "position_embeddings": {"rope_theta": 100.0}}.get(key, {})
+    keys |= {"fc_norm": {"pooling": "mean"}}.get(key, {})
+    if key == "fc_norm" and model_class in (ViTMAEForPreTraining, ViTForMaskedImageModeling):
+        with pytest.raises(ConfigError):
+            model_class(model_class.config_class(**keys))
+        return
+    ours = model_class(model_class.config_class(**keys))
+    if key == "pooling" and model_class is ViTMAEForPreTraining:
+        assert not ours.config.beyond_transformers
+        return
+    initialize(ours, 0)
+    shaken(ours).save_pretrained(tmp_path)
+    for name in ("AutoConfig", "AutoModel"):
+        with pytest.raises(ValueError, match="vitscale_vit"):
+            getattr(transformers, name).from_pretrained(tmp_path)
+    again = load_model(tmp_path)
+    assert again.config == ours.config
+    given = inputs(ours)
+    found, expected = again(**given), ours(**given)
+    assert all(torch.equal(found[name], value) for name, value in expected.items() if isinstance(value, Tensor))
 
 
 def test_multitask_opens_as_each_of_its_parts(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from tests.models.shapes import TRAINABLE, inputs, tiny
 from vitscale.config.schema import Model, Objective, RunConfig
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.interop.keymaps import canonical, place
-from vitscale.interop.pretrained import load_model, read_model, save_model, save_run_model, start_from
+from vitscale.interop.loading import LoadReport, start_from
+from vitscale.interop.pretrained import load_model, read_model, save_model, save_run_model
 from vitscale.models.auto import build_model, initialize
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.mae import ViTMAEForPreTraining
@@ -156,7 +157,7 @@ def test_starting_from_another_objectives_weights(tmp_path: Path) -> None:
 def test_starting_from_the_same_and_from_a_bare_encoder(tmp_path: Path) -> None:
     first, second = tiny(ViTForMultitaskPreTraining), tiny(ViTForMultitaskPreTraining)
     initialize(second, 1)
-    assert start_from(second, save(first, tmp_path / "a")) == ([], [])
+    assert start_from(second, save(first, tmp_path / "a")) == LoadReport()
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     report = start_from(second, save(tiny(ViTModel), tmp_path / "b"))
     assert report.fresh[-1] == "vit.embeddings.mask_token"

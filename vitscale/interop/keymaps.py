@@ -6,6 +6,7 @@ are what the hub is full of: query, key and value apart, our one matrix their ro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -19,9 +20,19 @@ _RENAMES = (
 )
 _QKV, _PARTS = ".qkv.", (".query.", ".key.", ".value.")
 
-# Names that only some writers use, and what stands for them above: transformers 5 saves MAE's
-# decoder so.
-ALIASES = (("decoder.decoder_encoder.layer.", "decoder.decoder_layers."),)
+# Names that only some writers use, and what stands for them above: transformers 5 saves MAE's decoder
+# by the first; the others are its names in memory, which save_pretrained(save_original_format=False)
+# and torch.save(model.state_dict()) write.
+_ALIASES = (
+    (re.compile(r"^decoder\.decoder_encoder\.layer\."), "decoder.decoder_layers."),
+    (re.compile(r"^(vit\.)?layers\."), r"\1encoder.layer."),
+    (re.compile(r"\.attention\.q_proj\."), ".attention.attention.query."),
+    (re.compile(r"\.attention\.k_proj\."), ".attention.attention.key."),
+    (re.compile(r"\.attention\.v_proj\."), ".attention.attention.value."),
+    (re.compile(r"\.attention\.o_proj\."), ".attention.output.dense."),
+    (re.compile(r"\.mlp\.fc1\."), ".intermediate.dense."),
+    (re.compile(r"\.mlp\.fc2\."), ".output.dense."),
+)
 
 
 class Place(NamedTuple):
@@ -46,6 +57,6 @@ def places(names: Iterable[str]) -> list[Place]:
 
 def canonical(name: str) -> str:
     """A name found on disk as the tables above have it."""
-    for alias, usual in ALIASES:
-        name = name.replace(alias, usual)
+    for alias, usual in _ALIASES:
+        name = alias.sub(usual, name, count=1)
     return name

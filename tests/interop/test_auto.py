@@ -1,0 +1,106 @@
+"""The model of a folder, told by its config.json; what is not ours is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vitscale
+from tests.models.shapes import TRAINABLE, tiny
+from vitscale.errors import CheckpointError
+from vitscale.interop.auto import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
+    AutoModelForPreTraining,
+)
+from vitscale.models.classification import ViTForImageClassification
+from vitscale.models.configuration import ViTConfig
+from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
+from vitscale.models.multitask import ViTForMultitaskPreTraining
+from vitscale.models.simmim import ViTForMaskedImageModeling
+from vitscale.models.vit import ViTModel, ViTPreTrainedModel
+
+AUTO: list[Any] = [AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForMaskedImageModeling]
+AUTO += [AutoModelForPreTraining]
+
+
+@pytest.mark.parametrize("model_class", [ViTModel, *TRAINABLE], ids=lambda c: c.__name__)
+def test_every_model(tmp_path: Path, model_class: type[ViTPreTrainedModel]) -> None:
+    ours = tiny(model_class).eval()
+    ours.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path) == ours.config
+    assert type(AutoModel.from_pretrained(tmp_path)) is ViTModel
+    assert type(AutoModelForMaskedImageModeling.from_pretrained(tmp_path)) is ViTForMaskedImageModeling
+    model, report = AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=5, output_loading_info=True)
+    assert type(model) is ViTForImageClassification
+    has_labels = model_class in (ViTForImageClassification, ViTForMultitaskPreTraining)
+    assert report.fresh == ([] if has_labels else ["classifier.bias", "classifier.weight"])
+    if model_class in (ViTMAEForPreTraining, ViTForMaskedImageModeling, ViTForMultitaskPreTraining):
+        again = AutoModelForPreTraining.from_pretrained(tmp_path)
+        assert type(again) is model_class
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ours.parameters(), strict=True))
+    else:
+        with pytest.raises(CheckpointError, match=f"architectures names {model_class.__name__}, which is not for pre"):
+            AutoModelForPreTraining.from_pretrained(tmp_path)
+
+
+def test_a_config_with_other_keys(tmp_path: Path) -> None:
+    tiny(ViTMAEForPreTraining).config.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path, mask_ratio=0.5)
+    assert type(config) is ViTMAEConfig
+    assert config.mask_ratio == 0.5
+
+
+def test_from_config() -> None:
+    config = tiny(ViTForImageClassification).config
+    assert type(AutoModel.from_config(config)) is ViTModel
+    assert AutoModelForImageClassification.from_config(config).config is config
+
+
+@pytest.mark.parametrize("auto", AUTO, ids=lambda c: c.__name__)
+def test_models_that_are_not_ours(tmp_path: Path, auto: Any) -> None:
+    for content, said in (
+        ({"model_type": "bert"}, "model_type='bert': must be one of vit, vit_mae, vitscale_vit, vitscale_vit_mae"),
+        ({"model_type": "dinov2", "architectures": ["Dinov2Model"]}, "model_type='dinov2': must be one of vit,"),
+        ({"architecture": "vit_base_patch16_224"}, "this is timm's config: `vitscale convert`"),
+        ({"model_type": "vit", "use_rope": True, "architectures": ["ViTModel"]}, "use_rope"),
+        ({"model_type": "vit", "image_size": "large"}, "config.json"),
+        ({"model_type": "vit", "image_size": 30}, "image_size=30: must be a multiple of patch_size=16"),
+        ({"model_type": ["vit"]}, "model_type=['vit']"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(CheckpointError) as error:
+            auto.from_pretrained(tmp_path)
+        assert said in str(error.value)
+        assert "\n" not in str(error.value)
+        assert str(tmp_path / "config.json") in str(error.value)
+    for text in ("{", "[]", ""):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            auto.from_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+        auto.from_pretrained(tmp_path)
+
+
+def test_what_older_writers_left_in_a_config(tmp_path: Path) -> None:
+    """Keys of transformers 3 and 4, with the values that change nothing; with others they are refused."""
+    content = {"model_type": "vit", "architectures": ["ViTModel"], "torch_dtype": "float32", "_name_or_path": "x"}
+    content |= {"finetuning_task": "image-classification", "gradient_checkpointing": False, "pruned_heads": {}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert AutoConfig.from_pretrained(tmp_path) == ViTConfig()
+    (tmp_path / "config.json").write_text(json.dumps(content | {"pruned_heads": {"0": [1]}}))
+    with pytest.raises(CheckpointError, match="pruned_heads"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_they_are_public() -> None:
+    names = {auto.__name__ for auto in AUTO} | {"ViTImageProcessor", "AutoImageProcessor"}
+    assert names <= set(dir(vitscale))
+    assert all(getattr(vitscale, name).from_pretrained for name in names)

@@ -1,0 +1,204 @@
+"""Files of tensors: in one or in several, written whole, and clear about what is wrong with them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vitscale.errors import CheckpointError, ConfigError
+from vitscale.interop import weight_files
+from vitscale.interop.weight_files import read_weights, write_folder
+
+TENSORS = {name: torch.full((256,), float(place)) for place, name in enumerate("abcdef")}  # 1 KB each
+INDEX = "model.safetensors.index.json"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def one_line(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as error:
+        read_weights(folder)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_in_one_file(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"config.json": "{}"}, TENSORS)
+    assert names(tmp_path) == ["config.json", "model.safetensors"]
+    assert_equal(read_weights(tmp_path), TENSORS)
+
+
+@pytest.mark.parametrize("size", ["2KB", 2000])
+def test_in_several(tmp_path: Path, size: int | str) -> None:
+    write_folder(tmp_path, {}, TENSORS, size)
+    shards = [f"model-0000{number}-of-00006.safetensors" for number in range(1, 7)]
+    assert names(tmp_path) == [*shards, INDEX]
+    assert_equal(read_weights(tmp_path), TENSORS)
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index["weight_map"] == dict(zip("abcdef", shards, strict=True))
+    assert index["metadata"]["total_size"] == 6 * 1024
+
+
+def test_a_tensor_larger_than_a_file_may_be(tmp_path: Path) -> None:
+    write_folder(tmp_path, {}, TENSORS | {"big": torch.zeros(9999)}, "3KB")
+    assert_equal(read_weights(tmp_path), TENSORS | {"big": torch.zeros(9999)})
+
+
+@pytest.mark.parametrize("size", ["many", "5XB", -1.5])
+def test_a_size_that_is_none(tmp_path: Path, size: str) -> None:
+    with pytest.raises(ConfigError, match="max_shard_size"):
+        write_folder(tmp_path / "out", {}, TENSORS, size)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_an_earlier_save_left_goes(tmp_path: Path) -> None:
+    others = {"c": torch.zeros(3)}
+    (tmp_path / "optimizer.safetensors").write_bytes(b"mine")
+    for tensors, size in ((TENSORS, "2KB"), (others, "1GB"), (TENSORS, "3KB"), (TENSORS, "2KB")):
+        write_folder(tmp_path, {}, tensors, size)
+        assert_equal(read_weights(tmp_path), tensors)
+    assert sum(name.startswith("model-") for name in names(tmp_path)) == 6
+    assert "model.safetensors" not in names(tmp_path)
+    assert (tmp_path / "optimizer.safetensors").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("size", ["1GB", "2KB"])
+def test_killed_at_any_point_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+    """What is read afterwards is the old weights whole, the new ones whole, or a clear error; never a mixture."""
+    new = {name: value + 100 for name, value in TENSORS.items()}
+
+    class Killed(BaseException):
+        pass
+
+    def counted(call: str, deadline: int) -> None:
+        real = getattr(os, call)
+
+        def replaced(*args: object) -> None:
+            nonlocal done
+            done += 1
+            if done > deadline:
+                raise Killed
+            real(*args)
+
+        monkeypatch.setattr(weight_files.os, call, replaced)
+
+    seen = set()
+    for deadline in range(20):
+        monkeypatch.undo()
+        folder = tmp_path / str(deadline)
+        write_folder(folder, {"config.json": "old"}, TENSORS, size)
+        done = 0
+        counted("replace", deadline)
+        with contextlib.suppress(Killed):
+            write_folder(folder, {"config.json": "new"}, new, size)
+        try:
+            found = read_weights(folder)
+            both = [all(torch.equal(found[name], each[name]) for name in each) for each in (TENSORS, new)]
+            assert any(both)
+            seen.add("new" if both[1] else "old")
+        except CheckpointError:
+            seen.add("error")
+        if done <= deadline:
+            break
+    assert "new" in seen
+    assert not [name for name in names(folder) if name.startswith(".")]
+
+
+def test_a_full_disk_leaves_no_drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weight_files, "save_file", full)
+    with pytest.raises(CheckpointError, match="cannot be written: No space left on device"):
+        write_folder(tmp_path, {"config.json": "{}"}, TENSORS)
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        write_folder(tmp_path / "file", {}, TENSORS)
+
+
+def test_cut_files(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write_folder(tmp_path, {}, TENSORS)
+    whole = path.read_bytes()
+    for content in (whole[:-10], whole[:100], whole[:4], b"", b"\0" * 64):
+        path.write_bytes(content)
+        assert f"{path}: cannot be read as safetensors" in one_line(tmp_path)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 3\n")
+    assert one_line(tmp_path).endswith("it is a git-lfs pointer: `git lfs pull`")
+    path.unlink()
+    assert f"{path}: no such file" in one_line(tmp_path)
+
+
+def test_missing_and_other_shards(tmp_path: Path) -> None:
+    write_folder(tmp_path, {}, TENSORS, "2KB")
+    index, shard = tmp_path / INDEX, tmp_path / "model-00002-of-00006.safetensors"
+    held = load_file(shard)
+    save_file(held | {"extra": torch.zeros(1)}, shard)
+    assert f"{shard}: holds other tensors than {INDEX} says" in one_line(tmp_path)
+    shard.unlink()
+    assert f"{shard}: no such file, and {INDEX} names it" in one_line(tmp_path)
+    good = json.loads(index.read_text())
+    for name in ("../model.safetensors", "/etc/passwd", "a/b.safetensors", "..\\b.safetensors", "weights.bin"):
+        index.write_text(json.dumps({"weight_map": good["weight_map"] | {"a": name}}))
+        assert "must name *.safetensors files that lie beside it" in one_line(tmp_path)
+    for content in ("{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', '{"weight_map": [1]}'):
+        index.write_text(content)
+        assert str(index) in one_line(tmp_path)
+
+
+def test_pytorchs_pickle(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(TENSORS, path)
+    assert_equal(read_weights(tmp_path), TENSORS)
+    whole = path.read_bytes()
+    for content in (whole[:-20], whole[:100], b"", b"no pickle"):
+        path.write_bytes(content)
+        assert f"{path}: cannot be read as PyTorch's pickle" in one_line(tmp_path)
+    torch.save({"model": TENSORS, "epoch": 3}, path)
+    assert "must hold tensors by name, and holds ['epoch', 'model']" in one_line(tmp_path)
+    path.unlink()
+    halves = {"one.bin": {"a": TENSORS["a"]}, "two.bin": {"b": TENSORS["b"]}}
+    for name, part in halves.items():
+        torch.save(part, tmp_path / name)
+    placed = {"weight_map": {"a": "one.bin", "b": "two.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(placed))
+    assert_equal(read_weights(tmp_path), {name: TENSORS[name] for name in "ab"})
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {os.environ['EVIL']}",)
+
+
+def test_a_pickle_that_would_run_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVIL", str(tmp_path / "ran"))
+    torch.save(TENSORS | {"z": Evil()}, tmp_path / "pytorch_model.bin")
+    said = one_line(tmp_path)
+    assert "holds more than tensors (posix.system)" in said
+    assert "model.safetensors" in said
+    assert not (tmp_path / "ran").exists()
+
+
+def test_safetensors_go_before_a_pickle(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    write_folder(tmp_path, {}, TENSORS)
+    assert_equal(read_weights(tmp_path), TENSORS)
+    assert (tmp_path / "pytorch_model.bin").exists()

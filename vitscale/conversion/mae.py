@@ -1,0 +1,249 @@
+"""The .pth files of facebookresearch/mae: pretrained (encoder and decoder, or encoder alone) and fine-tuned.
+
+Such a file holds tensors by the names of its models_mae.py or models_vit.py, and seldom more: what it does
+not say is taken from the sizes that this repository trains, or has to be given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vitscale.config.check import pair
+from vitscale.conversion.vision_transformer import Opened, build, depth, state_of, their_name
+from vitscale.errors import CheckpointError, ConfigError
+from vitscale.interop.image_processing import ViTImageProcessor
+from vitscale.interop.strict import listed, refuse
+from vitscale.interop.weight_files import read_pickle
+from vitscale.models.classification import ViTForImageClassification
+from vitscale.models.configuration import ViTConfig
+from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
+from vitscale.models.positions import sincos_table
+from vitscale.models.vit import ViTModel, ViTPreTrainedModel
+
+EPS = 1e-6  # of every layer norm in models_mae.py and models_vit.py
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Heads by width, of the models in models_mae.py and models_vit.py.
+_HEADS, _DECODER_HEADS = {768: 12, 1024: 16, 1280: 16}, {512: 16}
+# What a file may leave open, and a caller may say; only the first two are ever needed.
+KEYS = ("num_attention_heads", "decoder_num_attention_heads", "image_size", "norm_pix_loss")
+_WRITTEN = "vitscale"  # where our files say what MAE's do not
+# Config key -> the values that MAE's code has.
+_MAE_HAS: dict[str, tuple[Any, ...]] = {
+    "use_cls_token": (True,), "num_register_tokens": (0,), "rope_theta": (None,), "layer_scale_init_value": (None,),
+    "qk_norm": (False,), "swiglu": (False,), "qkv_bias": (True,), "hidden_act": ("gelu",),
+    "position_embeddings": ("sincos", "learned"),
+}  # fmt: skip
+
+
+def read_mae(path: Path, given: Mapping[str, Any]) -> Opened:
+    """The model of a .pth: a ViTMAEForPreTraining, an encoder alone, or a fine-tuned ViTForImageClassification.
+
+    given: what the file leaves open, of KEYS. It is read with weights_only; of what an old file may hold
+    beside tensors argparse.Namespace alone is let in. CheckpointError for a file that is broken or holds
+    other tensors, ConfigError where a key must be given, or cannot.
+    """
+    for name in given.keys() - set(KEYS):
+        raise ConfigError(f"{name}={given[name]!r}: {path} leaves open no more than {', '.join(KEYS)}")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = read_pickle(path)
+    tensors = _tensors(content, path)
+    count = len(tensors)
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    said = {**_said(content), **given}
+    if "decoder_embed.weight" in tensors:
+        model_class: type[ViTPreTrainedModel] = ViTMAEForPreTraining
+    elif "head.weight" in tensors or "fc_norm.weight" in tensors:
+        model_class = ViTForImageClassification
+    else:
+        model_class = ViTModel
+    config, notes = _config(model_class, tensors, said, str(path))
+    if config.position_embeddings == "sincos":  # recomputed, no parameters
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in _widths(config)}
+    model = build(model_class, config, tensors, str(path))
+    return Opened("mae", model, _processor(config, content), count, notes)
+
+
+def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
+    model = content.get("model", content) if isinstance(content, dict) else None
+    if isinstance(model, dict) and model and all(isinstance(value, Tensor) for value in model.values()):
+        return dict(model)
+    held = listed(sorted(map(str, content))) if isinstance(content, dict) else type(content).__name__
+    raise CheckpointError(f"{path}: must hold tensors by name, or such under 'model', and holds {held}")
+
+
+def _said(content: dict[str, Any]) -> dict[str, Any]:
+    """What the file says of KEYS: by our own note, or by the arguments of the run that wrote it."""
+    written = content.get(_WRITTEN)
+    said: dict[str, Any] = {}
+    if isinstance(content.get("args"), argparse.Namespace):
+        arguments = vars(content["args"])
+        said = {name: arguments[name] for name in ("norm_pix_loss",) if isinstance(arguments.get(name), bool)}
+    if isinstance(written, dict):
+        said |= {name: written[name] for name in (*KEYS, "mask_ratio", "id2label") if name in written}
+    return said
+
+
+def _config(
+    model_class: type[ViTPreTrainedModel], tensors: dict[str, Tensor], said: dict[str, Any], where: str
+) -> tuple[ViTConfig, list[str]]:
+    needed = ["patch_embed.proj.weight", "pos_embed", "cls_token", "blocks.0.mlp.fc1.weight"]
+    decodes = model_class is ViTMAEForPreTraining
+    needed += ["decoder_pos_embed", "decoder_blocks.0.mlp.fc1.weight"] if decodes else []
+    refuse(where, missing=[name for name in needed if name not in tensors])
+    width, channels, *patch = tensors["patch_embed.proj.weight"].shape
+    notes: list[str] = []
+    keys: dict[str, Any] = {
+        "hidden_size": width,
+        "num_hidden_layers": depth(tensors, "blocks"),
+        "num_attention_heads": _heads("num_attention_heads", width, _HEADS, said, where),
+        "intermediate_size": len(tensors["blocks.0.mlp.fc1.weight"]),
+        "layer_norm_eps": EPS,
+        "image_size": _image_size(tensors["pos_embed"].shape[1] - 1, (patch[0], patch[1]), said, where),
+        "patch_size": (patch[0], patch[1]),
+        "num_channels": channels,
+        "encoder_stride": patch[0],
+    }
+    if decodes:
+        keys |= _decoder_keys(tensors, said, where)
+        if "norm_pix_loss" not in said:
+            notes.append("norm_pix_loss: the file does not say; false, as models_mae.py has it, changes the loss alone")
+    elif model_class is ViTForImageClassification:
+        keys |= {"num_labels": len(tensors.get("head.weight", ())), "id2label": said.get("id2label")}
+        if "fc_norm.weight" in tensors:  # global_pool
+            keys |= {"fc_norm": True, "pooling": "mean"}
+    config_class = ViTMAEConfig if decodes else ViTConfig
+    try:
+        config = config_class(**keys, position_embeddings="learned")
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    if _is_fixed(tensors, config):
+        config = config_class(**keys, position_embeddings="sincos")
+    return config, notes
+
+
+def _heads(key: str, width: int, usual: dict[int, int], said: dict[str, Any], where: str) -> int:
+    if key in said:
+        return said[key]
+    if width in usual:
+        return usual[width]
+    raise ConfigError(
+        f"{key}: {where} does not say, and its width {width} is none of MAE's ({listed(sorted(map(str, usual)))}); "
+        f"give {key}=N"
+    )
+
+
+def _image_size(patches: int, patch: tuple[int, int], said: dict[str, Any], where: str) -> tuple[int, int]:
+    if "image_size" in said:
+        height, width = size = pair(said["image_size"])
+        if (height // patch[0]) * (width // patch[1]) == patches:
+            return size
+        raise ConfigError(f"image_size={said['image_size']}: {where} has positions for {patches} patches of {patch}")
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise ConfigError(f"image_size: {where} has positions for {patches} patches, no square; give image_size=H,W")
+    return side * patch[0], side * patch[1]
+
+
+def _decoder_keys(tensors: dict[str, Tensor], said: dict[str, Any], where: str) -> dict[str, Any]:
+    width = tensors["decoder_pos_embed"].shape[-1]
+    return {
+        "decoder_hidden_size": width,
+        "decoder_num_hidden_layers": depth(tensors, "decoder_blocks"),
+        "decoder_num_attention_heads": _heads("decoder_num_attention_heads", width, _DECODER_HEADS, said, where),
+        "decoder_intermediate_size": len(tensors["decoder_blocks.0.mlp.fc1.weight"]),
+        "norm_pix_loss": said.get("norm_pix_loss", False),
+        "mask_ratio": said.get("mask_ratio", 0.75),
+    }
+
+
+def _widths(config: ViTConfig) -> dict[str, int]:
+    """The position tables of a model, and their widths."""
+    decoder = {"decoder_pos_embed": config.decoder_hidden_size} if isinstance(config, ViTMAEConfig) else {}
+    return {"pos_embed": config.hidden_size, **decoder}
+
+
+def _is_fixed(tensors: dict[str, Tensor], config: ViTConfig) -> bool:
+    """Whether all positions are the tables that MAE starts from (and keeps, in pretraining)."""
+    for name, width in _widths(config).items():
+        if width % 4:
+            return False
+        table = sincos_table(width, config.grid)
+        if tensors[name].shape != table.shape or not torch.allclose(tensors[name], table, atol=1e-5):
+            return False
+    return True
+
+
+def _processor(config: ViTConfig, content: dict[str, Any]) -> ViTImageProcessor:
+    """Our own note, else main_finetune.py's evaluation: bicubic to 256 for 224, the middle, ImageNet's numbers."""
+    written = content.get(_WRITTEN)
+    if isinstance(written, dict) and isinstance(written.get("processor"), dict):
+        return ViTImageProcessor.from_dict(written["processor"])
+    height, width = pair(config.image_size)
+    same = config.num_channels == len(IMAGENET_MEAN)
+    square = height == width <= 224  # larger ones are resized as they are
+    return ViTImageProcessor(
+        do_convert_rgb=same,
+        size={"shortest_edge": int(height / (224 / 256))} if square else (height, width),
+        resample=Image.Resampling.BICUBIC,
+        do_center_crop=square,
+        crop_size=(height, width) if square else None,
+        image_mean=IMAGENET_MEAN if same else (0.5,) * config.num_channels,
+        image_std=IMAGENET_STD if same else (0.5,) * config.num_channels,
+    )
+
+
+def write_mae(path: Path, opened: Opened) -> tuple[list[str], list[str]]:
+    """Write a .pth that models_mae.py (from a ViTMAEForPreTraining) or models_vit.py loads, under 'model'.
+
+    Beside it plain numbers and texts say what such a file leaves open. Gives the names of our tensors that
+    MAE has no place for, and notes. ConfigError that names what MAE's code cannot express.
+    """
+    config, decodes = opened.model.config, isinstance(opened.model, ViTMAEForPreTraining)
+    _require_expressible(opened.model)
+    tensors, left_out = {}, []
+    for name, tensor in state_of(opened.model).items():
+        theirs = their_name(name)
+        if theirs is None or (name.startswith("decoder.") and not decodes):
+            left_out.append(name)
+        else:
+            tensors[theirs] = tensor.contiguous()
+    written = {name: value for name, value in asdict(config).items() if name in (*KEYS, "mask_ratio", "id2label")}
+    written["processor"] = opened.processor.to_dict()
+    try:
+        torch.save({"model": tensors, _WRITTEN: written}, path)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: cannot be written: {error}") from None
+    eps = config.layer_norm_eps
+    return left_out, [] if eps == EPS else [f"layer_norm_eps={eps} became {EPS}: MAE's code has no other"]
+
+
+def _require_expressible(model: ViTPreTrainedModel) -> None:
+    config = model.config
+    wrong = [
+        f"{key}={getattr(config, key)!r}" for key, values in _MAE_HAS.items() if getattr(config, key) not in values
+    ]
+    if config.attention_width != config.hidden_size:
+        wrong.append(f"head_dim={config.head_dim} (its heads share out the width)")
+    for key in ("image_size", "patch_size"):
+        if isinstance(getattr(config, key), tuple):
+            wrong.append(f"{key}={getattr(config, key)} (no square)")
+    if isinstance(model, ViTForImageClassification) and (config.pooling == "mean") != config.fc_norm:
+        wrong.append(f"pooling={config.pooling!r} with fc_norm={config.fc_norm} (it has mean with, or cls without)")
+    if isinstance(config, ViTMAEConfig):
+        if config.num_channels != 3:
+            wrong.append(f"num_channels={config.num_channels} (it cuts patches of 3)")
+        ratios = (config.intermediate_size / config.hidden_size,
+                  config.decoder_intermediate_size / config.decoder_hidden_size)  # fmt: skip
+        if ratios[0] != ratios[1]:
+            wrong.append(f"intermediate_size and decoder_intermediate_size of {ratios} widths (it has one mlp_ratio)")
+    if wrong:
+        raise ConfigError(f"{', '.join(wrong)}: MAE's code cannot express it; take --to vitscale, hf or timm")

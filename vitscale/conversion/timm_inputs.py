@@ -1,0 +1,115 @@
+"""How images become a model's input: timm's pretrained_cfg on one side, our processor on the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from vitscale.config.check import pair
+from vitscale.errors import CheckpointError, ConfigError
+from vitscale.interop.image_processing import RESAMPLE, ViTImageProcessor
+from vitscale.models.configuration import ViTConfig
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_CROP_PCT = 0.875  # PretrainedCfg's defaults
+
+
+def processor_of(content: dict[str, Any], config: ViTConfig) -> tuple[ViTImageProcessor, list[str]]:
+    """The processor that does what timm's evaluation transform does, and what it does otherwise.
+
+    content: a pretrained_cfg. Where the crop leaves out an odd number of pixels, timm's lies half a pixel
+    to the one side of the middle and this processor's, as transformers', to the other. CheckpointError
+    where its numbers are none.
+    """
+    notes: list[str] = []
+    height, width = pair(config.image_size)
+    crop_pct, mode = content.get("crop_pct") or _CROP_PCT, content.get("crop_mode") or "center"
+    scaled = math.floor(height / crop_pct), math.floor(width / crop_pct)
+    size: Any = {"height": scaled[0], "width": scaled[1]}
+    if mode == "center" and scaled[0] == scaled[1]:
+        size = {"shortest_edge": scaled[0]}
+    elif mode != "squash":
+        notes.append(f"crop_mode={mode} to {height}x{width}: images are resized to that, whatever their aspect ratio")
+        size = {"height": height, "width": width}
+    interpolation = content.get("interpolation") or "bicubic"
+    if interpolation not in RESAMPLE:
+        notes.append(f"interpolation={interpolation}: bicubic instead")
+        interpolation = "bicubic"
+    crops = size != {"height": height, "width": width}
+    try:
+        mean = _numbers("mean", content.get("mean") or _IMAGENET_MEAN, config.num_channels)
+        std = _numbers("std", content.get("std") or _IMAGENET_STD, config.num_channels)
+        processor = ViTImageProcessor(
+            do_convert_rgb=config.num_channels == 3,
+            size=size,
+            resample=interpolation,
+            do_center_crop=crops,
+            crop_size=(height, width) if crops else None,
+            image_mean=mean,
+            image_std=std,
+        )
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"pretrained_cfg: {error}") from None
+    return processor, notes
+
+
+def _numbers(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """One a channel; a single one is for all."""
+    numbers = tuple(values) * channels if len(values) == 1 else tuple(values)
+    if len(numbers) != channels:
+        raise ConfigError(f"{name}={list(values)}: must be one number, or one for each of {channels} channels")
+    return numbers
+
+
+def input_content(processor: ViTImageProcessor, config: ViTConfig) -> dict[str, Any]:
+    """The keys of pretrained_cfg for the images of this processor, made for this config.
+
+    ConfigError for what timm's transform cannot do.
+    """
+    height, width = pair(config.image_size)
+    mode, crop_pct = _crop(processor, height, width)
+    # timm takes pixels in [0, 1]: another scale of them is another mean and deviation.
+    scale = 255 * processor.rescale_factor if processor.do_rescale else 255.0
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+    channels = config.num_channels
+    return {
+        "input_size": [channels, height, width],
+        "fixed_input_size": True,
+        "interpolation": Image.Resampling(processor.resample).name.lower(),
+        "crop_pct": crop_pct,
+        "crop_mode": mode,
+        "mean": _scaled("image_mean", mean, scale, channels),
+        "std": _scaled("image_std", std, scale, channels),
+    }
+
+
+def _scaled(name: str, values: float | Sequence[float], scale: float, channels: int) -> list[float]:
+    each = (values,) if isinstance(values, int | float) else tuple(values)
+    return [value / scale for value in _numbers(name, each, channels)]
+
+
+def _crop(processor: ViTImageProcessor, height: int, width: int) -> tuple[str, float]:
+    """timm's crop_mode and crop_pct."""
+    size, crop = processor.size, processor.crop_size if processor.do_center_crop else None
+    if not processor.do_resize or (crop is None and size == {"height": height, "width": width}):
+        return "squash", 1.0  # to exactly that size, without a crop
+    if crop == {"height": height, "width": width}:
+        if set(size) == {"shortest_edge"} and height == width:
+            return "center", _share((height, width), (size["shortest_edge"],) * 2)
+        if "height" in size:
+            return "squash", _share((height, width), (size["height"], size["width"]))
+    raise ConfigError(
+        f"size={size}, crop_size={crop}: timm's transform cannot make {height}x{width} pixels of an image so; "
+        f"give the processor a size of height={height} and width={width}"
+    )
+
+
+def _share(inner: tuple[int, int], outer: tuple[int, int]) -> float:
+    """crop_pct, of which timm makes floor(inner / crop_pct)."""
+    for share in (inner[0] / outer[0], inner[0] / (outer[0] + 0.5), inner[1] / (outer[1] + 0.5)):
+        if share <= 1 and tuple(math.floor(side / share) for side in inner) == outer:
+            return share
+    raise ConfigError(f"size={outer}: timm's transform has one crop_pct for both sides, which must give {inner}")

@@ -1,0 +1,113 @@
+"""The names of timm's VisionTransformer, which the MAE code shares, and models read from or written by them.
+
+Both keep query, key and value as one matrix, as we do, so that a tensor is another's by its name alone;
+only positions differ: timm's may belong to every token in front of the patches.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vitscale.interop.image_processing import ViTImageProcessor
+from vitscale.interop.strict import require_equal, shapes
+from vitscale.models.configuration import ViTConfig
+from vitscale.models.positions import fill_fixed_positions, fixed_positions
+from vitscale.models.vit import ViTModel, ViTPreTrainedModel
+
+POSITIONS = "vit.embeddings.position_embeddings"
+ENCODER = "vit."
+_MODULES = {
+    "vit.embeddings.cls_token": "cls_token",
+    "vit.embeddings.register_tokens": "reg_token",
+    POSITIONS: "pos_embed",
+    "vit.embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "vit.layernorm": "norm",
+    "fc_norm": "fc_norm",
+    "classifier": "head",
+    "decoder.decoder_embed": "decoder_embed",
+    "decoder.mask_token": "mask_token",
+    "decoder.decoder_pos_embed": "decoder_pos_embed",
+    "decoder.decoder_norm": "decoder_norm",
+    "decoder.decoder_pred": "decoder_pred",
+}
+_BLOCKS = {"vit.encoder.layers": "blocks", "decoder.transformer.layers": "decoder_blocks"}
+_IN_BLOCK = {
+    "layernorm_before": "norm1",
+    "attention.attention.qkv": "attn.qkv",
+    "attention.attention.query_norm": "attn.q_norm",
+    "attention.attention.key_norm": "attn.k_norm",
+    "attention.output": "attn.proj",
+    "layer_scale_before": "ls1.gamma",
+    "layernorm_after": "norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+    "layer_scale_after": "ls2.gamma",
+}
+_BLOCK = re.compile(rf"({'|'.join(map(re.escape, _BLOCKS))})\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model from somebody's files, every tensor of which is in it."""
+
+    kind: str  # hf, timm or mae
+    model: ViTPreTrainedModel
+    processor: ViTImageProcessor
+    tensors: int  # that the files hold
+    notes: list[str] = field(default_factory=list)  # what the files do not say, or was said otherwise
+
+
+def their_name(ours: str) -> str | None:
+    """timm's and MAE's name of a parameter of ours (those of a bare ViTModel with `vit.` before); None: no place."""
+    path, dot, leaf = ours.rpartition(".")
+    if leaf not in ("weight", "bias"):
+        path, dot, leaf = ours, "", ""
+    block = _BLOCK.fullmatch(path)
+    if block is None:
+        theirs = _MODULES.get(path)
+    else:
+        within = _IN_BLOCK.get(block[3])
+        theirs = within and f"{_BLOCKS[block[1]]}.{block[2]}.{within}"
+    return theirs and f"{theirs}{dot}{leaf}"
+
+
+def state_of(model: ViTPreTrainedModel) -> dict[str, Tensor]:
+    """Every tensor of a model, fixed positions too, an encoder's under `vit.` whatever the class."""
+    prefix = ENCODER if isinstance(model, ViTModel) else ""
+    state = {**model.state_dict(), **fixed_positions(model)}
+    return {prefix + name: tensor.detach() for name, tensor in state.items()}
+
+
+def build(
+    model_class: type[ViTPreTrainedModel], config: ViTConfig, tensors: Mapping[str, Tensor], where: str
+) -> ViTPreTrainedModel:
+    """A model of ours from tensors by their names, float32, in evaluation mode.
+
+    tensors: `pos_embed` as ours, class token and patches; those of fixed positions are not there.
+    CheckpointError that names what is missing, left over, or of another shape.
+    """
+    model: ViTPreTrainedModel
+    with torch.device("meta"):
+        if issubclass(model_class, ViTModel):
+            model = model_class(config, add_pooling_layer=False)
+        else:
+            model = model_class(config)
+    model.to_empty(device="cpu")
+    prefix = ENCODER if isinstance(model, ViTModel) else ""
+    state = model.state_dict()
+    theirs = {name: their_name(prefix + name) or name for name in state}
+    require_equal({theirs[name]: tuple(tensor.shape) for name, tensor in state.items()}, shapes(tensors), where)
+    model.load_state_dict({name: tensors[theirs[name]] for name in state})
+    fill_fixed_positions(model)
+    return model.eval()
+
+
+def depth(tensors: Mapping[str, Tensor], blocks: str) -> int:
+    """How many blocks the names tell of."""
+    found = (re.match(rf"{blocks}\.(\d+)\.", name) for name in tensors)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)

@@ -1,0 +1,225 @@
+"""Models opened by code that is not ours: transformers, timm, and timm's blocks put together as the MAE code does.
+
+They tell whether what was read or written means to others what it means here. The libraries are looked for
+only when asked, since timm is no dependency, and either may be there and yet not import.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitscale.config.check import pair
+from vitscale.errors import CheckpointError
+from vitscale.interop.weight_files import read_pickle
+from vitscale.models.classification import ViTForImageClassification
+from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
+from vitscale.models.multitask import ViTForMultitaskPreTraining
+from vitscale.models.simmim import MaskedImageModel, ViTForMaskedImageModeling
+from vitscale.models.vit import ViTModel, ViTPreTrainedModel
+
+Inputs = dict[str, Tensor]
+Outputs = dict[str, Tensor]  # last_hidden_state, pooler_output, logits, reconstruction, patches (MAE's logits)
+
+
+class Absent(Exception):
+    """A library that would open the model is not there, or does not import."""
+
+
+@dataclass(frozen=True)
+class Witness:
+    """A model opened by other code."""
+
+    name: str
+    run: Callable[[Inputs], Outputs]
+
+
+def inputs_for(model: ViTPreTrainedModel, n: int = 2, seed: int = 0) -> Inputs:
+    """Random images of the model's size, and what is hidden of them, the same each time."""
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    given = {"pixel_values": torch.randn(n, config.num_channels, *pair(config.image_size), generator=generator)}
+    noise = torch.rand(n, config.num_patches, generator=generator)
+    if isinstance(model, ViTMAEForPreTraining):
+        given["noise"] = noise
+    elif isinstance(model, ViTForMaskedImageModeling):
+        given["bool_masked_pos"] = noise < 0.5
+    return given
+
+
+@torch.no_grad()
+def ours(model: ViTPreTrainedModel, inputs: Inputs) -> Outputs:
+    """What our model makes of them; the encoder alone always sees whole images."""
+    if isinstance(model, ViTModel):
+        return _without_none(model(**inputs), "last_hidden_state", "pooler_output")
+    encoder = getattr(model, "vit")  # noqa: B009 - every class but ViTModel has it
+    assert isinstance(encoder, ViTModel)
+    outputs = {"last_hidden_state": encoder(inputs["pixel_values"]).last_hidden_state}
+    if isinstance(model, ViTForMultitaskPreTraining):
+        return outputs | _without_none(model(**inputs), "logits")
+    if isinstance(model, ViTMAEForPreTraining):
+        return outputs | {"patches": model(**inputs).logits}
+    name = "reconstruction" if isinstance(model, MaskedImageModel) else "logits"
+    return outputs | _without_none(model(**inputs), name)
+
+
+def _without_none(output: Any, *names: str) -> Outputs:
+    return {name: output[name] for name in names if output.get(name) is not None}
+
+
+def by_transformers(folder: Path, model: ViTPreTrainedModel) -> Witness:
+    """A folder as transformers opens it: strictly, but for the decoder of a class that it does not have."""
+    multitask = isinstance(model, ViTForMultitaskPreTraining)
+    name = ViTForImageClassification.__name__ if multitask else type(model).__name__
+    library, their_class = _library("transformers", name)
+    more = {}
+    if isinstance(model, ViTModel):
+        has_mask_token = model.embeddings.mask_token is not None
+        more = {"add_pooling_layer": model.pooler is not None, "use_mask_token": has_mask_token}
+    shows_progress = library.utils.logging.is_progress_bar_enabled()
+    library.utils.logging.disable_progress_bar()
+    try:
+        opened, report = their_class.from_pretrained(folder, output_loading_info=True, **more)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: transformers does not open it: {error}") from None
+    finally:
+        if shows_progress:
+            library.utils.logging.enable_progress_bar()
+    wrong = {kind: keys for kind, keys in report.items() if keys and not (multitask and kind == "unexpected_keys")}
+    if wrong:
+        raise CheckpointError(f"{folder}: transformers opens it with {wrong}")
+    opened.eval()
+
+    @torch.no_grad()
+    def run(inputs: Inputs) -> Outputs:
+        output = opened(**inputs)
+        if isinstance(model, ViTMAEForPreTraining):  # whose encoder always hides patches
+            return {"patches": output.logits}
+        outputs = _without_none(output, "last_hidden_state", "pooler_output", "logits", "reconstruction")
+        if hasattr(opened, "vit"):
+            outputs["last_hidden_state"] = opened.vit(inputs["pixel_values"]).last_hidden_state
+        return outputs
+
+    return Witness(f"transformers {library.__version__}", run)
+
+
+def by_timm(folder: Path) -> Witness:
+    """A folder as timm.create_model opens it, strictly."""
+    library, create_model = _library("timm", "create_model")
+    try:
+        opened = create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AssertionError) as error:
+        raise CheckpointError(f"{folder}: timm does not open it: {error}") from None
+
+    @torch.no_grad()
+    def run(inputs: Inputs) -> Outputs:
+        features = opened.forward_features(inputs["pixel_values"].float())
+        return {"last_hidden_state": features, "logits": opened.forward_head(features)}
+
+    return Witness(f"timm {library.__version__}", run)
+
+
+def by_mae(path: Path, model: ViTPreTrainedModel) -> Witness:
+    """A .pth in what the MAE code makes of timm's parts: models_vit.py's model, or models_mae.py's."""
+    library, models = _library("timm", "models")
+    timm_vit = models.vision_transformer
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = read_pickle(path)
+    tensors, config = content.get("model", content), model.config
+    opened: Any
+    if isinstance(config, ViTMAEConfig):
+        opened = _MaskedAutoencoder(timm_vit, config)
+    else:
+        opened = timm_vit.VisionTransformer(
+            img_size=pair(config.image_size),
+            patch_size=pair(config.patch_size),
+            in_chans=config.num_channels,
+            num_classes=len(tensors.get("head.weight", ())),
+            embed_dim=config.hidden_size,
+            depth=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            mlp_ratio=config.intermediate_size / config.hidden_size,
+            global_pool="avg" if config.fc_norm else "token",
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        )
+    opened.load_state_dict(tensors)
+    opened.eval()
+
+    @torch.no_grad()
+    def run(inputs: Inputs) -> Outputs:
+        if isinstance(opened, _MaskedAutoencoder):
+            patches = opened(inputs["pixel_values"], inputs["noise"], config.mask_ratio)
+            return {"last_hidden_state": opened.encode(inputs["pixel_values"]), "patches": patches}
+        features = opened.forward_features(inputs["pixel_values"])
+        return {"last_hidden_state": features, "logits": opened.forward_head(features)}
+
+    return Witness(f"the MAE code on timm {library.__version__}", run)
+
+
+class _MaskedAutoencoder(nn.Module):
+    """MaskedAutoencoderViT of models_mae.py, of the same blocks and names; the mask comes from `noise`."""
+
+    def __init__(self, timm_vit: ModuleType, config: ViTMAEConfig) -> None:
+        super().__init__()
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        width, decoder = config.hidden_size, config.decoder_hidden_size
+        block = partial(timm_vit.Block, mlp_ratio=config.intermediate_size / width, qkv_bias=True, norm_layer=norm)
+        size, patch = pair(config.image_size), pair(config.patch_size)
+        self.patch_embed = timm_vit.PatchEmbed(size, patch, config.num_channels, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_patches + 1, width))
+        self.blocks = nn.ModuleList(block(width, config.num_attention_heads) for _ in range(config.num_hidden_layers))
+        self.norm = norm(width)
+        self.decoder_embed = nn.Linear(width, decoder)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, config.num_patches + 1, decoder))
+        heads, layers = config.decoder_num_attention_heads, config.decoder_num_hidden_layers
+        self.decoder_blocks = nn.ModuleList(block(decoder, heads) for _ in range(layers))
+        self.decoder_norm = norm(decoder)
+        self.decoder_pred = nn.Linear(decoder, config.patch_values)
+
+    def encode(self, pixel_values: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Tokens of the patches `kept` [n, visible], of all without it, after the class token."""
+        x = self.patch_embed(pixel_values) + self.pos_embed[:, 1:]
+        if kept is not None:
+            x = torch.gather(x, 1, kept.unsqueeze(-1).repeat(1, 1, x.shape[-1]))
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls, x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, pixel_values: Tensor, noise: Tensor, mask_ratio: float) -> Tensor:
+        """[n, patches, patch_values]."""
+        shuffle = torch.argsort(noise, dim=1)
+        restore, visible = torch.argsort(shuffle, dim=1), int(noise.shape[1] * (1 - mask_ratio))
+        x = self.decoder_embed(self.encode(pixel_values, shuffle[:, :visible]))
+        patches = torch.cat([x[:, 1:], self.mask_token.repeat(len(x), noise.shape[1] - visible, 1)], dim=1)
+        patches = torch.gather(patches, 1, restore.unsqueeze(-1).repeat(1, 1, x.shape[-1]))
+        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+
+def _library(name: str, part: str) -> tuple[ModuleType, Any]:
+    """A library and an object in it; Absent where it is not there, or fails to import."""
+    if importlib.util.find_spec(name) is None:
+        raise Absent(f"{name} is not installed; `pip install {name}` lets it check")
+    try:
+        library = importlib.import_module(name)
+        return library, getattr(library, part)
+    except Exception as error:  # say for a torchvision that does not fit torch: whatever it is, it is not ours
+        cause = error.__cause__ or error
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        raise Absent(f"{name} is installed and does not import ({reason})") from None

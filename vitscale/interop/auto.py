@@ -1,0 +1,86 @@
+"""The model of a folder or hub name, told by its config.json, by the calls of transformers' Auto classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from vitscale.errors import CheckpointError
+from vitscale.interop.config_files import overridden, read_config, read_json
+from vitscale.interop.sources import CONFIG, locate
+from vitscale.models.auto import CLASSES
+from vitscale.models.classification import ViTForImageClassification
+from vitscale.models.configuration import ViTConfig
+from vitscale.models.simmim import ViTForMaskedImageModeling
+from vitscale.models.vit import ViTModel, ViTPreTrainedModel
+
+_WHERE = ("revision", "cache_dir", "local_files_only", "token", "subfolder")
+
+
+class AutoConfig:
+    """A config of the class that model_type tells: ViTConfig or ViTMAEConfig."""
+
+    @staticmethod
+    def from_pretrained(source: str | Path, **options: Any) -> ViTConfig:
+        """options: as for a config class's own from_pretrained."""
+        where, overrides = _parted(options)
+        return overridden(read_config(locate(source, only=CONFIG, **where) / CONFIG), overrides)
+
+
+class _AutoModel:
+    model_class: ClassVar[type[ViTPreTrainedModel]]
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> Any:
+        """As the from_pretrained of the class that is meant; see there.
+
+        CheckpointError where config.json is of a model that is not ours, naming those that are.
+        """
+        return cls.model_class.from_pretrained(source, **options)
+
+    @classmethod
+    def from_config(cls, config: ViTConfig) -> ViTPreTrainedModel:
+        """A model of this class and config, its values not yet of any use."""
+        return cls.model_class(config)
+
+
+class AutoModel(_AutoModel):
+    """The encoder, as a ViTModel: of an MAE too, which in transformers would hide patches."""
+
+    model_class = ViTModel
+
+
+class AutoModelForImageClassification(_AutoModel):
+    """A classifier; a folder without one gives it a new head, and says so."""
+
+    model_class = ViTForImageClassification
+
+
+class AutoModelForMaskedImageModeling(_AutoModel):
+    """SimMIM's model; a folder without its decoder gives it a new one, and says so."""
+
+    model_class = ViTForMaskedImageModeling
+
+
+class AutoModelForPreTraining:
+    """The model that was pretrained: MAE's, SimMIM's or the multitask one, as `architectures` says."""
+
+    @staticmethod
+    def from_pretrained(source: str | Path, **options: Any) -> Any:
+        """As the from_pretrained of that class. CheckpointError where the folder holds no such model."""
+        where, _ = _parted(dict(options))
+        path = locate(source, only=CONFIG, **where) / CONFIG
+        named = (read_json(path).get("architectures") or [None])[0]
+        read_config(path)  # a model of another type is refused in its words
+        if named not in CLASSES or CLASSES[named] in (ViTModel, ViTForImageClassification):
+            raise CheckpointError(
+                f"{path}: architectures names {named}, which is not for pretraining; take AutoModel, "
+                "or name the class that you want, say ViTForMaskedImageModeling"
+            )
+        return CLASSES[named].from_pretrained(source, **options)
+
+
+def _parted(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where to look, and the rest."""
+    where = {name: options.pop(name) for name in _WHERE if name in options}
+    return where, options

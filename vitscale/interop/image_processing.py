@@ -1,0 +1,376 @@
+"""ViTImageProcessor: images as a model wants them, by transformers' call and preprocessor_config.json."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vitscale.config.check import pair
+from vitscale.errors import CheckpointError, ConfigError, DataError
+from vitscale.interop.image_arrays import as_array, flatten
+from vitscale.interop.sources import CONFIG, locate
+from vitscale.models.configuration import ViTConfig
+from vitscale.run_folder import write_atomically
+
+PROCESSOR = "preprocessor_config.json"
+RESAMPLE = {filter.name.lower(): filter for filter in Image.Resampling}
+# What transformers 3 to 5 call this processor on disk.
+TYPES = ("ViTImageProcessor", "ViTImageProcessorFast", "ViTImageProcessorPil", "ViTFeatureExtractor")
+MODEL_TYPES = ("vit", "vit_mae", "vitscale_vit", "vitscale_vit_mae")
+# Keys of preprocessor_config.json that say nothing of how pixels are made; with `data_format` and
+# `default_to_square` only the value that is the rule here.
+_REMARKS = {"image_processor_type", "feature_extractor_type", "processor_class", "_valid_processor_keys", "auto_map"}
+_REMARKS |= {"_valid_kwargs_names", "device", "disable_grouping", "return_tensors", "pad_size", "vitscale_version"}
+_RULES = {"data_format": "channels_first", "default_to_square": True}
+_HUB = ("revision", "cache_dir", "local_files_only", "token", "subfolder")
+_SIZES = (
+    {"height", "width"},
+    {"shortest_edge"},
+    {"shortest_edge", "longest_edge"},
+    {"max_height", "max_width"},
+)
+
+
+class BatchFeature(dict[str, Any]):
+    """What the processor returns: `pixel_values` as an entry and as an attribute; `model(**batch)` takes it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}; it has {', '.join(self)}")
+        return self[name]
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """The same with its tensors moved or cast, by the arguments of torch.Tensor.to."""
+        moved = {k: v.to(*args, **kwargs) if isinstance(v, torch.Tensor) else v for k, v in self.items()}
+        return type(self)(moved)
+
+
+@dataclass(kw_only=True)
+class ViTImageProcessor:
+    """Resize, centre crop (if asked for), rescale to [0, 1], normalize: transformers' ViTImageProcessor.
+
+    Keys, defaults, files and results are those of transformers 5, within 1/255 of its PIL processor (Pillow's
+    antialiased filters) on every kind of picture. Where it fails or does harm, ours differs:
+
+    - do_convert_rgb=None means yes where image_mean has three numbers (there: no, so that greyscale and RGBA
+      fail). Transparent pixels lie on white. Where image_mean has one number, pictures become grey.
+    - 16-bit pictures (PIL's I;16) are scaled to 8 bits as in training; there, all above 255 of 65535 becomes
+      white. Arrays are taken as they are by both: for uint16 pass rescale_factor=1 / 65535.
+    - A PIL image is taken as its pixels lie, by both, whatever its EXIF orientation says: hand over the path
+      (a str or Path) and it is turned, or use PIL.ImageOps.exif_transpose.
+    - Arrays with a point are resized in float32, as by transformers' torchvision processor; its PIL one
+      rounds them to 8 bits. Arrays of any number of channels are taken, also 2-D ones, which are grey.
+
+    size: a side, (height, width), or a dict: height and width; shortest_edge with or without longest_edge;
+    max_height and max_width, both keeping the aspect ratio. resample: a number or name of Pillow's filters
+    (nearest, lanczos, bilinear, bicubic, box, hamming). image_mean, image_std: one number, or one a channel.
+    Raises ConfigError for options, DataError for images that cannot be processed.
+    """
+
+    do_convert_rgb: bool | None = None
+    do_resize: bool = True
+    size: Any = 224
+    resample: int | str = Image.Resampling.BILINEAR
+    do_center_crop: bool = False
+    crop_size: Any = None
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: float | Sequence[float] = (0.5, 0.5, 0.5)
+    image_std: float | Sequence[float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        self.size = _size("size", self.size)
+        self.resample = _resample(self.resample)
+        if self.crop_size is not None:
+            self.crop_size = _size("crop_size", self.crop_size)
+        if self.do_center_crop and "height" not in (self.crop_size or {}):
+            raise ConfigError(f"crop_size={self.crop_size}: do_center_crop needs a side, or height and width")
+        self.image_mean, self.image_std = _numbers(self.image_mean), _numbers(self.image_std)
+        counts = {len(each) for each in (self.image_mean, self.image_std) if isinstance(each, tuple)}
+        if len(counts) > 1:
+            raise ConfigError(f"image_mean={self.image_mean}, image_std={self.image_std}: need as many numbers each")
+        if not np.all(np.asarray(self.image_std) > 0):
+            raise ConfigError(f"image_std={self.image_std}: must be above 0")
+
+    @property
+    def num_channels(self) -> int | None:
+        """How many channels the images have in the end, as image_mean tells; None where it is one number for all."""
+        each = self.image_mean if isinstance(self.image_mean, tuple) else self.image_std
+        return len(each) if self.do_normalize and isinstance(each, tuple) else None
+
+    @property
+    def output_size(self) -> tuple[int, int] | None:
+        """(height, width) of every image in the end; None where it depends on the image."""
+        size = self.crop_size if self.do_center_crop else self.size if self.do_resize else {}
+        return (size["height"], size["width"]) if "height" in size else None
+
+    def __call__(
+        self, images: Any, return_tensors: str | None = None, input_data_format: str | None = None, **options: Any
+    ) -> BatchFeature:
+        """Images as `pixel_values` [n, channels, height, width].
+
+        images: a PIL image, NumPy array, tensor or path, a batch in one array, or a list of any of them;
+        input_data_format: channels_first or channels_last for arrays (default: told from their shape);
+        return_tensors: "pt", "np", or None for a list of arrays; options: fields of this class, for this call.
+        float32, or as they came with neither do_rescale nor do_normalize.
+        """
+        kind = None if return_tensors is None else str(getattr(return_tensors, "value", return_tensors))
+        if kind not in (None, "pt", "np"):
+            raise ConfigError(f"return_tensors={kind!r}: must be pt (torch), np (NumPy) or None (a list of arrays)")
+        resolved = self._with(options)
+        done = [resolved._process(image, input_data_format) for image in flatten(images)]
+        if not done:
+            raise DataError("no images were given")
+        if kind is None:
+            return BatchFeature(pixel_values=done)
+        if len({image.shape for image in done}) > 1:
+            shapes = ", ".join(sorted({"x".join(map(str, image.shape)) for image in done}))
+            raise DataError(
+                f"images of different sizes ({shapes}: channels x height x width) make no batch: pass do_resize=True "
+                f"and a size of height and width (size={resolved.size}), or return_tensors=None"
+            )
+        batch = np.stack(done)
+        return BatchFeature(pixel_values=torch.from_numpy(batch) if kind == "pt" else batch)
+
+    preprocess = __call__
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> Self:
+        """The processor of a folder with a preprocessor_config.json, a run's folder, that file, or a hub name.
+
+        options: revision, cache_dir, local_files_only, token, subfolder (see sources.locate), and fields of this
+        class, laid over the file's. CheckpointError for a file that is not there, broken, or of another processor.
+        """
+        path = _found(source, {name: options.pop(name) for name in _HUB if name in options})
+        return cls.from_dict(_read(path), str(path))._with(options)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any], where: str = PROCESSOR) -> Self:
+        """From preprocessor_config.json's content. CheckpointError, with `where`, for what it asks of others."""
+        kind = content.get("image_processor_type") or content.get("feature_extractor_type") or TYPES[0]
+        if kind not in TYPES:
+            raise CheckpointError(f"{where}: image_processor_type={kind!r}: must be one of {', '.join(TYPES)}")
+        names = {field.name for field in fields(cls)}
+        unknown = {
+            name
+            for name, value in content.items()
+            if name not in names | _REMARKS and value not in (None, False) and _RULES.get(name) != value
+        }
+        if unknown:
+            raise CheckpointError(f"{where}: key(s) {', '.join(sorted(unknown))} ask for what this processor does not")
+        try:
+            return cls(**{name: value for name, value in content.items() if name in names and value is not None})
+        except (ConfigError, TypeError) as error:
+            raise CheckpointError(f"{where}: {error}") from None
+
+    def save_pretrained(self, folder: str | Path) -> list[str]:
+        """Write FOLDER/preprocessor_config.json, which transformers reads; its path, in a list as there."""
+        path = Path(folder) / PROCESSOR
+        try:
+            write_atomically(path, self.to_json_string())
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be written: {error.strerror}; name another folder") from None
+        return [str(path)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of preprocessor_config.json."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["resample"] = int(values["resample"])
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        present = {name: value for name, value in values.items() if value is not None}
+        return {"image_processor_type": TYPES[0], **present}
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def _with(self, options: dict[str, Any]) -> Self:
+        """This processor with other options; checked again, since fields may have been set by hand."""
+        names = [field.name for field in fields(self)]
+        for name in options.keys() - set(names):
+            near = "".join(f"did you mean {each}? " for each in difflib.get_close_matches(name, names, 1))
+            raise ConfigError(f"{name}: is no option of {type(self).__name__}; {near}it has {', '.join(names)}")
+        # None means "as the processor says", as in transformers.
+        return replace(self, **{name: value for name, value in options.items() if value is not None})
+
+    def _process(self, image: Any, input_data_format: str | None) -> np.ndarray:
+        """One image -> [channels, height, width]."""
+        channels = self.num_channels
+        to_rgb = channels == 3 if self.do_convert_rgb is None else self.do_convert_rgb
+        whole = as_array(image, channels, to_rgb, input_data_format)
+        height, width, own = _shape(whole)
+        if 0 in (height, width, own):
+            raise DataError(f"an image of {height}x{width} pixels, {own} channels is empty")
+        if channels not in (None, own):
+            convert = "pass do_convert_rgb=True, " if channels == 3 and own in (1, 4) else ""
+            raise DataError(
+                f"an image of {own} channels: the model's are {channels}, as image_mean has; give images of "
+                f"{channels}, {convert}or use a model of num_channels={own}"
+            )
+        array = _resized(whole, _target(self.size, height, width) if self.do_resize else None, self.resample)
+        if self.do_center_crop:
+            array = _center_cropped(array, self.crop_size["height"], self.crop_size["width"])
+        return self._normalized(np.moveaxis(array, -1, 0))
+
+    def _normalized(self, array: np.ndarray) -> np.ndarray:
+        if not self.do_rescale and not self.do_normalize:
+            return np.ascontiguousarray(array)
+        factor = self.rescale_factor if self.do_rescale else 1.0
+        mean, std = (self.image_mean, self.image_std) if self.do_normalize else (0.0, 1.0)
+        scale, shift = (np.reshape(np.divide(each, std), (-1, 1, 1)) for each in (factor, mean))
+        values = array.astype(np.float32, order="C")
+        values *= scale.astype(np.float32)
+        values -= shift.astype(np.float32)
+        return values
+
+
+class AutoImageProcessor:
+    """`from_pretrained` as transformers' AutoImageProcessor has it, for the models that this library opens."""
+
+    @staticmethod
+    def from_pretrained(source: str | Path, **options: Any) -> ViTImageProcessor:
+        """See ViTImageProcessor.from_pretrained. CheckpointError where config.json tells of another model."""
+        path = _found(source, {name: options.pop(name) for name in _HUB if name in options})
+        config = path.with_name(CONFIG)
+        model_type = _read(config).get("model_type") if config.is_file() else None
+        if model_type not in (None, *MODEL_TYPES):
+            raise CheckpointError(f"{config}: model_type={model_type!r}: must be one of {', '.join(MODEL_TYPES)}")
+        return ViTImageProcessor.from_pretrained(path, **options)
+
+
+def processor_dict(config: ViTConfig, image_mean: Sequence[float], image_std: Sequence[float]) -> dict[str, Any]:
+    """preprocessor_config.json for a model: bicubic to the model's size, [0, 1], normalized.
+
+    image_mean, image_std: one number, or one a channel.
+    """
+    channels = config.num_channels
+    mean, std = (list(each) * channels if len(each) == 1 else list(each) for each in (image_mean, image_std))
+    if len(mean) != channels or len(std) != channels:
+        raise ConfigError(
+            f"image_mean={mean}, image_std={std}: need one number, or one for each of the {channels} channels"
+        )
+    return ViTImageProcessor(
+        do_convert_rgb=channels == 3,
+        size=pair(config.image_size),
+        resample=Image.Resampling.BICUBIC,
+        image_mean=mean,
+        image_std=std,
+    ).to_dict()
+
+
+def _size(name: str, size: Any) -> dict[str, int]:
+    """A size in any of transformers' forms as a dict."""
+    if isinstance(size, int):
+        size = {"height": size, "width": size}
+    elif isinstance(size, list | tuple) and len(size) == 2:
+        size = {"height": size[0], "width": size[1]}
+    try:
+        found = {key: value for key, value in dict(size).items() if value is not None}
+    except (TypeError, ValueError):
+        found = {}
+    numbers = all(isinstance(value, int) and value > 0 for value in found.values())
+    if set(found) not in _SIZES or not numbers:
+        forms = "; ".join(" and ".join(sorted(keys)) for keys in _SIZES)
+        raise ConfigError(f"{name}={size!r}: must be pixels: a side, (height, width), or a dict of {forms}")
+    return found
+
+
+def _target(size: dict[str, int], height: int, width: int) -> tuple[int, int]:
+    """(height, width) that an image becomes; sides are cut to whole pixels as transformers does."""
+    if "height" in size:
+        return size["height"], size["width"]
+    if "max_height" in size:
+        scale = min(size["max_height"] / height, size["max_width"] / width)
+        return max(int(height * scale), 1), max(int(width * scale), 1)
+    edge, longest = float(size["shortest_edge"]), size.get("longest_edge")
+    short, long = sorted((height, width))
+    if longest is not None and long / short * edge > longest:
+        edge = longest * short / long
+    new_short = round(edge)
+    if short == new_short:
+        return height, width
+    new_long = int(edge * long / short)
+    return (new_short, new_long) if height <= width else (new_long, new_short)
+
+
+def _shape(image: np.ndarray | Image.Image) -> tuple[int, ...]:
+    """(height, width, channels)"""
+    return image.shape if isinstance(image, np.ndarray) else (image.height, image.width, len(image.getbands()))
+
+
+def _resized(image: np.ndarray | Image.Image, size: tuple[int, int] | None, resample: Any) -> np.ndarray:
+    """[h, w, channels] -> [*size, channels], by Pillow: uint8 stay uint8, all else becomes float32."""
+    height, width, channels = _shape(image)
+    if isinstance(image, np.ndarray):
+        if size in (None, (height, width)):
+            return image
+        if image.dtype != np.uint8 or channels != 3:
+            return _resized_by_band(image, size, resample)
+        image = Image.fromarray(image)
+    resized = image if size is None else image.resize(size[::-1], resample)
+    return np.asarray(resized).reshape(resized.height, resized.width, channels)
+
+
+def _resized_by_band(array: np.ndarray, size: tuple[int, int], resample: Any) -> np.ndarray:
+    """Pillow takes four bands for RGBA, whose colours it would weigh by the fourth, and no other numbers."""
+    whole = array if array.dtype == np.uint8 else array.astype(np.float32)
+    bands = [np.ascontiguousarray(whole[..., band]) for band in range(array.shape[2])]
+    resized = np.stack([np.asarray(Image.fromarray(band).resize(size[::-1], resample)) for band in bands], axis=-1)
+    if array.dtype.kind in "iu" and array.dtype != np.uint8:
+        resized.clip(np.iinfo(array.dtype).min, np.iinfo(array.dtype).max, out=resized)
+    return resized
+
+
+def _center_cropped(array: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The middle; an image that is smaller is laid on zeros."""
+    before = [max(0, -(-(new - old) // 2)) for new, old in zip((height, width), array.shape, strict=False)]
+    after = [max(0, new - old) - pad for new, old, pad in zip((height, width), array.shape, before, strict=False)]
+    if any(before) or any(after):
+        array = np.pad(array, (*zip(before, after, strict=True), (0, 0)))
+    top, left = (array.shape[0] - height) // 2, (array.shape[1] - width) // 2
+    return array[top : top + height, left : left + width]
+
+
+def _resample(value: Any) -> Image.Resampling:
+    if isinstance(value, str) and value.lower() in RESAMPLE:
+        return RESAMPLE[value.lower()]
+    try:
+        return Image.Resampling(value)
+    except ValueError:
+        known = ", ".join(f"{name} ({int(each)})" for name, each in RESAMPLE.items())
+        raise ConfigError(f"resample={value!r}: must be one of {known}") from None
+
+
+def _numbers(value: float | Sequence[float]) -> float | tuple[float, ...]:
+    """One number, or a tuple of them."""
+    return float(value) if isinstance(value, int | float) else tuple(map(float, value))
+
+
+def _found(source: str | Path, where: dict[str, Any]) -> Path:
+    """The preprocessor_config.json of a source; where: options of sources.locate."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    try:
+        return locate(source, only=PROCESSOR, **where) / PROCESSOR
+    except CheckpointError as error:
+        way_out = "ViTImageProcessor(size=..., image_mean=..., image_std=...).save_pretrained(folder) makes one"
+        raise CheckpointError(f"{error}; {way_out}" if path.is_dir() else str(error)) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a mapping")
+    return content

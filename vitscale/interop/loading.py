@@ -1,0 +1,210 @@
+"""A folder's weights in a model of any class and config: what fits is taken, the rest is named."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitscale.errors import CheckpointError, ConfigError
+from vitscale.interop.channels import adapt_channels
+from vitscale.interop.config_files import config_as, overridden
+from vitscale.interop.pretrained import SavedModel, read_model
+from vitscale.interop.sources import locate
+from vitscale.interop.strict import listed, refuse, require_equal, shapes
+from vitscale.models.auto import initialize
+from vitscale.models.configuration import ViTConfig
+from vitscale.models.positions import fill_fixed_positions, fixed_positions, interpolate_positions
+from vitscale.models.simmim import MaskedImageModel
+from vitscale.models.vit import ViTModel, ViTPreTrainedModel
+
+HEAD_SEED = 0  # what a fresh head is drawn from, so that it is the same each time
+ENCODER = "vit."
+_PROJECTION = f"{ENCODER}embeddings.patch_embeddings.projection.weight"
+_POSITIONS = (f"{ENCODER}embeddings.position_embeddings", "decoder.decoder_pos_embed")
+# Of the encoder, what only some classes have.
+_OPTIONAL = ("embeddings.mask_token", "pooler.dense.weight", "pooler.dense.bias")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What of a model did not come from a folder as it lay there, and what of the folder was not used.
+
+    Names are parameters of the model, in `unused` of the folder's tensors.
+    """
+
+    fresh: list[str] = field(default_factory=list)  # new values, to be trained
+    unused: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)  # those of `fresh` whose shape in the folder is another
+    adapted: list[str] = field(default_factory=list)  # made from the folder's: other channels, another image size
+
+    def lines(self) -> list[str]:
+        """For the terminal: nothing where all was used as it is."""
+        said = []
+        if self.fresh:
+            other = f" (of another shape: {listed(self.mismatched)})" if self.mismatched else ""
+            said.append(f"new, to be trained: {listed(self.fresh)}{other}")
+        if self.adapted:
+            said.append(f"adapted: {listed(self.adapted)}")
+        return [*(["; ".join(said)] if said else []), *([f"not used: {listed(self.unused)}"] if self.unused else [])]
+
+
+def load_pretrained(
+    model_class: type[ViTPreTrainedModel],
+    source: str | Path,
+    *,
+    config: ViTConfig | None,
+    dtype: str | torch.dtype | None,
+    ignore_mismatched_sizes: bool,
+    overrides: dict[str, Any],
+    **where: Any,
+) -> tuple[ViTPreTrainedModel, LoadReport]:
+    """PretrainedMixin.from_pretrained; `where`: options of `locate`. What the report names is said on stderr."""
+    options = {name: overrides.pop(name) for name in ("add_pooling_layer", "use_mask_token") if name in overrides}
+    if options and not issubclass(model_class, ViTModel):
+        raise ConfigError(f"{', '.join(options)}: is for ViTModel, and this is {model_class.__name__}; leave it out")
+    saved = read_model(locate(source, **where), model_class)
+    target = _config(model_class, saved, config, overrides)
+    found = _from_encoder(saved)
+    if issubclass(model_class, ViTModel):
+        options.setdefault("add_pooling_layer", f"{ENCODER}pooler.dense.weight" in found)
+        options.setdefault("use_mask_token", f"{ENCODER}embeddings.mask_token" in found)
+    with torch.device("meta"):
+        model = model_class(target, **options)
+    report = _fit(model, found, saved, str(source), ignore_mismatched_sizes)
+    for line in report.lines():
+        print(f"{source}, as a {model_class.__name__}: {line}", file=sys.stderr)
+    kept = next(iter(saved.state.values())).dtype
+    return model.to(_dtype(dtype, kept)).eval(), report
+
+
+@torch.no_grad()
+def start_from(model: ViTPreTrainedModel, folder: str | Path) -> LoadReport:
+    """Let a new model of any objective start from the weights of a model's or a run's folder.
+
+    The encoder must be in the folder whole and of the same shape (else CheckpointError, and the
+    model is as it was); a head, decoder or mask token is taken where name and shape agree.
+    """
+    saved = read_model(locate(folder), type(model))
+    found = _from_encoder(saved)
+    parameters = dict(model.named_parameters())
+    taken = {name for name, value in parameters.items() if name in found and found[name].shape == value.shape}
+    encoder = {name: value for name, value in parameters.items() if name.startswith(ENCODER)}
+    encoder.pop(f"{ENCODER}embeddings.mask_token", None)
+    require_equal(shapes(encoder), shapes({name: found[name] for name in encoder if name in found}), str(folder))
+    for name in taken:
+        parameters[name].copy_(found[name])
+    return LoadReport(fresh=sorted(parameters.keys() - taken), unused=_unused(model, found, taken, saved))
+
+
+def _from_encoder(saved: SavedModel) -> dict[str, Tensor]:
+    """The state by the names that it has in a model with a head."""
+    prefix = ENCODER if issubclass(saved.model_class, ViTModel) else ""
+    return {prefix + name: tensor for name, tensor in saved.state.items()}
+
+
+def _config(
+    model_class: type[ViTPreTrainedModel], saved: SavedModel, config: ViTConfig | None, overrides: dict[str, Any]
+) -> ViTConfig:
+    target = config_as(model_class.config_class, saved.config if config is None else config)
+    new_decoder = issubclass(model_class, MaskedImageModel) and not issubclass(saved.model_class, MaskedImageModel)
+    if new_decoder and config is None:  # then no weights depend on the old stride
+        overrides = {"encoder_stride": overrides.get("patch_size", target.patch_size)} | overrides
+    return overridden(target, overrides)
+
+
+@torch.no_grad()
+def _fit(
+    model: ViTPreTrainedModel, found: dict[str, Tensor], saved: SavedModel, source: str, ignore_mismatched_sizes: bool
+) -> LoadReport:
+    """Fill a model without memory from `found`; CheckpointError where the encoder is not there whole."""
+    prefix = ENCODER if isinstance(model, ViTModel) else ""
+    values: dict[str, Tensor] = {}
+    fresh: list[str] = []
+    missing: list[str] = []
+    other: dict[str, str] = {}
+    report = LoadReport()
+    for name, parameter in model.named_parameters():
+        full = prefix + name
+        value = found.get(full)
+        if value is not None and value.shape != parameter.shape:
+            made = _adapted(full, value, saved.config, model.config)
+            if made is not None and made.shape == parameter.shape:
+                report.adapted.append(f"{name} {list(value.shape)} to {list(made.shape)}")
+                value = made
+        if value is None:
+            optional = not full.startswith(ENCODER) or full.removeprefix(ENCODER) in _OPTIONAL
+            (fresh if optional else missing).append(name)
+        elif value.shape == parameter.shape:
+            values[name] = value
+        else:
+            other[name] = f"{name} {list(value.shape)} instead of {list(parameter.shape)}"
+    head = [name for name in other if not (prefix + name).startswith(ENCODER)]
+    of_encoder = [text for name, text in other.items() if name not in head]
+    refuse(source, missing=missing, other=of_encoder, way=_differing(saved.config, model.config))
+    if head and not ignore_mismatched_sizes:
+        raise CheckpointError(_way_out(source, saved.config, model.config, [other[name] for name in head]))
+    report.fresh.extend(sorted(fresh + head))
+    report.mismatched.extend(other[name] for name in sorted(head))
+    report.unused.extend(_unused(model, found, {prefix + name for name in values}, saved))
+    _fill(model, values, anew=bool(report.fresh))
+    return report
+
+
+def _fill(model: ViTPreTrainedModel, values: dict[str, Tensor], anew: bool) -> None:
+    if anew:
+        initialize(model, HEAD_SEED)
+    else:
+        model.to_empty(device="cpu")
+        fill_fixed_positions(model)
+    parameters = dict(model.named_parameters())
+    for name, value in values.items():
+        parameters[name].copy_(value)
+
+
+def _adapted(name: str, value: Tensor, config: ViTConfig, target: ViTConfig) -> Tensor | None:
+    """A tensor of the folder for another number of channels or size of images; None where there is no rule."""
+    if name == _PROJECTION and config.num_channels != target.num_channels:
+        return adapt_channels(value, target.num_channels)
+    if name in _POSITIONS and config.grid != target.grid and value.shape[1] >= config.num_patches:
+        return interpolate_positions(value, config.grid, target.grid)
+    return None
+
+
+def _unused(model: nn.Module, found: dict[str, Tensor], taken: set[str], saved: SavedModel) -> list[str]:
+    unused = found.keys() - taken
+    if saved.config.position_embeddings == "sincos":  # computed, wherever there are any
+        prefix = ENCODER if isinstance(model, ViTModel) else ""
+        unused -= {prefix + name for name in fixed_positions(model)}
+    return sorted(unused) + saved.unused
+
+
+def _differing(config: ViTConfig, target: ViTConfig) -> str:
+    names = [item.name for item in fields(config) if hasattr(target, item.name)]
+    pairs = {name: (getattr(config, name), getattr(target, name)) for name in names}
+    said = [f"{name}={value!r}, not {other!r}" for name, (value, other) in pairs.items() if value != other]
+    return f"; its config has {', '.join(said[:4])}" if said else ""
+
+
+def _way_out(source: str, config: ViTConfig, target: ViTConfig, other: list[str]) -> str:
+    way = "pass ignore_mismatched_sizes=True for a new head, to be trained"
+    if config.num_labels != target.num_labels:
+        return (
+            f"{source}: its classifier has num_labels={config.num_labels}, and {target.num_labels} are asked for: "
+            f"{way}, or leave num_labels and id2label out"
+        )
+    return f"{source}: tensors of another shape: {listed(other)}; {way}, or leave out what changes them"
+
+
+def _dtype(wanted: str | torch.dtype | None, kept: torch.dtype) -> torch.dtype:
+    """None: float32; "auto": as in the folder; else torch's, or its name."""
+    if wanted is None or wanted == "auto":
+        return torch.float32 if wanted is None else kept
+    dtype = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"dtype={wanted!r}: must be None (float32), auto (the folder's) or a floating type of torch")
+    return dtype

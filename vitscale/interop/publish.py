@@ -1,0 +1,58 @@
+"""A model to the hub: its folder, its card and its processor, as one commit."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from vitscale.errors import CheckpointError
+from vitscale.interop import hub
+from vitscale.interop.image_processing import PROCESSOR, ViTImageProcessor
+from vitscale.interop.model_card import RunRecord, model_card
+from vitscale.interop.pretrained import save_pretrained
+from vitscale.models.vit import ViTPreTrainedModel
+from vitscale.run_folder import RunFolder
+
+
+def push(
+    model: ViTPreTrainedModel,
+    repo_id: str,
+    *,
+    run: Path | None,
+    processor: ViTImageProcessor | None,
+    commit_message: str,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    create_pr: bool,
+    max_shard_size: int | str,
+) -> str:
+    """PretrainedMixin.push_to_hub."""
+    record = None if run is None else RunRecord.read(run)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        save_pretrained(model, folder, max_shard_size)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        elif run is not None:
+            _copy_processor(run, folder)
+        card = model_card(model, repo_id, record, with_processor=(folder / PROCESSOR).exists())
+        (folder / hub.CARD).write_text(card, encoding="utf-8")
+        return hub.upload(
+            folder,
+            repo_id,
+            new_card=record is not None,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+        )
+
+
+def _copy_processor(run: Path, folder: Path) -> None:
+    source = RunFolder(run).model / PROCESSOR
+    if not source.is_file():
+        raise CheckpointError(f"{source}: no such file; `vitscale export {run}` writes it, or pass processor")
+    shutil.copy(source, folder)

@@ -1,0 +1,83 @@
+"""What a user names a model by -> the folder that holds its files: a model's folder, a run's, or a hub name."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from vitscale.errors import CheckpointError, ConfigError
+from vitscale.run_folder import RunFolder
+
+CONFIG = "config.json"
+
+
+def locate(
+    source: str | Path,
+    revision: str | None = None,
+    *,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    subfolder: str = "",
+    only: str | None = None,
+) -> Path:
+    """The folder of a model's files, downloaded where `source` is a name on the hub.
+
+    source: a model's folder, a run's folder (its model/ is meant), or a hub name such as
+    facebook/vit-mae-base; what is on this disk goes before the hub. only: the one file that is
+    wanted, so that nothing else is downloaded (default: config.json, the weights and
+    preprocessor_config.json where there is one). The other options are huggingface_hub's.
+    CheckpointError, naming what comes nearest, where there is no such model.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if revision not in (None, "main"):
+            raise ConfigError(f"revision={revision!r}: is for the hub, and {source} is a folder; leave it out")
+        return _local(path, subfolder, only or CONFIG)
+    if path.is_file():
+        raise CheckpointError(f"{source}: is a file; name the folder that holds {CONFIG} and the weights")
+    name = str(source)
+    if not _may_be_hub_name(source):
+        raise CheckpointError(f"{source}: no such folder{_nearest_folder(path)}")
+    from vitscale.interop import hub
+
+    return hub.download(
+        name,
+        revision,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        token=token,
+        subfolder=subfolder,
+        only=only,
+        advice=_nearest_folder(path),
+    )
+
+
+def _local(path: Path, subfolder: str, wanted: str) -> Path:
+    run = RunFolder(path)
+    for folder in (path / subfolder, run.model):
+        if (folder / wanted).is_file():
+            return folder
+    if run.config.is_file():
+        raise CheckpointError(
+            f"{path}: is a run's folder without {run.model.name}/{wanted}: `vitscale export {path}` "
+            "writes its newest checkpoint there"
+        )
+    if (path / "manifest.json").is_file():
+        raise CheckpointError(f"{path}: is a checkpoint; `vitscale export {path}` makes a model's folder of it")
+    raise CheckpointError(f"{path / subfolder}: holds no {wanted}; a model's folder has {CONFIG} and model.safetensors")
+
+
+def _may_be_hub_name(source: str | Path) -> bool:
+    """`name` or `owner/name`, and not written as a path (./name, ~/name, a Path, a trailing slash)."""
+    name = str(source)
+    return isinstance(source, str) and name.count("/") < 2 and not name.startswith((".", "/", "~")) and name[-1:] != "/"
+
+
+def _nearest_folder(path: Path) -> str:
+    try:
+        beside = [each.name for each in path.parent.iterdir() if each.is_dir()]
+    except OSError:
+        return f", and none of {path.parent}" if not path.parent.is_dir() and path.parent != Path() else ""
+    found = difflib.get_close_matches(path.name, beside, 1, 0.7)
+    return f"; did you mean {path.parent / found[0]}?" if found else ""

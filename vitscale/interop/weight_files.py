@@ -1,0 +1,200 @@
+"""The files that named tensors lie in: safetensors or PyTorch's pickle, one file or several with an index.
+
+Names here are those on disk; keymaps.py knows ours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError  # to name what torch.load raises; nothing is unpickled here
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vitscale.errors import CheckpointError, ConfigError
+
+WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
+INDEX = ".index.json"  # follows the name of the weights where they are in several files
+KINDS = (WEIGHTS, WEIGHTS + INDEX, PICKLE, PICKLE + INDEX)  # the first that is there is taken, as by transformers
+MAX_SHARD_SIZE = "50GB"  # transformers' default
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_POINTER = b"version https://git-lfs"
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, on the CPU.
+
+    CheckpointError where a file is missing, cut, no such file, or refused by weights_only; and where an
+    index names other files than those beside it, or other tensors than they hold.
+    """
+    found = next((folder / kind for kind in KINDS if (folder / kind).is_file()), None)
+    if found is None:
+        raise CheckpointError(
+            f"{folder / WEIGHTS}: no such file; weights are {WEIGHTS} or {PICKLE}, or several with {WEIGHTS + INDEX}"
+        )
+    if not found.name.endswith(INDEX):
+        return _read(found)
+    tensors: dict[str, Tensor] = {}
+    placed = _weight_map(found)
+    for shard in shards_of(found):
+        if not (folder / shard).is_file():
+            raise CheckpointError(f"{folder / shard}: no such file, and {found.name} names it; fetch the folder whole")
+        part = _read(folder / shard)
+        if part.keys() != {name for name, file in placed.items() if file == shard}:
+            raise CheckpointError(f"{folder / shard}: holds other tensors than {found.name} says; fetch both again")
+        tensors |= part
+    return tensors
+
+
+def shards_of(index: Path) -> list[str]:
+    """The files that an index names, each once.
+
+    CheckpointError where it is broken, or names anything but files beside it.
+    """
+    suffix = ".safetensors" if index.name.startswith(WEIGHTS) else ".bin"
+    files = sorted(set(_weight_map(index).values()))
+    for file in files:
+        if Path(file).name != file or "\\" in file or not file.endswith(suffix):
+            raise CheckpointError(f"{index}: names {file!r}; must name *{suffix} files that lie beside it")
+    return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if placed and all(isinstance(file, str) for file in placed.values()):
+            return placed
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: cannot be read as an index of weights: {error!r}") from None
+    raise CheckpointError(f"{index}: its weight_map must give the file of each tensor")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix != ".safetensors":
+        return _tensors(read_pickle(path), path)
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}{_pointer(path)}") from None
+
+
+def read_pickle(path: Path) -> Any:
+    """What torch.save wrote, tensors on the CPU.
+
+    CheckpointError where it is broken or holds anything that unpickling would have to run.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted is None:  # not refused but broken
+            raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle{_pointer(path)}") from None
+        raise CheckpointError(
+            f"{path}: holds more than tensors ({wanted[1]}), and to unpickle that could run anything; ask for "
+            f"{WEIGHTS}, or, where you trust it, save its tensors alone with torch.save"
+        ) from None
+    except (OSError, EOFError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle: {reason}{_pointer(path)}") from None
+
+
+def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        held = sorted(map(str, content))[:6] if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"{path}: must hold tensors by name, and holds {held}")
+    return {str(name): tensor for name, tensor in content.items()}
+
+
+def _pointer(path: Path) -> str:
+    """What to do where git fetched the note that stands for a large file, not the file."""
+    try:
+        with open(path, "rb") as stream:
+            return "; it is a git-lfs pointer: `git lfs pull`" if stream.read(len(_POINTER)) == _POINTER else ""
+    except OSError:
+        return ""
+
+
+def write_folder(
+    folder: Path, texts: Mapping[str, str], tensors: Mapping[str, Tensor], max_shard_size: int | str = MAX_SHARD_SIZE
+) -> None:
+    """Write a model's folder: small files by name, and the tensors in as many files as transformers would.
+
+    All is written beside what is there, then put in its place, the weights (or their index) last, so that
+    a folder with weights is complete. Weights that an earlier save left are taken away.
+    max_shard_size: bytes, or a text such as "5GB". CheckpointError where the folder cannot be written.
+    """
+    shards, index = _split(tensors, max_shard_size)
+    last = WEIGHTS if index is None else WEIGHTS + INDEX
+    drafts: dict[str, Path] = {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in [*texts.items(), *([] if index is None else [(last, index)])]:
+            drafts[name] = _draft(folder, name)
+            drafts[name].write_text(text, encoding="utf-8")
+        for name, names in shards.items():
+            drafts[name] = _draft(folder, name)
+            save_file({each: tensors[each] for each in names}, drafts[name], metadata={"format": "pt"})
+        for draft in drafts.values():
+            _to_disk(draft)
+        for old in _weights_in(folder):
+            if old.name != WEIGHTS or last != WEIGHTS:  # a single file is replaced in one go
+                old.unlink()
+        for name in sorted(drafts, key=lambda name: name == last):
+            os.replace(drafts[name], folder / name)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"{folder}: cannot be written: {reason}; name another folder") from None
+    finally:
+        for draft in drafts.values():
+            draft.unlink(missing_ok=True)
+
+
+def _split(tensors: Mapping[str, Tensor], max_shard_size: int | str) -> tuple[dict[str, list[str]], str | None]:
+    """Which tensors each file holds, and the index's text where they are several."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    wrong = ConfigError(f"max_shard_size={max_shard_size!r}: must be bytes above 0, or a text such as 5GB or 200MB")
+    if not isinstance(max_shard_size, str) and max_shard_size < 1:
+        raise wrong
+    try:
+        split = split_state_dict_into_shards_factory(
+            dict(tensors),
+            get_storage_size=lambda tensor: tensor.nbytes,
+            get_storage_id=lambda tensor: None,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError:
+        raise wrong from None
+    if not split.is_sharded:
+        return {WEIGHTS: list(tensors)}, None
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    return split.filename_to_tensors, json.dumps(index, indent=2) + "\n"
+
+
+def _draft(folder: Path, name: str) -> Path:
+    return folder / f".{name}.{os.getpid()}.tmp"
+
+
+def _to_disk(path: Path) -> None:
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    """The index first: with it gone, what is left of an earlier save is no model."""
+    return sorted(
+        (path for path in folder.iterdir() if is_weights(path.name)), key=lambda path: not path.name.endswith(INDEX)
+    )
+
+
+def is_weights(file: str) -> bool:
+    """Whether `write_folder` could have written a file of this name with weights, or their index."""
+    return file in (WEIGHTS, WEIGHTS + INDEX) or _SHARD.fullmatch(file) is not None
