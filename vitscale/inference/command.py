@@ -1,0 +1,103 @@
+"""The verbs `predict` and `features`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from vitscale import world
+from vitscale.run_folder import STOPPED
+
+_IMAGES = (
+    "files, folders (searched for images and shards), 'patterns' with *, ** or {a..b}, .tar shards, "
+    "or - for stdin: one image's bytes, or a list with a path a line"
+)
+_CODES = (
+    "A bad image is named on stderr and skipped. Exit codes: 0 every image was read, 1 some were skipped, "
+    "2 none could be read, or the command cannot be done, 3 features were stopped by Ctrl-C."
+)
+Verb = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+
+
+def register(verb: Verb) -> None:
+    added = verb("predict", _predict, "the labels of images, with their probabilities")
+    _takes_images(added)
+    added.add_argument("--top-k", type=_above_zero, default=5, metavar="K", help="labels an image (default: 5)")
+    added.add_argument("--format", choices=("table", "jsonl", "csv"), default="table", help="(default: table)")
+    added.add_argument("--out", default=None, metavar="FILE", help="appears once all is done (default: stdout)")
+    added = verb("features", _features, "an encoder's features of images, into shards")
+    _takes_images(added)
+    added.add_argument(
+        "--out", required=True, metavar="FOLDER", help="new, or begun by the same command, which then goes on"
+    )
+    added.add_argument(
+        "--pool", choices=("cls", "mean", "patch"), default="cls", help="class token, mean of the patch tokens, "
+        "or every patch token (default: cls)"
+    )  # fmt: skip
+    added.add_argument("--format", choices=("npy", "parquet"), default="npy", help="(default: npy)")
+    added.add_argument(
+        "--shard-size", type=_above_zero, default=None, metavar="N", help="images a shard (default: 256 MiB of them)"
+    )
+
+
+def _takes_images(added: argparse.ArgumentParser) -> None:
+    added.epilog = _CODES
+    added.add_argument("model", metavar="MODEL", help="a run's folder, a model's folder or a hub name")
+    added.add_argument("images", metavar="IMAGES", nargs="+", help=_IMAGES)
+    added.add_argument("--batch", type=_above_zero, default=32, metavar="N", help="images at once (default: 32)")
+    added.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps (default: the GPU where there is one)")
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    here = world.enter()
+    from vitscale.inference.images import batches, find
+    from vitscale.inference.model import load
+    from vitscale.inference.predict import Predictor, predict_all
+    from vitscale.inference.progress import Tally
+
+    loaded = load(arguments.model, arguments.device)
+    predictor = Predictor(loaded, arguments.top_k)
+    out = Path(arguments.out) if arguments.out else None
+    tally = Tally(shows_count=out is not None or not sys.stdout.isatty())  # rows on a terminal show enough
+    found = find(arguments.images, sys.stdin.buffer)
+    channels = loaded.model.config.num_channels
+    read = batches(found, loaded.processor, channels, arguments.batch, here.cores_per_rank)
+    predict_all(predictor, read, arguments.format, out, tally)
+    return tally.exit_code()
+
+
+def _features(arguments: argparse.Namespace) -> int:
+    here = world.enter()
+    from vitscale.inference.features import write_features
+    from vitscale.inference.images import find
+    from vitscale.inference.model import load
+    from vitscale.inference.progress import Tally
+
+    loaded = load(arguments.model, arguments.device)
+    tally = Tally()
+    try:
+        folder = write_features(
+            loaded,
+            find(arguments.images, sys.stdin.buffer),
+            Path(arguments.out),
+            tally,
+            pool=arguments.pool,
+            file_format=arguments.format,
+            shard_size=arguments.shard_size,
+            batch=arguments.batch,
+            threads=here.cores_per_rank,
+        )
+    except KeyboardInterrupt:
+        tally.say(f"stopped; the same command goes on behind the last whole shard in {arguments.out}")
+        return STOPPED
+    code = tally.exit_code()
+    print(f"{folder.path}: features of {folder.images} images in {folder.shards} shards")
+    return code
+
+
+def _above_zero(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above 0")
+    return int(text)

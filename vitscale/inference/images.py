@@ -1,0 +1,226 @@
+"""What the command line names as images: found one after the other, read and decoded in threads, as batches."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import braceexpand
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitscale.data.shards import IMAGE_KINDS, LARGEST_MEMBER
+from vitscale.data.tar import scan_shard
+from vitscale.errors import DataError, VitscaleError
+from vitscale.interop.image_arrays import decode
+from vitscale.interop.image_processing import ViTImageProcessor
+
+_HEAD = 16  # bytes of stdin that tell an image from a list of paths
+
+
+@dataclass(frozen=True)
+class Found:
+    """Something named as an image. What is wrong with it comes as a DataError when it is read."""
+
+    name: str  # its path, SHARD:KEY within a shard, or - for stdin's bytes
+    read: Callable[[], bytes]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image that was read, or why it could not be."""
+
+    name: str
+    bad: str | None = None
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """A stretch of the input, and the pixels of the images in it that are good."""
+
+    entries: list[Entry]
+    pixel_values: Tensor | None  # [good ones, channels, height, width]; None where there is none
+
+    @property
+    def names(self) -> list[str]:
+        """Of the good ones."""
+        return [entry.name for entry in self.entries if entry.bad is None]
+
+
+def find(named: Sequence[str], stdin: BinaryIO) -> Iterator[Found]:
+    """Every image that the arguments name, in their order; folders and patterns sorted.
+
+    An argument is a file, a .tar shard, a folder (searched with those below it for images and shards; hidden
+    ones are left out), or a pattern with *, ?, [], ** or {a..b}. `-` is stdin: the bytes of one image where
+    they start like one, else a list with one argument a line.
+    """
+    for text in named:
+        if text == "-":
+            yield from _from_stdin(stdin)
+        else:
+            yield from _from_argument(text)
+
+
+def batches(
+    found: Iterable[Found], processor: ViTImageProcessor, channels: int, size: int, threads: int
+) -> Iterator[ImageBatch]:
+    """Images in the order found, `size` good ones a batch, decoded ahead in threads.
+
+    channels: the model's; files are decoded to as many. Memory is that of some three batches.
+    """
+    entries: list[Entry] = []
+    good: list[np.ndarray] = []
+    for one, done in _ahead(found, partial(_load, processor=processor, channels=channels), threads, 2 * size):
+        if isinstance(done, np.ndarray):
+            good.append(done)
+        entries.append(Entry(one.name, done if isinstance(done, str) else None))
+        if len(good) == size:
+            yield ImageBatch(entries, torch.from_numpy(np.stack(good)))
+            entries, good = [], []
+    if entries:
+        yield ImageBatch(entries, torch.from_numpy(np.stack(good)) if good else None)
+
+
+def _ahead(
+    found: Iterable[Found], work: Callable[[Found], np.ndarray | str], threads: int, ahead: int
+) -> Iterator[tuple[Found, np.ndarray | str]]:
+    """work(each) in threads, in order, at most `ahead` not yet taken."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    waiting: deque[tuple[Found, Future[np.ndarray | str]]] = deque()
+    rest = iter(found)
+    try:
+        while True:
+            for one in itertools.islice(rest, ahead - len(waiting)):
+                waiting.append((one, pool.submit(work, one)))
+            if not waiting:
+                return
+            one, future = waiting.popleft()
+            yield one, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _load(one: Found, processor: ViTImageProcessor, channels: int) -> np.ndarray | str:
+    """[channels, height, width] as the model wants it, or why not."""
+    try:
+        array = decode(one.read(), channels, one.name)
+        return processor(array, return_tensors="np", input_data_format="channels_last").pixel_values[0]
+    except VitscaleError as error:
+        return str(error).removeprefix(f"{one.name}: ")
+
+
+def _from_stdin(stdin: BinaryIO) -> Iterator[Found]:
+    head = stdin.read(_HEAD)
+    if _is_image(head):
+        yield Found("-", partial(_rest, head, stdin))
+        return
+    # Line by line: a list may be long, or still be written.
+    first, *lines = (head + stdin.readline()).split(b"\n")
+    for line in itertools.chain([first], lines, stdin):
+        if text := os.fsdecode(line.rstrip(b"\r\n")):
+            yield from _from_argument(text)
+
+
+def _rest(head: bytes, stdin: BinaryIO) -> bytes:
+    return head + stdin.read(LARGEST_MEMBER)
+
+
+def _is_image(head: bytes) -> bool:
+    """Whether bytes start like an image; none of these starts is a path's."""
+    return (
+        head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"\x93NUMPY"))
+        or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+        or (head[:2] == b"BM" and head[6:10] == bytes(4))
+        or (head[:6] in (b"GIF87a", b"GIF89a") and b"\0" in head[6:])
+    )
+
+
+def _from_argument(text: str) -> Iterator[Found]:
+    if os.path.exists(text):
+        yield from _from_path(Path(text))
+        return
+    try:
+        patterns = list(braceexpand.braceexpand(text))
+    except ValueError:  # braces that do not close are a name like any other
+        patterns = [text]
+    for pattern in patterns:
+        paths = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+        if not paths:
+            yield _bad(pattern, "no file is named so; check the pattern")
+        for path in paths:
+            yield from _from_path(Path(path))
+
+
+def _from_path(path: Path) -> Iterator[Found]:
+    if path.is_dir():
+        yield from _from_folder(path)
+    elif path.suffix.lower() == ".tar":
+        yield from _from_shard(path)
+    else:
+        yield Found(_shown(path), partial(_read, path))
+
+
+def _from_folder(folder: Path) -> Iterator[Found]:
+    empty = True
+    for place, below, names in os.walk(folder):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for name in sorted(names):
+            kind = os.path.splitext(name)[1][1:].lower()
+            if not name.startswith(".") and kind in (*IMAGE_KINDS, "tar"):
+                empty = False
+                yield from _from_path(Path(place, name))
+    if empty:
+        yield _bad(_shown(folder), f"holds no images ({', '.join(IMAGE_KINDS)}) or shards (tar)")
+
+
+def _from_shard(path: Path) -> Iterator[Found]:
+    """The samples of a shard; one that is damaged anywhere is bad as a whole, as in training."""
+    try:
+        table = scan_shard(str(path))
+    except DataError as error:
+        yield _bad(_shown(path), str(error).removeprefix(f"{path}: "))
+        return
+    for place, key in enumerate(table.keys):
+        name = f"{_shown(path)}:{key}"
+        member = next((member for kind, member in table.members(place).items() if kind in IMAGE_KINDS), None)
+        if member is None:
+            yield _bad(name, f"has no image ({', '.join(IMAGE_KINDS)})")
+        else:
+            yield Found(name, partial(_read, path, *member))
+
+
+def _read(path: Path, offset: int = 0, count: int | None = None) -> bytes:
+    """A file's bytes, or `count` of them from `offset` on."""
+    try:
+        with open(path, "rb") as stream:
+            if offset:
+                stream.seek(offset)
+            data = stream.read(LARGEST_MEMBER + 1 if count is None else min(count, LARGEST_MEMBER + 1))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        raise DataError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if len(data) > LARGEST_MEMBER:
+        raise DataError(f"has more than {LARGEST_MEMBER >> 20} MiB")
+    if count is not None and len(data) < count:
+        raise DataError("its shard was cut while it was read")
+    return data
+
+
+def _bad(name: str, reason: str) -> Found:
+    def read() -> bytes:
+        raise DataError(reason)
+
+    return Found(name, read)
+
+
+def _shown(path: Path) -> str:
+    """A path as text that can be written anywhere."""
+    return str(path).encode(errors="backslashreplace").decode()

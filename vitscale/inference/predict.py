@@ -1,0 +1,137 @@
+"""`vitscale predict`: the labels of images with their probabilities, as a table, JSON lines or CSV."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from torch import Tensor, nn
+
+from vitscale.errors import ConfigError, DataError
+from vitscale.inference.images import ImageBatch
+from vitscale.inference.model import Loaded
+from vitscale.inference.progress import Tally
+from vitscale.models.configuration import ViTConfig
+
+Label = tuple[str, float]  # its name, and its probability (or, of a regression, its value)
+Writer = Callable[[list[str], list[list[Label]]], None]  # of some images' names and labels
+
+
+class Predictor:
+    """The most probable labels of images, or a regression's values.
+
+    Probabilities are the softmax over all labels, or for problem_type=multi_label_classification each label's
+    own sigmoid. A regression (problem_type, or num_labels=1 without one) gives every value, in its order.
+    """
+
+    def __init__(self, loaded: Loaded, top_k: int = 5) -> None:
+        """ConfigError for a model that has nothing to predict with."""
+        self._loaded, self._top_k = loaded, top_k
+        config, model = loaded.model.config, loaded.model
+        if not isinstance(getattr(model, "classifier", None), nn.Linear):
+            empty = f" of num_labels={config.num_labels}" if hasattr(model, "classifier") else ""
+            raise ConfigError(
+                f"{loaded.source}: a {type(model).__name__}{empty} has no classifier to predict with; take a model "
+                "that was trained on labels, or `vitscale features` for what this one sees"
+            )
+        self._names = [(config.id2label or {}).get(i, f"LABEL_{i}") for i in range(config.num_labels)]
+        self.is_regression = _is_regression(config)
+        self._is_multi_label = config.problem_type == "multi_label_classification"
+
+    @torch.inference_mode()
+    def __call__(self, batch: ImageBatch) -> list[list[Label]]:
+        """The labels of each image of a batch, the most probable first."""
+        if batch.pixel_values is None:
+            return []
+        logits = self._loaded.model(pixel_values=batch.pixel_values.to(self._loaded.device)).logits.float().cpu()
+        self._loaded.require_finite(logits, batch.names)
+        if self.is_regression:
+            return [list(zip(self._names, row, strict=True)) for row in logits.tolist()]
+        scores, places = self._probabilities(logits).topk(min(self._top_k, len(self._names)))
+        rows = zip(places.tolist(), scores.tolist(), strict=True)
+        return [[(self._names[i], score) for i, score in zip(*row, strict=True)] for row in rows]
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid() if self._is_multi_label else logits.softmax(-1)
+
+
+def _is_regression(config: ViTConfig) -> bool:
+    """As transformers tells it from a config."""
+    return config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
+
+
+def predict_all(predictor: Predictor, batches: Iterable[ImageBatch], form: str, out: Path | None, tally: Tally) -> None:
+    """Predict every batch and write it in `form` (table, jsonl, csv) to `out`, or to stdout as it comes."""
+    with _opened(out, keep=lambda: tally.good > 0) as stream:
+        write = FORMS[form](stream, predictor.is_regression)
+        for batch in batches:
+            labels = predictor(batch)
+            tally.add(batch)
+            write(batch.names, labels)
+            stream.flush()
+
+
+@contextlib.contextmanager
+def _opened(out: Path | None, keep: Callable[[], bool]) -> Iterator[TextIO]:
+    """stdout, or a file that appears whole, and only where it is to be kept."""
+    if out is None:
+        yield sys.stdout
+        return
+    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with open(draft, "w", encoding="utf-8", newline="") as stream:
+            yield stream
+        if keep():
+            os.replace(draft, out)
+    except OSError as error:
+        raise DataError(f"--out {out}: cannot be written: {error.strerror}; name a file in a folder of yours") from None
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _table(stream: TextIO, is_regression: bool) -> Writer:
+    """A block an image: its name once, a line a label."""
+    width = 0
+
+    def write(names: list[str], labels: list[list[Label]]) -> None:
+        nonlocal width
+        shown = [name.replace("\n", "\\n") for name in names]
+        width = max([width, *map(len, shown)])
+        for name, row in zip(shown, labels, strict=True):
+            for place, (label, score) in enumerate(row):
+                number = f"{score:12.6g}" if is_regression else f"{100 * score:6.2f} %"
+                stream.write(f"{'' if place else name:<{width}}  {number}  {label}\n")
+
+    return write
+
+
+def _json_lines(stream: TextIO, is_regression: bool) -> Writer:
+    key = "value" if is_regression else "probability"
+
+    def write(names: list[str], labels: list[list[Label]]) -> None:
+        for name, row in zip(names, labels, strict=True):
+            content = {"image": name, "predictions": [{"label": label, key: score} for label, score in row]}
+            stream.write(json.dumps(content, ensure_ascii=False) + "\n")
+
+    return write
+
+
+def _csv(stream: TextIO, is_regression: bool) -> Writer:
+    rows = csv.writer(stream, lineterminator="\n")
+    rows.writerow(["image", "rank", "label", "value" if is_regression else "probability"])
+
+    def write(names: list[str], labels: list[list[Label]]) -> None:
+        for name, row in zip(names, labels, strict=True):
+            rows.writerows([name, place + 1, label, score] for place, (label, score) in enumerate(row))
+
+    return write
+
+
+FORMS: dict[str, Callable[[TextIO, bool], Writer]] = {"table": _table, "jsonl": _json_lines, "csv": _csv}

@@ -1,0 +1,65 @@
+"""What a verb that goes through images says on stderr, and the exit code that follows."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from vitscale.inference.images import ImageBatch
+from vitscale.run_folder import BAD_INPUT, DONE, FAILED
+
+
+class Tally:
+    """Counts images; names the bad ones at once, and shows the count where stderr is a terminal."""
+
+    def __init__(self, shows_count: bool = True, stream: TextIO | None = None) -> None:
+        self.good, self.bad, self._before = 0, 0, 0
+        self._stream = stream or sys.stderr
+        self._in_place = shows_count and self._stream.isatty()
+        self._shown = False
+        self._start = time.monotonic()
+
+    def add(self, batch: ImageBatch) -> None:
+        for entry in batch.entries:
+            if entry.bad is not None:
+                self.skip(entry.name, entry.bad)
+        self.good += len(batch.names)
+        if self._in_place:
+            speed = (self.good - self._before) / max(time.monotonic() - self._start, 1e-9)
+            bad = f"  {self.bad} skipped" if self.bad else ""
+            self._write(f"\r{self.good} images  {speed:,.1f} images/s{bad}\x1b[K")
+            self._shown = True
+
+    def done_before(self, count: int) -> None:
+        """Count images that an earlier command has done."""
+        self.good += count
+        self._before += count
+
+    def skip(self, name: str, reason: str) -> None:
+        self.bad += 1
+        self.say(f"{name}: skipped: {reason}".replace("\n", "\\n"))
+
+    def say(self, text: str) -> None:
+        """A line of its own, below the count."""
+        self.close()
+        self._write(f"{text}\n")
+
+    def close(self) -> None:
+        if self._shown:
+            self._write("\n")
+            self._shown = False
+
+    def exit_code(self) -> int:
+        """0 where every image was good, 1 where some were skipped, 2 where none was left."""
+        self.close()
+        if not self.good:
+            self.say("vitscale: error: no image could be read" if self.bad else "vitscale: error: no images were named")
+            return BAD_INPUT
+        if self.bad:
+            self.say(f"{self.bad} of {self.good + self.bad} images were skipped")
+        return FAILED if self.bad else DONE
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()

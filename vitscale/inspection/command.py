@@ -1,0 +1,148 @@
+"""`vitscale inspect MODEL`: its modules, its gradients, its attention."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitscale import world
+from vitscale.errors import ConfigError
+from vitscale.run_folder import DONE
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from vitscale.interop.image_processing import ViTImageProcessor
+    from vitscale.models.vit import ViTPreTrainedModel
+
+RANDOM_IMAGES = 8
+
+
+def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the verb `inspect`."""
+    added = verb("inspect", inspect, "a model's modules, shapes, parameters, FLOPs; its gradients and attention")
+    added.add_argument("model", metavar="MODEL", help="a model folder, a run's folder, or a name on the hub")
+    added.add_argument("--depth", type=_levels, default=None, metavar="N", help="levels of the tree (default: all)")
+    added.add_argument("--gradients", action="store_true", help="gradient norms by layer, of one backward of its loss")
+    added.add_argument(
+        "--images", nargs="+", default=None, metavar="IMAGE", help="for --gradients (default: 8 of random numbers)"
+    )
+    added.add_argument(
+        "--labels", nargs="+", type=float, default=None, metavar="LABEL",
+        help="one an image, for --gradients (default: random)",
+    )  # fmt: skip
+    added.add_argument("--attention", default=None, metavar="IMAGE", help="draw where the model looks in this image")
+    added.add_argument(
+        "--out", default=None, metavar="FOLDER",
+        help="for gradients.png and IMAGE-attention.png (default: no gradients.png, attention in this folder)",
+    )  # fmt: skip
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    """Print the tree, or what was asked for instead."""
+    world.enter()
+    from vitscale.interop.pretrained import load_model
+    from vitscale.interop.sources import locate
+
+    if not arguments.gradients and (arguments.images or arguments.labels):
+        raise ConfigError("--images and --labels are for --gradients; add it (--attention takes its image itself)")
+    folder = locate(arguments.model)
+    model = load_model(folder)
+    if arguments.gradients:
+        _gradients(model, folder, arguments)
+    if arguments.attention:
+        _attention(model, folder, arguments)
+    if not arguments.gradients and not arguments.attention:
+        _tree(model, arguments.depth)
+    return DONE
+
+
+def _levels(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, 0 or more")
+    return int(text)
+
+
+def _tree(model: ViTPreTrainedModel, depth: int | None) -> None:
+    from vitscale.inspection.tree import as_table, flop_unit, module_tree
+
+    tree = module_tree(model)
+    print(as_table(tree, depth))
+    unit, name = flop_unit(tree)
+    forward, training = (flops / unit for flops in (model.forward_flops(), model.flops_per_image()))
+    print(f"{tree.total:,} parameters; of one image: {forward:,.4g} {name} forward, {training:,.4g} {name} in training")
+
+
+def _gradients(model: ViTPreTrainedModel, folder: Path, arguments: argparse.Namespace) -> None:
+    import torch
+
+    from vitscale.config.check import pair
+    from vitscale.inspection.gradients import as_table, draw, gradient_norms
+    from vitscale.interop.image_processing import ViTImageProcessor
+
+    if arguments.images:
+        images = ViTImageProcessor.from_pretrained(folder)(arguments.images, return_tensors="pt").pixel_values
+    else:
+        shape = (RANDOM_IMAGES, model.config.num_channels, *pair(model.config.image_size))
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    gradients = gradient_norms(model, images, _labels(arguments.labels, model, len(images)))
+    print(as_table(gradients))
+    if arguments.out:
+        path = _folder(arguments.out) / "gradients.png"
+        draw(gradients, path, f"{arguments.model}, {len(images)} {'given' if arguments.images else 'random'} images")
+        print(path)
+
+
+def _folder(out: str) -> Path:
+    """The folder of --out, made where it is not there."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be made: {error.strerror}; name a folder of yours") from None
+    return Path(out)
+
+
+def _labels(given: Sequence[float] | None, model: ViTPreTrainedModel, images: int) -> Tensor | None:
+    """One label an image, by number; whole numbers are classes."""
+    import torch
+
+    if given is None:
+        return None
+    if len(given) != images:
+        raise ConfigError(f"--labels: {len(given)} for {images} images; give one an image")
+    labels = torch.tensor(given)
+    classes = model.config.num_labels
+    if classes == 1:
+        return labels
+    if not all(label.is_integer() and 0 <= label < classes for label in given):
+        raise ConfigError(f"--labels {' '.join(f'{label:g}' for label in given)}: must be classes 0 to {classes - 1}")
+    return labels.long()
+
+
+def _attention(model: ViTPreTrainedModel, folder: Path, arguments: argparse.Namespace) -> None:
+    from vitscale.inspection.attention import attention_maps, draw
+    from vitscale.interop.image_processing import ViTImageProcessor
+
+    processor = ViTImageProcessor.from_pretrained(folder)
+    pixel_values = processor(arguments.attention, return_tensors="pt").pixel_values
+    maps = attention_maps(model, pixel_values)
+    path = _folder(arguments.out or ".") / f"{Path(arguments.attention).stem}-attention.png"
+    aspect = None
+    if not processor.do_center_crop:  # the whole image, but maybe squeezed
+        height, width = processor(arguments.attention, do_resize=False, return_tensors="pt").pixel_values.shape[2:]
+        aspect = height / width
+    draw(maps, _as_seen(pixel_values[0], processor), path, aspect, arguments.model)
+    print(path)
+
+
+def _as_seen(pixel_values: Tensor, processor: ViTImageProcessor) -> np.ndarray:
+    """What the processor made, [channels, height, width], as [height, width, channels] in [0, 1]."""
+    import numpy as np
+
+    pixels = pixel_values.numpy()
+    if processor.do_normalize:
+        pixels = pixels * np.reshape(processor.image_std, (-1, 1, 1)) + np.reshape(processor.image_mean, (-1, 1, 1))
+    return pixels.clip(0, 1).transpose(1, 2, 0)
