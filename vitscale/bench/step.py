@@ -10,12 +10,10 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import importlib
 import json
 import re
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitscale.bench.measuring import device_name, device_of, in_turn, seconds, transformers
 from vitscale.config.check import pair
 from vitscale.config.presets import preset
 from vitscale.config.schema import Model, Optimizer, RunConfig
 from vitscale.engine.optim import make_optimizer
-from vitscale.errors import ConfigError
 from vitscale.models.auto import initialize, vit_config
 from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -52,9 +50,9 @@ class Contender:
 def main(arguments: Sequence[str]) -> int:
     """Measure and print; the last line is JSON."""
     options = _parser().parse_args(arguments)
-    device = _device(options.device)
+    device = device_of(options.device)
     torch.manual_seed(0)
-    peer = _transformers()
+    peer = transformers()
     config = vit_config(RunConfig(model=Model(preset=options.preset, **_sizes(options.preset))))
     assert isinstance(config, ViTMAEConfig)
     with torch.device("meta"):
@@ -68,9 +66,9 @@ def main(arguments: Sequence[str]) -> int:
     theirs = _contender("transformers", lambda: _peer_model(peer, config), {"pixel_values": images}, options, device)
     steps = options.steps or (10 if device.type == "cuda" else 1)
     for round_number in range(options.rounds):
-        for contender in (ours, theirs) if round_number % 2 == 0 else (theirs, ours):
-            contender.seconds.append(_seconds(contender.step, steps, device))
-    _report(ours, theirs, options, _device_name(device), flops, peak, source)
+        for contender in in_turn((ours, theirs), round_number):
+            contender.seconds.append(seconds(contender.step, steps, device))
+    _report(ours, theirs, options, device_name(device), flops, peak, source)
     return 0
 
 
@@ -87,12 +85,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _device(asked: str | None) -> torch.device:
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device=cuda: torch sees no GPU here; leave the option away to measure the CPU")
-    return torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def _sizes(name: str) -> dict[str, Any]:
     return dict(preset(name))
 
@@ -103,19 +95,10 @@ def _own_model(config: ViTMAEConfig) -> nn.Module:
     return model
 
 
-def _transformers() -> ModuleType:
-    """transformers, also where torchvision is installed but cannot be loaded."""
-    try:
-        importlib.import_module("torchvision")
-    except (ImportError, RuntimeError):
-        sys.modules["torchvision"] = None  # type: ignore[assignment]  # transformers then does without
-    return importlib.import_module("transformers")
-
-
-def _peer_model(transformers: ModuleType, config: ViTMAEConfig) -> nn.Module:
+def _peer_model(peer: ModuleType, config: ViTMAEConfig) -> nn.Module:
     """Its model of the same sizes, with its fused attention."""
     content = {name: value for name, value in config.to_dict().items() if name != "model_type"}
-    return transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**content))
+    return peer.ViTMAEForPreTraining(peer.ViTMAEConfig(**content))
 
 
 def _contender(
@@ -149,21 +132,6 @@ def _contender(
     return Contender(name, step, _peak_memory(device) - before, loss)
 
 
-def _seconds(step: Callable[[], Any], steps: int, device: torch.device) -> float:
-    """Seconds a step takes, over `steps` of them."""
-    _synchronize(device)
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    _synchronize(device)
-    return (time.perf_counter() - start) / steps
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _start_memory(device: torch.device) -> int:
     """Bytes in use now; the peak is counted from here on."""
     gc.collect()
@@ -190,21 +158,14 @@ def _peak(options: argparse.Namespace, device: torch.device) -> tuple[float, str
     """FLOP/s that the device can do at this precision, and how that is known."""
     if options.peak is not None:
         return options.peak * 1e12, "given"
-    name = _device_name(device)
+    name = device_name(device)
     for known, peak in MEASURED_PEAKS.items():
         if known in name and options.precision == "bf16":
             return peak, f"a {known}'s dense bf16, measured"
     side = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(side, side, device=device, dtype=DTYPES[options.precision]) for _ in range(2))
-    best = min(_seconds(lambda: left @ right, 1, device) for _ in range(6))
+    best = min(seconds(lambda: left @ right, 1, device) for _ in range(6))
     return 2 * side**3 / best, f"a {side} x {side} matrix product in this run"
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return f"{torch.get_num_threads()} threads of {found[1] if found else 'a CPU'}"
 
 
 def _report(

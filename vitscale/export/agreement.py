@@ -1,0 +1,130 @@
+"""What an export or a change of a model did to it: size, latency, and how far its answers are from fp32's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from vitscale.errors import CheckpointError
+
+Runner = Callable[[Tensor], tuple[Tensor, ...]]  # pixels [n, channels, height, width] -> outputs, each [n, ...]
+Labelled = tuple[Tensor, Tensor | None]  # pixels, and int64 labels [n] where they are known
+
+SAME = 1e-3  # of the largest output: float32 in another order of summation stays far below it
+LATENCY_SECONDS, MOST_ROUNDS, LEAST_ROUNDS = 3.0, 50, 5
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the things that are compared."""
+
+    name: str
+    run: Runner
+    bytes: int  # on disk
+    same_as: int | None = None  # the place of the variant whose answers it must give, but for rounding
+
+
+@dataclass
+class Agreement:
+    """How far a variant's answers are from those of the first."""
+
+    images: int = 0
+    same_top1: int = 0
+    max_difference: float = 0.0
+    labelled: int = 0
+    correct: int = 0
+
+    def add(self, outputs: tuple[Tensor, ...], reference: tuple[Tensor, ...], labels: Tensor | None) -> None:
+        self.images += len(outputs[0])
+        self.max_difference = max(self.max_difference, difference(outputs, reference))
+        if outputs[0].ndim == 2:
+            answers = outputs[0].argmax(-1)
+            self.same_top1 += int((answers == reference[0].argmax(-1)).sum())
+            if labels is not None:
+                self.labelled += len(labels)
+                self.correct += int((answers == labels).sum())
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    name: str
+    bytes: int
+    milliseconds: float
+    agreement: Agreement
+
+
+def difference(outputs: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> float:
+    """The largest one between any two numbers."""
+    return max(float((ours - theirs).abs().max()) for ours, theirs in zip(outputs, reference, strict=True))
+
+
+def compare(variants: Sequence[Variant], batches: Iterable[Labelled]) -> list[Agreement]:
+    """Run every variant on every batch. The first is what the others are held against.
+
+    CheckpointError where a variant gives no numbers, or others than the one that it must be the same as.
+    """
+    agreements = [Agreement() for _ in variants]
+    for pixels, labels in batches:
+        outputs = [variant.run(pixels) for variant in variants]
+        for variant, own, agreement in zip(variants, outputs, agreements, strict=True):
+            if not all(bool(torch.isfinite(output).all()) for output in own):
+                raise CheckpointError(f"{variant.name}: gives NaN or infinity; nothing was kept")
+            if variant.same_as is not None:
+                _require_same(variant, own, variants[variant.same_as].name, outputs[variant.same_as])
+            agreement.add(own, outputs[0], labels)
+    return agreements
+
+
+def _require_same(variant: Variant, own: tuple[Tensor, ...], name: str, reference: tuple[Tensor, ...]) -> None:
+    largest = max(float(output.abs().max()) for output in reference)
+    found, most = difference(own, reference), SAME * max(1.0, largest)
+    if found > most:
+        shape = tuple(own[0].shape)
+        raise CheckpointError(
+            f"{variant.name}: differs from {name} by {found:.3g} on outputs {shape}, more than {most:.3g}, which is "
+            "not rounding; nothing was kept. Try other versions of torch, onnx and onnxscript, or the other --format"
+        )
+
+
+def latencies(runs: Sequence[Runner], pixels: Tensor) -> tuple[list[float], int]:
+    """The median milliseconds of each run on `pixels`, taken in turns, and how many turns there were."""
+    times: list[list[float]] = [[] for _ in runs]
+    for run in runs:
+        run(pixels)
+    start = time.perf_counter()
+    for rounds in range(1, MOST_ROUNDS + 1):
+        for run, own in zip(runs, times, strict=True):
+            before = time.perf_counter()
+            run(pixels)
+            own.append(1000 * (time.perf_counter() - before))
+        if rounds >= LEAST_ROUNDS and time.perf_counter() - start > LATENCY_SECONDS * len(runs):
+            break
+    return [median(own) for own in times], rounds
+
+
+def as_table(rows: Sequence[Row], has_classes: bool) -> str:
+    """The rows below each other; the first is what the others are held against."""
+    has_labels = any(row.agreement.labelled for row in rows)
+    titles = ["", "MB", "ms/image", *(["top-1 agreement"] if has_classes else []), "max difference"]
+    lines = [[*titles, *(["accuracy"] if has_labels else [])]]
+    for place, row in enumerate(rows):
+        found = row.agreement
+        cells = [row.name, f"{row.bytes / 1e6:.2f}", f"{row.milliseconds:.2f}"]
+        if has_classes:
+            cells.append(f"{100 * found.same_top1 / found.images:.2f} %" if place else "")
+        cells.append(f"{found.max_difference:.2g}" if place else "")
+        if has_labels:
+            cells.append(f"{100 * found.correct / found.labelled:.2f} %")
+        lines.append(cells)
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
+        for line in lines
+    )

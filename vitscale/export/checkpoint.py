@@ -1,0 +1,34 @@
+"""A run's checkpoint as a model folder that transformers opens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vitscale.checkpoint.store import SoleRank, open_checkpoint, open_newest
+from vitscale.config.load import load_config
+from vitscale.errors import CheckpointError
+from vitscale.interop.pretrained import save_run_model
+from vitscale.run_folder import RunFolder
+
+
+def export_run(source: Path, out: Path | None = None) -> Path:
+    """A run's newest good checkpoint (or a checkpoint folder) as a model folder; default: the run's model/.
+
+    On the CPU, from the pieces, without the world that made them.
+    """
+    source = source.resolve()
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: no such folder; name a run's folder or a checkpoint in it")
+    if (source / "checkpoints").is_dir():
+        folder = RunFolder(source)
+        checkpoint = open_newest(folder.checkpoints, SoleRank(), print)
+    else:
+        folder = RunFolder(source.parent.parent)
+        checkpoint = open_checkpoint(source, SoleRank())
+    if checkpoint is None or not folder.config.exists():
+        raise CheckpointError(f"{source}: no run folder with a checkpoint, nor a checkpoint inside one")
+    config = load_config(folder.config)
+    state = {name: checkpoint.whole("param", name) for name in checkpoint.shapes("param")}
+    out = out or folder.model
+    save_run_model(out, config, state)
+    return out

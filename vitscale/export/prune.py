@@ -1,0 +1,158 @@
+"""Whole attention heads or MLP units taken out of every block: smaller matrices, hidden_size stays.
+
+Every block loses as many, so that num_attention_heads (with head_dim) or intermediate_size says it all and the
+folder opens like any other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from vitscale.errors import ConfigError
+from vitscale.export.agreement import Labelled
+from vitscale.models.embeddings import ViTEmbeddings
+from vitscale.models.vit import ViTLayer, ViTPreTrainedModel
+
+WHAT = ("heads", "mlp")
+UNITS = 8  # MLP units are kept in such steps: a matrix that is no multiple of it is slow on a GPU
+
+
+def prune(model: ViTPreTrainedModel, what: str, fraction: float, scores: list[Tensor]) -> ViTPreTrainedModel:
+    """A copy without the least important heads or MLP units.
+
+    what: "heads" or "mlp". fraction: in (0, 1), of those of each block; what stays is rounded to a whole head, one
+    at least, or to a multiple of 8 units. scores: a block's importances [heads or units] for every block of the
+    encoder, see `magnitudes` and `taylor`. ConfigError where nothing would go.
+    """
+    before = len(scores[0])
+    step = min(UNITS, before) if what == "mlp" else 1
+    stay = max(step, round(before * (1 - fraction) / step) * step)
+    if not 0 < fraction < 1 or stay >= before:
+        raise ConfigError(
+            f"--prune {what} {fraction}: leaves {stay} of {before} {_named(what)} in each block; the fraction must lie "
+            f"between 0 and 1 and take away {step} at least"
+        )
+    model = copy.deepcopy(model)
+    config = model.config
+    if what == "heads":
+        config = replace(config, num_attention_heads=stay, head_dim=_head_width(model))
+    else:
+        config = replace(config, intermediate_size=stay)
+    for block, importance in zip(_blocks(model), scores, strict=True):
+        kept = importance.topk(stay).indices.sort().values
+        (_keep_heads if what == "heads" else _keep_units)(block, kept)
+    for module in model.modules():
+        if isinstance(module, ViTPreTrainedModel | ViTEmbeddings):
+            module.config = config
+    return model
+
+
+@torch.no_grad()
+def magnitudes(model: ViTPreTrainedModel, what: str) -> list[Tensor]:
+    """Importance by the weights alone, of every block: [heads] or [units].
+
+    Of a head the norm of value and output projection as one matrix, of a unit the product of the norms of what
+    comes in and what goes out.
+    """
+    found = []
+    for block in _blocks(model):
+        if what == "heads":
+            heads = block.attention.attention.num_attention_heads
+            value = block.attention.attention.qkv.weight.chunk(3)[2].unflatten(0, (heads, -1))  # [heads, width, in]
+            output = block.attention.output.weight.unflatten(1, (heads, -1)).transpose(0, 1)  # [heads, out, width]
+            found.append((output @ value).flatten(1).norm(dim=1))
+        else:
+            units = block.mlp.fc2.in_features
+            incoming = block.mlp.fc1.weight.unflatten(0, (-1, units)).norm(dim=2).prod(dim=0)  # swiglu: two rows a unit
+            found.append(incoming * block.mlp.fc2.weight.norm(dim=0))
+    return found
+
+
+def taylor(model: ViTPreTrainedModel, what: str, batches: Iterable[Labelled]) -> list[Tensor]:
+    """Importance by what a loss would change: of every block [heads] or [units].
+
+    The first-order term |sum of activation x gradient| over a head's or unit's outputs for one image, averaged over
+    images (Molchanov et al. 2017, arXiv 1611.06440; of heads: Michel et al. 2019, arXiv 1905.10650). `batches`:
+    pixels and labels of a classifier.
+    """
+    blocks = _blocks(model)
+    heads = blocks[0].attention.attention.num_attention_heads
+    outlets = [block.attention.output if what == "heads" else block.mlp.fc2 for block in blocks]
+    seen: dict[int, Tensor] = {}
+
+    def remember(place: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            inputs[0].retain_grad()
+            seen[place] = inputs[0]
+
+        return hook
+
+    hooks = [outlet.register_forward_pre_hook(remember(place)) for place, outlet in enumerate(outlets)]
+    totals, images = [torch.zeros(heads if what == "heads" else outlet.in_features) for outlet in outlets], 0
+    try:
+        for pixels, labels in batches:
+            model.zero_grad()
+            (model(pixel_values=pixels, labels=labels).loss * len(pixels)).backward()
+            images += len(pixels)
+            for place, total in enumerate(totals):
+                gradient = seen[place].grad
+                assert gradient is not None, "the hook asked for it"
+                term = (seen[place].detach() * gradient).sum(dim=1)  # [n, width], over tokens
+                if what == "heads":
+                    term = term.unflatten(1, (heads, -1)).sum(dim=2)
+                total += term.abs().sum(dim=0)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad()
+    return [total / images for total in totals]
+
+
+def _keep_heads(block: ViTLayer, kept: Tensor) -> None:
+    """`kept`: [heads that stay], sorted."""
+    attention, output = block.attention.attention, block.attention.output
+    heads = attention.num_attention_heads
+    width = output.in_features // heads
+    columns = (kept[:, None] * width + torch.arange(width)).flatten()
+    rows = torch.cat([part * heads * width + columns for part in range(3)])  # query, key, value
+    _keep_rows(attention.qkv, rows)
+    _keep_columns(output, columns)
+    attention.num_attention_heads = len(kept)
+
+
+def _keep_units(block: ViTLayer, kept: Tensor) -> None:
+    units = block.mlp.fc2.in_features
+    halves = block.mlp.fc1.out_features // units  # two with swiglu: gate and value
+    _keep_rows(block.mlp.fc1, torch.cat([part * units + kept for part in range(halves)]))
+    _keep_columns(block.mlp.fc2, kept)
+
+
+def _keep_rows(linear: nn.Linear, rows: Tensor) -> None:
+    linear.weight = nn.Parameter(linear.weight.detach()[rows].clone())
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.detach()[rows].clone())
+    linear.out_features = len(rows)
+
+
+def _keep_columns(linear: nn.Linear, columns: Tensor) -> None:
+    linear.weight = nn.Parameter(linear.weight.detach()[:, columns].clone())
+    linear.in_features = len(columns)
+
+
+def _blocks(model: ViTPreTrainedModel) -> list[ViTLayer]:
+    """Of the encoder; a decoder's are not served."""
+    encoder = model.get_submodule("encoder" if hasattr(model, "encoder") else "vit.encoder")
+    return [module for module in encoder.modules() if isinstance(module, ViTLayer)]
+
+
+def _head_width(model: ViTPreTrainedModel) -> int:
+    return _blocks(model)[0].attention.output.in_features // model.config.num_attention_heads
+
+
+def _named(what: str) -> str:
+    return "attention heads" if what == "heads" else "MLP units"
