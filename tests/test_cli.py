@@ -20,7 +20,8 @@ from vitscale.config.load import dump_config, load_config
 from vitscale.data.index import ShardIndex
 from vitscale.run_folder import BAD_INPUT, DONE, RunFolder
 
-VERBS = ("pretrain", "config", "pack", "index", "evaluate", "export", "stop", "sync", "bench")
+VERBS = ("pretrain", "config", "pack", "index", "evaluate", "stop", "sync")
+VERBS += ("convert", "predict", "features", "inspect", "export", "bench")
 MODEL = """\
 model: {hidden_size: 8, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 16, image_size: 8,
         patch_size: 4}
@@ -69,7 +70,7 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert [word for word in listed if word in VERBS] == list(VERBS)
 
 
-@pytest.mark.parametrize("argv", [*((verb,) for verb in VERBS), ("bench", "loader"), ("bench", "step")])
+@pytest.mark.parametrize("argv", [*zip(VERBS, strict=True), ("bench", "loader"), ("bench", "step"), ("bench", "model")])
 def test_help_of_a_verb(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*argv, "--help"])

@@ -13,7 +13,17 @@ _PUBLIC = {
     "ViTForImageClassification": "vitscale.models.classification",
     "ViTForMaskedImageModeling": "vitscale.models.simmim",
     "ViTMAEForPreTraining": "vitscale.models.mae",
+    "ViTForMultitaskPreTraining": "vitscale.models.multitask",
+    "AutoConfig": "vitscale.interop.auto",
+    "AutoModel": "vitscale.interop.auto",
+    "AutoModelForImageClassification": "vitscale.interop.auto",
+    "AutoModelForMaskedImageModeling": "vitscale.interop.auto",
+    "AutoModelForPreTraining": "vitscale.interop.auto",
+    "ViTImageProcessor": "vitscale.interop.image_processing",
+    "AutoImageProcessor": "vitscale.interop.image_processing",
+    "VitscaleError": "vitscale.errors",
 }
+__all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

@@ -14,8 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitscale import __version__, world
+from vitscale.conversion import command as conversion
 from vitscale.errors import LaunchError, VitscaleError
-from vitscale.run_folder import BAD_INPUT, DONE, STOPPED, FolderInUse, RunFolder
+from vitscale.export import command as export
+from vitscale.inference import command as inference
+from vitscale.inspection import command as inspection
+from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, FolderInUse, RunFolder
 
 if TYPE_CHECKING:
     from vitscale.config.schema import RunConfig
@@ -81,15 +85,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     config = load_config(folder.config)
     if config.tracking.mlflow:
         sync(folder.path, config)
-    return DONE
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    world.enter()
-    from vitscale.run import export
-
-    out = export(Path(arguments.source), Path(arguments.out) if arguments.out else None)
-    print(out)
     return DONE
 
 
@@ -162,15 +157,14 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("run", metavar="RUN_FOLDER")
     added.add_argument("overrides", metavar="dotted.key=value", nargs="*", help="say evaluation.test='held_out/*.tar'")
     added.add_argument("--show", action="store_true", help="print the scores that are there, without work")
-    added = verb("export", _export, "a checkpoint as a model folder that transformers opens")
-    added.add_argument("source", metavar="RUN_FOLDER_OR_CHECKPOINT")
-    added.add_argument("--out", default=None, help="default: RUN_FOLDER/model")
     added = verb("stop", _stop, "ask a run to save and stop")
     added.add_argument("run", metavar="RUN_FOLDER")
     added = verb("sync", _sync, "send what MLflow has missed")
     added.add_argument("run", metavar="RUN_FOLDER")
+    for register in (conversion.register, inference.register, inspection.register, export.register):
+        register(verb)
     added = verb("bench", _bench, "measure this project beside its peers")
-    added.add_argument("what", choices=("loader", "step"))
+    added.add_argument("what", choices=("loader", "step", "model"))
     added.add_argument("rest", nargs=argparse.REMAINDER, help="options of that benchmark (--help lists them)")
     return parser
 
@@ -192,6 +186,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except BrokenPipeError:
         return DONE  # the reader of our output has seen enough
+    except KeyboardInterrupt:
+        print("vitscale: interrupted", file=sys.stderr, flush=True)
+        return FAILED
 
 
 def _above_zero(text: str) -> int:

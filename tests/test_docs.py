@@ -1,0 +1,109 @@
+"""Every code block of docs/models.md runs as it stands, in order, from an empty folder."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.warm_cli import warm_commands
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = ROOT / "docs" / "models.md"
+FENCE = re.compile(r"^```(?P<language>\w+)(?P<words>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, the line it starts at, and whether it is only to be read."""
+
+    language: str
+    code: str
+    line: int
+    runs: bool
+
+
+def blocks(text: str) -> list[Block]:
+    return [
+        Block(
+            language=found["language"],
+            code=found["code"],
+            line=text.count("\n", 0, found.start("code")) + 1,
+            runs="no-run" not in found["words"].split(),
+        )
+        for found in FENCE.finditer(text)
+    ]
+
+
+def run_python(block: Block) -> str:
+    """As a script of its own; what it printed."""
+    out = io.StringIO()
+    name = f"models.md, line {block.line}"
+    with contextlib.redirect_stdout(out):
+        exec(compile("\n" * (block.line - 1) + block.code, name, "exec"), {"__name__": "__main__"})
+    return out.getvalue()
+
+
+def run_bash(block: Block, folder: Path, environment: dict[str, str]) -> str:
+    """By bash, which stops at the first command that fails; what it printed."""
+    command = ["bash", "-euo", "pipefail", "-c", block.code]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"models.md, line {block.line}: {done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_blocks_of_models_md_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, folder = tmp_path / "work", tmp_path / "bin"
+    for each in (work, folder):
+        each.mkdir()
+    monkeypatch.chdir(work)
+    printed = []
+    with warm_commands(folder) as ready:
+        for block in blocks(MODELS.read_text(encoding="utf-8")):
+            if block.runs:
+                python = block.language == "python"
+                printed.append(run_python(block) if python else run_bash(block, work, ready()))
+    said = "\n".join(printed)
+    for text in ("seven (1, 17, 64)", "num_labels", "['classifier.bias', 'classifier.weight']", "layers.0-2"):
+        assert text in said, text
+    # What it makes is there, and the reader reads.
+    rows = list(csv.DictReader(Path("predictions.csv").read_text(encoding="utf-8").splitlines()))
+    first = [row for row in rows if row["rank"] == "1"]
+    right = [Path(row["image"]).parent.name == row["label"] for row in first]
+    assert len(first) == 297
+    assert sum(right) > 0.7 * len(right)
+    assert sum(len(np.load(path)) for path in Path("features").glob("*.npy")) == 297
+    for picture in ("looks/gradients.png", "looks/1501-attention.png"):
+        with Image.open(picture) as opened:
+            assert opened.format == "PNG"
+    for name in ("reader.onnx", "reader-int8.onnx", "reader.pt2", "reader-timm/model.safetensors"):
+        assert Path(name).stat().st_size > 500
+    smaller = json.loads(Path("reader-pruned/config.json").read_text(encoding="utf-8"))
+    assert smaller["intermediate_size"] == 96
+
+
+def test_blocks_that_are_not_run_are_few_and_can_be_read() -> None:
+    rest = [block for block in blocks(MODELS.read_text(encoding="utf-8")) if not block.runs]
+    assert 0 < len(rest) < 6
+    for block in rest:
+        if block.language == "python":
+            compile(block.code, f"models.md, line {block.line}", "exec")
+        else:
+            subprocess.run(["bash", "-n", "-c", block.code], check=True)
+
+
+def test_every_block_is_found() -> None:
+    text = MODELS.read_text(encoding="utf-8")
+    found = blocks(text)
+    assert len(found) == len(re.findall("^```$", text, re.MULTILINE))
+    assert {block.language for block in found} == {"python", "bash"}
+    assert text.splitlines()[found[0].line - 2] == "```python"
