@@ -2,6 +2,7 @@
 
 On a machine without CUDA's libraries torchvision's wheel has only its Python part, and stops at
 the first operator that is not there. Declared by name, never called, they are enough to import it.
+`python -m tests.torchvision_ops VERB ...` is `vitscale VERB ...` with them declared.
 """
 
 from __future__ import annotations
@@ -43,3 +44,10 @@ def _declare(package: Path) -> None:
         found = {a or b for file in package.rglob("*.py") for a, b in _NAMES.findall(file.read_text(encoding="utf-8"))}
     for name in sorted(found):
         torch.library.define(f"torchvision::{name}", "(Tensor x) -> Tensor")
+
+
+if __name__ == "__main__":
+    sys.meta_path.insert(0, DeclareOperators())
+    from vitscale.cli import main
+
+    sys.exit(main(sys.argv[1:]))

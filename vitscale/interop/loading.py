@@ -18,7 +18,7 @@ from vitscale.interop.sources import locate
 from vitscale.interop.strict import listed, refuse, require_equal, shapes
 from vitscale.models.auto import initialize
 from vitscale.models.configuration import ViTConfig
-from vitscale.models.positions import fill_fixed_positions, fixed_positions, interpolate_positions
+from vitscale.models.positions import fixed_positions, interpolate_positions
 from vitscale.models.simmim import MaskedImageModel
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 
@@ -151,19 +151,11 @@ def _fit(
     report.fresh.extend(sorted(fresh + head))
     report.mismatched.extend(other[name] for name in sorted(head))
     report.unused.extend(_unused(model, found, {prefix + name for name in values}, saved))
-    _fill(model, values, anew=bool(report.fresh))
-    return report
-
-
-def _fill(model: ViTPreTrainedModel, values: dict[str, Tensor], anew: bool) -> None:
-    if anew:
-        initialize(model, HEAD_SEED)
-    else:
-        model.to_empty(device="cpu")
-        fill_fixed_positions(model)
+    initialize(model, HEAD_SEED, only=report.fresh)
     parameters = dict(model.named_parameters())
     for name, value in values.items():
         parameters[name].copy_(value)
+    return report
 
 
 def _adapted(name: str, value: Tensor, config: ViTConfig, target: ViTConfig) -> Tensor | None:

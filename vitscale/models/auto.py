@@ -100,8 +100,8 @@ def build_model(config: RunConfig) -> ViTPreTrainedModel:
 
 
 @torch.no_grad()
-def initialize(model: ViTPreTrainedModel, seed: int) -> None:
-    """Fill every parameter, on the CPU, from a generator of its own seeded by (seed, its name).
+def initialize(model: ViTPreTrainedModel, seed: int, only: Container[str] | None = None) -> None:
+    """Fill every parameter (or `only` those), on the CPU, from a generator of its own seeded by (seed, its name).
 
     Biases are 0 and layer norms 1. MAE: weights, the patch embedding as a matrix and query, key and
     value as one, by xavier_uniform, tokens by normal(0.02) (facebookresearch/mae, models_mae.py,
@@ -117,7 +117,10 @@ def initialize(model: ViTPreTrainedModel, seed: int) -> None:
     std = model.config.initializer_range
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            generator = _generator(seed, f"{prefix}.{name}")
+            full = f"{prefix}.{name}"
+            if only is not None and full.removeprefix(".") not in only:
+                continue
+            generator = _generator(seed, full)
             if isinstance(module, nn.LayerNorm):
                 parameter.fill_(1.0 if name == "weight" else 0.0)
             elif name == "bias":

@@ -88,7 +88,8 @@ class ViTEmbeddings(Positioned):
         if not interpolate and size != pair(self.config.image_size):
             raise DataError(
                 f"images of {size[0]}x{size[1]} pixels: the model was made for image_size={self.config.image_size}; "
-                "resize them, or pass interpolate_pos_encoding=True"
+                "resize them (ViTImageProcessor does), pass interpolate_pos_encoding=True, "
+                "or load the model with image_size= of theirs"
             )
         if not interpolate or self.position_embeddings is None:
             return self.position_embeddings
