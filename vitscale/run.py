@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from vitscale.config.check import check_config, has_classes, pair
 from vitscale.config.load import dump_config, load_config
 from vitscale.config.schema import RunConfig, as_dict
 from vitscale.data.batch import Replacement
+from vitscale.data.classes import class_names
 from vitscale.data.crop import RandomCrop
 from vitscale.data.decode import choose_decoder
 from vitscale.data.index import ShardIndex, open_index, require_labels
@@ -82,6 +83,7 @@ class _Pretraining:
         # Not before: a rank that waits in C++ for the others could not answer a TERM.
         self.stop = StopRequest(folder.path, looks=world.local_rank == 0, clears=world.is_main)
         self.index = index or self._open_index()
+        self.config = config = self._with_class_names()
         self.decoder = choose_decoder(config.data.decode)
         self._preflight()
         data, train = config.data, config.train
@@ -148,6 +150,16 @@ class _Pretraining:
         if self.config.objective.needs_labels:
             require_labels(index, data.label)
         return index
+
+    def _with_class_names(self) -> RunConfig:
+        """The config, and in it the names of classes that have none, where they lie beside the shards."""
+        config, model = self.config, self.config.model
+        if not has_classes(config) or not config.objective.needs_labels or model.id2label is not None:
+            return config
+        names = class_names(self.index.paths)
+        if names is None or len(names) != model.num_labels:
+            return config
+        return replace(config, model=replace(model, id2label=tuple(names)))
 
     def _preflight(self) -> None:
         """All ranks must have the same folder, config, data and code, or they would train different runs."""

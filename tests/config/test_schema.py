@@ -18,7 +18,7 @@ REFUSED = [
     (schema.Model, "model.num_labels", [-1], [0]),
     (schema.Model, "model.drop_path_rate", [-0.1, 1.0], [0.0, 0.9]),
     (schema.Model, "model.hidden_act", ["gelo"], list(schema.ACTIVATIONS)),
-    (schema.Model, "model.pooler_act", ["sigmoid"], ["tanh"]),
+    (schema.Model, "model.pooler_act", ["prelu"], ["tanh"]),
     (schema.Model, "model.pooler_output_size", [0], [1, None]),
     (schema.Model, "model.encoder_stride", [0, (0, 8)], [1, (8, 1), None]),
     (schema.Model, "model.image_size", [0, (0, 8)], [1, (8, 1)]),

@@ -58,3 +58,12 @@ def test_whole_numbers_as_quantities(launcher: Launcher, config: Path, tmp_path:
     assert len(values) == 3
     assert all(0.5 < value < 100 for value in values.values())
     assert not (tmp_path / "runs" / "run" / "quarantine.jsonl").exists()
+
+
+def test_classes_get_their_names_from_beside_the_shards(launcher: Launcher, config: Path, tmp_path: Path) -> None:
+    argv = ["pretrain", str(config), "objective.name=classification", "train.steps=2"]
+    launcher.run(argv)
+    launcher.run([*argv, "run.name=two", "model.num_labels=5"])  # then the names would be of other classes
+    one, two = (json.loads((tmp_path / "runs" / name / "model" / "config.json").read_text()) for name in ("run", "two"))
+    assert one["id2label"] == {"0": "class0", "1": "class1", "2": "class2"}
+    assert "class1" not in str(two)

@@ -20,7 +20,7 @@ from vitscale.config.check import check_config
 from vitscale.config.presets import preset
 from vitscale.config.schema import MAE, Model, Multitask, Objective, RunConfig, SimMIM, Train
 from vitscale.errors import ConfigError
-from vitscale.models import vit
+from vitscale.models.activations import ACTIVATIONS
 from vitscale.models.auto import FREE_KEYS, OBJECTIVES, build_model, initialize, model_keys, vit_config
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import OPTIONS, ViTConfig
@@ -157,7 +157,7 @@ def test_every_key_of_the_model_section_arrives(objective: str) -> None:
 
 
 def test_activations_are_those_of_the_schema() -> None:
-    assert tuple(vit.ACTIVATIONS) == schema.ACTIVATIONS
+    assert tuple(ACTIVATIONS) == schema.ACTIVATIONS
 
 
 @pytest.mark.parametrize("objective", schema.OBJECTIVES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -77,6 +78,20 @@ def test_explain_counts_no_break() -> None:
     model = tiny(ViTMAEForPreTraining, drop_path_rate=0.5, num_hidden_layers=1)
     explained = torch._dynamo.explain(model)(**inputs(model, n=2))
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch's compiler needs c++ on a CPU")
+@every_option
+def test_compiled_code_gives_the_same(options: dict[str, Any]) -> None:
+    """The default backend, as a user compiles; the others of this file do not make code."""
+    model = tiny(ViTForImageClassification, num_hidden_layers=2, **options)
+    batch = inputs(model, n=4)
+    expected, logits = gradients(model, batch, model), model(**batch).logits
+    compiled = torch.compile(model, fullgraph=True)
+    found = gradients(model, batch, compiled)
+    assert graphs() == (1, 0)
+    assert all(torch.allclose(expected[name], found[name], atol=1e-5) for name in expected)
+    assert torch.allclose(compiled(**batch).logits, logits, atol=1e-5)
 
 
 def test_any_batch_size_is_one_more_graph() -> None:

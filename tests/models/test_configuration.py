@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import transformers
 
@@ -17,7 +18,6 @@ from vitscale.models.configuration import OPTIONS, ViTConfig
 from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
 from vitscale.models.multitask import ViTForMultitaskPreTraining
 from vitscale.models.simmim import ViTForMaskedImageModeling
-from vitscale.models.vit import ViTModel
 
 
 @pytest.mark.parametrize("keys", [
@@ -28,16 +28,41 @@ from vitscale.models.vit import ViTModel
     {"use_cls_token": False}, {"rope_theta": 0.0}, {"hidden_size": 12, "rope_theta": 100.0},
     {"problem_type": "regression", "label_smoothing": 0.1},
     {"problem_type": "single_label_classification", "num_labels": 1},
+    {"hidden_size": 16.0}, {"hidden_size": "16"}, {"num_register_tokens": 1.5}, {"num_hidden_layers": True},
+    {"hidden_dropout_prob": 2}, {"attention_probs_dropout_prob": "a"}, {"layer_norm_eps": -1}, {"layer_norm_eps": "x"},
+    {"initializer_range": float("nan")}, {"qkv_bias": "false"}, {"qkv_bias": 1}, {"pooler_output_size": -1},
+    {"pooler_output_size": 0}, {"mask_ratio": 7}, {"mask_patch": 0}, {"label_smoothing": 1.0}, {"encoder_stride": 0},
+    {"image_size": "abc"}, {"image_size": (16, 16, 16)}, {"image_size": -16}, {"patch_size": None}, {"patch_size": []},
+    {"pooler_act": "prelu"}, {"head_dim": 0}, {"id2label": ["cat"]}, {"id2label": {1: "a", 2: "b", 7: "c"}},
+    {"id2label": {"a": "b"}}, {"id2label": {0: 1}}, {"label2id": {"a": 1, "b": 2}},
+    {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 1, "b": 0}}, {"output_attentions": "yes"},
 ])  # fmt: skip
 def test_impossible_configs(keys: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="must be"):
-        ViTModel(ViTConfig(**TINY | keys))
+    with pytest.raises(ConfigError, match=r"must be") as caught:
+        ViTConfig(**TINY | keys)
+    assert str(caught.value).splitlines() == [str(caught.value)]
+    assert str(caught.value).split("=")[0] in {*keys, "image_size", "hidden_size", "pooling", "id2label"}
+
+
+def test_values_become_what_the_annotation_says() -> None:
+    config = ViTConfig(**TINY | {"layer_norm_eps": 1, "image_size": [16, 32], "hidden_size": np.int64(32)})
+    assert (config.layer_norm_eps, config.image_size, config.hidden_size) == (1.0, (16, 32), 32)
+    assert [type(value) for value in (config.layer_norm_eps, config.hidden_size)] == [float, int]
+    assert ViTConfig(id2label={"1": "b", "0": "a"}).id2label == {0: "a", 1: "b"}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("key", ["return_dict", "_hidden", "hiden_size"])
+def test_keys_that_might_change_what_comes_out(key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        ViTConfig.from_dict(TINY | {key: False})
+    assert ViTConfig.from_dict(TINY | {"return_dict": True, "_name_or_path": "x"}) == ViTConfig(**TINY)
 
 
 @pytest.mark.parametrize("keys", [
     {"decoder_hidden_size": 9}, {"decoder_hidden_size": 6}, {"mask_ratio": 0.99}, {"fc_norm": True},
     {"position_embeddings": "none"}, {"decoder_num_attention_heads": 4, "rope_theta": 100.0},
-    {"patch_size": 1, "num_channels": 1, "norm_pix_loss": True},
+    {"patch_size": 1, "num_channels": 1, "norm_pix_loss": True}, {"decoder_num_hidden_layers": 0},
+    {"norm_pix_loss": "maybe"}, {"head_dim": 8},
 ])  # fmt: skip
 def test_impossible_autoencoders(keys: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="must be"):

@@ -77,3 +77,16 @@ def test_features_carry_every_token() -> None:
     assert torch.equal(output.logits, output.last_hidden_state[:, 0])
     assert len(output.to_tuple()) == 1  # in the tuple stands what transformers has
     assert tiny(ViTForImageClassification)(torch.randn(6, 3, 16, 16)).last_hidden_state is None
+
+
+@pytest.mark.parametrize("model_class", [*TRAINABLE, ViTModel], ids=lambda c: c.__name__)
+def test_what_a_call_gives_can_stand_in_the_config(model_class: type[ViTPreTrainedModel]) -> None:
+    model = tiny(model_class, output_attentions=True).eval()
+    batch = inputs(model)
+    output = model(**batch)
+    assert len(output.attentions) == 3
+    assert output.hidden_states is None
+    model.config.output_attentions, model.config.output_hidden_states = False, True
+    output = model(**batch)
+    assert len(output.hidden_states) == 4
+    assert output.attentions is None

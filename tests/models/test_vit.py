@@ -10,11 +10,11 @@ import torch
 
 from tests.models.shapes import OPTION_SETS, TINY, TRAINABLE, inputs, tiny
 from vitscale import rng
-from vitscale.errors import DataError
+from vitscale.errors import ConfigError, DataError
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.simmim import ViTForMaskedImageModeling
-from vitscale.models.vit import ViTLayer, ViTModel, ViTPreTrainedModel, drop_path_scales
+from vitscale.models.vit import ViTEncoder, ViTLayer, ViTModel, ViTPreTrainedModel, drop_path_scales
 
 every_trainable = pytest.mark.parametrize("model_class", TRAINABLE, ids=lambda c: c.__name__)
 every_option = pytest.mark.parametrize("options", OPTION_SETS.values(), ids=OPTION_SETS.keys())
@@ -75,6 +75,40 @@ def test_drop_path_is_a_function_of_the_key() -> None:
     assert torch.allclose(torch.cat(kept), 1 / (1 - rates))
     branches = scales[4].flatten().view(-1, 2) == 0
     assert abs((branches[:, 0] & branches[:, 1]).float().mean().item() - 0.16) < 0.03  # drawn apart
+
+
+def test_the_branches_of_a_block_are_dropped_apart() -> None:
+    layer = tiny(ViTModel, layer_scale_init_value=1.0).encoder.layers[0]
+    x = torch.randn(1, 5, 16)
+    attention = layer.attention(layer.layernorm_before(x))[0]
+    mlp = layer.mlp(layer.layernorm_after(x))
+    assert torch.allclose(layer(x, torch.tensor([[2.0, 0.0]])), x + 2 * attention, atol=1e-6)
+    assert torch.allclose(layer(x, torch.tensor([[0.0, 3.0]])), x + 3 * mlp, atol=1e-6)
+
+
+def test_gradient_checkpointing_by_transformers_calls() -> None:
+    model = tiny(ViTMAEForPreTraining)
+    encoders = [module for module in model.modules() if isinstance(module, ViTEncoder)]
+    assert len(encoders) == 2
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert all(encoder.gradient_checkpointing for encoder in encoders)
+    model.gradient_checkpointing_disable()
+    assert not any(encoder.gradient_checkpointing for encoder in encoders)
+    with pytest.raises(ConfigError, match="gradient_checkpointing_kwargs"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def test_images_of_no_whole_patches() -> None:
+    model = tiny(ViTModel).eval()
+    for size in ((18, 22), (2, 2), (16, 15)):
+        with pytest.raises(DataError, match=rf"images of {size[0]}x{size[1]} pixels: must be whole patches of 4x4"):
+            model(torch.randn(1, 3, *size), interpolate_pos_encoding=True)
+
+
+def test_the_base_model() -> None:
+    model, encoder = tiny(ViTMAEForPreTraining), tiny(ViTModel)
+    assert model.base_model is model.vit
+    assert encoder.base_model is encoder
 
 
 def test_dropped_branches_leave_the_sample_as_it_was() -> None:

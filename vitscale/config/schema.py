@@ -18,7 +18,11 @@ DECODERS = ("auto", "nvimgcodec", "simplejpeg", "pillow")
 POSITIONS = ("learned", "sincos", "none")
 POOLINGS = ("cls", "mean")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")  # those of models/vit.py
+ACTIVATIONS = (  # those of models/activations.py
+    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh", "gelu_pytorch_tanh",
+    "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu",
+    "sqrtsoftplus", "swish", "tanh",
+)  # fmt: skip
 
 
 def _require(holds: bool, key: str, value: Any, rule: str) -> None:

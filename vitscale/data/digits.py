@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from vitscale import rng
+from vitscale.data.classes import CLASSES
 from vitscale.data.index import ShardIndex
 from vitscale.data.pack import PackedSample, make_empty, write_shards
 from vitscale.errors import DataError, VitscaleError
@@ -38,7 +39,7 @@ def write_digits(out: Path) -> bool:
     for split, chosen in (("test", samples[:TEST_IMAGES]), ("train", samples[TEST_IMAGES:])):
         shards = [chosen[start : start + _SHARD_SAMPLES] for start in range(0, len(chosen), _SHARD_SAMPLES)]
         write_shards(shards, partial / split, split, workers=1)
-    (partial / "classes.json").write_text(json.dumps([str(digit) for digit in range(10)]) + "\n")
+    (partial / CLASSES).write_text(json.dumps([str(digit) for digit in range(10)]) + "\n")
     partial.rename(out)
     return True
 

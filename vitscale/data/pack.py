@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from vitscale.data.classes import CLASSES
 from vitscale.data.index import ShardIndex, build_index
 from vitscale.data.shards import IMAGE_KINDS
 from vitscale.errors import DataError
@@ -73,7 +74,7 @@ def pack(
             raise DataError(f"held_out={held_out}: of {len(samples)} images none falls into {empty[0]}/; change it")
     make_empty(Path(out))
     if classes:
-        (Path(out) / "classes.json").write_text(json.dumps(classes, ensure_ascii=False, indent=1) + "\n")
+        (Path(out) / CLASSES).write_text(json.dumps(classes, ensure_ascii=False, indent=1) + "\n")
     indexes = {}
     for name, chosen in splits.items():
         shards = _cut(sorted(chosen, key=lambda s: _draw(s.key, "order", seed)), shard_samples, shard_bytes)
@@ -81,7 +82,7 @@ def pack(
         report(f"{Path(out) / name}: {indexes[name].total} images in {len(shards)} shards")
     if classes:
         count = len(classes)
-        report(f"{Path(out) / 'classes.json'}: {count} classes; to train by labels: model.num_labels={count}")
+        report(f"{Path(out) / CLASSES}: {count} classes; to train by labels: model.num_labels={count}")
     return indexes
 
 

@@ -38,6 +38,7 @@ FREE_KEYS = frozenset({
     "hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "initializer_range",
     "mask_ratio", "mask_patch", "label_smoothing", "mim_weight", "classification_weight",
     "pooler_output_size", "pooler_act", "encoder_stride", "id2label", "label2id", "problem_type",
+    "output_attentions", "output_hidden_states",
 })  # fmt: skip
 
 

@@ -6,20 +6,31 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
 from vitscale.config.check import pair
-from vitscale.config.schema import POOLINGS, POSITIONS, PROBLEM_TYPES
-from vitscale.errors import ConfigError
+from vitscale.config.schema import ACTIVATIONS, POOLINGS, POSITIONS, PROBLEM_TYPES
+from vitscale.errors import ConfigError, DataError
+from vitscale.models.field_types import typed_fields
 from vitscale.models.pretrained_mixin import PretrainedConfigMixin
 
 Size = int | tuple[int, int]
 
 # What transformers writes beside a model's own keys; none of it changes what a ViT computes.
 GENERIC_KEYS = {"model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "vitscale_version"}
-GENERIC_KEYS |= {"return_dict", "output_attentions", "output_hidden_states", "use_cache"}
+GENERIC_KEYS |= {"return_dict", "use_cache", "_name_or_path", "_commit_hash", "_attn_implementation_autoset"}
 
 # Our keys that change what a model computes, and their defaults: what transformers' ViT has.
 OPTIONS: dict[str, Any] = {
     "use_cls_token": True, "num_register_tokens": 0, "rope_theta": None, "layer_scale_init_value": None,
     "qk_norm": False, "swiglu": False, "pooling": "cls", "fc_norm": False,
+}  # fmt: skip
+
+_COUNTS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size", "image_size",
+    "patch_size", "num_channels", "encoder_stride", "pooler_output_size", "mask_patch",
+)  # fmt: skip
+_SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "mask_ratio", "label_smoothing")
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "position_embeddings": POSITIONS, "pooling": POOLINGS, "problem_type": (*PROBLEM_TYPES, None),
+    "hidden_act": ACTIVATIONS, "pooler_act": ACTIVATIONS,
 }  # fmt: skip
 
 
@@ -53,6 +64,8 @@ class ViTConfig(PretrainedConfigMixin):
     id2label: dict[int, str] | None = None  # the classes' names; their number is num_labels
     label2id: dict[str, int] | None = None  # the way back; follows from id2label where it is not given
     problem_type: str | None = None  # one of PROBLEM_TYPES; None: told from num_labels and the labels
+    output_attentions: bool = False  # what a call gives that does not say
+    output_hidden_states: bool = False
 
     use_cls_token: bool = True
     num_register_tokens: int = 0  # tokens that belong to no patch (Darcet et al. 2024, arXiv 2309.16588)
@@ -72,50 +85,60 @@ class ViTConfig(PretrainedConfigMixin):
     classification_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        self.image_size, self.patch_size = _size(self.image_size), _size(self.patch_size)
-        self.encoder_stride = _size(self.encoder_stride)
-        if self.label2id is not None:
-            self.label2id = {name: int(number) for name, number in self.label2id.items()}
-            if self.id2label is None:
-                self.id2label = {number: name for name, number in self.label2id.items()}
-        if self.id2label is not None:
-            self.id2label = {int(number): name for number, name in self.id2label.items()}
-            self.num_labels = len(self.id2label)
-            if self.label2id is None:
-                self.label2id = {name: number for number, name in self.id2label.items()}
+        typed_fields(self)
+        for name in ("image_size", "patch_size", "encoder_stride"):
+            setattr(self, name, _square_as_int(getattr(self, name)))
+        self._name_labels()
         self._check()
 
+    def _name_labels(self) -> None:
+        """id2label in order, label2id and num_labels of one another."""
+        if self.id2label is None and self.label2id is not None:
+            self.id2label = {number: name for name, number in self.label2id.items()}
+        if self.id2label is None:
+            return
+        names, self.num_labels = self.id2label, len(self.id2label)
+        if names.keys() != set(range(len(names))):
+            refuse("id2label", names, f"the names of the classes 0 to {len(names) - 1}, each once")
+        self.id2label = {number: names[number] for number in range(len(names))}
+        if self.label2id is None:
+            self.label2id = {name: number for number, name in self.id2label.items()}
+        for name, number in self.label2id.items():
+            if self.id2label.get(number) != name:
+                refuse("label2id", {name: number}, "the way back of id2label, or left out")
+
     def _check(self) -> None:
+        for name, least in self._at_least().items():
+            value = getattr(self, name)
+            if value is not None and min(pair(value)) < least:
+                refuse(name, value, f"{least} or more")
         for side, patch in zip(pair(self.image_size), pair(self.patch_size), strict=True):
-            if patch < 1 or side < patch or side % patch:
+            if side % patch:
                 refuse("image_size", self.image_size, f"a multiple of patch_size={self.patch_size}")
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
-            if getattr(self, name) < 1:
-                refuse(name, getattr(self, name), "1 or more")
-        if self.head_dim is not None and self.head_dim < 1:
-            refuse("head_dim", self.head_dim, "1 or more, or None")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             refuse("hidden_size", self.hidden_size, f"a multiple of num_attention_heads={self.num_attention_heads}")
-        for name, choices in (("position_embeddings", POSITIONS), ("pooling", POOLINGS)):
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                refuse(name, getattr(self, name), f"one of {', '.join(choices)}")
+                refuse(name, getattr(self, name), f"one of {', '.join(map(str, choices))}")
+        for name in _SHARES:
+            if not 0 <= getattr(self, name) < 1:
+                refuse(name, getattr(self, name), "in [0, 1)")
+        for name in ("layer_norm_eps", "initializer_range"):
+            if getattr(self, name) <= 0:
+                refuse(name, getattr(self, name), "above 0")
         if self.position_embeddings == "sincos" and self.hidden_size % 4:
             refuse("hidden_size", self.hidden_size, "a multiple of 4 for sincos position embeddings")
-        if not 0 <= self.drop_path_rate < 1:
-            refuse("drop_path_rate", self.drop_path_rate, "in [0, 1)")
-        if self.num_labels < 0:
-            refuse("num_labels", self.num_labels, "0 (features only) or more")
-        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
-            refuse("problem_type", self.problem_type, f"one of {', '.join(PROBLEM_TYPES)}, or None")
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
             refuse("num_labels", 1, "2 or more for single_label_classification, as in transformers")
         if self.label_smoothing and self.problem_type not in (None, "single_label_classification"):
             refuse("label_smoothing", self.label_smoothing, f"0 for problem_type={self.problem_type}")
         self._check_options()
 
+    def _at_least(self) -> dict[str, int]:
+        """The smallest value of each key that counts something."""
+        return dict.fromkeys(_COUNTS, 1) | {"num_labels": 0, "num_register_tokens": 0}
+
     def _check_options(self) -> None:
-        if self.num_register_tokens < 0:
-            refuse("num_register_tokens", self.num_register_tokens, "0 or more")
         if not self.use_cls_token and self.pooling != "mean":
             refuse("pooling", self.pooling, "mean where use_cls_token=False")
         if self.rope_theta is not None:
@@ -162,6 +185,16 @@ class ViTConfig(PretrainedConfigMixin):
         (height, width), (patch_height, patch_width) = pair(self.image_size), pair(self.patch_size)
         return height // patch_height, width // patch_width
 
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Patches along (height, width) of images of another size; DataError where they do not come out even."""
+        patch_height, patch_width = pair(self.patch_size)
+        if height % patch_height or width % patch_width:
+            raise DataError(
+                f"images of {height}x{width} pixels: must be whole patches of {patch_height}x{patch_width}; "
+                "resize or crop them (ViTImageProcessor does)"
+            )
+        return height // patch_height, width // patch_width
+
     @property
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
@@ -193,15 +226,17 @@ class ViTConfig(PretrainedConfigMixin):
         if content.get("model_type", cls.model_type) not in known:
             raise ConfigError(f"model_type={content['model_type']!r}: must be {' or '.join(known)} for {cls.__name__}")
         names = {item.name for item in fields(cls)}
-        unknown = sorted(name for name in content.keys() - names - GENERIC_KEYS if not name.startswith("_"))
+        unknown = sorted(content.keys() - names - GENERIC_KEYS)
         if unknown:
             raise ConfigError(f"{cls.__name__}: unknown key(s) {', '.join(unknown)}; this model is not made of them")
+        if content.get("return_dict") is False:
+            raise ConfigError("return_dict=False: must be left out; give it to the model's call instead")
         return cls(**{name: value for name, value in content.items() if name in names})
 
 
-def _size(value: Any) -> Size:
-    """An int, or (height, width); equal sides become an int, as transformers' code wants them."""
-    height, width = pair(value if isinstance(value, int) else tuple(value))
+def _square_as_int(size: Size) -> Size:
+    """Equal sides as one number, as transformers' code wants them."""
+    height, width = pair(size)
     return height if height == width else (height, width)
 
 

@@ -16,16 +16,18 @@ class ViTPatchEmbeddings(nn.Module):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.num_channels = config.num_channels
+        self.config = config
         patch = pair(config.patch_size)
         self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch, stride=patch)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
+        channels = self.config.num_channels
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             raise DataError(
-                f"pixel_values of shape {tuple(pixel_values.shape)}: must be [n, {self.num_channels}, height, width]; "
+                f"pixel_values of shape {tuple(pixel_values.shape)}: must be [n, {channels}, height, width]; "
                 "num_channels of the config is what the model was made for"
             )
+        self.config.grid_of(*pixel_values.shape[2:])  # else the convolution would leave out what is no whole patch
         # Pixels stay in float32 for the losses' sake; here they become what the weights are.
         pixel_values = pixel_values.to(self.projection.weight.dtype)
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
@@ -84,7 +86,7 @@ class ViTEmbeddings(Positioned):
         return torch.where(bool_masked_pos.bool()[..., None], self.mask_token.to(x.dtype), x)
 
     def _positions(self, pixel_values: Tensor, interpolate: bool) -> Tensor | None:
-        size, (patch_height, patch_width) = tuple(pixel_values.shape[2:]), pair(self.config.patch_size)
+        size = tuple(pixel_values.shape[2:])
         if not interpolate and size != pair(self.config.image_size):
             raise DataError(
                 f"images of {size[0]}x{size[1]} pixels: the model was made for image_size={self.config.image_size}; "
@@ -93,5 +95,4 @@ class ViTEmbeddings(Positioned):
             )
         if not interpolate or self.position_embeddings is None:
             return self.position_embeddings
-        new_grid = (size[0] // patch_height, size[1] // patch_width)
-        return interpolate_positions(self.position_embeddings, self.config.grid, new_grid)
+        return interpolate_positions(self.position_embeddings, self.config.grid, self.config.grid_of(*size))

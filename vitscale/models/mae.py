@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +31,10 @@ class ViTMAEConfig(ViTConfig):
     decoder_num_attention_heads: int = 16
     decoder_intermediate_size: int = 2048
     position_embeddings: str = "sincos"  # the encoder's and the decoder's
+
+    def _at_least(self) -> dict[str, int]:
+        decoder = {item.name: 1 for item in fields(self) if item.name.startswith("decoder_")}
+        return super()._at_least() | decoder
 
     def _check(self) -> None:
         super()._check()

@@ -43,11 +43,15 @@ _Forward = TypeVar("_Forward", bound=Callable[..., Output])
 
 
 def can_return_tuple(forward: _Forward) -> _Forward:
-    """Let a model's forward take transformers' `return_dict`: False gives the tuple."""
+    """Let a model's forward take transformers' `return_dict`: False gives the tuple; and let the
+    config say output_attentions and output_hidden_states where the call does not."""
 
     @wraps(forward)
-    def wrapped(*args: Any, return_dict: bool | None = None, **options: Any) -> Any:
-        output = forward(*args, **options)
+    def wrapped(model: Any, *args: Any, return_dict: bool | None = None, **options: Any) -> Any:
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(model.config, name) and options.get(name) is None:
+                options[name] = True
+        output = forward(model, *args, **options)
         return output.to_tuple() if return_dict is False else output
 
     return cast(_Forward, wrapped)

@@ -7,8 +7,7 @@ patches, as the config has them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitscale import rng
-from vitscale.config.check import pair
 from vitscale.errors import ConfigError, DataError
 from vitscale.models import flops
+from vitscale.models.activations import ACTIVATIONS
 from vitscale.models.attention import ViTAttention
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.embeddings import ViTEmbeddings
@@ -26,25 +25,7 @@ from vitscale.models.outputs import EncoderOutput, ViTModelOutput, can_return_tu
 from vitscale.models.positions import Rotary, of_patches, rotary_positions
 from vitscale.models.pretrained_mixin import PretrainedMixin
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "gelu": nn.GELU,
-    "gelu_new": lambda: nn.GELU(approximate="tanh"),
-    "gelu_pytorch_tanh": lambda: nn.GELU(approximate="tanh"),
-    "relu": nn.ReLU,
-    "silu": nn.SiLU,
-    "swish": nn.SiLU,
-    "tanh": nn.Tanh,
-}
-
-
 _DROP_PATH = rng.purpose_code("drop_path")
-
-
-def activation(key: str, name: str) -> nn.Module:
-    """The activation of a config key, by transformers' name for it."""
-    if name not in ACTIVATIONS:
-        raise ConfigError(f"{key}={name!r}: must be one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]()
 
 
 class SwiGLU(nn.Module):
@@ -62,7 +43,7 @@ class ViTMLP(nn.Module):
         super().__init__()
         hidden = config.intermediate_size
         self.fc1 = nn.Linear(config.hidden_size, 2 * hidden if config.swiglu else hidden)
-        self.activation = SwiGLU() if config.swiglu else activation("hidden_act", config.hidden_act)
+        self.activation = SwiGLU() if config.swiglu else ACTIVATIONS[config.hidden_act]()
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,7 +153,7 @@ class ViTPooler(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.pooler_output_size or config.hidden_size)
-        self.activation = activation("pooler_act", config.pooler_act)
+        self.activation = ACTIVATIONS[config.pooler_act]()
 
     def forward(self, pooled: Tensor) -> Tensor:
         return self.activation(self.dense(pooled))
@@ -192,20 +173,36 @@ class ViTPreTrainedModel(PretrainedMixin, nn.Module):
 
     def grid(self, pixel_values: Tensor) -> tuple[int, int]:
         """Patches along (height, width) of these images; DataError where they do not come out even."""
-        (height, width), (patch_height, patch_width) = pixel_values.shape[-2:], pair(self.config.patch_size)
-        if height % patch_height or width % patch_width:
-            raise DataError(f"images of {height}x{width} pixels: must be a multiple of {patch_height}x{patch_width}")
-        return height // patch_height, width // patch_width
+        return self.config.grid_of(*pixel_values.shape[-2:])
+
+    @property
+    def base_model(self) -> ViTModel:
+        """The encoder: itself, or what its heads stand on."""
+        model = self if isinstance(self, ViTModel) else self.vit
+        assert isinstance(model, ViTModel)
+        return model
 
     def blocks(self) -> list[nn.Module]:
         """Every transformer block, a decoder's too."""
         return [layer for module in self.modules() if isinstance(module, ViTEncoder) for layer in module.layers]
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Trade time for memory: blocks run again in backward instead of keeping their insides."""
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Trade time for memory: blocks run again in backward instead of keeping their insides.
+
+        Takes transformers' argument; there is one way, {"use_reentrant": False}.
+        """
+        if gradient_checkpointing_kwargs not in (None, {}, {"use_reentrant": False}):
+            given = f"gradient_checkpointing_kwargs={gradient_checkpointing_kwargs}"
+            raise ConfigError(f"{given}: must be {{'use_reentrant': False}}, or left out")
+        self._checkpoint(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self._checkpoint(False)
+
+    def _checkpoint(self, on: bool) -> None:
         for module in self.modules():
             if isinstance(module, ViTEncoder):
-                module.gradient_checkpointing = True
+                module.gradient_checkpointing = on
 
     def forward_flops(self) -> int:
         """Floating-point operations of one image's forward (see models/flops.py)."""
