@@ -103,6 +103,14 @@ def test_unknown_verb_or_none(capsys: pytest.CaptureFixture[str]) -> None:
         assert "VERB" in capsys.readouterr().err
 
 
+def test_a_mistyped_option_names_the_nearest_and_the_verbs_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["predict", "reader", "a.png", "--topk", "3"])
+    said = capsys.readouterr().err
+    assert said.startswith("usage: vitscale predict ")
+    assert said.splitlines()[-1].endswith("unrecognized arguments: --topk 3; did you mean --top-k?")
+
+
 # ---- config
 
 

@@ -7,7 +7,9 @@ Verbs import what they need when they run, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -132,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def verb(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=text, description=text)
-        added.set_defaults(run_verb=run)
+        added.set_defaults(run_verb=run, parser=added)
         return added
 
     def takes_config(added: argparse.ArgumentParser) -> None:
@@ -171,11 +173,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the process's exit code."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = _parser().parse_known_args(argv)
     if rest:  # argparse takes overrides only in one place; they may stand after options too
         if not hasattr(arguments, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}{_nearest(rest[0], arguments.parser)}")
         arguments.overrides += rest
     try:
         return arguments.run_verb(arguments)
@@ -195,6 +196,11 @@ def _above_zero(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above 0")
     return int(text)
+
+
+def _nearest(option: str, parser: argparse.ArgumentParser) -> str:
+    close = difflib.get_close_matches(option.split("=")[0], re.findall(r"--[\w-]+", parser.format_usage()), 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _is_main() -> bool:
