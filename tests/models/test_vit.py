@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
-from tests.models.shapes import OPTION_SETS, TINY, TRAINABLE, inputs, tiny
+from tests.models.shapes import OPTION_SETS, TINY, TRAINABLE, inputs, tiny, tiny_keys
 from vitscale import rng
 from vitscale.errors import ConfigError, DataError
 from vitscale.models.configuration import ViTConfig
@@ -109,6 +110,17 @@ def test_the_base_model() -> None:
     model, encoder = tiny(ViTMAEForPreTraining), tiny(ViTModel)
     assert model.base_model is model.vit
     assert encoder.base_model is encoder
+
+
+def test_what_transformers_models_say_of_themselves() -> None:
+    keys = tiny_keys(ViTModel)
+    ours, theirs = tiny(ViTModel).double(), transformers.ViTModel(transformers.ViTConfig(**keys)).double()
+    assert (ours.device, ours.dtype) == (theirs.device, theirs.dtype) == (torch.device("cpu"), torch.float64)
+    assert ours.get_input_embeddings() is ours.embeddings.patch_embeddings
+    ours.embeddings.cls_token.requires_grad_(False)
+    theirs.embeddings.cls_token.requires_grad_(False)
+    assert ours.num_parameters() == theirs.num_parameters()
+    assert ours.num_parameters(only_trainable=True) == theirs.num_parameters(only_trainable=True)
 
 
 def test_dropped_branches_leave_the_sample_as_it_was() -> None:

@@ -182,6 +182,21 @@ class ViTPreTrainedModel(PretrainedMixin, nn.Module):
         assert isinstance(model, ViTModel)
         return model
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Pixels to patch tokens."""
+        return self.base_model.embeddings.patch_embeddings
+
     def blocks(self) -> list[nn.Module]:
         """Every transformer block, a decoder's too."""
         return [layer for module in self.modules() if isinstance(module, ViTEncoder) for layer in module.layers]
