@@ -100,7 +100,7 @@ def test_an_mae_as_encoder_keeps_its_positions(tmp_path: Path) -> None:
 
 
 def test_another_number_of_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ours = tiny(ViTForImageClassification, num_labels=None, id2label={i: f"kind {i}" for i in range(5)})
+    ours = tiny(ViTForImageClassification, id2label={i: f"kind {i}" for i in range(5)})
     save(ours, tmp_path)
     for asked in ({"num_labels": 7}, {"id2label": dict.fromkeys(range(7), "x")}):
         with pytest.raises(CheckpointError) as error:
@@ -134,7 +134,7 @@ def test_other_channels(tmp_path: Path) -> None:
     ours = tiny(ViTForImageClassification)
     model, report = load(ViTForImageClassification, save(ours, tmp_path), num_channels=4)
     weight = "vit.embeddings.patch_embeddings.projection.weight"
-    assert report.adapted == [f"{weight} [16, 3, 4, 4] to [16, 4, 4, 4]"]
+    assert report.adapted == [f"{weight} 3 to 4 channels"]
     assert torch.equal(model.get_parameter(weight), adapt_channels(ours.get_parameter(weight), 4))
     assert model(torch.randn(1, 4, 16, 16)).logits.shape == (1, 5)
     save(tiny(ViTForMaskedImageModeling), tmp_path)
@@ -150,7 +150,7 @@ def test_another_image_size(tmp_path: Path) -> None:
     ours = tiny(ViTForImageClassification).eval()
     model, report = load(ViTForImageClassification, save(ours, tmp_path), image_size=(24, 32))
     name = "vit.embeddings.position_embeddings"
-    assert report.adapted == [f"{name} [1, 17, 16] to [1, 49, 16]"]
+    assert report.adapted == [f"{name} 4x4 to 6x8 patches"]
     assert torch.equal(model.get_parameter(name), interpolate_positions(ours.get_parameter(name), (4, 4), (6, 8)))
     pixels = torch.randn(1, 3, 24, 32)
     assert torch.allclose(model(pixels).logits, ours(pixels, interpolate_pos_encoding=True).logits, atol=1e-6)
@@ -159,6 +159,38 @@ def test_another_image_size(tmp_path: Path) -> None:
     assert mae.config.num_patches == 36
     fixed = tiny(ViTMAEForPreTraining, image_size=24)
     assert torch.equal(mae.vit.embeddings.position_embeddings, fixed.vit.embeddings.position_embeddings)
+
+
+@pytest.mark.parametrize("model_class", [ViTModel, ViTMAEForPreTraining], ids=lambda c: c.__name__)
+def test_another_grid_of_as_many_patches(tmp_path: Path, model_class: type[ViTPreTrainedModel]) -> None:
+    """The grid tells where a position is, not the number of patches."""
+    ours = tiny(model_class, image_size=(8, 32), position_embeddings="learned")
+    model, report = load(model_class, save(ours, tmp_path), image_size=16)
+    names = [name for name, _ in ours.named_parameters() if "position_embeddings" in name or "pos_embed" in name]
+    assert report.adapted == [f"{name} 2x8 to 4x4 patches" for name in names]
+    for name in names:
+        expected = interpolate_positions(ours.get_parameter(name), (2, 8), (4, 4))
+        assert torch.equal(model.get_parameter(name), expected)
+        assert not torch.equal(expected, ours.get_parameter(name))
+    assert load(model_class, tmp_path)[1] == LoadReport()
+
+
+def test_starting_from_another_grid_of_as_many_patches(tmp_path: Path) -> None:
+    save(tiny(ViTForMaskedImageModeling, image_size=(8, 32)), tmp_path)
+    with pytest.raises(CheckpointError, match=r"position_embeddings 2x8 instead of 4x4 patches"):
+        start_from(tiny(ViTForImageClassification), tmp_path)
+    assert start_from(tiny(ViTForImageClassification, position_embeddings="sincos"), tmp_path).fresh == HEAD
+
+
+@pytest.mark.parametrize("name", ["cls_token", "position_embeddings", "patch_embeddings.projection.weight"])
+def test_tensors_of_another_rank(tmp_path: Path, name: str) -> None:
+    path = save(tiny(ViTModel), tmp_path) / "model.safetensors"
+    save_file(load_file(path) | {f"embeddings.{name}": torch.tensor(1.0)}, path)
+    for change in ({}, {"num_channels": 4, "image_size": 24}):
+        with pytest.raises(CheckpointError, match=rf"embeddings\.{name} \[\] instead of \["):
+            load(ViTModel, tmp_path, **change)
+    with pytest.raises(CheckpointError, match=rf"embeddings\.{name} \[\] instead of \["):
+        load_model(tmp_path)
 
 
 def test_an_encoder_of_other_sizes_is_refused(tmp_path: Path) -> None:

@@ -170,6 +170,26 @@ def test_positions_of_mae(tmp_path: Path, positions: str) -> None:
     assert_equal(again, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model_class", [ViTMAEForPreTraining, ViTModel], ids=lambda c: c.__name__)
+def test_fixed_positions_in_half_precision(
+    tmp_path: Path, model_class: type[ViTPreTrainedModel], dtype: torch.dtype
+) -> None:
+    """Saved again by transformers, as a folder of ours or, of the MAE, as one that does not say what they are."""
+    name, keys = model_class.__name__, tiny_keys(model_class) | {"position_embeddings": "sincos"}
+    ours = model_class(model_class.config_class(**keys))
+    initialize(ours, 0)
+    save_ours(ours, tmp_path)
+    theirs = getattr(transformers, name).from_pretrained(tmp_path, dtype=dtype)
+    for said in (True, False)[: 1 + (model_class is ViTMAEForPreTraining)]:
+        if not said:
+            del theirs.config.position_embeddings
+        theirs.save_pretrained(tmp_path)
+        again = load_model(tmp_path)
+        assert again.config.position_embeddings == "sincos"
+        assert all(torch.equal(a, b) for a, b in zip(again.buffers(), ours.buffers(), strict=True))
+
+
 def test_fixed_positions_in_a_plain_vit(tmp_path: Path) -> None:
     keys = tiny_keys(ViTForImageClassification) | {"position_embeddings": "sincos"}
     ours = ViTForImageClassification(ViTForImageClassification.config_class(**keys))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.models.shapes import TRAINABLE, inputs, tiny
 from vitscale.config.schema import Model, Objective, RunConfig
 from vitscale.errors import CheckpointError, ConfigError
+from vitscale.interop.auto import AutoModelForPreTraining
 from vitscale.interop.keymaps import canonical, place
 from vitscale.interop.loading import LoadReport, start_from
 from vitscale.interop.pretrained import load_model, read_model, save_model, save_run_model
@@ -23,6 +25,8 @@ from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.multitask import ViTForMultitaskPreTraining
 from vitscale.models.simmim import ViTForMaskedImageModeling
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
+
+PARTS = ("query", "key", "value")
 
 
 def save(model: ViTPreTrainedModel, folder: Path) -> Path:
@@ -102,6 +106,51 @@ def test_loading_is_strict(tmp_path: Path) -> None:
     save_file(tensors | {"classifier.weight": torch.zeros(7, 16)}, path)
     with pytest.raises(CheckpointError, match=r"classifier\.weight \[7, 16\] instead of \[5, 16\]"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [([20, 16], [12, 16], [16, 16]), ([16, 8], [16, 16], [16, 16]), ([16, 16], [16, 16], []), ([], [], [])],
+    ids=str,
+)
+def test_query_key_and_value_of_unlike_shapes(tmp_path: Path, shapes: tuple[list[int], ...]) -> None:
+    path = save(tiny(ViTModel), tmp_path) / "model.safetensors"
+    stem = "encoder.layer.1.attention.attention."
+    parts = {f"{stem}{part}.weight": torch.zeros(shape) for part, shape in zip(PARTS, shapes, strict=True)}
+    save_file(load_file(path) | parts, path)
+    said = ", ".join(f"{name} {list(value.shape)}" for name, value in parts.items())
+    with pytest.raises(CheckpointError, match=re.escape(f"tensors {said}: must be of one shape")):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model_class", [ViTMAEForPreTraining, ViTModel], ids=lambda c: c.__name__)
+def test_a_table_in_the_files_precision(
+    tmp_path: Path, model_class: type[ViTPreTrainedModel], dtype: torch.dtype
+) -> None:
+    """As whoever casts every tensor writes it; one place in the last bit may be another, no more."""
+    model = tiny(model_class, hidden_size=64, position_embeddings="sincos", image_size=56)
+    path = save(model, tmp_path) / "model.safetensors"
+    tensors = {name: value.to(dtype) for name, value in load_file(path).items()}
+    save_file(tensors, path)
+    again = load_model(tmp_path)
+    assert again.config == model.config
+    for (name, value), other in zip(model.named_buffers(), again.buffers(), strict=True):
+        assert torch.equal(value, other), name
+    name = next(name for name in tensors if name.endswith("embeddings.position_embeddings"))
+    save_file(tensors | {name: tensors[name] * (1 + 4 * torch.finfo(dtype).eps) + 1e-4}, path)
+    with pytest.raises(CheckpointError, match="is not the sincos table"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("named", [[["a"]], [{}], [3], 3, "ViTModel", {"ViTModel": 1}, True, [None]], ids=str)
+def test_architectures_that_are_no_names(tmp_path: Path, named: object) -> None:
+    path = save(tiny(ViTModel), tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": named}))
+    for load in (load_model, ViTModel.from_pretrained, AutoModelForPreTraining.from_pretrained):
+        with pytest.raises(CheckpointError) as error:
+            load(tmp_path)
+        assert str(error.value).startswith(f"{path}: architectures={named!r}: must be a list")
 
 
 def test_a_table_that_is_not_the_promised_one(tmp_path: Path) -> None:
@@ -184,9 +233,7 @@ def test_half_precision_files_load_as_float32(tmp_path: Path) -> None:
 
 def test_names_on_disk() -> None:
     qkv = place("vit.encoder.layers.3.attention.attention.qkv.bias")
-    assert qkv.theirs == tuple(
-        f"vit.encoder.layer.3.attention.attention.{part}.bias" for part in ("query", "key", "value")
-    )
+    assert qkv.theirs == tuple(f"vit.encoder.layer.3.attention.attention.{part}.bias" for part in PARTS)
     assert place("decoder.transformer.layers.0.attention.output.weight").theirs == (
         "decoder.decoder_layers.0.attention.output.dense.weight",
     )
@@ -199,7 +246,5 @@ def test_reading_gives_arrays_their_rows(tmp_path: Path) -> None:
     model = tiny(ViTModel)
     tensors = load_file(save(model, tmp_path) / "model.safetensors")
     fused = read_model(tmp_path).state["encoder.layers.0.attention.attention.qkv.weight"].numpy()
-    parts = [
-        tensors[f"encoder.layer.0.attention.attention.{part}.weight"].numpy() for part in ("query", "key", "value")
-    ]
+    parts = [tensors[f"encoder.layer.0.attention.attention.{part}.weight"].numpy() for part in PARTS]
     assert np.array_equal(fused, np.concatenate(parts))

@@ -78,7 +78,10 @@ def test_what_an_earlier_save_left_goes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", ["1GB", "2KB"])
 def test_killed_at_any_point_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
-    """What is read afterwards is the old weights whole, the new ones whole, or a clear error; never a mixture."""
+    """What is read afterwards is the old weights whole, the new ones with their config, or a clear error.
+
+    Nor is there ever an index whose files are not all there.
+    """
     new = {name: value + 100 for name, value in TENSORS.items()}
 
     class Killed(BaseException):
@@ -109,8 +112,10 @@ def test_killed_at_any_point_of_a_save(tmp_path: Path, monkeypatch: pytest.Monke
             found = read_weights(folder)
             both = [all(torch.equal(found[name], each[name]) for name in each) for each in (TENSORS, new)]
             assert any(both)
+            assert not both[1] or (folder / "config.json").read_text() == "new"
             seen.add("new" if both[1] else "old")
         except CheckpointError:
+            assert not {"model.safetensors", INDEX} & set(names(folder))
             seen.add("error")
         if done <= deadline:
             break
@@ -169,7 +174,7 @@ def test_pytorchs_pickle(tmp_path: Path) -> None:
     torch.save(TENSORS, path)
     assert_equal(read_weights(tmp_path), TENSORS)
     whole = path.read_bytes()
-    for content in (whole[:-20], whole[:100], b"", b"no pickle"):
+    for content in (whole[:-20], whole[:100], b"", b"no pickle", b"hello, world", b'{"a": 1}', b"<html>", b"\x8a" * 9):
         path.write_bytes(content)
         assert f"{path}: cannot be read as PyTorch's pickle" in one_line(tmp_path)
     torch.save({"model": TENSORS, "epoch": 3}, path)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vitscale.errors import CheckpointError
-from vitscale.interop.config_files import overridden, read_config, read_json
+from vitscale.interop.config_files import architecture, overridden, read_config, read_json
 from vitscale.interop.sources import CONFIG, locate
 from vitscale.models.auto import CLASSES
 from vitscale.models.classification import ViTForImageClassification
@@ -70,11 +70,12 @@ class AutoModelForPreTraining:
         """As the from_pretrained of that class. CheckpointError where the folder holds no such model."""
         where, _ = _parted(dict(options))
         path = locate(source, only=CONFIG, **where) / CONFIG
-        named = (read_json(path).get("architectures") or [None])[0]
-        read_config(path)  # a model of another type is refused in its words
-        if named not in CLASSES or CLASSES[named] in (ViTModel, ViTForImageClassification):
+        content = read_json(path)
+        read_config(path, content)  # a model of another type is refused in its words
+        named = architecture(path, content)
+        if CLASSES.get(named, ViTModel) in (ViTModel, ViTForImageClassification):
             raise CheckpointError(
-                f"{path}: architectures names {named}, which is not for pretraining; take AutoModel, "
+                f"{path}: architectures names {named or 'no class'}, which is not for pretraining; take AutoModel, "
                 "or name the class that you want, say ViTForMaskedImageModeling"
             )
         return CLASSES[named].from_pretrained(source, **options)

@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a model's folder holds config.json and its weights") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a mapping")
@@ -44,6 +44,22 @@ def read_json(path: Path) -> dict[str, Any]:
 def as_text(content: dict[str, Any]) -> str:
     """JSON as it stands in a model's folder."""
     return json.dumps(content, indent=2) + "\n"
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a mapping as JSON. CheckpointError where that cannot be."""
+    try:
+        write_atomically(path, as_text(content))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}; name another folder") from None
+
+
+def architecture(path: Path, content: dict[str, Any]) -> str:
+    """The class that config.json says the model is of, "" where it says none. CheckpointError for anything else."""
+    named = content.get("architectures") or [""]
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise CheckpointError(f"{path}: architectures={named!r}: must be a list with a class's name, or left out")
+    return named[0]
 
 
 def read_config(path: Path, content: dict[str, Any] | None = None) -> ViTConfig:
@@ -60,7 +76,7 @@ def read_config(path: Path, content: dict[str, Any] | None = None) -> ViTConfig:
     known = {key: value for key, value in content.items() if value not in _REMARKS.get(key, ())}
     try:
         return CONFIGS[kind.removeprefix("vitscale_")].from_dict(known)
-    except (ConfigError, TypeError, ValueError, AttributeError) as error:
+    except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
@@ -89,7 +105,7 @@ def overridden(config: ViTConfig, overrides: dict[str, Any]) -> ViTConfig:
             mean = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{name}={overrides[name]!r}: {type(config).__name__} has no such key{mean}")
     names, count = overrides.get("id2label"), overrides.get("num_labels")
-    if names is not None and count not in (None, len(names)):
+    if isinstance(names, dict) and count not in (None, len(names)):
         raise ConfigError(f"num_labels={count}: must be {len(names)}, the number of names in id2label; leave it out")
     if names is not None or overrides.get("label2id") is not None or count not in (None, config.num_labels):
         keys |= {"id2label": None, "label2id": None}
@@ -104,7 +120,4 @@ def load_config(config_class: type[Any], source: str | Path, overrides: dict[str
 
 def save_config(config: ViTConfig, folder: str | Path) -> None:
     """Write config.json. CheckpointError where the folder cannot be written."""
-    try:
-        write_atomically(Path(folder) / CONFIG, as_text(config_content(config)))
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written: {error.strerror}; name another folder") from None
+    write_json(Path(folder) / CONFIG, config_content(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import warnings
 from functools import lru_cache
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib import format as npy_format
 from PIL import Image
 
 from vitscale.data.decode import Decoder, Job
@@ -20,6 +22,7 @@ from vitscale.errors import ConfigError, DataError
 CHANNELS_FIRST, CHANNELS_LAST = "channels_first", "channels_last"
 WHITE = 255  # what transparent pixels lie on: transformers' rule, and data.background's default
 MAX_PIXELS = 64_000_000  # data.max_pixels' default: a file that claims more is refused before it is decoded
+_TOO_LARGE = f"more than {MAX_PIXELS} pixels; cut it into pieces, or make it smaller"
 
 
 def flatten(images: Any) -> list[Any]:
@@ -66,10 +69,10 @@ def decode(data: bytes, channels: int, name: str) -> np.ndarray:
 
     Turned by its EXIF orientation, transparent pixels laid on white, 16 bits scaled to 8; 1 channel is
     grey, 3 are RGB, any other number must be the file's own. A .npy file is taken as it is. DataError,
-    with `name`, for what is empty, cut, too large or no image.
+    with `name`, for what is empty, cut, too large or no image, and for numbers that are NaN or infinite.
     """
-    if data[:6] == b"\x93NUMPY":
-        return _channels_last(_npy(data, name), channels, None)
+    if data.startswith(npy_format.MAGIC_PREFIX):
+        return _npy(data, channels, name)
     try:
         header = read_header(data, MAX_PIXELS)
         decoder = _decoder(channels)
@@ -80,8 +83,7 @@ def decode(data: bytes, channels: int, name: str) -> np.ndarray:
     except BadSample as error:
         bad = error
     if bad is not None:
-        large = f"more than {MAX_PIXELS} pixels; cut it into pieces, or make it smaller"
-        raise DataError(f"{name}: {large if bad.cause == 'too_large' else bad.reason}")
+        raise DataError(f"{name}: {_TOO_LARGE if bad.cause == 'too_large' else bad.reason}")
     return out
 
 
@@ -100,13 +102,27 @@ def _bytes(path: str | os.PathLike[str]) -> bytes:
         raise DataError(f"{text}: cannot be read: {error.strerror}") from None
 
 
-def _npy(data: bytes, name: str) -> np.ndarray:
+def _npy(data: bytes, channels: int, name: str) -> np.ndarray:
+    """The array of a .npy file, in place: nothing is allocated for what a header only claims."""
+    stream = io.BytesIO(data)
     try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{name}: cannot be read as .npy: {error}") from None
-    if array.ndim not in (2, 3) or array.dtype.kind not in "buif":
-        raise DataError(f"{name}: holds {array.dtype} of shape {array.shape}, not one image of numbers")
+        first = npy_format.read_magic(stream) == (1, 0)
+        read = npy_format.read_array_header_1_0 if first else npy_format.read_array_header_2_0
+        shape, columns_first, dtype = read(stream)
+    except Exception:  # on a broken header it raises nearly anything
+        raise DataError(f"{name}: cannot be read as .npy: its header is broken") from None
+    if len(shape) not in (2, 3) or min(shape) < 0 or dtype.kind not in "buif":
+        raise DataError(f"{name}: holds {dtype} of shape {shape}, not one image of numbers")
+    start, wanted = stream.tell(), math.prod(shape) * dtype.itemsize
+    if len(data) - start < wanted:
+        raise DataError(f"{name}: is cut: {len(data) - start} of {wanted} bytes of pixels are there")
+    flat = np.frombuffer(data, dtype, math.prod(shape), start)
+    array = _channels_last(flat.reshape(shape, order="F" if columns_first else "C"), channels, None)
+    if array.shape[0] * array.shape[1] > MAX_PIXELS:
+        raise DataError(f"{name}: {_TOO_LARGE}")
+    with np.errstate(over="ignore"):
+        if dtype.kind == "f" and not np.isfinite(array.astype(np.float32, copy=False)).all():
+            raise DataError(f"{name}: has pixels that are NaN or too large for float32; mend the array")
     return array
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,21 +15,20 @@ from PIL import Image
 
 from vitscale.config.check import pair
 from vitscale.errors import CheckpointError, ConfigError, DataError
+from vitscale.interop.config_files import MODEL_TYPES, as_text, read_json, write_json
 from vitscale.interop.image_arrays import as_array, flatten
 from vitscale.interop.sources import CONFIG, locate
 from vitscale.models.configuration import ViTConfig
-from vitscale.run_folder import write_atomically
 
 PROCESSOR = "preprocessor_config.json"
 RESAMPLE = {filter.name.lower(): filter for filter in Image.Resampling}
 # What transformers 3 to 5 call this processor on disk.
 TYPES = ("ViTImageProcessor", "ViTImageProcessorFast", "ViTImageProcessorPil", "ViTFeatureExtractor")
-MODEL_TYPES = ("vit", "vit_mae", "vitscale_vit", "vitscale_vit_mae")
-# Keys of preprocessor_config.json that say nothing of how pixels are made; with `data_format` and
-# `default_to_square` only the value that is the rule here.
+_FLAGS = ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize")
+# Keys of preprocessor_config.json that say nothing of how pixels are made; and those that may only say this.
 _REMARKS = {"image_processor_type", "feature_extractor_type", "processor_class", "_valid_processor_keys", "auto_map"}
 _REMARKS |= {"_valid_kwargs_names", "device", "disable_grouping", "return_tensors", "pad_size", "vitscale_version"}
-_RULES = {"data_format": "channels_first", "default_to_square": True}
+_RULES = {"data_format": ("channels_first", None), "default_to_square": (True, False, None)}
 _HUB = ("revision", "cache_dir", "local_files_only", "token", "subfolder")
 _SIZES = (
     {"height", "width"},
@@ -72,6 +71,7 @@ class ViTImageProcessor:
     size: a side, (height, width), or a dict: height and width; shortest_edge with or without longest_edge;
     max_height and max_width, both keeping the aspect ratio. resample: a number or name of Pillow's filters
     (nearest, lanczos, bilinear, bicubic, box, hamming). image_mean, image_std: one number, or one a channel.
+    Another flag of None is off, as there; any other key of None stays what it was.
     Raises ConfigError for options, DataError for images that cannot be processed.
     """
 
@@ -88,13 +88,21 @@ class ViTImageProcessor:
     image_std: float | Sequence[float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
+        for name in _FLAGS:
+            value = getattr(self, name)
+            if not isinstance(value, bool | None):
+                raise ConfigError(f"{name}={value!r}: must be true, false or null")
+            if name != "do_convert_rgb":
+                setattr(self, name, bool(value))
         self.size = _size("size", self.size)
         self.resample = _resample(self.resample)
         if self.crop_size is not None:
             self.crop_size = _size("crop_size", self.crop_size)
         if self.do_center_crop and "height" not in (self.crop_size or {}):
             raise ConfigError(f"crop_size={self.crop_size}: do_center_crop needs a side, or height and width")
-        self.image_mean, self.image_std = _numbers(self.image_mean), _numbers(self.image_std)
+        self.rescale_factor = _number("rescale_factor", self.rescale_factor)
+        self.image_mean = _numbers("image_mean", self.image_mean)
+        self.image_std = _numbers("image_std", self.image_std)
         counts = {len(each) for each in (self.image_mean, self.image_std) if isinstance(each, tuple)}
         if len(counts) > 1:
             raise ConfigError(f"image_mean={self.image_mean}, image_std={self.image_std}: need as many numbers each")
@@ -151,7 +159,7 @@ class ViTImageProcessor:
         class, laid over the file's. CheckpointError for a file that is not there, broken, or of another processor.
         """
         path = _found(source, {name: options.pop(name) for name in _HUB if name in options})
-        return cls.from_dict(_read(path), str(path))._with(options)
+        return cls.from_dict(read_json(path), str(path))._with(options)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], where: str = PROCESSOR) -> Self:
@@ -160,25 +168,21 @@ class ViTImageProcessor:
         if kind not in TYPES:
             raise CheckpointError(f"{where}: image_processor_type={kind!r}: must be one of {', '.join(TYPES)}")
         names = {field.name for field in fields(cls)}
-        unknown = {
-            name
-            for name, value in content.items()
-            if name not in names | _REMARKS and value not in (None, False) and _RULES.get(name) != value
-        }
+        unknown = sorted(name for name in content.keys() - names - _REMARKS if _asks(name, content[name]))
         if unknown:
-            raise CheckpointError(f"{where}: key(s) {', '.join(sorted(unknown))} ask for what this processor does not")
+            raise CheckpointError(f"{where}: key(s) {', '.join(unknown)} ask for what this processor does not")
+        known = {name: value for name, value in content.items() if name in names}
+        if not content.get("default_to_square", True) and type(content.get("size")) is int:
+            known["size"] = {"shortest_edge": content["size"]}
         try:
-            return cls(**{name: value for name, value in content.items() if name in names and value is not None})
-        except (ConfigError, TypeError) as error:
+            return cls()._with(known)
+        except ConfigError as error:
             raise CheckpointError(f"{where}: {error}") from None
 
     def save_pretrained(self, folder: str | Path) -> list[str]:
         """Write FOLDER/preprocessor_config.json, which transformers reads; its path, in a list as there."""
         path = Path(folder) / PROCESSOR
-        try:
-            write_atomically(path, self.to_json_string())
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be written: {error.strerror}; name another folder") from None
+        write_json(path, self.to_dict())
         return [str(path)]
 
     def to_dict(self) -> dict[str, Any]:
@@ -190,7 +194,7 @@ class ViTImageProcessor:
         return {"image_processor_type": TYPES[0], **present}
 
     def to_json_string(self) -> str:
-        return json.dumps(self.to_dict(), indent=2) + "\n"
+        return as_text(self.to_dict())
 
     def _with(self, options: dict[str, Any]) -> Self:
         """This processor with other options; checked again, since fields may have been set by hand."""
@@ -198,8 +202,7 @@ class ViTImageProcessor:
         for name in options.keys() - set(names):
             near = "".join(f"did you mean {each}? " for each in difflib.get_close_matches(name, names, 1))
             raise ConfigError(f"{name}: is no option of {type(self).__name__}; {near}it has {', '.join(names)}")
-        # None means "as the processor says", as in transformers.
-        return replace(self, **{name: value for name, value in options.items() if value is not None})
+        return replace(self, **{name: value for name, value in options.items() if value is not None or name in _FLAGS})
 
     def _process(self, image: Any, input_data_format: str | None) -> np.ndarray:
         """One image -> [channels, height, width]."""
@@ -240,7 +243,7 @@ class AutoImageProcessor:
         """See ViTImageProcessor.from_pretrained. CheckpointError where config.json tells of another model."""
         path = _found(source, {name: options.pop(name) for name in _HUB if name in options})
         config = path.with_name(CONFIG)
-        model_type = _read(config).get("model_type") if config.is_file() else None
+        model_type = read_json(config).get("model_type") if config.is_file() else None
         if model_type not in (None, *MODEL_TYPES):
             raise CheckpointError(f"{config}: model_type={model_type!r}: must be one of {', '.join(MODEL_TYPES)}")
         return ViTImageProcessor.from_pretrained(path, **options)
@@ -266,17 +269,18 @@ def processor_dict(config: ViTConfig, image_mean: Sequence[float], image_std: Se
     ).to_dict()
 
 
+def _asks(name: str, value: Any) -> bool:
+    """Whether a key that is no field of ours wants pixels made in another way than they are here."""
+    return value not in _RULES[name] if name in _RULES else value is not None and value is not False
+
+
 def _size(name: str, size: Any) -> dict[str, int]:
     """A size in any of transformers' forms as a dict."""
-    if isinstance(size, int):
-        size = {"height": size, "width": size}
-    elif isinstance(size, list | tuple) and len(size) == 2:
-        size = {"height": size[0], "width": size[1]}
-    try:
-        found = {key: value for key, value in dict(size).items() if value is not None}
-    except (TypeError, ValueError):
-        found = {}
-    numbers = all(isinstance(value, int) and value > 0 for value in found.values())
+    sides = (size, size) if isinstance(size, int) else size
+    if isinstance(sides, list | tuple) and len(sides) == 2:
+        sides = {"height": sides[0], "width": sides[1]}
+    found = {key: value for key, value in sides.items() if value is not None} if isinstance(sides, dict) else {}
+    numbers = all(type(value) is int and value > 0 for value in found.values())
     if set(found) not in _SIZES or not numbers:
         forms = "; ".join(" and ".join(sorted(keys)) for keys in _SIZES)
         raise ConfigError(f"{name}={size!r}: must be pixels: a side, (height, width), or a dict of {forms}")
@@ -343,15 +347,25 @@ def _resample(value: Any) -> Image.Resampling:
     if isinstance(value, str) and value.lower() in RESAMPLE:
         return RESAMPLE[value.lower()]
     try:
-        return Image.Resampling(value)
+        return Image.Resampling(None if isinstance(value, bool) else value)
     except ValueError:
         known = ", ".join(f"{name} ({int(each)})" for name, each in RESAMPLE.items())
         raise ConfigError(f"resample={value!r}: must be one of {known}") from None
 
 
-def _numbers(value: float | Sequence[float]) -> float | tuple[float, ...]:
+def _numbers(name: str, value: Any) -> float | tuple[float, ...]:
     """One number, or a tuple of them."""
-    return float(value) if isinstance(value, int | float) else tuple(map(float, value))
+    value = value.tolist() if isinstance(value, np.ndarray | torch.Tensor) else value
+    if not isinstance(value, list | tuple) or not value:
+        return _number(name, value, "a number, or one a channel")
+    return tuple(_number(name, each, "a number, or one a channel") for each in value)
+
+
+def _number(name: str, value: Any, rule: str = "a number") -> float:
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not number or not abs(value) <= sys.float_info.max:  # nor NaN, nor infinite
+        raise ConfigError(f"{name}={value!r}: must be {rule}")
+    return float(value)
 
 
 def _found(source: str | Path, where: dict[str, Any]) -> Path:
@@ -364,13 +378,3 @@ def _found(source: str | Path, where: dict[str, Any]) -> Path:
     except CheckpointError as error:
         way_out = "ViTImageProcessor(size=..., image_mean=..., image_std=...).save_pretrained(folder) makes one"
         raise CheckpointError(f"{error}; {way_out}" if path.is_dir() else str(error)) from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a mapping")
-    return content

@@ -86,7 +86,7 @@ def load_pretrained(
 def start_from(model: ViTPreTrainedModel, folder: str | Path) -> LoadReport:
     """Let a new model of any objective start from the weights of a model's or a run's folder.
 
-    The encoder must be in the folder whole and of the same shape (else CheckpointError, and the
+    The encoder must be in the folder whole, of the same shape and grid (else CheckpointError, and the
     model is as it was); a head, decoder or mask token is taken where name and shape agree.
     """
     saved = read_model(locate(folder), type(model))
@@ -96,6 +96,8 @@ def start_from(model: ViTPreTrainedModel, folder: str | Path) -> LoadReport:
     encoder = {name: value for name, value in parameters.items() if name.startswith(ENCODER)}
     encoder.pop(f"{ENCODER}embeddings.mask_token", None)
     require_equal(shapes(encoder), shapes({name: found[name] for name in encoder if name in found}), str(folder))
+    if grids := _grids(saved.config, model.config, "instead of"):
+        refuse(str(folder), other=[f"{name} {grids}" for name in _POSITIONS if name in taken])
     for name in taken:
         parameters[name].copy_(found[name])
     return LoadReport(fresh=sorted(parameters.keys() - taken), unused=_unused(model, found, taken, saved))
@@ -131,11 +133,10 @@ def _fit(
     for name, parameter in model.named_parameters():
         full = prefix + name
         value = found.get(full)
-        if value is not None and value.shape != parameter.shape:
-            made = _adapted(full, value, saved.config, model.config)
-            if made is not None and made.shape == parameter.shape:
-                report.adapted.append(f"{name} {list(value.shape)} to {list(made.shape)}")
-                value = made
+        made, how = (None, "") if value is None else _adapted(full, value, saved.config, model.config)
+        if made is not None and made.shape == parameter.shape:
+            report.adapted.append(f"{name} {how}")
+            value = made
         if value is None:
             optional = not full.startswith(ENCODER) or full.removeprefix(ENCODER) in _OPTIONAL
             (fresh if optional else missing).append(name)
@@ -158,13 +159,20 @@ def _fit(
     return report
 
 
-def _adapted(name: str, value: Tensor, config: ViTConfig, target: ViTConfig) -> Tensor | None:
-    """A tensor of the folder for another number of channels or size of images; None where there is no rule."""
-    if name == _PROJECTION and config.num_channels != target.num_channels:
-        return adapt_channels(value, target.num_channels)
-    if name in _POSITIONS and config.grid != target.grid and value.shape[1] >= config.num_patches:
-        return interpolate_positions(value, config.grid, target.grid)
-    return None
+def _adapted(name: str, value: Tensor, config: ViTConfig, target: ViTConfig) -> tuple[Tensor | None, str]:
+    """A tensor of the folder for other channels or another grid, and how; None where no rule asks for it."""
+    if name == _PROJECTION and value.ndim == 4 and config.num_channels != target.num_channels:
+        return adapt_channels(value, target.num_channels), f"{config.num_channels} to {target.num_channels} channels"
+    positions = name in _POSITIONS and value.ndim == 3 and value.shape[1] >= config.num_patches
+    if positions and (how := _grids(config, target, "to")):
+        return interpolate_positions(value, config.grid, target.grid), how
+    return None, ""
+
+
+def _grids(config: ViTConfig, target: ViTConfig, between: str) -> str:
+    """What differs between two grids, which may have as many patches; "" where they are one."""
+    (rows, columns), (new_rows, new_columns) = config.grid, target.grid
+    return "" if config.grid == target.grid else f"{rows}x{columns} {between} {new_rows}x{new_columns} patches"
 
 
 def _unused(model: nn.Module, found: dict[str, Tensor], taken: set[str], saved: SavedModel) -> list[str]:

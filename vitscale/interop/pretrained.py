@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vitscale.config.schema import RunConfig
 from vitscale.errors import CheckpointError
-from vitscale.interop.config_files import as_text, config_as, config_content, read_config, read_json
+from vitscale.interop.config_files import architecture, as_text, config_as, config_content, read_config, read_json
 from vitscale.interop.image_processing import PROCESSOR, processor_dict
 from vitscale.interop.keymaps import canonical, places
 from vitscale.interop.sources import CONFIG
@@ -123,14 +123,13 @@ def read_model(folder: str | Path, default: type[ViTPreTrainedModel] | None = No
     """
     folder = Path(folder)
     content = read_json(folder / CONFIG)
-    config = read_config(folder / CONFIG, content)
+    config, named = read_config(folder / CONFIG, content), architecture(folder / CONFIG, content)
     weights = read_weights(folder)
-    named = [_ENCODERS.get(name, name) for name in content.get("architectures") or [""]]
     bare = default and not any(canonical(name).startswith("vit.") for name in weights)
-    model_class = CLASSES.get(named[0], ViTModel if bare else default)
+    model_class = CLASSES.get(_ENCODERS.get(named, named), ViTModel if bare else default)
     if model_class is None:
         raise CheckpointError(
-            f"{folder / CONFIG}: architectures={content.get('architectures')}: must name one of {', '.join(CLASSES)}"
+            f"{folder / CONFIG}: architectures names {named or 'no class'}: must be one of {', '.join(CLASSES)}"
         )
     config = config_as(model_class.config_class, config)
     state, unused = _assemble(model_class, config, weights, folder)
@@ -159,8 +158,19 @@ def _assemble(
     wanted = places([*model.state_dict(), *fixed_positions(model)])
     theirs = {name for each in wanted for name in each.theirs}
     refuse(str(folder), missing=[name for name in theirs if name not in named])
-    state = {each.ours: torch.cat([on_disk[named[name]] for name in each.theirs]) for each in wanted}
+    state = {each.ours: _joined({name: on_disk[named[name]] for name in each.theirs}, folder) for each in wanted}
     return state, sorted(named.keys() - theirs)
+
+
+def _joined(parts: dict[str, Tensor], folder: Path) -> Tensor:
+    """A tensor from its rows on disk. CheckpointError where one part has another shape than the others."""
+    tensors = list(parts.values())
+    if len(tensors) == 1:
+        return tensors[0]
+    if len({tensor.shape for tensor in tensors}) > 1 or tensors[0].ndim == 0:
+        found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes(parts).items())
+        raise CheckpointError(f"{folder}: tensors {found}: must be of one shape, being rows of one; save them again")
+    return torch.cat(tensors)
 
 
 def _settle_positions(
@@ -178,9 +188,16 @@ def _settle_positions(
     if config.position_embeddings != "sincos":
         return
     for name, table in fixed_positions(_skeleton(model_class, config, state)).items():
-        if state[name].shape == table.shape and torch.allclose(state[name].float(), table, atol=1e-5):
+        if _is_table(state[name], table):
             continue
         if "position_embeddings" in content:
             raise CheckpointError(f"{folder}: {name} is not the sincos table that position_embeddings promises")
         config.position_embeddings = "learned"
         return
+
+
+def _is_table(found: Tensor, table: Tensor) -> bool:
+    """Whether these are a table's numbers, as near as the file's precision has them."""
+    if found.shape != table.shape or not found.is_floating_point():
+        return False
+    return torch.allclose(found.float(), table, rtol=torch.finfo(found.dtype).eps, atol=1e-5)

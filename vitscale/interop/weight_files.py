@@ -5,7 +5,6 @@ Names here are those on disk; keymaps.py knows ours.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vitscale.errors import CheckpointError, ConfigError
+from vitscale.interop.config_files import as_text, read_json
 
 WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"  # follows the name of the weights where they are in several files
@@ -67,13 +67,10 @@ def shards_of(index: Path) -> list[str]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if placed and all(isinstance(file, str) for file in placed.values()):
-            return placed
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: cannot be read as an index of weights: {error!r}") from None
-    raise CheckpointError(f"{index}: its weight_map must give the file of each tensor")
+    placed = read_json(index).get("weight_map")
+    if not placed or not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
+        raise CheckpointError(f"{index}: its weight_map must give the file of each tensor; fetch it again")
+    return placed
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -100,8 +97,8 @@ def read_pickle(path: Path) -> Any:
             f"{path}: holds more than tensors ({wanted[1]}), and to unpickle that could run anything; ask for "
             f"{WEIGHTS}, or, where you trust it, save its tensors alone with torch.save"
         ) from None
-    except (OSError, EOFError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # on a damaged file it raises nearly anything
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(": ")
         raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle: {reason}{_pointer(path)}") from None
 
 
@@ -176,7 +173,7 @@ def _split(tensors: Mapping[str, Tensor], max_shard_size: int | str) -> tuple[di
     if not split.is_sharded:
         return {WEIGHTS: list(tensors)}, None
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-    return split.filename_to_tensors, json.dumps(index, indent=2) + "\n"
+    return split.filename_to_tensors, as_text(index)
 
 
 def _draft(folder: Path, name: str) -> Path:

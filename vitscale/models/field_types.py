@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import numbers
+import sys
 from collections.abc import Iterable
 from dataclasses import fields
 from types import NoneType, UnionType
@@ -41,7 +41,7 @@ def _as_type(hint: Any, value: Any) -> Any:
             return value
     elif hint is int and isinstance(value, numbers.Integral):
         return int(value)
-    elif hint is float and isinstance(value, numbers.Real) and math.isfinite(value):
+    elif hint is float and isinstance(value, numbers.Real) and abs(value) <= sys.float_info.max:
         return float(value)
     raise TypeError
 
