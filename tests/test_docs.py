@@ -19,6 +19,8 @@ from tests.warm_cli import warm_commands
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "docs" / "models.md"
+COMPARISON = ".max())"  # how a block prints that two libraries give the same
+DIFFERENCE = re.compile(r"^(?:tensor\()?(\d+\.\d*(?:e-\d+)?|\d+e-\d+)(?:, .*)?\)?$", re.MULTILINE)
 FENCE = re.compile(r"^```(?P<language>\w+)(?P<words>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -61,20 +63,32 @@ def run_bash(block: Block, folder: Path, environment: dict[str, str]) -> str:
     return done.stdout
 
 
+def differences(block: Block, text: str) -> list[float]:
+    """What the comparisons of a block printed."""
+    if COMPARISON not in block.code:
+        return []
+    found = [float(number) for number in DIFFERENCE.findall(text)]
+    assert len(found) == block.code.count(COMPARISON), f"models.md, line {block.line}: {text}"
+    return found
+
+
 def test_the_blocks_of_models_md_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work, folder = tmp_path / "work", tmp_path / "bin"
     for each in (work, folder):
         each.mkdir()
     monkeypatch.chdir(work)
-    printed = []
+    printed, differ = [], []
     with warm_commands(folder) as ready:
         for block in blocks(MODELS.read_text(encoding="utf-8")):
             if block.runs:
                 python = block.language == "python"
                 printed.append(run_python(block) if python else run_bash(block, work, ready()))
+                differ += differences(block, printed[-1])
     said = "\n".join(printed)
     for text in ("seven (1, 17, 64)", "num_labels", "['classifier.bias', 'classifier.weight']", "layers.0-2"):
         assert text in said, text
+    assert len(differ) >= 3, "transformers, timm, and the exported files against each other"
+    assert max(differ) < 1e-4
     # What it makes is there, and the reader reads.
     rows = list(csv.DictReader(Path("predictions.csv").read_text(encoding="utf-8").splitlines()))
     first = [row for row in rows if row["rank"] == "1"]

@@ -144,13 +144,13 @@ def _parser() -> argparse.ArgumentParser:
     takes_config(verb("pretrain", _pretrain, "train, or go on where this run stopped"))
     shown = verb("config", _print_config, "print the resolved config")
     takes_config(shown)
-    shown.add_argument("--ranks", type=_above_zero, metavar="N", default=1, help="to check for (default: 1)")
+    shown.add_argument("--ranks", type=inference.above_zero, metavar="N", default=1, help="to check for (default: 1)")
     added = verb("pack", _pack, "a folder of images into WebDataset shards with an index")
     added.add_argument("folder", help="images in one folder a class, or flat")
     added.add_argument("out", help="a new folder for the shards")
     added.add_argument("--shard-samples", type=int, default=5000, help="images a shard (default: 5000)")
     added.add_argument("--held-out", type=float, default=0.0, help="share of images for OUT/test (default: 0)")
-    added.add_argument("--workers", type=_above_zero, default=None, help="processes (default: one a core)")
+    added.add_argument("--workers", type=inference.above_zero, default=None, help="processes (default: one a core)")
     added.add_argument("--seed", type=int, default=0, help="of the order and the split (default: 0)")
     added = verb("index", _index, "count and hash shards into an index.json")
     added.add_argument("patterns", nargs="+", metavar="PATTERN")
@@ -190,12 +190,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("vitscale: interrupted", file=sys.stderr, flush=True)
         return FAILED
-
-
-def _above_zero(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above 0")
-    return int(text)
 
 
 def _nearest(option: str, parser: argparse.ArgumentParser) -> str:

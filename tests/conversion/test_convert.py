@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.conversion.comparing import shaken
 from tests.models.shapes import DECODER, TINY
 from vitscale.cli import main
 from vitscale.conversion import convert as convert_module
@@ -44,10 +45,7 @@ def our_folder(folder: Path, model_class: type[ViTPreTrainedModel] = ViTForImage
     more = SAME_RATIO if model_class is ViTMAEForPreTraining else {"encoder_stride": 4, "num_labels": 5}
     model = model_class(model_class.config_class(**TINY | {"layer_norm_eps": 1e-6} | more | keys))
     initialize(model, 0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    shaken(model)
     save_model(folder, model_class.__name__, model.config, model.state_dict(), (0.4,), (0.3,))
     return folder
 
@@ -242,7 +240,11 @@ def test_the_verb_takes_what_a_pth_does_not_say(tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("config.json", {"architecture": "resnet50", "pretrained_cfg": {}}, "architecture='resnet50': is none of timm"),
+        (
+            "config.json",
+            {"architecture": "resnet50", "pretrained_cfg": {}},
+            "from/config.json: architecture='resnet50': is none of",
+        ),
         ("config.json", {"model_type": "bert"}, "model_type='bert'"),
         ("other.json", {}, "holds no config.json"),
     ],

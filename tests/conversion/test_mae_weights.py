@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.conversion.comparing import close, shaken
 from tests.models.shapes import TINY
 from vitscale.conversion.mae import read_mae, write_mae
 from vitscale.conversion.vision_transformer import Opened, state_of
-from vitscale.errors import CheckpointError, ConfigError
+from vitscale.errors import CheckpointError, ConfigError, VitscaleError
 from vitscale.interop.image_processing import ViTImageProcessor, processor_dict
 from vitscale.models.auto import initialize
 from vitscale.models.classification import ViTForImageClassification
@@ -90,15 +92,6 @@ def fine_tuned(global_pool: bool, classes: int = 5) -> nn.Module:
     )  # fmt: skip
 
 
-def shaken(model: nn.Module) -> Any:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.eval()
-
-
 def save(model: nn.Module, path: Path, **beside: Any) -> Path:
     torch.save({"model": model.state_dict(), **beside}, path)
     return path
@@ -109,11 +102,6 @@ def images(model: ViTPreTrainedModel) -> tuple[Tensor, Tensor]:
     side = model.config.image_size
     x = torch.randn(3, 3, side, side, generator=generator)  # type: ignore[arg-type]
     return x, torch.rand(3, model.config.num_patches, generator=generator)
-
-
-def close(ours: Tensor, theirs: Tensor) -> None:
-    assert ours.shape == theirs.shape
-    assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-5), (ours - theirs).abs().max()
 
 
 @torch.no_grad()
@@ -207,8 +195,69 @@ def test_what_a_file_does_not_say_is_asked_for(tmp_path: Path) -> None:
     other = VisionTransformer(img_size=(16, 40), patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=0)
     path = save(other, tmp_path / "b.pth")
     with pytest.raises(ConfigError, match="10 patches, no square; give image_size"):
-        read_mae(path, HEADS | {})
+        read_mae(path, {"num_attention_heads": 2})
+    with pytest.raises(ConfigError, match=r"decoder_num_attention_heads=4: .*no more than num_attention_heads, image_"):
+        read_mae(path, HEADS)
     assert read_mae(path, {"num_attention_heads": 2, "image_size": (16, 40)}).model.config.image_size == (16, 40)
+
+
+@pytest.mark.parametrize("said", ["given", "note"])
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        *(("image_size", value, "a whole number or 2") for value in ("abc", (32,), (32, 32, 32), None, {})),
+        ("image_size", 20, "a multiple of patch_size=8|.*16 patches of 8; give image_size=H,W"),
+        ("image_size", (64, 32), ".*16 patches of 8; give image_size=H,W"),
+        ("num_attention_heads", 2.0, "a whole number"),
+        ("num_attention_heads", 0, "1 or more"),
+        ("decoder_num_attention_heads", "4", "a whole number"),
+        ("norm_pix_loss", "maybe", "true or false"),
+    ],
+)
+def test_a_value_that_is_none_is_named(tmp_path: Path, said: str, key: str, value: Any, rule: str) -> None:
+    note = {"vitscale": HEADS | {key: value}} if said == "note" else {}
+    path = save(MaskedAutoencoderViT(), tmp_path / "a.pth", **note)
+    with pytest.raises(VitscaleError, match=rf"{key}={re.escape(repr(value))}: (must be )?({rule})") as error:
+        read_mae(path, HEADS | {key: value} if said == "given" else {})
+    assert "a.pth" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("mask_ratio", 7, r"mask_ratio=7.0: must be in \[0, 1\)"),
+        ("mask_ratio", -7, r"mask_ratio=-7.0: must be in \[0, 1\)"),
+        ("processor", {"image_mean": ["a"]}, "its note on images: image_mean="),
+        ("processor", {1: 2}, r"its note on images: key\(s\) 1"),
+    ],
+)
+def test_a_note_of_ours_that_was_edited(tmp_path: Path, key: str, value: Any, said: str) -> None:
+    path = save(MaskedAutoencoderViT(), tmp_path / "a.pth", vitscale=HEADS | {key: value})
+    with pytest.raises(CheckpointError, match=f"a.pth: {said}"):
+        read_mae(path, {})
+
+
+def test_names_of_more_classes_than_rows(tmp_path: Path) -> None:
+    note = {"num_attention_heads": 2, "id2label": {0: "cat", 1: "dog"}}
+    path = save(fine_tuned(False), tmp_path / "a.pth", vitscale=note)
+    with pytest.raises(CheckpointError, match="id2label of 2 names, and its head 5 rows"):
+        read_mae(path, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Tables are told from learned positions, and computed anew; both sides agree on the rest."""
+    theirs = shaken(MaskedAutoencoderViT())
+    halves = {name: value.to(dtype) for name, value in theirs.state_dict().items()}
+    torch.save({"model": halves}, tmp_path / "a.pth")
+    opened = read_mae(tmp_path / "a.pth", HEADS)
+    assert opened.model.config.position_embeddings == "sincos"
+    assert f"pos_embed: MAE's table, of {dtype}" in opened.notes[1]
+    assert torch.equal(state_of(opened.model)["vit.embeddings.position_embeddings"], theirs.pos_embed)
+    halves["pos_embed"] = halves["pos_embed"] + 0.05
+    torch.save({"model": halves}, tmp_path / "b.pth")
+    assert read_mae(tmp_path / "b.pth", HEADS).model.config.position_embeddings == "learned"
 
 
 class Evil:
@@ -239,6 +288,11 @@ def test_broken_files_and_other_tensors(tmp_path: Path) -> None:
         ({"decoder_pred.bias": None}, "missing: decoder_pred.bias"),
         ({"pos_embed": None}, "missing: pos_embed"),
         ({"norm.bias": torch.zeros(3)}, r"of another shape: norm.bias \[3\]"),
+        ({"patch_embed.proj.weight": torch.zeros(32, 3)}, r"patch_embed.proj.weight \[32, 3\] instead of 4 dimensions"),
+        ({"pos_embed": torch.zeros(16)}, r"pos_embed \[16\] instead of 3 dimensions"),
+        ({"decoder_pos_embed": torch.zeros(())}, r"decoder_pos_embed \[\] instead of 3 dimensions"),
+        ({"blocks.0.mlp.fc1.weight": torch.zeros(())}, r"blocks.0.mlp.fc1.weight \[\] instead of 2 dimensions"),
+        ({"blocks.99999999999.norm1.bias": torch.zeros(32)}, "unexpected: blocks.99999999999.norm1.bias"),
         ({"decoder_pos_embed": torch.zeros(1, 5, 24)}, r"of another shape: decoder_pos_embed \[1, 5, 24\]"),
     ):
         changed = {name: value for name, value in (state | change).items() if value is not None}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -14,7 +16,11 @@ import transformers
 from tests.data.makers import write_shards
 from tests.export.small import noise, saved, small, write_pictures
 from vitscale.cli import main
+from vitscale.export import onnx as exporter
+from vitscale.export.agreement import Runner
+from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.interop.pretrained import load_model
+from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.vit import ViTModel
 from vitscale.run_folder import BAD_INPUT, DONE
 
@@ -23,10 +29,11 @@ LABELS = {number: f"class{number}" for number in range(5)}
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, an encoder, pictures and a shard."""
+    """A folder with models, pictures and a shard."""
     home = tmp_path_factory.mktemp("home")
     saved(small(id2label=LABELS), home / "model")
     saved(small(ViTModel), home / "encoder")
+    saved(small(ViTMAEForPreTraining, decoder_hidden_size=16, decoder_num_attention_heads=2), home / "mae")
     write_pictures(home / "pictures", 12)
     write_shards(home, [5])
     (home / "bare").mkdir()
@@ -136,19 +143,74 @@ def test_pruned_folder(work: Path, home: Path, capsys: pytest.CaptureFixture[str
     assert all(row[-1].endswith("%") for row in table.values()), "the accuracy before and after"
     assert table["pruned"][2:] == table["folder"][2:]
     assert said.count("by the loss of 12 labelled images") == 2
+    assert "the folder opens in vitscale, and in transformers 5.9 or later" in said
     config = load_model("smaller").config
     assert (config.num_attention_heads, config.head_dim, config.intermediate_size) == (2, 8, 48)
     assert config.id2label == LABELS
-    for name in ("preprocessor_config.json",):
-        assert (work / "smaller" / name).read_bytes() == (home / "model" / name).read_bytes()
+    processors = [(folder / "preprocessor_config.json").read_bytes() for folder in (work / "smaller", home / "model")]
+    assert processors[0] == processors[1]
     theirs = transformers.AutoModelForImageClassification.from_pretrained("smaller").eval()
     images = noise(2, small())
     torch.testing.assert_close(theirs(images).logits, load_model("smaller")(images).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
+    ("channels", "options"),
+    [
+        (4, {"do_normalize": False}),
+        (4, {"image_mean": 0.4, "image_std": 0.2}),
+        (1, {"image_mean": [0.4], "image_std": 2}),
+    ],
+)
+def test_a_pruned_folder_keeps_its_processor(
+    channels: int, options: dict[str, Any], work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    processor = ViTImageProcessor(size=32, **options)
+    small(num_channels=channels).save_pretrained("own")
+    processor.save_pretrained("own")
+    assert main(shlex.split("export own --prune mlp 0.5 --out smaller")) == DONE
+    assert "the folder opens in vitscale and transformers\n" in capsys.readouterr().out
+    assert ViTImageProcessor.from_pretrained("smaller") == processor
+
+
+def test_the_heads_of_an_mae_by_the_way_out_that_is_named(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(shlex.split("export mae --prune heads 0.5 --out smaller")) == BAD_INPUT
+    assert "ViTModel.from_pretrained(MODEL).save_pretrained(FOLDER)" in capsys.readouterr().err
+    ViTModel.from_pretrained("mae").save_pretrained("alone")
+    assert main(shlex.split("export alone --prune heads 0.5 --out smaller")) == DONE
+    assert load_model("smaller").config.num_attention_heads == 2
+
+
+@pytest.mark.parametrize("wrong", [lambda pixels: len(pixels) == 1, lambda pixels: pixels.shape[2] != pixels.shape[3]])
+def test_given_images_do_not_take_the_place_of_other_numbers_and_sizes(
+    wrong: Callable[[torch.Tensor], bool], work: Path, home: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The pictures are two batches of several squares: a file that fails elsewhere is found out all the same."""
+    real = exporter.open_onnx
+    saved(small(num_hidden_layers=1), work / "shallow")
+    before = made(work, home)
+
+    def open_broken(path: Path) -> Runner:
+        run = real(path)
+        return lambda pixels: tuple(output + wrong(pixels) for output in run(pixels))
+
+    monkeypatch.setattr(exporter, "open_onnx", open_broken)
+    assert main(shlex.split("export shallow --format onnx --dynamic-size --images pictures")) == BAD_INPUT
+    assert "onnx: differs from fp32 by 1" in capsys.readouterr().err
+    assert made(work, home) == before
+
+
+@pytest.mark.parametrize(
     ("words", "says"),
     [
+        (
+            "model",
+            "holds no checkpoint; name a run's folder or a checkpoint in it, or for a model add --format onnx, "
+            "--format torch-export or --prune",
+        ),
+        ("nowhere", "no such folder; name a run's folder"),
+        ("mae --prune heads 0.5 --out new", "--prune heads: ViTMAEForPreTraining has one head_dim"),
         ("model --format onnx --quantize static", "--quantize static: needs --calibrate"),
         ("model --format onnx --quantize int8-weights", "is for --format torch-export, not onnx"),
         ("model --format torch-export --quantize static --calibrate pictures", "is for --format onnx"),

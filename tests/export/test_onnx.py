@@ -31,7 +31,7 @@ def test_same_answers_for_any_number_and_size(tmp_path: Path, name: str) -> None
     path = write(Served(model, dynamic_size=True), tmp_path / "model.onnx")
     run = open_onnx(path)
     size = tuple(Served(model).random_images(1).shape[2:])
-    for n, shape in [(1, size), (3, size), (2, (8, 8)), (2, (size[0] + 16, size[1] - 8)), (1, (16, 64))]:
+    for n, shape in [(1, size), (3, size), (2, (16, 16)), (2, (size[0] + 16, size[1] - 8)), (1, (16, 64))]:
         images = noise(n, model, shape)
         with torch.no_grad():
             expected = model(images, interpolate_pos_encoding=True).logits
@@ -60,6 +60,23 @@ def test_a_fixed_size_two_outputs_and_what_the_file_tells(tmp_path: Path) -> Non
     assert {name: json.loads(text) for name, text in told.custom_metadata_map.items()} == about
     with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument):
         open_onnx(path)(noise(2, model, (40, 32)))
+
+
+def test_as_many_threads_as_torch_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.onnx"
+    text = "g (float[1] pixel_values) => (float[1] y) { y = Identity (pixel_values) }"
+    onnx.save(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> {text}'), path)
+    real, threads = onnxruntime.InferenceSession, []
+
+    def session(path: Path, options: onnxruntime.SessionOptions, **others: Any) -> onnxruntime.InferenceSession:
+        threads.append(options.intra_op_num_threads)
+        return real(path, options, **others)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    for number in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)
+        open_onnx(path)
+    assert threads == [1, 3]
 
 
 def test_large_weights_lie_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

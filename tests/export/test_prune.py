@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.export.small import OPTIONS, noise, saved, small
 from vitscale.errors import ConfigError
-from vitscale.export.prune import magnitudes, prune, taylor
+from vitscale.export.prune import magnitudes, opens_in, prune, taylor
 from vitscale.interop.pretrained import load_model
 from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.simmim import ViTForMaskedImageModeling
@@ -136,8 +136,18 @@ def test_other_models(tmp_path: Path) -> None:
     autoencoder = small(ViTMAEForPreTraining, decoder_hidden_size=16, decoder_num_attention_heads=2)
     smaller = prune(autoencoder, "mlp", 0.5, magnitudes(autoencoder, "mlp"))
     load_model(saved(smaller, tmp_path / "mae"))
-    with pytest.raises(ConfigError, match="head_dim"):
+    with pytest.raises(ConfigError, match="take mlp, or the encoder alone"):
         prune(autoencoder, "heads", 0.5, magnitudes(autoencoder, "heads"))
+
+
+@pytest.mark.parametrize(("options", "what", "libraries"), [
+    ("plain", "mlp", "vitscale and transformers"),
+    ("plain", "heads", "vitscale, and in transformers 5.9 or later"),
+    ("dinov3", "heads", "vitscale alone"),
+])  # fmt: skip
+def test_who_opens_the_folder(options: str, what: str, libraries: str) -> None:
+    model = small(**OPTIONS[options])
+    assert opens_in(prune(model, what, 0.5, magnitudes(model, what)).config).partition(":")[0] == libraries
 
 
 @pytest.mark.parametrize(("what", "fraction", "stay"), [

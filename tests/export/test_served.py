@@ -65,6 +65,17 @@ def test_a_graph_for_any_number_of_images(options: dict[str, Any], dynamic_size:
             torch.testing.assert_close(graph(images)[0], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("image_size", "more", "size"), [
+    (32, (-1, 0), (24, 32)), (16, (-1, -5), (16, 16)), (8, (0, 0), (8, 8)), (8, (1, 2), (16, 24)),
+])  # fmt: skip
+def test_random_images_are_of_sizes_that_it_takes(
+    image_size: int, more: tuple[int, int], size: tuple[int, int]
+) -> None:
+    """Its own, whatever it is, or LEAST_PATCHES a side and more."""
+    served = Served(small(image_size=image_size), dynamic_size=True)
+    assert served.random_images(2, more).shape == (2, 3, *size)
+
+
 def test_a_fixed_size_is_held_to() -> None:
     model = small()
     with pytest.raises(AssertionError, match="pixel_values"):

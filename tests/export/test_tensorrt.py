@@ -80,8 +80,9 @@ def test_the_command(tmp_path: Path) -> None:
         "optShapes=pixel_values:8x4x24x32 ", "maxShapes=pixel_values:32x4x24x32 ", "stronglyTyped",
     ]  # fmt: skip
     varying = engine_command(Path("m.onnx"), Served(model, dynamic_size=True))
-    for shape in ("min", "1x4x8x16"), ("opt", "8x4x24x32"), ("max", "32x4x48x64"):
+    for shape in ("min", "1x4x16x16"), ("opt", "8x4x24x32"), ("max", "32x4x48x64"):
         assert f"--{shape[0]}Shapes=pixel_values:{shape[1]}" in varying
+    assert "minShapes=pixel_values:1x3x8x8 " in engine_command(Path("m.onnx"), Served(small(image_size=8)))
 
 
 @pytest.mark.gpu

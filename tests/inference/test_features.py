@@ -250,6 +250,34 @@ def test_going_on_with_something_else_is_refused(
     assert sorted(path.name for path in (tmp_path / "full").iterdir()) == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("name, content, says", [
+    ("features.json", "[]", "features.json: holds a list, not a mapping; name a new folder"),
+    ("features.json", '{"format": "vits', "features.json: cannot be read as JSON"),
+    ("features-00001.names.json", '{"names": ["/data/0', "delete it to have its shard made again"),
+    ("features-00001.names.json", '{"names": []}', "features-00001.names.json is damaged"),
+    ("features-00001.names.json", '{"names": [], "skipped": [{"place": "1"}]}', "is damaged"),
+    ("features-00001.names.json", '{"names": [], "skipped": [{"place": 7, "name": "x", "reason": ""}]}', "has x where"),
+])  # fmt: skip
+def test_damaged_records_are_one_line(
+    name: str, content: str, says: str, classifier: Path, many: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    options = (classifier, many, "--out", out, "--shard-size", 3)
+    assert features(*options) == FAILED
+    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / name).write_text(content)
+    capsys.readouterr()
+    assert features(*options) == BAD_INPUT
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith(f"vitscale: error: --out {out}: ")
+    assert says in err
+    if "delete it" in err:
+        (out / name).unlink()
+        assert features(*options) == FAILED
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+
+
 def test_nothing_to_read(classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert features(classifier, tmp_path / "gone.jpg", "--out", tmp_path / "out") == BAD_INPUT
     assert "no image could be read" in capsys.readouterr().err

@@ -202,6 +202,8 @@ def test_what_cannot_be_done_is_one_line(
     for arguments, said in (
         ((classifier, photos, "--device", "cuda:9"), "--device cuda:9"),
         ((classifier, photos, "--device", "abacus"), "--device abacus"),
+        ((classifier, photos, "--device", "meta"), "--device meta: cannot be used"),
+        ((classifier, photos, "--device", "hpu"), "--device hpu: cannot be used"),
         ((classifier, photos, "--out", tmp_path / "no" / "such" / "file"), "--out"),
         ((tmp_path / "nowhere", photos), "nowhere"),
     ):

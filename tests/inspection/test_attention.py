@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.models.shapes import inputs, tiny
-from vitscale.inspection.attention import ATTENDED, AttentionMaps, attention_maps, draw, laid_over, rollout
+from vitscale.inspection.attention import ATTENDED, AttentionMaps, attention_maps, draw, laid_over, rollout, scales_of
 from vitscale.interop.pretrained import save_model
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.mae import ViTMAEForPreTraining
@@ -91,6 +91,14 @@ def test_an_attended_patch_is_coloured_and_the_others_are_the_image() -> None:
     assert np.abs(picture[patch] - ATTENDED).max() < 0.2
     picture[patch] = grey[patch]
     np.testing.assert_array_equal(picture, grey.repeat(3, axis=2))
+
+
+def test_the_full_colour_is_for_one_patch_in_a_hundred() -> None:
+    """So that a single patch of much attention does not hide where the others look."""
+    maps = AttentionMaps(np.array([*range(1, 200), 5000.0]).reshape(2, 10, 10), np.arange(2.0, 6).reshape(2, 2), "")
+    scales = scales_of(maps)
+    assert [float(scales["heads"](value)) > 1 for value in (197, 199, 5000)] == [False, True, True]
+    assert [float(scales["rollout"](value)) for value in (2, 5)] == [0, 1]
 
 
 @pytest.mark.parametrize("channels, aspect", [(1, 1.0), (3, 0.6), (13, 2.0)])

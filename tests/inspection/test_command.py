@@ -73,6 +73,9 @@ def test_attention_over_a_photograph(
 
 BAD = {
     "no model": (["nowhere/at/all"], "nowhere/at/all"),
+    "a depth of gradients": (["MODEL", "--gradients", "--depth", "0"], "--depth 0: is for the tree"),
+    "a depth of attention": (["MODEL", "--attention", "IMAGE", "--depth", "1"], "--depth 1: is for the tree"),
+    "a folder for the tree": (["MODEL", "--out", "looks"], "--out looks: is for --gradients and --attention"),
     "labels without gradients": (["MODEL", "--labels", "1"], "for --gradients"),
     "too few labels": (["MODEL", "--gradients", "--labels", "1"], "one an image"),
     "no such class": (["MODEL", "--gradients", "--images", "IMAGE", "--labels", "5"], "must be classes 0 to 4"),

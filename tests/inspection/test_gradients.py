@@ -84,9 +84,14 @@ def test_the_model_and_the_generator_are_left_as_they_were() -> None:
 
 def test_parameters_out_of_the_loss_are_told() -> None:
     model = tiny(ViTForImageClassification)
-    model.vit.encoder.layers[0].mlp.fc1.bias.requires_grad_(False)
+    block = model.vit.encoder.layers[0]
+    block.mlp.fc1.weight.requires_grad_(False)
     found = gradient_norms(model, inputs(model)["pixel_values"])
-    assert {layer.name: layer.unused for layer in found.layers if layer.unused} == {"layers.0": 1}
+    ((name, unused, weights),) = [(each.name, each.unused, each.weights) for each in found.layers if each.unused]
+    assert (name, unused) == ("layers.0", 1)
+    assert weights == pytest.approx(math.hypot(*(float(each.detach().norm()) for each in block.parameters()))), (
+        "all of them"
+    )
     assert "1 of its parameters" in as_table(found)
 
 

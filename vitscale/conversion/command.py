@@ -49,8 +49,11 @@ def _given(words: list[str]) -> dict[str, Any]:
     given = {}
     for word in words:
         key, separator, text = word.partition("=")
+        try:
+            value = yaml.safe_load(f"[{text}]" if "," in text else text)
+        except (ValueError, yaml.YAMLError):  # ValueError: the date 2026-99-99
+            separator = ""
         if not separator:
-            raise ConfigError(f"{word}: must be KEY=VALUE")
-        value = yaml.safe_load(f"[{text}]" if "," in text else text)
+            raise ConfigError(f"{word}: must be KEY=VALUE, of a number, true or false, or H,W")
         given[key] = tuple(value) if isinstance(value, list) else value
     return given

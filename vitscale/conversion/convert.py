@@ -15,8 +15,8 @@ from typing import Any
 
 from vitscale.conversion import mae, timm, witnesses
 from vitscale.conversion.vision_transformer import Opened
-from vitscale.conversion.witnesses import Absent, Outputs, Witness
-from vitscale.errors import CheckpointError, ConfigError
+from vitscale.conversion.witnesses import Absent, Outputs, Witness, in_a_line
+from vitscale.errors import CheckpointError, ConfigError, VitscaleError
 from vitscale.interop.config_files import read_json
 from vitscale.interop.image_processing import PROCESSOR, ViTImageProcessor, processor_dict
 from vitscale.interop.keymaps import places
@@ -99,6 +99,8 @@ def convert(source: str | Path, to: Path, target: str, given: Mapping[str, Any] 
         _check_both(report, opened.model, theirs, draft, target)
         _require_good(report, to)
         os.replace(draft, to)
+    except VitscaleError as error:
+        raise type(error)(str(error).replace(str(draft), str(to))) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         if draft.is_file():
@@ -167,8 +169,10 @@ def _check_both(
     """FROM and TO in the code of their own libraries; TO at least read again here."""
     try:
         _check(report, model, "FROM", theirs)
-    except (Absent, CheckpointError) as reason:  # what FROM's own library cannot do is no fault of TO
+    except Absent as reason:
         report.unchecked.append(f"FROM: {reason}")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; mend FROM, which its own library must open and run") from None
     try:
         _check(report, model, "TO", lambda: _written(draft, model, target))
     except Absent as reason:
@@ -203,8 +207,8 @@ def _check(report: Report, model: ViTPreTrainedModel, what: str, open_other: Cal
     what = f"{what} in {witness.name}"
     try:
         theirs = witness.run(inputs)
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        raise CheckpointError(f"{what}: fails on images of the model's size: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # of other code, whatever it is
+        raise CheckpointError(f"{what}: fails on images of the model's size: {in_a_line(error)}") from None
     report.checks.append(compare(what, witnesses.ours(model, inputs), theirs))
 
 

@@ -18,28 +18,37 @@ from PIL import Image
 from torch import Tensor
 
 from vitscale.config.check import pair
-from vitscale.conversion.vision_transformer import Opened, build, depth, state_of, their_name
+from vitscale.conversion.vision_transformer import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Opened,
+    build,
+    depth,
+    require,
+    state_of,
+    their_name,
+)
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.interop.image_processing import ViTImageProcessor
-from vitscale.interop.strict import listed, refuse
+from vitscale.interop.strict import listed
 from vitscale.interop.weight_files import read_pickle
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
-from vitscale.models.positions import sincos_table
+from vitscale.models.positions import is_table, sincos_table
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 
 EPS = 1e-6  # of every layer norm in models_mae.py and models_vit.py
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Heads by width, of the models in models_mae.py and models_vit.py.
 _HEADS, _DECODER_HEADS = {768: 12, 1024: 16, 1280: 16}, {512: 16}
-# What a file may leave open, and a caller may say; only the first two are ever needed.
-KEYS = ("num_attention_heads", "decoder_num_attention_heads", "image_size", "norm_pix_loss")
+# What a file may leave open, and a caller may say.
+_KEYS_OF_ENCODER = ("num_attention_heads", "image_size")
+KEYS = (*_KEYS_OF_ENCODER, "decoder_num_attention_heads", "norm_pix_loss")
 _WRITTEN = "vitscale"  # where our files say what MAE's do not
 # Config key -> the values that MAE's code has.
 _MAE_HAS: dict[str, tuple[Any, ...]] = {
     "use_cls_token": (True,), "num_register_tokens": (0,), "rope_theta": (None,), "layer_scale_init_value": (None,),
-    "qk_norm": (False,), "swiglu": (False,), "qkv_bias": (True,), "hidden_act": ("gelu",),
+    "qk_norm": (False,), "swiglu": (False,), "qkv_bias": (True,), "hidden_act": ("gelu", "gelu_python"),
     "position_embeddings": ("sincos", "learned"),
 }  # fmt: skip
 
@@ -51,13 +60,10 @@ def read_mae(path: Path, given: Mapping[str, Any]) -> Opened:
     beside tensors argparse.Namespace alone is let in. CheckpointError for a file that is broken or holds
     other tensors, ConfigError where a key must be given, or cannot.
     """
-    for name in given.keys() - set(KEYS):
-        raise ConfigError(f"{name}={given[name]!r}: {path} leaves open no more than {', '.join(KEYS)}")
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = read_pickle(path)
     tensors = _tensors(content, path)
     count = len(tensors)
-    tensors = {name: tensor.float() for name, tensor in tensors.items()}
     said = {**_said(content), **given}
     if "decoder_embed.weight" in tensors:
         model_class: type[ViTPreTrainedModel] = ViTMAEForPreTraining
@@ -65,17 +71,20 @@ def read_mae(path: Path, given: Mapping[str, Any]) -> Opened:
         model_class = ViTForImageClassification
     else:
         model_class = ViTModel
+    leaves_open = KEYS if model_class is ViTMAEForPreTraining else _KEYS_OF_ENCODER
+    for name in given.keys() - set(leaves_open):
+        raise ConfigError(f"{name}={given[name]!r}: {path} leaves open no more than {', '.join(leaves_open)}")
     config, notes = _config(model_class, tensors, said, str(path))
     if config.position_embeddings == "sincos":  # recomputed, no parameters
         tensors = {name: tensor for name, tensor in tensors.items() if name not in _widths(config)}
-    model = build(model_class, config, tensors, str(path))
-    return Opened("mae", model, _processor(config, content), count, notes)
+    model = build(model_class, config, {name: tensor.float() for name, tensor in tensors.items()}, str(path))
+    return Opened("mae", model, _processor(config, content, path), count, notes)
 
 
 def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
     model = content.get("model", content) if isinstance(content, dict) else None
     if isinstance(model, dict) and model and all(isinstance(value, Tensor) for value in model.values()):
-        return dict(model)
+        return {str(name): tensor for name, tensor in model.items()}
     held = listed(sorted(map(str, content))) if isinstance(content, dict) else type(content).__name__
     raise CheckpointError(f"{path}: must hold tensors by name, or such under 'model', and holds {held}")
 
@@ -98,8 +107,9 @@ def _config(
     needed = ["patch_embed.proj.weight", "pos_embed", "cls_token", "blocks.0.mlp.fc1.weight"]
     decodes = model_class is ViTMAEForPreTraining
     needed += ["decoder_pos_embed", "decoder_blocks.0.mlp.fc1.weight"] if decodes else []
-    refuse(where, missing=[name for name in needed if name not in tensors])
+    require(needed, tensors, where)
     width, channels, *patch = tensors["patch_embed.proj.weight"].shape
+    patches = tensors["pos_embed"].shape[1] - 1
     notes: list[str] = []
     keys: dict[str, Any] = {
         "hidden_size": width,
@@ -107,7 +117,7 @@ def _config(
         "num_attention_heads": _heads("num_attention_heads", width, _HEADS, said, where),
         "intermediate_size": len(tensors["blocks.0.mlp.fc1.weight"]),
         "layer_norm_eps": EPS,
-        "image_size": _image_size(tensors["pos_embed"].shape[1] - 1, (patch[0], patch[1]), said, where),
+        "image_size": said["image_size"] if "image_size" in said else _square(patches, patch, where),
         "patch_size": (patch[0], patch[1]),
         "num_channels": channels,
         "encoder_stride": patch[0],
@@ -117,16 +127,26 @@ def _config(
         if "norm_pix_loss" not in said:
             notes.append("norm_pix_loss: the file does not say; false, as models_mae.py has it, changes the loss alone")
     elif model_class is ViTForImageClassification:
-        keys |= {"num_labels": len(tensors.get("head.weight", ())), "id2label": said.get("id2label")}
+        classes, names = len(tensors.get("head.weight", ())), said.get("id2label")
+        if isinstance(names, dict) and len(names) != classes:
+            raise CheckpointError(f"{where}: its note has id2label of {len(names)} names, and its head {classes} rows")
+        keys |= {"num_labels": classes, "id2label": names}
         if "fc_norm.weight" in tensors:  # global_pool
             keys |= {"fc_norm": True, "pooling": "mean"}
     config_class = ViTMAEConfig if decodes else ViTConfig
     try:
         config = config_class(**keys, position_embeddings="learned")
-    except (ConfigError, TypeError) as error:
+    except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
+    if config.num_patches != patches:
+        raise ConfigError(
+            f"image_size={config.image_size}: {where} has positions for {patches} patches of {config.patch_size}; "
+            "give image_size=H,W that make as many"
+        )
     if _is_fixed(tensors, config):
         config = config_class(**keys, position_embeddings="sincos")
+        if tensors["pos_embed"].dtype != torch.float32:
+            notes.append(f"pos_embed: MAE's table, of {tensors['pos_embed'].dtype} in the file, is computed anew")
     return config, notes
 
 
@@ -141,12 +161,8 @@ def _heads(key: str, width: int, usual: dict[int, int], said: dict[str, Any], wh
     )
 
 
-def _image_size(patches: int, patch: tuple[int, int], said: dict[str, Any], where: str) -> tuple[int, int]:
-    if "image_size" in said:
-        height, width = size = pair(said["image_size"])
-        if (height // patch[0]) * (width // patch[1]) == patches:
-            return size
-        raise ConfigError(f"image_size={said['image_size']}: {where} has positions for {patches} patches of {patch}")
+def _square(patches: int, patch: list[int], where: str) -> tuple[int, int]:
+    """The image size of as many patches along both sides."""
     side = math.isqrt(patches)
     if side * side != patches:
         raise ConfigError(f"image_size: {where} has positions for {patches} patches, no square; give image_size=H,W")
@@ -173,20 +189,16 @@ def _widths(config: ViTConfig) -> dict[str, int]:
 
 def _is_fixed(tensors: dict[str, Tensor], config: ViTConfig) -> bool:
     """Whether all positions are the tables that MAE starts from (and keeps, in pretraining)."""
-    for name, width in _widths(config).items():
-        if width % 4:
-            return False
-        table = sincos_table(width, config.grid)
-        if tensors[name].shape != table.shape or not torch.allclose(tensors[name], table, atol=1e-5):
-            return False
-    return True
+    widths = _widths(config).items()
+    return all(width % 4 == 0 and is_table(tensors[name], sincos_table(width, config.grid)) for name, width in widths)
 
 
-def _processor(config: ViTConfig, content: dict[str, Any]) -> ViTImageProcessor:
+def _processor(config: ViTConfig, content: dict[str, Any], path: Path) -> ViTImageProcessor:
     """Our own note, else main_finetune.py's evaluation: bicubic to 256 for 224, the middle, ImageNet's numbers."""
     written = content.get(_WRITTEN)
     if isinstance(written, dict) and isinstance(written.get("processor"), dict):
-        return ViTImageProcessor.from_dict(written["processor"])
+        note = {str(key): value for key, value in written["processor"].items()}
+        return ViTImageProcessor.from_dict(note, f"{path}: its note on images")
     height, width = pair(config.image_size)
     same = config.num_channels == len(IMAGENET_MEAN)
     square = height == width <= 224  # larger ones are resized as they are

@@ -16,19 +16,20 @@ from torch import Tensor
 from vitscale.config.check import pair
 from vitscale.conversion.timm_architectures import EVA, VIT, arguments_of
 from vitscale.conversion.timm_inputs import input_content, processor_of
-from vitscale.conversion.vision_transformer import Opened, build, depth, state_of, their_name
+from vitscale.conversion.timm_said import require_said
+from vitscale.conversion.vision_transformer import Opened, build, depth, mlp_ratio, require, state_of, their_name
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.interop.config_files import as_text, read_json
 from vitscale.interop.sources import CONFIG
-from vitscale.interop.strict import refuse
 from vitscale.interop.weight_files import MAX_SHARD_SIZE, read_weights, write_folder
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 
 _ACTIVATIONS = {
-    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu",
-    "swish": "silu", "tanh": "tanh",
+    "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh", "gelu_python_tanh": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
+    "silu": "silu", "swish": "silu", "tanh": "tanh",
 }  # fmt: skip
 _FROM_TIMM = {"gelu_tanh": "gelu_pytorch_tanh"}
 _POOLING = {"token": "cls", "avg": "mean"}
@@ -56,22 +57,52 @@ def read_timm(folder: Path) -> Opened:
     """The model of a timm folder (what timm.create_model("local-dir:FOLDER") opens), strictly.
 
     A ViTForImageClassification, without a classifier where timm has none, or a ViTModel where it does not
-    pool. CheckpointError that names the architecture and why no ViTConfig can express it, or the tensors.
+    pool. CheckpointError that names the architecture and why no ViTConfig can express it, the tensors, or
+    what config.json says and they do not have.
     """
     content = read_json(folder / CONFIG)
-    inputs = {key: value for key, value in content.items() if key not in ("architecture", "num_features")}
-    inputs = content.get("pretrained_cfg", inputs)  # before 2023 all lay side by side
-    arguments = arguments_of(content["architecture"], content.get("model_args") or {})
-    tensors = read_weights(folder)
+    try:
+        return _opened(folder, content)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
+
+
+def _opened(folder: Path, content: dict[str, Any]) -> Opened:
+    """ConfigError for what config.json says."""
+    inputs, arguments = _said(content)
+    tensors, where = read_weights(folder), f"{folder} ({content['architecture']})"
     count = len(tensors)
-    where = f"{folder} ({content['architecture']})"
     tensors = {name: tensor.float() for name, tensor in _as_vision_transformer(tensors).items()}
     pools = arguments["global_pool"] != ""
     model_class: type[ViTPreTrainedModel] = ViTForImageClassification if pools else ViTModel
     config, notes = _config(arguments, inputs, content, tensors, where)
+    require_said(arguments, _arguments(config)[1], config, tensors)
     tensors = _fold_positions(tensors, config, where)
     processor, more = processor_of(inputs, config)
     return Opened("timm", build(model_class, config, tensors, where), processor, count, notes + more)
+
+
+def _said(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """pretrained_cfg, and the arguments of the model."""
+    architecture, model_args = content["architecture"], content.get("model_args") or {}
+    inputs = {key: value for key, value in content.items() if key not in ("architecture", "num_features")}
+    inputs = content.get("pretrained_cfg", inputs)  # before 2023 all lay side by side
+    for key, value, kind in (
+        ("architecture", architecture, str), ("model_args", model_args, dict), ("pretrained_cfg", inputs, dict)
+    ):  # fmt: skip
+        if not isinstance(value, kind):
+            raise ConfigError(f"{key}={value!r}: must be {'text' if kind is str else 'a mapping'}")
+    size = inputs.get("input_size") or (3, 224, 224)
+    if not isinstance(size, list | tuple) or len(size) != 3:
+        raise ConfigError(f"input_size={size!r}: must be channels, height and width")
+    classes = content.get("num_classes", inputs.get("num_classes"))
+    under = {"in_chans": size[0], **({} if classes is None else {"num_classes": classes})}
+    arguments = arguments_of(architecture, model_args, under)
+    if classes not in (None, arguments["num_classes"]):
+        raise ConfigError(
+            f"num_classes={classes!r}: model_args has {arguments['num_classes']!r}, and must have the same"
+        )
+    return inputs, arguments | {"img_size": arguments.get("img_size") or tuple(size[1:])}
 
 
 def _as_vision_transformer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -81,13 +112,17 @@ def _as_vision_transformer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         stem = name[:-7]
         if name.endswith((".gamma_1", ".gamma_2")):
             found[f"{stem}ls{name[-1]}.gamma"] = found.pop(name)
-        elif name.endswith(".q_bias") and f"{name[:-6]}v_bias" in tensors:  # Eva has no bias of the keys
+        elif name.endswith(".q_bias") and _alike(tensor, tensors.get(f"{name[:-6]}v_bias")):  # no bias of the keys
             value = found.pop(f"{name[:-6]}v_bias")
             found[f"{name[:-6]}qkv.bias"] = torch.cat([found.pop(name), torch.zeros_like(tensor), value])
-        elif ".fc1_g." in name and name.replace("fc1_g", "fc1_x") in tensors:  # the gate, and what it gates
+        elif ".fc1_g." in name and _alike(tensor, tensors.get(name.replace("fc1_g", "fc1_x"))):  # and what it gates
             gated = found.pop(name.replace("fc1_g", "fc1_x"))
             found[name.replace("fc1_g", "fc1")] = torch.cat([found.pop(name), gated])
     return found
+
+
+def _alike(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and one.shape == other.shape and one.dim() > 0
 
 
 def _config(
@@ -95,46 +130,44 @@ def _config(
 ) -> tuple[ViTConfig, list[str]]:
     """What the tensors, the arguments and pretrained_cfg say together."""
     needed = ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight")
-    refuse(where, missing=[name for name in needed if name not in tensors])
+    require(needed, tensors, where)
     width, channels, *patch = tensors[needed[0]].shape
     intermediate = tensors[needed[2]].shape[1]
     gated = tensors[needed[1]].shape[0] == 2 * intermediate
-    if gated and arguments["class"] == VIT and arguments.get("mlp_layer") != "SwiGLUPacked":
-        raise CheckpointError(f"{where}: its MLPs are gated, by what the architecture does not say; SwiGLU is known")
+    swiglu = arguments.get("mlp_layer") == "SwiGLUPacked"
+    if arguments["class"] == VIT and gated != swiglu:
+        is_not = "gated, by what the architecture does not say" if gated else "not gated, and SwiGLU's are"
+        raise CheckpointError(f"{where}: its MLPs are {is_not}; name an architecture of the same MLPs")
     scaled = "blocks.0.ls1.gamma" in tensors
     rotary = arguments["class"] == EVA
     classes = tensors["head.weight"].shape[0] if "head.weight" in tensors else 0
     names, notes = _labels(content, inputs, classes)
     positions = "learned" if "pos_embed" in tensors else "none"
     pooling = _POOLING.get(arguments["global_pool"], "cls" if "cls_token" in tensors else "mean")
-    size = arguments.get("img_size") or (inputs.get("input_size") or (3, 224, 224))[1:]
-    try:
-        config = ViTConfig(
-            hidden_size=width,
-            num_hidden_layers=depth(tensors, "blocks"),
-            num_attention_heads=arguments["num_heads"],
-            intermediate_size=intermediate,
-            hidden_act=_FROM_TIMM.get(arguments["act_layer"], arguments["act_layer"]),
-            layer_norm_eps=arguments["eps"],
-            image_size=pair(size if isinstance(size, int) else tuple(size)),
-            patch_size=(patch[0], patch[1]),
-            num_channels=channels,
-            qkv_bias="blocks.0.attn.qkv.bias" in tensors,
-            encoder_stride=patch[0],
-            num_labels=classes,
-            id2label=names,
-            use_cls_token="cls_token" in tensors,
-            num_register_tokens=tensors["reg_token"].shape[1] if "reg_token" in tensors else 0,
-            position_embeddings=positions,
-            rope_theta=float(arguments["rope_temperature"]) if rotary else None,
-            layer_scale_init_value=(arguments.get("init_values") or _LAYER_SCALE) if scaled else None,
-            qk_norm="blocks.0.attn.q_norm.weight" in tensors,
-            swiglu=gated,
-            pooling=pooling,
-            fc_norm="fc_norm.weight" in tensors,
-        )
-    except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{where}: {error}") from None
+    config = ViTConfig(
+        hidden_size=width,
+        num_hidden_layers=depth(tensors, "blocks"),
+        num_attention_heads=arguments["num_heads"],
+        intermediate_size=intermediate,
+        hidden_act=_FROM_TIMM.get(arguments["act_layer"], arguments["act_layer"]),
+        layer_norm_eps=arguments["eps"],
+        image_size=arguments["img_size"],
+        patch_size=(patch[0], patch[1]),
+        num_channels=channels,
+        qkv_bias="blocks.0.attn.qkv.bias" in tensors,
+        encoder_stride=patch[0],
+        num_labels=classes,
+        id2label=names,
+        use_cls_token="cls_token" in tensors,
+        num_register_tokens=tensors["reg_token"].shape[1] if "reg_token" in tensors else 0,
+        position_embeddings=positions,
+        rope_theta=(arguments["rope_temperature"] or 0.0) if rotary else None,  # 0 is refused, None were no rotation
+        layer_scale_init_value=(arguments.get("init_values") or _LAYER_SCALE) if scaled else None,
+        qk_norm="blocks.0.attn.q_norm.weight" in tensors,
+        swiglu=gated,
+        pooling=pooling,
+        fc_norm="fc_norm.weight" in tensors,
+    )
     return config, notes
 
 
@@ -143,17 +176,19 @@ def _labels(content: dict[str, Any], inputs: dict[str, Any], classes: int) -> tu
     names = content.get("label_names") or inputs.get("label_names") or inputs.get("labels")
     if not names or not classes:
         return None, []
-    if not isinstance(names, dict):
-        names = dict(enumerate(names))
-    if len(names) != classes:
-        return None, [f"label_names: {len(names)} names for {classes} classes are left out"]
-    return {int(number): str(name) for number, name in names.items()}, []
+    if not isinstance(names, list | dict):
+        raise ConfigError(f"label_names={names!r}: must be a list of names")
+    named = names if isinstance(names, dict) else dict(enumerate(names))
+    if len(named) != classes:
+        return None, [f"label_names: {len(named)} names for {classes} classes are left out"]
+    return {number: str(name) for number, name in named.items()}, []
 
 
 def _fold_positions(tensors: dict[str, Tensor], config: ViTConfig, where: str) -> dict[str, Tensor]:
     """`pos_embed` for class token and patches alone, as ours: registers' positions go into their tokens."""
-    if "pos_embed" not in tensors:
-        return tensors
+    tokens = [tensors[name] for name in ("pos_embed", "reg_token") if name in tensors]
+    if "pos_embed" not in tensors or any(each.shape[::2] != (1, config.hidden_size) for each in tokens):
+        return tensors  # `build` names those of another shape
     positions, patches = tensors["pos_embed"], config.num_patches
     cls, prefix = int(config.use_cls_token), config.num_prefix_tokens
     if positions.shape[1] not in (patches, patches + prefix):
@@ -255,6 +290,9 @@ def _arguments(config: ViTConfig) -> tuple[str, dict[str, Any], list[str]]:
             "pos_embed": "none" if config.position_embeddings == "none" else "learn",
         }  # fmt: skip
         if not config.swiglu:
+            if config.hidden_act not in _ACTIVATIONS:
+                known = ", ".join(_ACTIVATIONS)
+                raise ConfigError(f"hidden_act={config.hidden_act!r}: --to timm writes {known}; take --to hf")
             arguments |= {"act_layer": _ACTIVATIONS[config.hidden_act], "pre_norm": False}
     notes = []
     if eps != config.layer_norm_eps:
@@ -276,12 +314,9 @@ def _architecture(config: ViTConfig) -> tuple[str, float]:
 
 
 def _mlp_ratio(config: ViTConfig) -> float:
-    """What timm makes int(width * mlp_ratio) hidden units of; VisionTransformer's SwiGLU counts both halves."""
-    hidden, width = config.intermediate_size, config.hidden_size
-    if config.swiglu and config.rope_theta is None:
-        hidden *= 2
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+    """VisionTransformer's SwiGLU counts both halves."""
+    halves = 2 if config.swiglu and config.rope_theta is None else 1
+    return mlp_ratio(halves * config.intermediate_size, config.hidden_size)
 
 
 def _eva_name(name: str) -> str:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from vitscale.errors import CheckpointError
+from vitscale.errors import ConfigError
 
 VIT, EVA = "VisionTransformer", "Eva"  # timm's classes
 _DEFAULTS: dict[str, dict[str, Any]] = {
     VIT: {"num_heads": 12, "global_pool": "token", "eps": 1e-6, "act_layer": "gelu"},
     EVA: {
         "num_heads": 12, "global_pool": "avg", "eps": 1e-6, "act_layer": "gelu",
-        "use_rot_pos_emb": False, "rope_type": "cat", "rope_rotate_half": False,
+        "use_rot_pos_emb": False, "rope_type": "cat", "rope_rotate_half": False, "rope_temperature": 10000.0,
     },
 }  # fmt: skip
 # The word before _patch tells the heads, but for those named below.
@@ -29,7 +29,7 @@ _HEADS = {
 }  # fmt: skip
 _DINOV3 = {
     "class": EVA, "eps": 1e-5, "use_rot_pos_emb": True, "rope_type": "dinov3", "rope_temperature": 100.0,
-    "rope_rotate_half": True,
+    "rope_rotate_half": True, "use_fc_norm": False,
 }  # fmt: skip
 _ROPE = {"class": EVA, "use_rot_pos_emb": True}
 _TANH = {"act_layer": "gelu_tanh"}
@@ -41,10 +41,13 @@ _FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"vit_\w+_patch14_(reg\d_)?(dinov2|tipsv2)", {}),
     (r"vit_giant_patch14_(reg\d_)?(dinov2|tipsv2)", {"num_heads": 24, "mlp_layer": "SwiGLUPacked"}),
     (r"vit_\w+_patch\d+_(reg\d_|siglip_)?gap_\d+", {"global_pool": "avg"}),
+    (r"vit_\w+_patch\d+_(siglip_)?gap_\d+|vit_so150m_patch16_reg4_gap_\d+", {"fc_norm": False}),
     (r"vit_base_patch16_gap_224", {"num_heads": 16}),
     (r"vit_\w+_patch16_dinov3(_qkvb)?", _DINOV3),
     (r"vit_\w+_patch16_lingbot", _DINOV3 | {"global_pool": "token"}),
     (r"vit_giant_patch16_lingbot", {"num_heads": 24}),
+    (r"vit_\w+_plus_patch16_dinov3(_qkvb)?|vit_giant_patch16_lingbot", {"swiglu_align_to": 8}),
+    (r"vit_7b_patch16_dinov3", {"swiglu_align_to": 64}),
     # What no ViTConfig expresses:
     (r"vit_\w+_patch\d+_(siglip_\d+|reg\d_map_\d+)", {"global_pool": "map"}),
     (r"vit_(base_patch32|giantopt_patch16|so400m_patch16)_siglip_\w+", _TANH),
@@ -110,7 +113,7 @@ _RULES: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "dynamic_img_pad": ((False,), "padded images"),
     },
 }
-# Arguments that the tensors tell too, that are read below, or that a trained model does not feel.
+# Arguments that the tensors tell too (timm_said.py), that timm.py reads, or that a trained model does not feel.
 _TOLD = {
     "img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias",
     "qk_norm", "init_values", "class_token", "no_embed_class", "dynamic_img_size", "drop_rate", "pos_drop_rate",
@@ -126,15 +129,16 @@ _KNOWN = {
 }  # fmt: skip
 
 
-def arguments_of(architecture: str, model_args: dict[str, Any]) -> dict[str, Any]:
+def arguments_of(architecture: str, model_args: dict[str, Any], under: dict[str, Any] | None = None) -> dict[str, Any]:
     """What timm would build `architecture` with, as far as tensors do not tell; `class` and `eps` are ours.
 
-    model_args: what config.json has under that key, laid over the architecture's own. CheckpointError for
-    a name that is not known here and for arguments that no ViTConfig can express, each with its reason.
+    model_args: what config.json has under that key, laid over the architecture's own; under: what those
+    lie over. ConfigError for a name that is not known here and for arguments that no ViTConfig can
+    express, each with its reason.
     """
     found = [arguments for pattern, arguments in _FAMILIES if re.fullmatch(pattern, architecture)]
     if not found:
-        raise CheckpointError(
+        raise ConfigError(
             f"architecture={architecture!r}: is none of timm 1.0's vit_{{tiny,small,base,large,huge,...}}_patch*"
         )
     merged: dict[str, Any] = {"class": VIT}
@@ -143,15 +147,15 @@ def arguments_of(architecture: str, model_args: dict[str, Any]) -> dict[str, Any
         merged["num_heads"] = _HEADS[size[1]]
     for arguments in found:
         merged |= arguments
-    merged = {**_DEFAULTS.get(merged["class"], {}), **merged, **model_args}
-    reasons = _refused(merged)
+    kind = merged["class"]
+    merged = {**_DEFAULTS.get(kind, {}), **(under or {}), **merged, **model_args}
+    reasons = _refused(kind, merged, model_args)
     if reasons:
-        raise CheckpointError(f"architecture={architecture!r}: no ViTConfig can express {'; '.join(reasons)}")
+        raise ConfigError(f"architecture={architecture!r}: no ViTConfig can express {'; '.join(reasons)}")
     return merged
 
 
-def _refused(arguments: dict[str, Any]) -> list[str]:
-    kind = arguments["class"]
+def _refused(kind: str, arguments: dict[str, Any], model_args: dict[str, Any]) -> list[str]:
     if kind not in _RULES:
         return [f"its class {kind}"]
     rules = _RULES[kind]
@@ -160,5 +164,5 @@ def _refused(arguments: dict[str, Any]) -> list[str]:
         for name, (allowed, reason) in rules.items()
         if name in arguments and arguments[name] not in allowed
     ]
-    unknown = sorted(arguments.keys() - rules.keys() - _KNOWN[kind] - {"class", "eps"})
-    return reasons + [f"{name}={arguments[name]!r} (an argument that is not known here)" for name in unknown]
+    unknown = sorted(model_args.keys() - rules.keys() - _KNOWN[kind])
+    return reasons + [f"{name}={model_args[name]!r} (an argument that is not known here)" for name in unknown]

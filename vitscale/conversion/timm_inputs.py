@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
 from vitscale.config.check import pair
-from vitscale.errors import CheckpointError, ConfigError
+from vitscale.conversion.vision_transformer import IMAGENET_MEAN, IMAGENET_STD
+from vitscale.errors import ConfigError
 from vitscale.interop.image_processing import RESAMPLE, ViTImageProcessor
 from vitscale.models.configuration import ViTConfig
 
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CROP_PCT = 0.875  # PretrainedCfg's defaults
 
 
@@ -21,12 +20,14 @@ def processor_of(content: dict[str, Any], config: ViTConfig) -> tuple[ViTImagePr
     """The processor that does what timm's evaluation transform does, and what it does otherwise.
 
     content: a pretrained_cfg. Where the crop leaves out an odd number of pixels, timm's lies half a pixel
-    to the one side of the middle and this processor's, as transformers', to the other. CheckpointError
-    where its numbers are none.
+    to the one side of the middle and this processor's, as transformers', to the other. ConfigError where
+    its numbers are none.
     """
     notes: list[str] = []
     height, width = pair(config.image_size)
     crop_pct, mode = content.get("crop_pct") or _CROP_PCT, content.get("crop_mode") or "center"
+    if not _is_number(crop_pct) or crop_pct < 0.01:
+        raise ConfigError(f"crop_pct={crop_pct!r}: must be a share of the image, above 0.01")
     scaled = math.floor(height / crop_pct), math.floor(width / crop_pct)
     size: Any = {"height": scaled[0], "width": scaled[1]}
     if mode == "center" and scaled[0] == scaled[1]:
@@ -34,33 +35,33 @@ def processor_of(content: dict[str, Any], config: ViTConfig) -> tuple[ViTImagePr
     elif mode != "squash":
         notes.append(f"crop_mode={mode} to {height}x{width}: images are resized to that, whatever their aspect ratio")
         size = {"height": height, "width": width}
-    interpolation = content.get("interpolation") or "bicubic"
+    interpolation = str(content.get("interpolation") or "bicubic")
     if interpolation not in RESAMPLE:
         notes.append(f"interpolation={interpolation}: bicubic instead")
         interpolation = "bicubic"
     crops = size != {"height": height, "width": width}
-    try:
-        mean = _numbers("mean", content.get("mean") or _IMAGENET_MEAN, config.num_channels)
-        std = _numbers("std", content.get("std") or _IMAGENET_STD, config.num_channels)
-        processor = ViTImageProcessor(
-            do_convert_rgb=config.num_channels == 3,
-            size=size,
-            resample=interpolation,
-            do_center_crop=crops,
-            crop_size=(height, width) if crops else None,
-            image_mean=mean,
-            image_std=std,
-        )
-    except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"pretrained_cfg: {error}") from None
+    processor = ViTImageProcessor(
+        do_convert_rgb=config.num_channels == 3,
+        size=size,
+        resample=interpolation,
+        do_center_crop=crops,
+        crop_size=(height, width) if crops else None,
+        image_mean=_numbers("mean", content.get("mean") or IMAGENET_MEAN, config.num_channels),
+        image_std=_numbers("std", content.get("std") or IMAGENET_STD, config.num_channels),
+    )
     return processor, notes
 
 
-def _numbers(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _numbers(name: str, values: Any, channels: int) -> tuple[float, ...]:
     """One a channel; a single one is for all."""
-    numbers = tuple(values) * channels if len(values) == 1 else tuple(values)
-    if len(numbers) != channels:
-        raise ConfigError(f"{name}={list(values)}: must be one number, or one for each of {channels} channels")
+    each = tuple(values) if isinstance(values, list | tuple) else (values,)
+    numbers = each * channels if len(each) == 1 else each
+    if len(numbers) != channels or not all(map(_is_number, numbers)):
+        raise ConfigError(f"{name}={values!r}: must be one number, or one for each of {channels} channels")
     return numbers
 
 
@@ -81,14 +82,9 @@ def input_content(processor: ViTImageProcessor, config: ViTConfig) -> dict[str, 
         "interpolation": Image.Resampling(processor.resample).name.lower(),
         "crop_pct": crop_pct,
         "crop_mode": mode,
-        "mean": _scaled("image_mean", mean, scale, channels),
-        "std": _scaled("image_std", std, scale, channels),
+        "mean": [value / scale for value in _numbers("image_mean", mean, channels)],
+        "std": [value / scale for value in _numbers("image_std", std, channels)],
     }
-
-
-def _scaled(name: str, values: float | Sequence[float], scale: float, channels: int) -> list[float]:
-    each = (values,) if isinstance(values, int | float) else tuple(values)
-    return [value / scale for value in _numbers(name, each, channels)]
 
 
 def _crop(processor: ViTImageProcessor, height: int, width: int) -> tuple[str, float]:

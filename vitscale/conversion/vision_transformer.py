@@ -7,24 +7,25 @@ only positions differ: timm's may belong to every token in front of the patches.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from vitscale.errors import ConfigError
 from vitscale.interop.image_processing import ViTImageProcessor
-from vitscale.interop.strict import require_equal, shapes
+from vitscale.interop.loading import ENCODER
+from vitscale.interop.strict import refuse, require_equal, shapes
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.positions import fill_fixed_positions, fixed_positions
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 
-POSITIONS = "vit.embeddings.position_embeddings"
-ENCODER = "vit."
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what both usually normalize by
 _MODULES = {
     "vit.embeddings.cls_token": "cls_token",
     "vit.embeddings.register_tokens": "reg_token",
-    POSITIONS: "pos_embed",
+    "vit.embeddings.position_embeddings": "pos_embed",
     "vit.embeddings.patch_embeddings.projection": "patch_embed.proj",
     "vit.layernorm": "norm",
     "fc_norm": "fc_norm",
@@ -48,6 +49,11 @@ _IN_BLOCK = {
     "mlp.fc2": "mlp.fc2",
     "layer_scale_after": "ls2.gamma",
 }
+# Of the tensors that sizes are read from.
+_DIMENSIONS = {
+    "patch_embed.proj.weight": 4, "pos_embed": 3, "cls_token": 3, "reg_token": 3, "blocks.0.mlp.fc1.weight": 2,
+    "blocks.0.mlp.fc2.weight": 2, "head.weight": 2, "decoder_pos_embed": 3, "decoder_blocks.0.mlp.fc1.weight": 2,
+}  # fmt: skip
 _BLOCK = re.compile(rf"({'|'.join(map(re.escape, _BLOCKS))})\.(\d+)\.(.+)")
 
 
@@ -76,9 +82,27 @@ def their_name(ours: str) -> str | None:
     return theirs and f"{theirs}{dot}{leaf}"
 
 
+def _prefix(model: ViTPreTrainedModel) -> str:
+    return ENCODER if isinstance(model, ViTModel) else ""
+
+
+def tables_of(model: ViTPreTrainedModel) -> dict[str, Tensor]:
+    """A model's fixed positions by timm's and MAE's names."""
+    prefix = _prefix(model)
+    return {str(their_name(prefix + name)): table for name, table in fixed_positions(model).items()}
+
+
 def state_of(model: ViTPreTrainedModel) -> dict[str, Tensor]:
-    """Every tensor of a model, fixed positions too, an encoder's under `vit.` whatever the class."""
-    prefix = ENCODER if isinstance(model, ViTModel) else ""
+    """Every tensor of a model, fixed positions too, an encoder's under `vit.` whatever the class.
+
+    ConfigError for an encoder alone whose last norm stood in the classifier, which others cannot be without.
+    """
+    if isinstance(model, ViTModel) and model.config.fc_norm:
+        raise ConfigError(
+            "fc_norm=True: a ViTModel alone is without its last norm, which stands in the classifier; convert the "
+            "ViTForImageClassification, or take --to vitscale"
+        )
+    prefix = _prefix(model)
     state = {**model.state_dict(), **fixed_positions(model)}
     return {prefix + name: tensor.detach() for name, tensor in state.items()}
 
@@ -98,7 +122,7 @@ def build(
         else:
             model = model_class(config)
     model.to_empty(device="cpu")
-    prefix = ENCODER if isinstance(model, ViTModel) else ""
+    prefix = _prefix(model)
     state = model.state_dict()
     theirs = {name: their_name(prefix + name) or name for name in state}
     require_equal({theirs[name]: tuple(tensor.shape) for name, tensor in state.items()}, shapes(tensors), where)
@@ -107,7 +131,23 @@ def build(
     return model.eval()
 
 
+def require(needed: Iterable[str], tensors: Mapping[str, Tensor], where: str) -> None:
+    """CheckpointError where one of these is missing, or one that sizes are read from has other dimensions."""
+    other = [
+        f"{name} {list(tensors[name].shape)} instead of {dimensions} dimensions"
+        for name, dimensions in _DIMENSIONS.items()
+        if name in tensors and tensors[name].dim() != dimensions
+    ]
+    refuse(where, missing=[name for name in needed if name not in tensors], other=other)
+
+
 def depth(tensors: Mapping[str, Tensor], blocks: str) -> int:
     """How many blocks the names tell of."""
     found = (re.match(rf"{blocks}\.(\d+)\.", name) for name in tensors)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
+    return len({match[1] for match in found if match})
+
+
+def mlp_ratio(hidden: int, width: int) -> float:
+    """What timm and MAE make int(width * mlp_ratio) = `hidden` units of."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,11 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from vitscale.config.check import pair
+from vitscale.conversion.vision_transformer import mlp_ratio, tables_of
 from vitscale.errors import CheckpointError
+from vitscale.interop.config_files import read_json
+from vitscale.interop.sources import CONFIG
 from vitscale.interop.weight_files import read_pickle
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
 from vitscale.models.multitask import ViTForMultitaskPreTraining
+from vitscale.models.positions import fixed_positions, is_table
 from vitscale.models.simmim import MaskedImageModel, ViTForMaskedImageModeling
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 
@@ -77,27 +83,40 @@ def _without_none(output: Any, *names: str) -> Outputs:
     return {name: output[name] for name in names if output.get(name) is not None}
 
 
+def in_a_line(error: BaseException) -> str:
+    """What other code says, which may be a page."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+
+
+@contextmanager
+def _opening(path: Path, library: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever it is, it is the library's
+        raise CheckpointError(f"{path}: {library} does not open it: {in_a_line(error)}") from None
+
+
 def by_transformers(folder: Path, model: ViTPreTrainedModel) -> Witness:
-    """A folder as transformers opens it: strictly, but for the decoder of a class that it does not have."""
+    """A folder as transformers opens it: strictly, but for the decoder of a class that it does not have.
+
+    A number in config.json that is whole where transformers insists on a point is given to it with one.
+    """
     multitask = isinstance(model, ViTForMultitaskPreTraining)
     name = ViTForImageClassification.__name__ if multitask else type(model).__name__
     library, their_class = _library("transformers", name)
-    more = {}
+    more: dict[str, Any] = {}
     if isinstance(model, ViTModel):
         has_mask_token = model.embeddings.mask_token is not None
         more = {"add_pooling_layer": model.pooler is not None, "use_mask_token": has_mask_token}
-    shows_progress = library.utils.logging.is_progress_bar_enabled()
-    library.utils.logging.disable_progress_bar()
-    try:
+    said, typed = read_json(folder / CONFIG), model.config.to_dict()
+    said |= {key: typed[key] for key, value in said.items() if key in typed and typed[key] == value}
+    with _opening(folder, f"transformers {library.__version__}"), _quiet(library.utils.logging):
+        more |= {"config": their_class.config_class.from_dict(said), "dtype": torch.float32}
         opened, report = their_class.from_pretrained(folder, output_loading_info=True, **more)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: transformers does not open it: {error}") from None
-    finally:
-        if shows_progress:
-            library.utils.logging.enable_progress_bar()
-    wrong = {kind: keys for kind, keys in report.items() if keys and not (multitask and kind == "unexpected_keys")}
-    if wrong:
-        raise CheckpointError(f"{folder}: transformers opens it with {wrong}")
+        wrong = {kind: keys for kind, keys in report.items() if keys and not (multitask and kind == "unexpected_keys")}
+        if wrong:
+            raise CheckpointError(str(wrong))
+    opened.load_state_dict(_whole(opened.state_dict(), fixed_positions(model)), strict=False)
     opened.eval()
 
     @torch.no_grad()
@@ -113,13 +132,25 @@ def by_transformers(folder: Path, model: ViTPreTrainedModel) -> Witness:
     return Witness(f"transformers {library.__version__}", run)
 
 
+@contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """transformers without progress bars and tables of what it warns of."""
+    shows_progress, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_progress:
+            logging.enable_progress_bar()
+
+
 def by_timm(folder: Path) -> Witness:
     """A folder as timm.create_model opens it, strictly."""
     library, create_model = _library("timm", "create_model")
-    try:
+    with _opening(folder, f"timm {library.__version__}"):
         opened = create_model(f"local-dir:{folder}", pretrained=True).eval()
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AssertionError) as error:
-        raise CheckpointError(f"{folder}: timm does not open it: {error}") from None
 
     @torch.no_grad()
     def run(inputs: Inputs) -> Outputs:
@@ -137,22 +168,23 @@ def by_mae(path: Path, model: ViTPreTrainedModel) -> Witness:
         content = read_pickle(path)
     tensors, config = content.get("model", content), model.config
     opened: Any
-    if isinstance(config, ViTMAEConfig):
-        opened = _MaskedAutoencoder(timm_vit, config)
-    else:
-        opened = timm_vit.VisionTransformer(
-            img_size=pair(config.image_size),
-            patch_size=pair(config.patch_size),
-            in_chans=config.num_channels,
-            num_classes=len(tensors.get("head.weight", ())),
-            embed_dim=config.hidden_size,
-            depth=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            mlp_ratio=config.intermediate_size / config.hidden_size,
-            global_pool="avg" if config.fc_norm else "token",
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        )
-    opened.load_state_dict(tensors)
+    with _opening(path, f"the MAE code on timm {library.__version__}"):
+        if isinstance(config, ViTMAEConfig):
+            opened = _MaskedAutoencoder(timm_vit, config)
+        else:
+            opened = timm_vit.VisionTransformer(
+                img_size=pair(config.image_size),
+                patch_size=pair(config.patch_size),
+                in_chans=config.num_channels,
+                num_classes=len(tensors.get("head.weight", ())),
+                embed_dim=config.hidden_size,
+                depth=config.num_hidden_layers,
+                num_heads=config.num_attention_heads,
+                mlp_ratio=mlp_ratio(config.intermediate_size, config.hidden_size),
+                global_pool="avg" if config.fc_norm else "token",
+                norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            )
+        opened.load_state_dict(tensors | _whole(tensors, tables_of(model)))
     opened.eval()
 
     @torch.no_grad()
@@ -166,6 +198,11 @@ def by_mae(path: Path, model: ViTPreTrainedModel) -> Witness:
     return Witness(f"the MAE code on timm {library.__version__}", run)
 
 
+def _whole(tensors: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fixed positions, where a file has them too: those in half precision are computed anew by our model."""
+    return {name: table for name, table in fixed.items() if is_table(tensors[name], table)}
+
+
 class _MaskedAutoencoder(nn.Module):
     """MaskedAutoencoderViT of models_mae.py, of the same blocks and names; the mask comes from `noise`."""
 
@@ -173,7 +210,8 @@ class _MaskedAutoencoder(nn.Module):
         super().__init__()
         norm = partial(nn.LayerNorm, eps=1e-6)
         width, decoder = config.hidden_size, config.decoder_hidden_size
-        block = partial(timm_vit.Block, mlp_ratio=config.intermediate_size / width, qkv_bias=True, norm_layer=norm)
+        ratio = mlp_ratio(config.intermediate_size, width)
+        block = partial(timm_vit.Block, mlp_ratio=ratio, qkv_bias=True, norm_layer=norm)
         size, patch = pair(config.image_size), pair(config.patch_size)
         self.patch_embed = timm_vit.PatchEmbed(size, patch, config.num_channels, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -220,6 +258,4 @@ def _library(name: str, part: str) -> tuple[ModuleType, Any]:
         library = importlib.import_module(name)
         return library, getattr(library, part)
     except Exception as error:  # say for a torchvision that does not fit torch: whatever it is, it is not ours
-        cause = error.__cause__ or error
-        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-        raise Absent(f"{name} is installed and does not import ({reason})") from None
+        raise Absent(f"{name} is installed and does not import ({in_a_line(error.__cause__ or error)})") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vitscale.checkpoint.store import SoleRank, open_checkpoint, open_newest
+from vitscale.checkpoint.store import MANIFEST, SoleRank, open_checkpoint, open_newest
 from vitscale.config.load import load_config
 from vitscale.errors import CheckpointError
 from vitscale.interop.pretrained import save_run_model
@@ -17,10 +17,13 @@ def export_run(source: Path, out: Path | None = None) -> Path:
     On the CPU, from the pieces, without the world that made them.
     """
     source = source.resolve()
-    if not source.is_dir():
-        raise CheckpointError(f"{source}: no such folder; name a run's folder or a checkpoint in it")
-    if (source / "checkpoints").is_dir():
-        folder = RunFolder(source)
+    folder = RunFolder(source)
+    if not folder.checkpoints.is_dir() and not (source / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{source}: {'holds no checkpoint' if source.is_dir() else 'no such folder'}; name a run's folder or a "
+            "checkpoint in it, or for a model add --format onnx, --format torch-export or --prune"
+        )
+    if folder.checkpoints.is_dir():
         checkpoint = open_newest(folder.checkpoints, SoleRank(), print)
     else:
         folder = RunFolder(source.parent.parent)

@@ -18,12 +18,14 @@ from vitscale.config.check import pair
 from vitscale.errors import ConfigError
 from vitscale.export.agreement import Labelled, Row, Runner, Variant, as_table, compare, latencies
 from vitscale.export.images import Images
-from vitscale.export.prune import magnitudes, prune, taylor
+from vitscale.export.prune import magnitudes, opens_in, prune, taylor
 from vitscale.export.served import Served, trace
 from vitscale.inference.model import load
 from vitscale.interop.image_processing import PROCESSOR, AutoImageProcessor, ViTImageProcessor
-from vitscale.interop.pretrained import load_model, save_model
-from vitscale.interop.sources import locate
+from vitscale.interop.pretrained import load_model, write_model
+from vitscale.interop.sources import CONFIG, locate
+from vitscale.interop.weight_files import MAX_SHARD_SIZE
+from vitscale.models.positions import fixed_positions
 from vitscale.models.vit import ViTPreTrainedModel
 
 MOST_CALIBRATION = 256  # images; more change the ranges little
@@ -58,7 +60,7 @@ class Export:
             self._model, self._processor = loaded.model, loaded.processor
         else:
             self._model = load_model(self._folder)
-            if (self._folder / PROCESSOR).is_file() or request.format == "hf":
+            if (self._folder / PROCESSOR).is_file():
                 self._processor = AutoImageProcessor.from_pretrained(self._folder)
         served = self._served(self._model)
         if request.labelled and not (served.num_labels and _single_label(self._model)):
@@ -79,6 +81,7 @@ class Export:
             if request.format == "hf":
                 self._save(model, target)
                 self._measure()
+                self._say(f"the folder opens in {opens_in(model.config)}")
             elif request.format == "onnx":
                 self._onnx(model, target)
             else:
@@ -107,10 +110,8 @@ class Export:
         return self._calibration or self._named(self._request.images, "--images", MOST_CALIBRATION)
 
     def _save(self, model: ViTPreTrainedModel, target: Path) -> None:
-        assert self._processor is not None
-        mean, std = (_tuple(each) for each in (self._processor.image_mean, self._processor.image_std))
-        save_model(target, type(model).__name__, model.config, model.state_dict(), mean, std)
-        shutil.copyfile(self._folder / PROCESSOR, target / PROCESSOR)
+        tensors = {**model.state_dict(), **fixed_positions(model)}
+        write_model(target, type(model).__name__, model.config, tensors, MAX_SHARD_SIZE, self._processor_file())
         again = self._served(load_model(target))
         self._variants.append(Variant("folder", _runner(again), _bytes(target), same_as=len(self._variants) - 1))
 
@@ -193,8 +194,11 @@ class Export:
 
     def _about(self, model: ViTPreTrainedModel) -> dict[str, Any]:
         """What whoever runs the file wants to know: the labels' names, how pixels are made."""
-        processor = {} if self._processor is None else {PROCESSOR: self._processor.to_dict()}
-        return {"config.json": model.config.to_dict(), **processor}
+        return {CONFIG: model.config.to_dict(), **self._processor_file()}
+
+    def _processor_file(self) -> dict[str, dict[str, Any]]:
+        """Its name and content, where the model came with a processor."""
+        return {} if self._processor is None else {PROCESSOR: self._processor.to_dict()}
 
 
 @contextmanager
@@ -226,7 +230,3 @@ def _bytes(path: Path) -> int:
 def _single_label(model: ViTPreTrainedModel) -> bool:
     config = model.config
     return config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
-
-
-def _tuple(value: Any) -> tuple[float, ...]:
-    return tuple(value) if isinstance(value, Sequence) else (value,)

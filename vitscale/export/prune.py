@@ -1,7 +1,7 @@
 """Whole attention heads or MLP units taken out of every block: smaller matrices, hidden_size stays.
 
-Every block loses as many, so that num_attention_heads (with head_dim) or intermediate_size says it all and the
-folder opens like any other.
+Every block loses as many, so that the config says it all. intermediate_size is known to whatever opens the model;
+with fewer heads comes head_dim, which transformers' ViT reads from 5.9 on: versions before refuse the folder.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from vitscale.errors import ConfigError
 from vitscale.export.agreement import Labelled
+from vitscale.models.configuration import ViTConfig
 from vitscale.models.embeddings import ViTEmbeddings
+from vitscale.models.mae import ViTMAEConfig
 from vitscale.models.vit import ViTLayer, ViTPreTrainedModel
 
-WHAT = ("heads", "mlp")
+HEAD_DIM_SINCE = "5.9"  # of transformers
 UNITS = 8  # MLP units are kept in such steps: a matrix that is no multiple of it is slow on a GPU
 
 
@@ -27,8 +29,13 @@ def prune(model: ViTPreTrainedModel, what: str, fraction: float, scores: list[Te
 
     what: "heads" or "mlp". fraction: in (0, 1), of those of each block; what stays is rounded to a whole head, one
     at least, or to a multiple of 8 units. scores: a block's importances [heads or units] for every block of the
-    encoder, see `magnitudes` and `taylor`. ConfigError where nothing would go.
+    encoder, see `magnitudes` and `taylor`. ConfigError where nothing would go, and for the heads of an MAE.
     """
+    if what == "heads" and isinstance(model.config, ViTMAEConfig):
+        raise ConfigError(
+            f"--prune heads: {type(model).__name__} has one head_dim for its encoder and its decoder, which keeps its "
+            "heads; take mlp, or the encoder alone: ViTModel.from_pretrained(MODEL).save_pretrained(FOLDER)"
+        )
     before = len(scores[0])
     step = min(UNITS, before) if what == "mlp" else 1
     stay = max(step, round(before * (1 - fraction) / step) * step)
@@ -40,7 +47,7 @@ def prune(model: ViTPreTrainedModel, what: str, fraction: float, scores: list[Te
     model = copy.deepcopy(model)
     config = model.config
     if what == "heads":
-        config = replace(config, num_attention_heads=stay, head_dim=_head_width(model))
+        config = replace(config, num_attention_heads=stay, head_dim=config.head_width)
     else:
         config = replace(config, intermediate_size=stay)
     for block, importance in zip(_blocks(model), scores, strict=True):
@@ -50,6 +57,15 @@ def prune(model: ViTPreTrainedModel, what: str, fraction: float, scores: list[Te
         if isinstance(module, ViTPreTrainedModel | ViTEmbeddings):
             module.config = config
     return model
+
+
+def opens_in(config: ViTConfig) -> str:
+    """Which libraries open the folder of a pruned model."""
+    if config.beyond_transformers:
+        return "vitscale alone"
+    if config.head_dim is None:
+        return "vitscale and transformers"
+    return f"vitscale, and in transformers {HEAD_DIM_SINCE} or later: its ViT has no head_dim before"
 
 
 @torch.no_grad()
@@ -146,12 +162,7 @@ def _keep_columns(linear: nn.Linear, columns: Tensor) -> None:
 
 def _blocks(model: ViTPreTrainedModel) -> list[ViTLayer]:
     """Of the encoder; a decoder's are not served."""
-    encoder = model.get_submodule("encoder" if hasattr(model, "encoder") else "vit.encoder")
-    return [module for module in encoder.modules() if isinstance(module, ViTLayer)]
-
-
-def _head_width(model: ViTPreTrainedModel) -> int:
-    return _blocks(model)[0].attention.output.in_features // model.config.num_attention_heads
+    return [block for block in model.base_model.blocks() if isinstance(block, ViTLayer)]
 
 
 def _named(what: str) -> str:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from vitscale.config.check import pair
-from vitscale.models.vit import ViTModel, ViTPreTrainedModel
+from vitscale.models.vit import ViTPreTrainedModel
 
 INPUT = "pixel_values"
+LEAST_PATCHES = 2  # a side of what dynamic_size takes: torch.export holds a dimension of 1 for a constant
 
 
 class Served(nn.Module):
@@ -22,12 +23,12 @@ class Served(nn.Module):
     """
 
     def __init__(self, model: ViTPreTrainedModel, dynamic_size: bool = False) -> None:
-        """dynamic_size: images of any whole number of patches a side from 2 on, by interpolate_pos_encoding."""
+        """dynamic_size: by interpolate_pos_encoding images of LEAST_PATCHES whole patches or more a side."""
         super().__init__()
         self.config = model.config
         self.dynamic_size = dynamic_size
         self.is_classifier = hasattr(model, "classifier")
-        self.model = model if self.is_classifier or isinstance(model, ViTModel) else model.get_submodule("vit")
+        self.model = model if self.is_classifier else model.base_model
         pooled = getattr(self.model, "pooler", None) is not None
         self.output_names = ("logits",) if self.is_classifier else ("last_hidden_state", "pooler_output")[: 1 + pooled]
         self.eval()
@@ -58,13 +59,13 @@ class Served(nn.Module):
     def random_images(self, n: int, more_patches: tuple[int, int] = (0, 0), seed: int = 0) -> Tensor:
         """Normal noise [n, channels, height, width] of the model's size, or of some patches more a side."""
         sides = zip(pair(self.config.image_size), pair(self.config.patch_size), more_patches, strict=True)
-        size = [max(side + more * patch, patch) for side, patch, more in sides]
+        size = [max(side + more * patch, min(side, LEAST_PATCHES * patch)) for side, patch, more in sides]
         return torch.randn(n, self.config.num_channels, *size, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
 def trace(served: Served) -> ExportedProgram:
-    """The graph by torch.export: any number of images, and with dynamic_size any number of patches a side from 2 on.
+    """The graph by torch.export, for any number of images, and with dynamic_size any number of patches.
 
     What would fix the number or the size is an error here, never a silent constant.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 
 from vitscale.config.check import pair
-from vitscale.export.served import INPUT, Served
+from vitscale.export.served import INPUT, LEAST_PATCHES, Served
 
 OPSETS = range(9, 21)  # of TensorRT 10.0; later ones take later opsets too
 # What its parser knows by name and refuses (onnx-tensorrt, docs/operators.md of release 10.1).
@@ -56,11 +56,12 @@ def _zero_points(proto: onnx.ModelProto) -> list[str]:
 def engine_command(path: Path, served: Served) -> str:
     """The line that builds FILE.engine for 1 to 32 images, with dynamic size for half to twice the model's sides."""
     sides = list(zip(pair(served.config.image_size), pair(served.config.patch_size), strict=True))
+    least = LEAST_PATCHES if served.dynamic_size else 1
     factors = {"min": (SMALLEST, 0.5), "opt": (USUAL, 1.0), "max": (LARGEST, 2.0)}
     words = ["trtexec", f"--onnx={path}", f"--saveEngine={path.with_suffix('.engine')}"]
     for name, (images, factor) in factors.items():
         scale = factor if served.dynamic_size else 1.0
-        size = [max(1, int(side * scale) // patch) * patch for side, patch in sides]
+        size = [max(least, int(side * scale) // patch) * patch for side, patch in sides]
         shape = "x".join(map(str, [images, served.config.num_channels, *size]))
         words.append(f"--{name}Shapes={INPUT}:{shape}")
     # Precisions as the file has them: float32, and int8 where it is quantized.

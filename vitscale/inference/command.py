@@ -24,7 +24,7 @@ Verb = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.Argume
 def register(verb: Verb) -> None:
     added = verb("predict", _predict, "the labels of images, with their probabilities")
     _takes_images(added)
-    added.add_argument("--top-k", type=_above_zero, default=5, metavar="K", help="labels an image (default: 5)")
+    added.add_argument("--top-k", type=above_zero, default=5, metavar="K", help="labels an image (default: 5)")
     added.add_argument("--format", choices=("table", "jsonl", "csv"), default="table", help="(default: table)")
     added.add_argument("--out", default=None, metavar="FILE", help="appears once all is done (default: stdout)")
     added = verb("features", _features, "an encoder's features of images, into shards")
@@ -38,7 +38,7 @@ def register(verb: Verb) -> None:
     )  # fmt: skip
     added.add_argument("--format", choices=("npy", "parquet"), default="npy", help="(default: npy)")
     added.add_argument(
-        "--shard-size", type=_above_zero, default=None, metavar="N", help="images a shard (default: 256 MiB of them)"
+        "--shard-size", type=above_zero, default=None, metavar="N", help="images a shard (default: 256 MiB of them)"
     )
 
 
@@ -46,7 +46,7 @@ def _takes_images(added: argparse.ArgumentParser) -> None:
     added.epilog = _CODES
     added.add_argument("model", metavar="MODEL", help="a run's folder, a model's folder or a hub name")
     added.add_argument("images", metavar="IMAGES", nargs="+", help=_IMAGES)
-    added.add_argument("--batch", type=_above_zero, default=32, metavar="N", help="images at once (default: 32)")
+    added.add_argument("--batch", type=above_zero, default=32, metavar="N", help="images at once (default: 32)")
     added.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps (default: the GPU where there is one)")
 
 
@@ -97,7 +97,7 @@ def _features(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _above_zero(text: str) -> int:
+def above_zero(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above 0")
     return int(text)

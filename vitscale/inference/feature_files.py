@@ -16,9 +16,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vitscale.errors import ConfigError, DataError
+from vitscale.errors import CheckpointError, ConfigError, DataError
 from vitscale.inference.images import Entry, Found, ImageBatch
 from vitscale.inference.progress import Tally
+from vitscale.interop.config_files import read_json
 from vitscale.run_folder import write_atomically
 
 MANIFEST = "features.json"
@@ -49,31 +50,41 @@ class FeatureFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             if manifest.exists():
-                self._require_same(json.loads(manifest.read_text(encoding="utf-8")))
+                self._require_same(read_json(manifest))
             elif any(path.iterdir()):
                 raise ConfigError(f"--out {path}: is not empty and holds no features; name a new folder")
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, CheckpointError) as error:
             raise ConfigError(f"--out {path}: cannot be used: {error}; name a new folder") from None
 
     def go_on(self, found: Iterator[Found], tally: Tally) -> Iterator[Found]:
         """What of the input is not yet in shards. DataError where the shards are of another input."""
         while (record := self._names(len(self._rows))).exists() and self._data(len(self._rows)).exists():
-            content = json.loads(record.read_text(encoding="utf-8"))
-            skipped = {each["place"]: each for each in content["skipped"]}
-            names = iter(content["names"])
-            for place in range(len(content["names"]) + len(skipped)):
-                expected = skipped[place]["name"] if place in skipped else next(names)
+            names, skipped = self._recorded(record)
+            for expected in names:
                 one = next(found, None)
                 if one is None or one.name != expected:
                     raise DataError(
                         f"--out {self.path}: {record.name} has {expected} where the input now has "
                         f"{one.name if one else 'nothing more'}; name a new folder for other images"
                     )
-            for each in skipped.values():
-                tally.skip(each["name"], each["reason"])
-            tally.done_before(len(content["names"]))
-            self._rows.append(len(content["names"]))
+            for name, reason in skipped:
+                tally.skip(name, reason)
+            self._rows.append(len(names) - len(skipped))
+            tally.done_before(self._rows[-1])
         return found
+
+    def _recorded(self, record: Path) -> tuple[list[str], list[tuple[str, str]]]:
+        """All names of a shard's images in their order, and which were skipped, with the reasons."""
+        try:
+            content = read_json(record)
+            names = [*content["names"]]
+            for each in content["skipped"]:
+                names.insert(each["place"], each["name"])
+            return names, [(each["name"], each["reason"]) for each in content["skipped"]]
+        except (CheckpointError, KeyError, TypeError):
+            raise DataError(
+                f"--out {self.path}: {record.name} is damaged; delete it to have its shard made again"
+            ) from None
 
     def write(self, batches: Iterable[tuple[ImageBatch, np.ndarray]]) -> None:
         """Write batches and their features [n, *shape] into shards, and features.json once all are there."""

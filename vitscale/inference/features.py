@@ -17,7 +17,6 @@ from vitscale.inference.feature_files import FeatureFolder, Request
 from vitscale.inference.images import Found, ImageBatch, batches
 from vitscale.inference.model import Loaded
 from vitscale.inference.progress import Tally
-from vitscale.models.vit import ViTModel
 
 SHARD_BYTES = 256 << 20  # of a shard whose number of images is not given
 
@@ -35,9 +34,7 @@ class FeatureExtractor:
         model, config = loaded.model, loaded.model.config
         if pool == "cls" and not config.use_cls_token:
             raise ConfigError(f"--pool cls: {loaded.source} has no class token (use_cls_token); take mean or patch")
-        encoder = model if isinstance(model, ViTModel) else model.get_submodule("vit")
-        assert isinstance(encoder, ViTModel)
-        self._loaded, self._pool, self._encoder = loaded, pool, encoder
+        self._loaded, self._pool, self._encoder = loaded, pool, model.base_model
         self._norm = getattr(model, "fc_norm", None) if pool == config.pooling else None
         self.shape = [config.num_patches, config.hidden_size] if pool == "patch" else [config.hidden_size]
 

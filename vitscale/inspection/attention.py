@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from vitscale.config.check import pair
-from vitscale.models.vit import ViTModel, ViTPreTrainedModel
+from vitscale.models.vit import ViTPreTrainedModel
 
 ATTENDED, OPACITY = (0.88, 0.17, 0.03), 0.85  # an orange that few images have, and its opacity at the scale's end
 BACKDROP, FADED = 0.65, 0.45  # the grey that the image is faded towards, and how much
@@ -40,8 +40,7 @@ def attention_maps(model: ViTPreTrainedModel, pixel_values: Tensor) -> Attention
     the patches, the mean attention that a patch receives from all patches. What goes to the class token
     and registers is left out. Rollout: Abnar & Zuidema 2020 (arXiv 2005.00928), over all layers.
     """
-    encoder = model if isinstance(model, ViTModel) else model.get_submodule("vit")
-    config, grid = model.config, model.grid(pixel_values)
+    encoder, config, grid = model.base_model, model.config, model.grid(pixel_values)
     resized = tuple(pixel_values.shape[2:]) != pair(config.image_size)
     was_training = encoder.training
     encoder.eval()
@@ -103,10 +102,7 @@ def draw(maps: AttentionMaps, image: np.ndarray, path: Path, aspect: float | Non
     colours = image if channels == 3 else image[..., :1].repeat(3, axis=2)
     _panel(places[0], colours, aspect, f"the model's input, {height}x{width}{note}")
     grey = colours.mean(axis=2, keepdims=True) * (1 - FADED) + FADED * BACKDROP
-    scales = {
-        "rollout": Normalize(float(maps.rollout.min()), float(maps.rollout.max())),
-        "heads": Normalize(0.0, float(np.quantile(maps.heads, 0.99))),
-    }
+    scales = scales_of(maps)
     _panel(places[1], laid_over(grey, scales["rollout"](maps.rollout)), aspect, "rollout over all layers")
     for number, (axes, head) in enumerate(zip(places[2:], maps.heads, strict=False)):
         _panel(axes, laid_over(grey, scales["heads"](head)), aspect, f"last layer, head {number}")
@@ -122,6 +118,14 @@ def draw(maps: AttentionMaps, image: np.ndarray, path: Path, aspect: float | Non
     figure.suptitle("\n".join(filter(None, (title, f"Attention {maps.asker}"))), x=0.01, ha="left", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def scales_of(maps: AttentionMaps) -> dict[str, Normalize]:
+    """What is drawn as nothing and as the full colour: of the heads all above the 99th percentile is alike."""
+    return {
+        "rollout": Normalize(float(maps.rollout.min()), float(maps.rollout.max())),
+        "heads": Normalize(0.0, float(np.quantile(maps.heads, 0.99))),
+    }
 
 
 def _panel(axes: Axes, image: np.ndarray, aspect: float, title: str) -> None:

@@ -47,8 +47,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     from vitscale.interop.pretrained import load_model
     from vitscale.interop.sources import locate
 
-    if not arguments.gradients and (arguments.images or arguments.labels):
-        raise ConfigError("--images and --labels are for --gradients; add it (--attention takes its image itself)")
+    _check(arguments)
     folder = locate(arguments.model)
     model = load_model(folder)
     if arguments.gradients:
@@ -58,6 +57,19 @@ def inspect(arguments: argparse.Namespace) -> int:
     if not arguments.gradients and not arguments.attention:
         _tree(model, arguments.depth)
     return DONE
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """That no option goes unheard."""
+    instead = arguments.gradients or arguments.attention
+    if not arguments.gradients and (arguments.images or arguments.labels):
+        raise ConfigError("--images and --labels are for --gradients; add it (--attention takes its image itself)")
+    if instead and arguments.depth is not None:
+        raise ConfigError(
+            f"--depth {arguments.depth}: is for the tree, which --gradients and --attention leave out; ask for it alone"
+        )
+    if arguments.out and not instead:
+        raise ConfigError(f"--out {arguments.out}: is for --gradients and --attention; add one, or leave it out")
 
 
 def _levels(text: str) -> int:

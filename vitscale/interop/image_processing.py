@@ -168,7 +168,7 @@ class ViTImageProcessor:
         if kind not in TYPES:
             raise CheckpointError(f"{where}: image_processor_type={kind!r}: must be one of {', '.join(TYPES)}")
         names = {field.name for field in fields(cls)}
-        unknown = sorted(name for name in content.keys() - names - _REMARKS if _asks(name, content[name]))
+        unknown = sorted(str(name) for name in content.keys() - names - _REMARKS if _asks(name, content[name]))
         if unknown:
             raise CheckpointError(f"{where}: key(s) {', '.join(unknown)} ask for what this processor does not")
         known = {name: value for name, value in content.items() if name in names}

@@ -26,7 +26,7 @@ from vitscale.interop.strict import refuse, require_equal, shapes
 from vitscale.interop.weight_files import MAX_SHARD_SIZE, read_weights, write_folder
 from vitscale.models.auto import CLASSES, OBJECTIVES, vit_config
 from vitscale.models.configuration import ViTConfig
-from vitscale.models.positions import fill_fixed_positions, fixed_positions
+from vitscale.models.positions import fill_fixed_positions, fixed_positions, is_table
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 
 State = Mapping[str, Tensor | np.ndarray]
@@ -188,16 +188,9 @@ def _settle_positions(
     if config.position_embeddings != "sincos":
         return
     for name, table in fixed_positions(_skeleton(model_class, config, state)).items():
-        if _is_table(state[name], table):
+        if is_table(state[name], table):
             continue
         if "position_embeddings" in content:
             raise CheckpointError(f"{folder}: {name} is not the sincos table that position_embeddings promises")
         config.position_embeddings = "learned"
         return
-
-
-def _is_table(found: Tensor, table: Tensor) -> bool:
-    """Whether these are a table's numbers, as near as the file's precision has them."""
-    if found.shape != table.shape or not found.is_floating_point():
-        return False
-    return torch.allclose(found.float(), table, rtol=torch.finfo(found.dtype).eps, atol=1e-5)

@@ -41,9 +41,15 @@ def _as_type(hint: Any, value: Any) -> Any:
             return value
     elif hint is int and isinstance(value, numbers.Integral):
         return int(value)
-    elif hint is float and isinstance(value, numbers.Real) and abs(value) <= sys.float_info.max:
-        return float(value)
+    elif hint is float and isinstance(value, numbers.Real):
+        return _finite(value)
     raise TypeError
+
+
+def _finite(value: Any) -> float:
+    if not abs(value) <= sys.float_info.max:  # NaN, infinity, a whole number that no float can hold
+        raise TypeError
+    return float(value)
 
 
 def _first(options: Iterable[Any], value: Any) -> Any:

@@ -113,3 +113,15 @@ def fill_fixed_positions(model: nn.Module) -> None:
     buffers = dict(model.named_buffers())
     for name, table in fixed_positions(model).items():
         buffers[name].copy_(table)
+
+
+def is_table(found: Tensor, table: Tensor) -> bool:
+    """Whether positions are this fixed table, whole or as half precision leaves it."""
+    found = found.float()
+    if found.shape != table.shape:
+        return False
+    return torch.allclose(found, table, atol=1e-5) or any(
+        torch.equal(found, found.to(dtype).float())
+        and torch.allclose(found, table.to(dtype).float(), torch.finfo(dtype).eps, 1e-5)
+        for dtype in (torch.float16, torch.bfloat16)
+    )

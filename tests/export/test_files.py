@@ -1,0 +1,36 @@
+"""How a finished export takes its place."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vitscale.export.files import _kept
+
+
+def test_the_graph_comes_last_so_that_it_never_lacks_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the weights beside it cannot be put in their place, the old file stays."""
+    out, replace = tmp_path / "model.onnx", os.replace
+    out.write_text("old")
+
+    def fail_for_weights(source: Path, target: Path, **options: Any) -> None:
+        if target.suffix == ".data":
+            raise OSError("no space left")
+        replace(source, target, **options)
+
+    monkeypatch.setattr(os, "replace", fail_for_weights)
+
+    def export() -> None:
+        with _kept(out) as target:
+            target.write_text("new")
+            target.with_name("model.onnx.data").write_text("weights")
+
+    with pytest.raises(OSError, match="no space"):
+        export()
+    assert out.read_text() == "old"
+    assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
