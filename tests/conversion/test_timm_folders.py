@@ -202,7 +202,7 @@ def test_names_of_labels_go_both_ways(tmp_path: Path) -> None:
     assert read_timm(tmp_path).model.config.id2label == dict(enumerate(names))
     timm.models.save_for_hf(tiny_timm(PLAIN), tmp_path, {"label_names": names[:3]}, safe_serialization=True)
     opened = read_timm(tmp_path)
-    assert opened.model.config.id2label is None
+    assert not opened.model.config.has_class_names
     assert "label_names: 3 names for 5 classes are left out" in opened.notes
 
 

@@ -55,6 +55,15 @@ def test_labels_of_shards(tmp_path: Path) -> None:
     assert labels_of(images(tmp_path / "s001.tar", labelled=True, config=ten)) == [3, 4, 5, 6]
     with pytest.raises(DataError, match=r"s001.tar:000005: its label \(.cls\) is 5; .*below num_labels=5"):
         labels_of(images(tmp_path, labelled=True))
+    label2id = {name: 9 - place for place, name in enumerate("abcdefghij")}
+    named = ViTConfig.from_dict(small().config.to_dict() | {"label2id": label2id})
+    (tmp_path / "classes.json").write_text('["a", "b", "c", "d", "e", "f", "g"]', encoding="utf-8")
+    assert labels_of(images(tmp_path, labelled=True, config=named)) == [9, 8, 7, 6, 5, 4, 3], "by name"
+    assert labels_of(images(tmp_path, labelled=True, config=ten)) == [0, 1, 2, 3, 4, 5, 6], "the model has no names"
+    (tmp_path / "classes.json").write_text('["a", "b", "other", "d", "e"]', encoding="utf-8")
+    with pytest.raises(DataError, match=r"calls label 2 'other', which is none of the model's label2id"):
+        labels_of(images(tmp_path, labelled=True, config=named))
+    (tmp_path / "classes.json").unlink()
     (tmp_path / "bare").mkdir()
     write_shards(tmp_path / "bare", [2], labels=False)
     with pytest.raises(DataError, match="is missing"):

@@ -109,6 +109,15 @@ def test_bad_files_are_named_and_skipped(
     assert err.splitlines()[-1] == "vitscale: error: no image could be read"
 
 
+def test_the_format_is_the_one_that_the_file_is_named_for(
+    classifier: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, first in (("a.csv", "image,"), ("a.jsonl", '{"image"'), ("a.txt", "")):
+        assert predict(capsys, classifier, photos / "china.jpg", "--out", tmp_path / name)[0] == DONE
+        assert (tmp_path / name).read_text().startswith(first)
+    assert not (tmp_path / "a.txt").read_text().startswith(("image,", "{"))
+
+
 def test_no_file_is_left_where_nothing_could_be_read(
     classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,13 +98,15 @@ def test_the_full_colour_is_for_one_patch_in_a_hundred() -> None:
     maps = AttentionMaps(np.array([*range(1, 200), 5000.0]).reshape(2, 10, 10), np.arange(2.0, 6).reshape(2, 2), "")
     scales = scales_of(maps)
     assert [float(scales["heads"](value)) > 1 for value in (197, 199, 5000)] == [False, True, True]
-    assert [float(scales["rollout"](value)) for value in (2, 5)] == [0, 1]
+    assert [float(scales["rollout"](value)) for value in (1, 5)] == [0, 1]
+    even = scales_of(AttentionMaps(np.full((2, 2, 2), 1.01), np.full((2, 2), 0.99), ""))
+    assert [(scale.vmin, scale.vmax) for scale in even.values()] == [(1, 2), (1, 2)], "no difference looks like none"
 
 
 @pytest.mark.parametrize("channels, aspect", [(1, 1.0), (3, 0.6), (13, 2.0)])
 def test_overlays_become_a_png(channels: int, aspect: float, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    maps = AttentionMaps(random.random((5, 4, 6)), random.random((4, 6)), "of the class token")
+    maps = AttentionMaps(3 * random.random((5, 4, 6)), 3 * random.random((4, 6)), "of the class token")
     path = tmp_path / "figures" / "attention.png"
     draw(maps, random.random((32, 48, channels)), path, aspect, "a model")
     with Image.open(path) as picture:

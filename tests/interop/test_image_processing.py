@@ -104,6 +104,8 @@ def test_arrays_like_theirs(backend: str) -> None:
     for image in (fractions, torch.tensor(fractions), torch.tensor(fractions).permute(2, 0, 1)):
         ours = ViTImageProcessor(do_rescale=False)(image, return_tensors="np")
         assert_alike(ours, theirs(image, do_rescale=False, return_tensors="np"))
+    with pytest.warns(UserWarning, match=r"pixels in \[0, 1\] are rescaled once more; pass do_rescale=False"):
+        ViTImageProcessor()(fractions, return_tensors="np")
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 9, 13])

@@ -112,7 +112,7 @@ def test_another_number_of_labels(tmp_path: Path, capsys: pytest.CaptureFixture[
     capsys.readouterr()
     model, report = load(ViTForImageClassification, tmp_path, num_labels=7, ignore_mismatched_sizes=True)
     assert model.classifier.weight.shape == (7, 16)
-    assert (model.config.num_labels, model.config.id2label) == (7, None)
+    assert (model.config.num_labels, model.config.has_class_names) == (7, False)
     assert report.fresh == HEAD
     assert report.mismatched == ["classifier.bias [5] instead of [7]", "classifier.weight [5, 16] instead of [7, 16]"]
     assert "of another shape: classifier.bias" in capsys.readouterr().err

@@ -36,6 +36,7 @@ from vitscale.models.simmim import ViTForMaskedImageModeling
     {"pooler_act": "prelu"}, {"head_dim": 0}, {"id2label": ["cat"]}, {"id2label": {1: "a", 2: "b", 7: "c"}},
     {"id2label": {"a": "b"}}, {"id2label": {0: 1}}, {"label2id": {"a": 1, "b": 2}},
     {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 1, "b": 0}}, {"output_attentions": "yes"},
+    {"num_labels": 10**12},
 ])  # fmt: skip
 def test_impossible_configs(keys: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"must be") as caught:
@@ -115,6 +116,17 @@ def test_labels_by_name() -> None:
     assert (twice.num_labels, twice.label2id) == (2, {"crane": 1})
     assert ViTConfig.from_dict(twice.to_dict()) == twice
     assert ViTConfig(num_labels=0).to_dict()["num_labels"] == 0
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+def test_labels_without_names_are_called_as_transformers_calls_them(count: int) -> None:
+    ours, theirs = ViTConfig(num_labels=count), transformers.ViTConfig(num_labels=count)
+    assert (ours.id2label or {}, ours.label2id or {}) == (theirs.id2label, theirs.label2id)
+    assert not ours.has_class_names
+    assert ours.to_dict()["num_labels"] == count
+    assert "id2label" not in ours.to_dict()
+    assert ViTConfig.from_dict(ours.to_dict()) == ours
+    assert ViTConfig(id2label={0: "cat"}).has_class_names
 
 
 @pytest.mark.parametrize(("name", "value"), [

@@ -245,7 +245,7 @@ def write_timm(folder: Path, opened: Opened) -> tuple[list[str], list[str]]:
             "classifier": "head",
         },
     }
-    if config.id2label is not None and classes:
+    if config.id2label is not None and config.has_class_names and classes:
         content["label_names"] = [config.id2label[number] for number in sorted(config.id2label)]
     write_folder(folder, {CONFIG: as_text(content)}, tensors, MAX_SHARD_SIZE)
     return left_out, notes
@@ -296,7 +296,8 @@ def _arguments(config: ViTConfig) -> tuple[str, dict[str, Any], list[str]]:
             arguments |= {"act_layer": _ACTIVATIONS[config.hidden_act], "pre_norm": False}
     notes = []
     if eps != config.layer_norm_eps:
-        notes.append(f"layer_norm_eps={config.layer_norm_eps} became {eps}: timm has no argument for it")
+        was = f"layer_norm_eps={config.layer_norm_eps} became {eps}: timm has no argument for it"
+        notes.append(f"{was}; from_pretrained(FROM, layer_norm_eps={eps}) is the model that timm will have")
     return architecture, arguments, notes
 
 

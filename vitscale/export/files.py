@@ -25,8 +25,9 @@ from vitscale.interop.image_processing import PROCESSOR, AutoImageProcessor, ViT
 from vitscale.interop.pretrained import load_model, write_model
 from vitscale.interop.sources import CONFIG, locate
 from vitscale.interop.weight_files import MAX_SHARD_SIZE
+from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.positions import fixed_positions
-from vitscale.models.vit import ViTPreTrainedModel
+from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 
 MOST_CALIBRATION = 256  # images; more change the ranges little
 RANDOM_BATCHES = (1, 3, 4)
@@ -113,7 +114,8 @@ class Export:
         tensors = {**model.state_dict(), **fixed_positions(model)}
         write_model(target, type(model).__name__, model.config, tensors, MAX_SHARD_SIZE, self._processor_file())
         again = self._served(load_model(target))
-        self._variants.append(Variant("folder", _runner(again), _bytes(target), same_as=len(self._variants) - 1))
+        name = "folder" if isinstance(model, (ViTModel, ViTForImageClassification)) else "folder, its decoder too"
+        self._variants.append(Variant(name, _runner(again), _bytes(target), same_as=len(self._variants) - 1))
 
     def _onnx(self, model: ViTPreTrainedModel, target: Path) -> None:
         from vitscale.export.onnx import ONE_FILE, describe, open_onnx, write_onnx

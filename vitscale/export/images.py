@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from vitscale.data.classes import CLASSES, class_names
 from vitscale.data.tar import scan_shard
 from vitscale.errors import DataError
 from vitscale.export.agreement import Labelled
@@ -25,8 +26,9 @@ _SHARD = ".tar:"  # between a shard and a sample in an image's name
 class Images:
     """What the command line names as images; every pass reads them again, in their order.
 
-    The label of a shard's sample is its .cls member; that of a file is the folder it lies in: a name of
-    label2id, or the folder's place among all of them in sorted order, as `vitscale pack` counts.
+    The label of a shard's sample is its .cls member, by the name that classes.json beside the shard gives
+    it; that of a file is the folder it lies in: a name of label2id, or the folder's place among all of them
+    in sorted order, as `vitscale pack` counts.
     """
 
     def __init__(
@@ -77,10 +79,11 @@ class _Labels:
     """An image's name -> its class."""
 
     def __init__(self, found: Sequence[Found], key: str, config: ViTConfig) -> None:
-        self._num_labels = config.num_labels
+        self._config = config
         self._shards: dict[str, dict[str, bytes]] = {}
+        self._names: dict[Path, list[str] | None] = {}
         folders = sorted({Path(one.name).parent.name for one in found if _SHARD not in one.name})
-        self._classes = config.label2id or {}
+        self._classes: dict[str, int] = config.label2id or {}
         if not self._classes.keys() >= set(folders):
             if len(folders) != config.num_labels:
                 raise DataError(
@@ -97,12 +100,28 @@ class _Labels:
         if shard not in self._shards:
             self._shards[shard] = _shard_labels(shard + _SHARD[:-1])
         text = self._shards[shard].get(sample, b"").decode(errors="replace").strip()
-        if not text.isdecimal() or int(text) >= self._num_labels:
+        count = self._config.num_labels
+        if not text.isdecimal() or int(text) >= count:
             raise DataError(
                 f"{name}: its label (.cls) is {text or 'missing'}; --labelled wants a whole number below "
-                f"num_labels={self._num_labels}"
+                f"num_labels={count}"
             )
-        return int(text)
+        return self._by_name(Path(f"{shard}{_SHARD[:-1]}"), int(text))
+
+    def _by_name(self, shard: Path, label: int) -> int:
+        """A shard's label as the model counts: by the class's name, where both the shards and the model have names."""
+        if shard not in self._names:
+            self._names[shard] = class_names([shard]) if self._config.has_class_names else None
+        names, label2id = self._names[shard], self._config.label2id or {}
+        if names is None:
+            return label
+        name = names[label] if label < len(names) else None
+        if name not in label2id:
+            raise DataError(
+                f"{shard}: {CLASSES} beside it calls label {label} {name!r}, which is none of the model's label2id; "
+                f"--labelled wants the model's classes, or shards without {CLASSES}, whose labels are taken as they are"
+            )
+        return label2id[name]
 
 
 def _shard_labels(path: str) -> dict[str, bytes]:

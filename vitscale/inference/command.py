@@ -25,7 +25,9 @@ def register(verb: Verb) -> None:
     added = verb("predict", _predict, "the labels of images, with their probabilities")
     _takes_images(added)
     added.add_argument("--top-k", type=above_zero, default=5, metavar="K", help="labels an image (default: 5)")
-    added.add_argument("--format", choices=("table", "jsonl", "csv"), default="table", help="(default: table)")
+    added.add_argument(
+        "--format", choices=("table", "jsonl", "csv"), default=None, help="(default: as --out ends, else table)"
+    )
     added.add_argument("--out", default=None, metavar="FILE", help="appears once all is done (default: stdout)")
     added = verb("features", _features, "an encoder's features of images, into shards")
     _takes_images(added)
@@ -64,7 +66,9 @@ def _predict(arguments: argparse.Namespace) -> int:
     found = find(arguments.images, sys.stdin.buffer)
     channels = loaded.model.config.num_channels
     read = batches(found, loaded.processor, channels, arguments.batch, here.cores_per_rank)
-    predict_all(predictor, read, arguments.format, out, tally)
+    ending = out.suffix.removeprefix(".") if out else ""
+    file_format = arguments.format or (ending if ending in ("jsonl", "csv") else "table")
+    predict_all(predictor, read, file_format, out, tally)
     return tally.exit_code()
 
 

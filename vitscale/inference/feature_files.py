@@ -68,7 +68,7 @@ class FeatureFolder:
                         f"{one.name if one else 'nothing more'}; name a new folder for other images"
                     )
             for name, reason in skipped:
-                tally.skip(name, reason)
+                tally.skip(name, f"{reason} (when its shard was written; delete {record.name} to read it again)")
             self._rows.append(len(names) - len(skipped))
             tally.done_before(self._rows[-1])
         return found

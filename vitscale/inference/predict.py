@@ -41,7 +41,7 @@ class Predictor:
                 f"{loaded.source}: a {type(model).__name__}{empty} has no classifier to predict with; take a model "
                 "that was trained on labels, or `vitscale features` for what this one sees"
             )
-        self._names = [(config.id2label or {}).get(i, f"LABEL_{i}") for i in range(config.num_labels)]
+        self._names = list((config.id2label or {}).values())
         self.is_regression = _is_regression(config)
         self._is_multi_label = config.problem_type == "multi_label_classification"
 

@@ -109,9 +109,9 @@ def draw(maps: AttentionMaps, image: np.ndarray, path: Path, aspect: float | Non
 
     for axes, (name, scale) in zip(legend.subplots(1, 2), scales.items(), strict=True):
         shown = ScalarMappable(scale, _legend_colours())
-        extend = "max" if name == "heads" and maps.heads.max() > scale.vmax else "neither"
+        extend = "both" if name == "heads" and maps.heads.max() > scale.vmax else "min"
         bar = legend.colorbar(shown, cax=axes, orientation="horizontal", extend=extend)
-        bar.set_label(f"{name}: attention, the mean patch's being 1", fontsize=8)
+        bar.set_label(f"{name}: attention, in multiples of the mean patch's", fontsize=8)
         axes.tick_params(labelsize=7)
         axes.set_box_aspect(0.06)
         bar.outline.set_visible(False)
@@ -121,11 +121,10 @@ def draw(maps: AttentionMaps, image: np.ndarray, path: Path, aspect: float | Non
 
 
 def scales_of(maps: AttentionMaps) -> dict[str, Normalize]:
-    """What is drawn as nothing and as the full colour: of the heads all above the 99th percentile is alike."""
-    return {
-        "rollout": Normalize(float(maps.rollout.min()), float(maps.rollout.max())),
-        "heads": Normalize(0.0, float(np.quantile(maps.heads, 0.99))),
-    }
+    """What is drawn as nothing, a mean patch's attention, and as the full colour: twice that, or the most there is
+    (of the heads the 99th percentile)."""
+    highest = {"rollout": maps.rollout.max(), "heads": np.quantile(maps.heads, 0.99)}
+    return {name: Normalize(1.0, max(2.0, float(value))) for name, value in highest.items()}
 
 
 def _panel(axes: Axes, image: np.ndarray, aspect: float, title: str) -> None:

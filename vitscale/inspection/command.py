@@ -146,7 +146,7 @@ def _attention(model: ViTPreTrainedModel, folder: Path, arguments: argparse.Name
     if not processor.do_center_crop:  # the whole image, but maybe squeezed
         height, width = processor(arguments.attention, do_resize=False, return_tensors="pt").pixel_values.shape[2:]
         aspect = height / width
-    draw(maps, _as_seen(pixel_values[0], processor), path, aspect, arguments.model)
+    draw(maps, _as_seen(pixel_values[0], processor), path, aspect, f"{arguments.attention}, by {arguments.model}")
     print(path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -218,6 +219,8 @@ class ViTImageProcessor:
                 f"an image of {own} channels: the model's are {channels}, as image_mean has; give images of "
                 f"{channels}, {convert}or use a model of num_channels={own}"
             )
+        if self.do_rescale and self.rescale_factor < 1 and _is_in_unit_range(whole):
+            warnings.warn("pixels in [0, 1] are rescaled once more; pass do_rescale=False for those", stacklevel=2)
         array = _resized(whole, _target(self.size, height, width) if self.do_resize else None, self.resample)
         if self.do_center_crop:
             array = _center_cropped(array, self.crop_size["height"], self.crop_size["width"])
@@ -233,6 +236,10 @@ class ViTImageProcessor:
         values *= scale.astype(np.float32)
         values -= shift.astype(np.float32)
         return values
+
+
+def _is_in_unit_range(image: Any) -> bool:
+    return isinstance(image, np.ndarray) and image.dtype.kind == "f" and bool(image.max() <= 1)
 
 
 class AutoImageProcessor:

@@ -27,6 +27,7 @@ _COUNTS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size", "image_size",
     "patch_size", "num_channels", "encoder_stride", "pooler_output_size", "mask_patch",
 )  # fmt: skip
+_MOST_LABELS = 1_000_000  # a file that says more is damaged; each of them gets a name
 _SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "mask_ratio", "label_smoothing")
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "position_embeddings": POSITIONS, "pooling": POOLINGS, "problem_type": (*PROBLEM_TYPES, None),
@@ -61,7 +62,7 @@ class ViTConfig(PretrainedConfigMixin):
     pooler_output_size: int | None = None  # None: hidden_size
     pooler_act: str = "tanh"
     num_labels: int = 2  # 0: features, no classifier
-    id2label: dict[int, str] | None = None  # the classes' names; their number is num_labels
+    id2label: dict[int, str] | None = None  # the classes' names; their number is num_labels; None: LABEL_0, ...
     label2id: dict[str, int] | None = None  # the way back; follows from id2label where it is not given
     problem_type: str | None = None  # one of PROBLEM_TYPES; None: told from num_labels and the labels
     output_attentions: bool = False  # what a call gives that does not say
@@ -95,6 +96,10 @@ class ViTConfig(PretrainedConfigMixin):
         """id2label in order, label2id and num_labels of one another."""
         if self.id2label is None and self.label2id is not None:
             self.id2label = {number: name for name, number in self.label2id.items()}
+        if self.id2label is None:
+            if not 0 <= self.num_labels <= _MOST_LABELS:
+                refuse("num_labels", self.num_labels, f"0 (features only) to {_MOST_LABELS}")
+            self.id2label = _generic_names(self.num_labels) or None
         if self.id2label is None:
             return
         names, self.num_labels = self.id2label, len(self.id2label)
@@ -136,7 +141,7 @@ class ViTConfig(PretrainedConfigMixin):
 
     def _at_least(self) -> dict[str, int]:
         """The smallest value of each key that counts something."""
-        return dict.fromkeys(_COUNTS, 1) | {"num_labels": 0, "num_register_tokens": 0}
+        return dict.fromkeys(_COUNTS, 1) | {"num_register_tokens": 0}
 
     def _check_options(self) -> None:
         if not self.use_cls_token and self.pooling != "mean":
@@ -148,6 +153,11 @@ class ViTConfig(PretrainedConfigMixin):
                 check_rope("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
             if self.rope_theta <= 0:
                 refuse("rope_theta", self.rope_theta, "above 0, or None")
+
+    @property
+    def has_class_names(self) -> bool:
+        """Whether id2label says more than LABEL_0, LABEL_1, ..., as transformers calls what has no name."""
+        return self.id2label is not None and self.id2label != _generic_names(self.num_labels)
 
     @property
     def beyond_transformers(self) -> list[str]:
@@ -209,9 +219,11 @@ class ViTConfig(PretrainedConfigMixin):
         """The content of config.json, which transformers' config class reads too."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        if self.id2label is not None:
+        if self.id2label is not None and self.has_class_names:
             values["id2label"] = {str(number): name for number, name in self.id2label.items()}
             del values["num_labels"]
+        else:
+            values["id2label"] = values["label2id"] = None
         present = {name: value for name, value in values.items() if value is not None}
         return {"model_type": self.saved_model_type, **present}
 
@@ -232,6 +244,10 @@ class ViTConfig(PretrainedConfigMixin):
         if content.get("return_dict") is False:
             raise ConfigError("return_dict=False: must be left out; give it to the model's call instead")
         return cls(**{name: value for name, value in content.items() if name in names})
+
+
+def _generic_names(count: int) -> dict[int, str]:
+    return {number: f"LABEL_{number}" for number in range(count)}
 
 
 def _square_as_int(size: Size) -> Size:
