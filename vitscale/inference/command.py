@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vitscale import world
-from vitscale.run_folder import STOPPED
+from vitscale.run_folder import BAD_INPUT, STOPPED
 
 _IMAGES = (
     "files, folders (searched for images and shards), 'patterns' with *, ** or {a..b}, .tar shards, "
@@ -97,7 +97,8 @@ def _features(arguments: argparse.Namespace) -> int:
         tally.say(f"stopped; the same command goes on behind the last whole shard in {arguments.out}")
         return STOPPED
     code = tally.exit_code()
-    print(f"{folder.path}: features of {folder.images} images in {folder.shards} shards")
+    if code != BAD_INPUT:
+        print(f"{folder.path}: features of {folder.images} images in {folder.shards} shards")
     return code
 
 
