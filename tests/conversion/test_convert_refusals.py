@@ -170,3 +170,7 @@ def test_a_width_whose_ratio_is_no_float(tmp_path: Path) -> None:
         "mae",
     )
     assert "MAE code" in report.checks[1].what
+
+
+def test_a_file_that_is_not_there(tmp_path: Path, refused: Any) -> None:
+    assert "nofile.pth: no such file; name a MAE .pth, a model's folder or " in refused(tmp_path / "nofile.pth", "hf")

@@ -145,7 +145,9 @@ def test_cut_files(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for content in (whole[:-10], whole[:100], whole[:4], b"", b"\0" * 64):
         path.write_bytes(content)
-        assert f"{path}: cannot be read as safetensors" in one_line(tmp_path)
+        said = one_line(tmp_path)
+        assert f"{path}: cannot be read as safetensors" in said
+        assert said.endswith("; it is cut or damaged: fetch it again")
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 3\n")
     assert one_line(tmp_path).endswith("it is a git-lfs pointer: `git lfs pull`")
     path.unlink()
@@ -176,7 +178,9 @@ def test_pytorchs_pickle(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for content in (whole[:-20], whole[:100], b"", b"no pickle", b"hello, world", b'{"a": 1}', b"<html>", b"\x8a" * 9):
         path.write_bytes(content)
-        assert f"{path}: cannot be read as PyTorch's pickle" in one_line(tmp_path)
+        said = one_line(tmp_path)
+        assert f"{path}: cannot be read as PyTorch's pickle" in said
+        assert said.endswith("; it is cut or damaged: fetch it again")
     torch.save({"model": TENSORS, "epoch": 3}, path)
     assert "must hold tensors by name, and holds ['epoch', 'model']" in one_line(tmp_path)
     path.unlink()

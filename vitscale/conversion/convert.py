@@ -116,6 +116,8 @@ def open_source(source: str | Path, given: Mapping[str, Any]) -> tuple[Opened, C
         return opened, lambda: witnesses.by_mae(path, opened.model)
     for name, value in given.items():
         raise ConfigError(f"{name}={value!r}: is for a MAE .pth, and {source} says its own; leave it out")
+    if path.suffix in (".pth", ".pt", ".bin") and not path.exists():
+        raise CheckpointError(f"{source}: no such file; name a MAE .pth, a model's folder or a name on the hub")
     folder = locate(source)
     content = read_json(folder / CONFIG)
     if timm.is_timm(content):

@@ -79,7 +79,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}{_pointer(path)}") from None
+        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}{_way_out(path)}") from None
 
 
 def read_pickle(path: Path) -> Any:
@@ -92,14 +92,14 @@ def read_pickle(path: Path) -> Any:
     except UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted is None:  # not refused but broken
-            raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle{_pointer(path)}") from None
+            raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle{_way_out(path)}") from None
         raise CheckpointError(
             f"{path}: holds more than tensors ({wanted[1]}), and to unpickle that could run anything; ask for "
             f"{WEIGHTS}, or, where you trust it, save its tensors alone with torch.save"
         ) from None
     except Exception as error:  # on a damaged file it raises nearly anything
         reason = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(": ")
-        raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle: {reason}{_pointer(path)}") from None
+        raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle: {reason}{_way_out(path)}") from None
 
 
 def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
@@ -109,13 +109,14 @@ def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
     return {str(name): tensor for name, tensor in content.items()}
 
 
-def _pointer(path: Path) -> str:
-    """What to do where git fetched the note that stands for a large file, not the file."""
+def _way_out(path: Path) -> str:
+    """What to do about a file that cannot be read; git may have fetched the note that stands for a large one."""
     try:
         with open(path, "rb") as stream:
-            return "; it is a git-lfs pointer: `git lfs pull`" if stream.read(len(_POINTER)) == _POINTER else ""
+            is_pointer = stream.read(len(_POINTER)) == _POINTER
     except OSError:
         return ""
+    return "; it is a git-lfs pointer: `git lfs pull`" if is_pointer else "; it is cut or damaged: fetch it again"
 
 
 def write_folder(
