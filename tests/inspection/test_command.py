@@ -54,6 +54,9 @@ def test_gradients_of_given_images(
     assert cli.main(["inspect", model, "--gradients", *options]) == 0
     given = capsys.readouterr().out.splitlines()
     assert random.splitlines()[-1] != given[-2]
+    pattern = str(Path(photograph).parent / "*.jpg")
+    assert cli.main(["inspect", model, "--gradients", "--images", pattern, "--labels", "3"]) == 0
+    assert capsys.readouterr().out.splitlines() == given[:-1], "as the other verbs name images"
     assert given[-1] == str(tmp_path / "gradients.png")
     with Image.open(given[-1]) as picture:
         assert picture.format == "PNG"
@@ -80,6 +83,8 @@ BAD = {
     "too few labels": (["MODEL", "--gradients", "--labels", "1"], "one an image"),
     "no such class": (["MODEL", "--gradients", "--images", "IMAGE", "--labels", "5"], "must be classes 0 to 4"),
     "no such image": (["MODEL", "--attention", "none.jpg"], "none.jpg"),
+    "a bad one of many": (["MODEL", "--gradients", "--images", "IMAGE", "EMPTY"], "empty.jpg: 0 bytes; leave it out"),
+    "no images": (["MODEL", "--gradients", "--images", "none/*.jpg"], "--images"),
     "no folder": (["MODEL", "--gradients", "--out", "EMPTY"], "--out"),
     "an empty image": (["MODEL", "--attention", "EMPTY"], "empty"),
 }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitscale import world
-from vitscale.errors import ConfigError
+from vitscale.errors import ConfigError, DataError
 from vitscale.run_folder import DONE
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added.add_argument("--depth", type=_levels, default=None, metavar="N", help="levels of the tree (default: all)")
     added.add_argument("--gradients", action="store_true", help="gradient norms by layer, of one backward of its loss")
     added.add_argument(
-        "--images", nargs="+", default=None, metavar="IMAGE", help="for --gradients (default: 8 of random numbers)"
+        "--images", nargs="+", default=None, metavar="IMAGES",
+        help="for --gradients: files, folders, patterns, shards (default: 8 images of random numbers)",
     )
     added.add_argument(
         "--labels", nargs="+", type=float, default=None, metavar="LABEL",
@@ -93,10 +95,9 @@ def _gradients(model: ViTPreTrainedModel, folder: Path, arguments: argparse.Name
 
     from vitscale.config.check import pair
     from vitscale.inspection.gradients import as_table, draw, gradient_norms
-    from vitscale.interop.image_processing import ViTImageProcessor
 
     if arguments.images:
-        images = ViTImageProcessor.from_pretrained(folder)(arguments.images, return_tensors="pt").pixel_values
+        images = _images(model, folder, arguments.images)
     else:
         shape = (RANDOM_IMAGES, model.config.num_channels, *pair(model.config.image_size))
         images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -106,6 +107,24 @@ def _gradients(model: ViTPreTrainedModel, folder: Path, arguments: argparse.Name
         path = _folder(arguments.out) / "gradients.png"
         draw(gradients, path, f"{arguments.model}, {len(images)} {'given' if arguments.images else 'random'} images")
         print(path)
+
+
+def _images(model: ViTPreTrainedModel, folder: Path, named: Sequence[str]) -> Tensor:
+    """All images that are named, as one batch; DataError for a bad one."""
+    import torch
+
+    from vitscale.inference.images import batches, find
+    from vitscale.interop.image_processing import ViTImageProcessor
+
+    found = find(named, sys.stdin.buffer)
+    threads = world.read_world().cores_per_rank
+    read = list(batches(found, ViTImageProcessor.from_pretrained(folder), model.config.num_channels, 32, threads))
+    for entry in (entry for batch in read for entry in batch.entries):
+        if entry.bad is not None:
+            raise DataError(f"--images: {entry.name}: {entry.bad}; leave it out")
+    if not read:
+        raise DataError(f"--images {' '.join(named)}: no image is there")
+    return torch.cat([batch.pixel_values for batch in read if batch.pixel_values is not None])
 
 
 def _folder(out: str) -> Path:
@@ -124,7 +143,7 @@ def _labels(given: Sequence[float] | None, model: ViTPreTrainedModel, images: in
     if given is None:
         return None
     if len(given) != images:
-        raise ConfigError(f"--labels: {len(given)} for {images} images; give one an image")
+        raise ConfigError(f"--labels: {len(given)} for {images} images; give one an image, by --images")
     labels = torch.tensor(given)
     classes = model.config.num_labels
     if classes == 1:
