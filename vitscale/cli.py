@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -182,8 +183,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.run_verb(arguments)
     except VitscaleError as error:
         # Before there is a run folder all ranks fail alike, and rank 0 speaks; after, the first to fail does.
-        if not getattr(error, "told", not _is_main()):
+        here = _here()
+        if not getattr(error, "told", not here.is_main):
             print(f"vitscale: error: {error}", file=sys.stderr, flush=True)
+        if here.world_size > 1:  # at once: with a process group that was not left, Python's own end may abort (SIGABRT)
+            sys.stdout.flush()
+            os._exit(BAD_INPUT)
         return BAD_INPUT
     except BrokenPipeError:
         return DONE  # the reader of our output has seen enough
@@ -197,11 +202,11 @@ def _nearest(option: str, parser: argparse.ArgumentParser) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _is_main() -> bool:
+def _here() -> world.World:
     try:
-        return world.read_world().is_main
+        return world.read_world()
     except LaunchError:
-        return True
+        return world.World()
 
 
 if __name__ == "__main__":
