@@ -10,7 +10,8 @@ from typing import Any
 from vitscale import world
 from vitscale.run_folder import DONE
 
-_TARGETS = """what to write: hf: a folder that transformers opens; timm: a folder that
+TARGETS = ("hf", "timm", "mae", "vitscale")
+_WRITES = """what to write: hf: a folder that transformers opens; timm: a folder that
 timm.create_model('local-dir:TO') opens; mae: a .pth for facebookresearch/mae; vitscale: a folder for this
 library alone, for what transformers' ViT has not (registers, rotary positions, ...)"""
 _FROM = "a folder of ours, of transformers or of timm, a run's folder, a hub name, or a MAE .pth"
@@ -25,7 +26,7 @@ def register(verb: Verb) -> None:
     added.epilog = _CODES
     added.add_argument("source", metavar="FROM", help=_FROM)
     added.add_argument("to", metavar="TO", help="a new folder, or for --to mae a new file")
-    added.add_argument("--to", dest="target", required=True, choices=("hf", "timm", "mae", "vitscale"), help=_TARGETS)
+    added.add_argument("--to", dest="target", required=True, choices=TARGETS, help=_WRITES)
     added.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=_OPEN)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vitscale.conversion import mae, timm, witnesses
+from vitscale.conversion.command import TARGETS
 from vitscale.conversion.vision_transformer import Opened
 from vitscale.conversion.witnesses import Absent, Outputs, Witness, in_a_line
 from vitscale.errors import CheckpointError, ConfigError, VitscaleError
@@ -28,7 +29,6 @@ from vitscale.models.multitask import ViTForMultitaskPreTraining
 from vitscale.models.positions import fixed_positions
 from vitscale.models.vit import ViTPreTrainedModel
 
-TARGETS = ("hf", "timm", "mae", "vitscale")
 # Of the largest number in an output: what float32 and another order of sums leave, with a margin.
 TOLERANCE = 1e-4
 _TRANSFORMERS_HAS = "transformers' ViT has none of it; --to vitscale writes a folder that opens here, --to timm may too"

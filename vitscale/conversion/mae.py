@@ -24,6 +24,7 @@ from vitscale.conversion.vision_transformer import (
     Opened,
     build,
     depth,
+    read_pth,
     require,
     state_of,
     their_name,
@@ -31,7 +32,6 @@ from vitscale.conversion.vision_transformer import (
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.interop.strict import listed
-from vitscale.interop.weight_files import read_pickle
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
@@ -56,12 +56,10 @@ _MAE_HAS: dict[str, tuple[Any, ...]] = {
 def read_mae(path: Path, given: Mapping[str, Any]) -> Opened:
     """The model of a .pth: a ViTMAEForPreTraining, an encoder alone, or a fine-tuned ViTForImageClassification.
 
-    given: what the file leaves open, of KEYS. It is read with weights_only; of what an old file may hold
-    beside tensors argparse.Namespace alone is let in. CheckpointError for a file that is broken or holds
-    other tensors, ConfigError where a key must be given, or cannot.
+    given: what the file leaves open, of KEYS. CheckpointError for a file that is broken or holds other
+    tensors, ConfigError where a key must be given, or cannot.
     """
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        content = read_pickle(path)
+    content = read_pth(path)
     tensors = _tensors(content, path)
     count = len(tensors)
     said = {**_said(content), **given}

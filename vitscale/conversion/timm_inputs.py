@@ -12,6 +12,7 @@ from vitscale.conversion.vision_transformer import IMAGENET_MEAN, IMAGENET_STD
 from vitscale.errors import ConfigError
 from vitscale.interop.image_processing import RESAMPLE, ViTImageProcessor
 from vitscale.models.configuration import ViTConfig
+from vitscale.models.field_types import is_finite
 
 _CROP_PCT = 0.875  # PretrainedCfg's defaults
 
@@ -26,7 +27,7 @@ def processor_of(content: dict[str, Any], config: ViTConfig) -> tuple[ViTImagePr
     notes: list[str] = []
     height, width = pair(config.image_size)
     crop_pct, mode = content.get("crop_pct") or _CROP_PCT, content.get("crop_mode") or "center"
-    if not _is_number(crop_pct) or crop_pct < 0.01:
+    if not is_finite(crop_pct) or crop_pct < 0.01:
         raise ConfigError(f"crop_pct={crop_pct!r}: must be a share of the image, above 0.01")
     scaled = math.floor(height / crop_pct), math.floor(width / crop_pct)
     size: Any = {"height": scaled[0], "width": scaled[1]}
@@ -52,15 +53,11 @@ def processor_of(content: dict[str, Any], config: ViTConfig) -> tuple[ViTImagePr
     return processor, notes
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def _numbers(name: str, values: Any, channels: int) -> tuple[float, ...]:
     """One a channel; a single one is for all."""
     each = tuple(values) if isinstance(values, list | tuple) else (values,)
     numbers = each * channels if len(each) == 1 else each
-    if len(numbers) != channels or not all(map(_is_number, numbers)):
+    if len(numbers) != channels or not all(map(is_finite, numbers)):
         raise ConfigError(f"{name}={values!r}: must be one number, or one for each of {channels} channels")
     return numbers
 

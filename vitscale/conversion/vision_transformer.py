@@ -6,17 +6,21 @@ only positions differ: timm's may belong to every token in front of the patches.
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vitscale.errors import ConfigError
 from vitscale.interop.image_processing import ViTImageProcessor
-from vitscale.interop.loading import ENCODER
+from vitscale.interop.loading import prefix_of
 from vitscale.interop.strict import refuse, require_equal, shapes
+from vitscale.interop.weight_files import read_pickle
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.positions import fill_fixed_positions, fixed_positions
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
@@ -82,13 +86,9 @@ def their_name(ours: str) -> str | None:
     return theirs and f"{theirs}{dot}{leaf}"
 
 
-def _prefix(model: ViTPreTrainedModel) -> str:
-    return ENCODER if isinstance(model, ViTModel) else ""
-
-
 def tables_of(model: ViTPreTrainedModel) -> dict[str, Tensor]:
     """A model's fixed positions by timm's and MAE's names."""
-    prefix = _prefix(model)
+    prefix = prefix_of(model)
     return {str(their_name(prefix + name)): table for name, table in fixed_positions(model).items()}
 
 
@@ -102,7 +102,7 @@ def state_of(model: ViTPreTrainedModel) -> dict[str, Tensor]:
             "fc_norm=True: a ViTModel alone is without its last norm, which stands in the classifier; convert the "
             "ViTForImageClassification, or take --to vitscale"
         )
-    prefix = _prefix(model)
+    prefix = prefix_of(model)
     state = {**model.state_dict(), **fixed_positions(model)}
     return {prefix + name: tensor.detach() for name, tensor in state.items()}
 
@@ -122,13 +122,19 @@ def build(
         else:
             model = model_class(config)
     model.to_empty(device="cpu")
-    prefix = _prefix(model)
+    prefix = prefix_of(model)
     state = model.state_dict()
     theirs = {name: their_name(prefix + name) or name for name in state}
     require_equal({theirs[name]: tuple(tensor.shape) for name, tensor in state.items()}, shapes(tensors), where)
     model.load_state_dict({name: tensors[theirs[name]] for name in state})
     fill_fixed_positions(model)
     return model.eval()
+
+
+def read_pth(path: Path) -> Any:
+    """A .pth with weights_only; of what an old one may hold beside tensors argparse.Namespace alone is let in."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return read_pickle(path)
 
 
 def require(needed: Iterable[str], tensors: Mapping[str, Tensor], where: str) -> None:

@@ -6,7 +6,6 @@ only when asked, since timm is no dependency, and either may be there and yet no
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import textwrap
@@ -22,11 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from vitscale.config.check import pair
-from vitscale.conversion.vision_transformer import mlp_ratio, tables_of
+from vitscale.conversion.vision_transformer import mlp_ratio, read_pth, tables_of
 from vitscale.errors import CheckpointError
 from vitscale.interop.config_files import read_json
 from vitscale.interop.sources import CONFIG
-from vitscale.interop.weight_files import read_pickle
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
 from vitscale.models.multitask import ViTForMultitaskPreTraining
@@ -68,9 +66,7 @@ def ours(model: ViTPreTrainedModel, inputs: Inputs) -> Outputs:
     """What our model makes of them; the encoder alone always sees whole images."""
     if isinstance(model, ViTModel):
         return _without_none(model(**inputs), "last_hidden_state", "pooler_output")
-    encoder = getattr(model, "vit")  # noqa: B009 - every class but ViTModel has it
-    assert isinstance(encoder, ViTModel)
-    outputs = {"last_hidden_state": encoder(inputs["pixel_values"]).last_hidden_state}
+    outputs = {"last_hidden_state": model.base_model(inputs["pixel_values"]).last_hidden_state}
     if isinstance(model, ViTForMultitaskPreTraining):
         return outputs | _without_none(model(**inputs), "logits")
     if isinstance(model, ViTMAEForPreTraining):
@@ -116,7 +112,9 @@ def by_transformers(folder: Path, model: ViTPreTrainedModel) -> Witness:
         wrong = {kind: keys for kind, keys in report.items() if keys and not (multitask and kind == "unexpected_keys")}
         if wrong:
             raise CheckpointError(str(wrong))
-    opened.load_state_dict(_whole(opened.state_dict(), fixed_positions(model)), strict=False)
+    state = opened.state_dict()
+    for name, table in _whole(state, fixed_positions(model)).items():
+        state[name].copy_(table)
     opened.eval()
 
     @torch.no_grad()
@@ -164,8 +162,7 @@ def by_mae(path: Path, model: ViTPreTrainedModel) -> Witness:
     """A .pth in what the MAE code makes of timm's parts: models_vit.py's model, or models_mae.py's."""
     library, models = _library("timm", "models")
     timm_vit = models.vision_transformer
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        content = read_pickle(path)
+    content = read_pth(path)
     tensors, config = content.get("model", content), model.config
     opened: Any
     with _opening(path, f"the MAE code on timm {library.__version__}"):

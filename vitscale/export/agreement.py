@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vitscale.errors import CheckpointError
+from vitscale.inference.table import aligned
 
 Runner = Callable[[Tensor], tuple[Tensor, ...]]  # pixels [n, channels, height, width] -> outputs, each [n, ...]
 Labelled = tuple[Tensor, Tensor | None]  # pixels, and int64 labels [n] where they are known
@@ -123,8 +124,4 @@ def as_table(rows: Sequence[Row], has_classes: bool) -> str:
         if has_labels:
             cells.append(f"{100 * found.correct / found.labelled:.2f} %")
         lines.append(cells)
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
-        for line in lines
-    )
+    return aligned(lines, right=range(1, len(lines[0])))

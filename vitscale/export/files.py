@@ -26,6 +26,7 @@ from vitscale.interop.pretrained import load_model, write_model
 from vitscale.interop.sources import CONFIG, locate
 from vitscale.interop.weight_files import MAX_SHARD_SIZE
 from vitscale.models.classification import ViTForImageClassification
+from vitscale.models.losses import problem_type
 from vitscale.models.positions import fixed_positions
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 
@@ -64,7 +65,8 @@ class Export:
             if (self._folder / PROCESSOR).is_file():
                 self._processor = AutoImageProcessor.from_pretrained(self._folder)
         served = self._served(self._model)
-        if request.labelled and not (served.num_labels and _single_label(self._model)):
+        chooses = served.num_labels and problem_type(self._model.config) == "single_label_classification"
+        if request.labelled and not chooses:
             raise ConfigError(
                 f"--labelled: {request.source} is a {type(self._model).__name__} of problem_type="
                 f"{self._model.config.problem_type}; labels are for models that choose one of num_labels classes"
@@ -227,8 +229,3 @@ def _bytes(path: Path) -> int:
     """Of a file and the weights beside it, or of a folder's weights."""
     found = path.glob("*.safetensors") if path.is_dir() else path.parent.glob(f"{path.name}*")
     return sum(each.stat().st_size for each in found)
-
-
-def _single_label(model: ViTPreTrainedModel) -> bool:
-    config = model.config
-    return config.num_labels > 1 and config.problem_type in (None, "single_label_classification")

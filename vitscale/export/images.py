@@ -80,8 +80,7 @@ class _Labels:
 
     def __init__(self, found: Sequence[Found], key: str, config: ViTConfig) -> None:
         self._config = config
-        self._shards: dict[str, dict[str, bytes]] = {}
-        self._names: dict[Path, list[str] | None] = {}
+        self._shards: dict[str, tuple[dict[str, bytes], list[str] | None]] = {}
         folders = sorted({Path(one.name).parent.name for one in found if _SHARD not in one.name})
         self._classes: dict[str, int] = config.label2id or {}
         if not self._classes.keys() >= set(folders):
@@ -94,28 +93,25 @@ class _Labels:
 
     def __call__(self, name: str) -> int:
         """DataError where it has none."""
-        shard, _, sample = name.partition(_SHARD)
-        if not sample:
+        shard, dot_tar, sample = name.partition(_SHARD)
+        if not dot_tar:
             return self._classes[Path(name).parent.name]
-        if shard not in self._shards:
-            self._shards[shard] = _shard_labels(shard + _SHARD[:-1])
-        text = self._shards[shard].get(sample, b"").decode(errors="replace").strip()
-        count = self._config.num_labels
+        path, count = f"{shard}.tar", self._config.num_labels
+        if path not in self._shards:
+            names = class_names([path]) if self._config.has_class_names else None
+            self._shards[path] = _shard_labels(path), names
+        labels, names = self._shards[path]
+        text = labels.get(sample, b"").decode(errors="replace").strip()
         if not text.isdecimal() or int(text) >= count:
             raise DataError(
                 f"{name}: its label (.cls) is {text or 'missing'}; --labelled wants a whole number below "
                 f"num_labels={count}"
             )
-        return self._by_name(Path(f"{shard}{_SHARD[:-1]}"), int(text))
+        return int(text) if names is None else self._by_name(path, names, int(text))
 
-    def _by_name(self, shard: Path, label: int) -> int:
-        """A shard's label as the model counts: by the class's name, where both the shards and the model have names."""
-        if shard not in self._names:
-            self._names[shard] = class_names([shard]) if self._config.has_class_names else None
-        names, label2id = self._names[shard], self._config.label2id or {}
-        if names is None:
-            return label
-        name = names[label] if label < len(names) else None
+    def _by_name(self, shard: str, names: Sequence[str], label: int) -> int:
+        """A shard's label as the model counts: by its class's name."""
+        name, label2id = names[label] if label < len(names) else None, self._config.label2id or {}
         if name not in label2id:
             raise DataError(
                 f"{shard}: {CLASSES} beside it calls label {label} {name!r}, which is none of the model's label2id; "

@@ -29,7 +29,10 @@ class Loaded:
         finite = torch.isfinite(values).flatten(1).all(dim=1)
         if not finite.all():
             name = names[int(finite.int().argmin())]
-            raise CheckpointError(f"{self.source}: gives NaN or infinity for {name}: its weights are damaged")
+            raise CheckpointError(
+                f"{self.source}: gives NaN or infinity for {name}: its weights are damaged, or "
+                "these pixels too large"
+            )
 
 
 def load(source: str, device: str | None) -> Loaded:

@@ -18,7 +18,7 @@ from vitscale.errors import ConfigError, DataError
 from vitscale.inference.images import ImageBatch
 from vitscale.inference.model import Loaded
 from vitscale.inference.progress import Tally
-from vitscale.models.configuration import ViTConfig
+from vitscale.models.losses import problem_type
 
 Label = tuple[str, float]  # its name, and its probability (or, of a regression, its value)
 Writer = Callable[[list[str], list[list[Label]]], None]  # of some images' names and labels
@@ -42,8 +42,8 @@ class Predictor:
                 "that was trained on labels, or `vitscale features` for what this one sees"
             )
         self._names = list((config.id2label or {}).values())
-        self.is_regression = _is_regression(config)
-        self._is_multi_label = config.problem_type == "multi_label_classification"
+        kind = problem_type(config)
+        self.is_regression, self._is_multi_label = kind == "regression", kind == "multi_label_classification"
 
     @torch.inference_mode()
     def __call__(self, batch: ImageBatch) -> list[list[Label]]:
@@ -60,11 +60,6 @@ class Predictor:
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         return logits.sigmoid() if self._is_multi_label else logits.softmax(-1)
-
-
-def _is_regression(config: ViTConfig) -> bool:
-    """As transformers tells it from a config."""
-    return config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
 
 
 def predict_all(predictor: Predictor, batches: Iterable[ImageBatch], form: str, out: Path | None, tally: Tally) -> None:

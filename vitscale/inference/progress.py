@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import TextIO
 
 from vitscale.inference.images import ImageBatch
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED
+from vitscale.tracking.progress import TerminalLine
 
 
-class Tally:
+class Tally(TerminalLine):
     """Counts images; names the bad ones at once, and shows the count where stderr is a terminal."""
 
     def __init__(self, shows_count: bool = True, stream: TextIO | None = None) -> None:
+        super().__init__(stream)
         self.good, self.bad, self._before = 0, 0, 0
-        self._stream = stream or sys.stderr
-        self._in_place = shows_count and self._stream.isatty()
-        self._shown = False
+        self._shows_count = shows_count and self._in_place
         self._start = time.monotonic()
 
     def add(self, batch: ImageBatch) -> None:
@@ -25,11 +24,10 @@ class Tally:
             if entry.bad is not None:
                 self.skip(entry.name, entry.bad)
         self.good += len(batch.names)
-        if self._in_place:
+        if self._shows_count:
             speed = (self.good - self._before) / max(time.monotonic() - self._start, 1e-9)
             bad = f"  {self.bad} skipped" if self.bad else ""
-            self._write(f"\r{self.good} images  {speed:,.1f} images/s{bad}\x1b[K")
-            self._shown = True
+            self.rewrite(f"{self.good} images  {speed:,.1f} images/s{bad}")
 
     def done_before(self, count: int) -> None:
         """Count images that an earlier command has done."""
@@ -40,16 +38,6 @@ class Tally:
         self.bad += 1
         self.say(f"{name}: skipped: {reason}".replace("\n", "\\n"))
 
-    def say(self, text: str) -> None:
-        """A line of its own, below the count."""
-        self.close()
-        self._write(f"{text}\n")
-
-    def close(self) -> None:
-        if self._shown:
-            self._write("\n")
-            self._shown = False
-
     def exit_code(self) -> int:
         """0 where every image was good, 1 where some were skipped, 2 where none was left."""
         self.close()
@@ -59,7 +47,3 @@ class Tally:
         if self.bad:
             self.say(f"{self.bad} of {self.good + self.bad} images were skipped")
         return FAILED if self.bad else DONE
-
-    def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()

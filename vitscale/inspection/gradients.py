@@ -14,6 +14,8 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from vitscale.errors import ConfigError
+from vitscale.inference.table import aligned
+from vitscale.models.losses import problem_type
 from vitscale.models.vit import ViTLayer, ViTModel, ViTPreTrainedModel
 
 ATTENTION, MLP, REST = "#1f5fa8", "#b4551e", "#8a8a8a"
@@ -81,7 +83,7 @@ def gradient_norms(model: ViTPreTrainedModel, pixel_values: Tensor, labels: Tens
 def random_labels(model: ViTPreTrainedModel, count: int) -> Tensor:
     """Labels [count] or [count, num_labels] of the model's problem type, the same at every call."""
     generator, classes = torch.Generator().manual_seed(0), model.config.num_labels
-    problem = model.config.problem_type or ("regression" if classes == 1 else "single_label_classification")
+    problem = problem_type(model.config)
     if problem == "single_label_classification":
         return torch.randint(classes, (count,), generator=generator)
     if problem == "multi_label_classification":
@@ -96,12 +98,8 @@ def as_table(gradients: Gradients) -> str:
         numbers = (layer.norm, layer.attention, layer.mlp, layer.weights, layer.relative)
         cells = ["" if number is None else f"{number:.3g}" for number in numbers]
         rows.append((layer.name, *cells, _remark(layer)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(f"{cell:{'>' if 0 < place < 6 else '<'}{widths[place]}}" for place, cell in enumerate(row)).rstrip()
-        for row in rows
-    ]
-    return "\n".join([*lines, f"loss {gradients.loss:.4g}; gradient norm of all layers together {gradients.norm:.4g}"])
+    summary = f"loss {gradients.loss:.4g}; gradient norm of all layers together {gradients.norm:.4g}"
+    return f"{aligned(rows, right=range(1, 6))}\n{summary}"
 
 
 def draw(gradients: Gradients, path: Path, title: str = "") -> None:

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitscale.config.check import pair
+from vitscale.inference.table import aligned
 from vitscale.models.vit import ViTPreTrainedModel
 
 Shape = tuple[int, ...]
@@ -66,13 +67,7 @@ def as_table(tree: Node, depth: int | None = None) -> str:
             f"{node.flops / unit:,.3f}" if node.flops else "",
             _shapes(node),
         ))  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    numbers = (3, 4, 5)
-    lines = [
-        "  ".join(f"{cell:{'>' if place in numbers else '<'}{widths[place]}}" for place, cell in enumerate(row))
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    return aligned(rows, right=(3, 4, 5))
 
 
 def flop_unit(tree: Node) -> tuple[float, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -20,6 +19,7 @@ from vitscale.interop.config_files import MODEL_TYPES, as_text, read_json, write
 from vitscale.interop.image_arrays import as_array, flatten
 from vitscale.interop.sources import CONFIG, locate
 from vitscale.models.configuration import ViTConfig
+from vitscale.models.field_types import is_finite
 
 PROCESSOR = "preprocessor_config.json"
 RESAMPLE = {filter.name.lower(): filter for filter in Image.Resampling}
@@ -369,8 +369,7 @@ def _numbers(name: str, value: Any) -> float | tuple[float, ...]:
 
 
 def _number(name: str, value: Any, rule: str = "a number") -> float:
-    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not number or not abs(value) <= sys.float_info.max:  # nor NaN, nor infinite
+    if not is_finite(value):
         raise ConfigError(f"{name}={value!r}: must be {rule}")
     return float(value)
 

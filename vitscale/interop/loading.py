@@ -53,6 +53,11 @@ class LoadReport:
         return [*(["; ".join(said)] if said else []), *([f"not used: {listed(self.unused)}"] if self.unused else [])]
 
 
+def prefix_of(model: nn.Module) -> str:
+    """What goes before an encoder's names to make them those of a model with a head."""
+    return ENCODER if isinstance(model, ViTModel) else ""
+
+
 def load_pretrained(
     model_class: type[ViTPreTrainedModel],
     source: str | Path,
@@ -124,7 +129,7 @@ def _fit(
     model: ViTPreTrainedModel, found: dict[str, Tensor], saved: SavedModel, source: str, ignore_mismatched_sizes: bool
 ) -> LoadReport:
     """Fill a model without memory from `found`; CheckpointError where the encoder is not there whole."""
-    prefix = ENCODER if isinstance(model, ViTModel) else ""
+    prefix = prefix_of(model)
     values: dict[str, Tensor] = {}
     fresh: list[str] = []
     missing: list[str] = []
@@ -178,7 +183,7 @@ def _grids(config: ViTConfig, target: ViTConfig, between: str) -> str:
 def _unused(model: nn.Module, found: dict[str, Tensor], taken: set[str], saved: SavedModel) -> list[str]:
     unused = found.keys() - taken
     if saved.config.position_embeddings == "sincos":  # computed, wherever there are any
-        prefix = ENCODER if isinstance(model, ViTModel) else ""
+        prefix = prefix_of(model)
         unused -= {prefix + name for name in fixed_positions(model)}
     return sorted(unused) + saved.unused
 

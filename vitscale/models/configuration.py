@@ -192,8 +192,7 @@ class ViTConfig(PretrainedConfigMixin):
     @property
     def grid(self) -> tuple[int, int]:
         """Patches along (height, width)."""
-        (height, width), (patch_height, patch_width) = pair(self.image_size), pair(self.patch_size)
-        return height // patch_height, width // patch_width
+        return self.grid_of(*pair(self.image_size))
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Patches along (height, width) of images of another size; DataError where they do not come out even."""

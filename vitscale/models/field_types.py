@@ -41,15 +41,15 @@ def _as_type(hint: Any, value: Any) -> Any:
             return value
     elif hint is int and isinstance(value, numbers.Integral):
         return int(value)
-    elif hint is float and isinstance(value, numbers.Real):
-        return _finite(value)
+    elif hint is float and is_finite(value):
+        return float(value)
     raise TypeError
 
 
-def _finite(value: Any) -> float:
-    if not abs(value) <= sys.float_info.max:  # NaN, infinity, a whole number that no float can hold
-        raise TypeError
-    return float(value)
+def is_finite(value: Any) -> bool:
+    """Whether this is a number, NumPy's too, that a float can hold: not NaN, infinite, 10**400, or a bool."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return number and bool(abs(value) <= sys.float_info.max)
 
 
 def _first(options: Iterable[Any], value: Any) -> Any:

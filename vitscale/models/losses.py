@@ -28,13 +28,16 @@ def masked_l1(pixel_values: Tensor, reconstruction: Tensor, bool_masked_pos: Ten
     return (error * hidden).sum() / (hidden.sum() + 1e-5) / channels
 
 
-def problem_type(config: ViTConfig, labels: Tensor) -> str:
-    """What is predicted: as the config says, else told from num_labels and the labels' type, as transformers does."""
+def problem_type(config: ViTConfig, labels: Tensor | None = None) -> str:
+    """What is predicted: as the config says, else told from num_labels and the labels' type, as transformers does.
+
+    labels: where there are none yet, they are taken to be whole numbers.
+    """
     if config.problem_type is not None:
         return config.problem_type
     if config.num_labels == 1:
         return "regression"
-    whole = labels.dtype in (torch.int64, torch.int32)
+    whole = labels is None or labels.dtype in (torch.int64, torch.int32)
     return "single_label_classification" if whole else "multi_label_classification"
 
 
