@@ -15,10 +15,10 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.forked import be_command
 from tests.torchvision_ops import DeclareOperators
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,22 +83,10 @@ def serve(path: str) -> None:
 
 def _run(request: dict, streams: list[int]) -> None:
     """Be the command; never returns."""
-    code = 1
-    try:
-        for place, stream in enumerate(streams):
-            os.dup2(stream, place)
-        os.chdir(request["folder"])
-        from vitscale.cli import main
-
-        code = main(request["argv"])
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    for place, stream in enumerate(streams):
+        os.dup2(stream, place)
+    os.chdir(request["folder"])
+    be_command(request["argv"])
 
 
 if __name__ == "__main__":

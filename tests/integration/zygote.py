@@ -17,6 +17,8 @@ import sys
 import time
 from typing import Any
 
+from tests.forked import be_command
+
 # What survivors of a failed rank have to leave by themselves, before TERM and before KILL (torchrun: 0 and 30).
 TERM_SECONDS, KILL_SECONDS = 5, 30
 
@@ -49,21 +51,7 @@ def _be_rank(rank: int, port: int, request: dict[str, Any]) -> None:
     nan = request.get("nan")
     if nan and nan["rank"] == rank:
         _nan_pixels(nan["calls"])
-    code = 1
-    try:
-        from vitscale.cli import main
-
-        code = main(request["argv"])
-    except SystemExit as error:
-        code = int(error.code or 0)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    be_command(request["argv"])
 
 
 def _kill_while_saving(point: str, nth: int) -> None:
