@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def _pretrain(arguments: argparse.Namespace) -> int:
     here = world.enter()
-    from vitscale.run import pretrain
+    from vitscale.run.job import pretrain
 
     code = pretrain(_config(arguments), here)
     # torchrun takes every code but 0 for a failure and says so in forty lines; the launcher reads exit.json.

@@ -29,6 +29,11 @@ class RunFolder:
 
     path: Path
 
+    @staticmethod
+    def at(run_dir: str, name: str) -> RunFolder:
+        """The folder of the run that run.dir and run.name mean."""
+        return RunFolder(Path(run_dir) / name)
+
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"

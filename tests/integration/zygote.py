@@ -111,7 +111,7 @@ def serve() -> None:
 
     world.enter()
     # What a run imports only when it gets there: accelerate's optional parts, and the compiler that DeepSpeed loads.
-    for module in ("accelerate", "deepspeed.runtime.zero.muon.original_muon", "torch.distributed.fsdp", "vitscale.run"):
+    for module in ("accelerate", "deepspeed.runtime.zero.muon.original_muon", "torch.distributed.fsdp", "vitscale.run.job"):
         importlib.import_module(module)
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

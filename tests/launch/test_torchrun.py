@@ -15,7 +15,6 @@ from vitscale.errors import ConfigError, LaunchError
 from vitscale.launch.torchrun import (
     Layout,
     describe_exit,
-    folder_of,
     main,
     prepare,
     ranks_per_node,
@@ -148,7 +147,8 @@ def test_prepare_checks_against_the_world_to_be(config: Path, tmp_path: Path) ->
 
 
 def test_prepare_refuses_a_folder_in_use(config: Path) -> None:
-    folder = folder_of(read_config(["pretrain", str(config)]))
+    run = read_config(["pretrain", str(config)]).run
+    folder = RunFolder.at(run.dir, run.name)
     command = [sys.executable, "-c", HOLD, str(folder.path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
         assert holder.stdout is not None

@@ -6,7 +6,7 @@ Both counts are the same on all ranks, so all ranks raise at the same step.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from vitscale.errors import DataError
 
@@ -45,9 +45,12 @@ class SampleGuard:
         self.max_fraction = max_fraction
         self.counts = Counter(counts)
 
-    def note(self, causes: Iterable[str], samples: int) -> None:
-        """Take the causes of one step's replaced samples, of all ranks; raises DataError at the limit."""
-        self.counts.update(causes)
+    def note(self, causes: Iterable[str] | Mapping[str, int], samples: int) -> None:
+        """Take the causes of replaced samples, one each or counted, of all ranks; raises DataError at the limit.
+
+        `samples`: consumed so far, these included.
+        """
+        self.counts += Counter(causes)  # leaves causes out that were counted 0 times
         bad = sum(self.counts.values())
         if bad > max(3, self.max_fraction * samples):
             by_cause = ", ".join(f"{count} {cause}" for cause, count in self.counts.most_common())

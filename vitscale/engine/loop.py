@@ -1,25 +1,27 @@
-"""The training loop: take a step, agree on it, then once in a while log, save, stop.
+"""The training loop: take a step, agree on it, then once in a while evaluate, log, save; stop if asked to.
 
-It knows of the model only that its forward returns a loss, of the data only that micro-batches come,
-of checkpoints and tracking only the two calls that `LoopCalls` names.
+It knows of the model only that its forward returns a loss, of the data only that micro-batches come, and of
+what is done once in a while only when.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
-
-import numpy as np
 
 from vitscale.config.schema import RunConfig
 from vitscale.engine.backend import Engine, Inputs, StepResult
 from vitscale.engine.guard import SampleGuard, StepGuard
 from vitscale.engine.preempt import StopRequest
+from vitscale.engine.ranks import ProcessRanks
 from vitscale.engine.schedule import lr_at
 from vitscale.tracking.meters import Meters
+
+Row = dict[str, Any]
 
 
 class MicroBatch(Protocol):
@@ -41,13 +43,20 @@ class MicroBatch(Protocol):
     def epoch(self) -> int: ...
 
 
-@dataclass(frozen=True)
-class Taken:
-    """What is kept of a micro-batch after its forward: not its tensors."""
+class Feed(Iterator[MicroBatch], Protocol):
+    """Where micro-batches come from, without end."""
 
-    names: Sequence[str]
-    replaced: Sequence[Any]
-    epoch: int
+    def peek(self) -> MicroBatch:
+        """The next one, which `next` gives again."""
+        ...
+
+    def run_ahead(self) -> None:
+        """Prepare the next one while the device works on the one given out last."""
+        ...
+
+    def read_seconds(self) -> Mapping[str, float]:
+        """Seconds that the steps since the last call spent on `data` (waiting for it) and `augment`."""
+        ...
 
 
 @dataclass
@@ -62,118 +71,159 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class LoopCalls:
-    """What the loop asks of its surroundings, on every rank unless said otherwise."""
+class StepReport:
+    """What one step gave: on one rank, or by `over` on all of them together."""
 
-    save: Callable[[TrainState], None]
-    log: Callable[[dict[str, Any]], None]  # a row of metrics.jsonl; rank 0 only
-    record: Callable[[str, dict[str, Any]], None]  # (file, row) of another JSONL file; rank 0 only
+    loss: float  # mean over the samples
+    metrics: dict[str, float]  # means over the samples
+    grad_norm: float  # of the global gradient before clipping, on every rank the same
+    applied: bool  # False: the gradient was not finite and the weights are as before; on every rank the same
+    bad: dict[str, int]  # replaced samples by cause; every cause there is
+    stop: bool  # whether any rank was asked to stop
 
-
-def train(
-    engine: Engine,
-    feed: Iterator[MicroBatch],
-    state: TrainState,
-    total_steps: int,
-    config: RunConfig,
-    calls: LoopCalls,
-    stop: StopRequest,
-) -> bool:
-    """Train from `state` to `total_steps`; True when it got there, False when asked to stop before.
-
-    A checkpoint of the last step is there on return either way. Raises Diverged or DataError at the
-    guards' limits, on all ranks at once.
-    """
-    steps = StepGuard(config.train.max_skipped_steps, state.skipped)
-    samples = SampleGuard(config.data.max_bad_fraction, state.bad)
-    saved_at = state.step
-    if state.step < total_steps:
-        first = next(feed)
-        engine.warm_up(first.inputs)
-        feed = itertools.chain([first], feed)
-    meters = Meters()
-    while state.step < total_steps:
-        lr = lr_at(state.step, total_steps, config)
-        micro_batches, result = _step(engine, feed, lr, meters)
-        state.step += 1
-        state.samples += config.train.global_batch
-        state.epoch = micro_batches[0].epoch
-        row, stopping, bad = _agree(engine, result, micro_batches, stop.requested())
-        if config.log.trace:
-            _record_names(engine, calls, "trace.jsonl", state.step, micro_batches)
-        if bad:
-            causes = _record_replaced(engine, calls, state.step, micro_batches)
-            samples.note(causes, state.samples)
-            state.bad = dict(samples.counts)
-        if not result.applied:
-            _record_names(engine, calls, "skipped.jsonl", state.step, micro_batches)
-        steps.note(state.step, result.applied)
-        state.skipped = steps.skipped
-        if state.step % config.log.every_steps == 0 or state.step == total_steps:
-            # Before saving: a checkpoint never knows of a step that metrics.jsonl does not.
-            with meters.measure("tracking"):
-                calls.log(_row(state, row, lr, meters.read()))
-        if state.step % config.checkpoint.every_steps == 0 or state.step == total_steps or stopping:
-            with meters.measure("save"):
-                calls.save(state)
-            saved_at = state.step
-        if stopping:
-            break
-    assert saved_at == state.step
-    return state.step >= total_steps
+    def over(self, ranks: ProcessRanks) -> StepReport:
+        """The report of all ranks, by one exchange."""
+        metrics = {f"metric {name}": value for name, value in self.metrics.items()}
+        bad = {f"bad {cause}": count for cause, count in self.bad.items()}
+        sums = ranks.sum({"loss": self.loss, "stop": self.stop, **metrics, **bad})
+        return replace(
+            self,
+            loss=sums["loss"] / ranks.world_size,
+            metrics={name: sums[f"metric {name}"] / ranks.world_size for name in self.metrics},
+            bad={cause: int(sums[f"bad {cause}"]) for cause in self.bad},
+            stop=sums["stop"] > 0,
+        )
 
 
-def _step(
-    engine: Engine, feed: Iterator[MicroBatch], lr: float, meters: Meters
-) -> tuple[list[Taken], StepResult]:
-    """One optimizer step; also the micro-batches it took."""
-    taken: list[Taken] = []
+@dataclass(frozen=True)
+class PeriodicTask:
+    """What every rank does once in a while, all at the same step."""
 
-    def pull() -> Iterator[Inputs]:
-        for _ in range(engine.accumulation):
-            with meters.measure("data"):
-                batch = next(feed)
-            taken.append(Taken(batch.names, batch.replaced, batch.epoch))
-            yield batch.inputs
-
-    result = engine.step(pull(), lr)
-    meters.count(engine.config.train.global_batch)
-    return taken, result
+    name: str  # what its share of the time is called
+    due: Callable[[int], bool]  # at which steps; the last one is always among them
+    run: Callable[[TrainState, Row], None]  # it may add to the row of metrics.jsonl, which a later task writes
+    at_stop: bool = False  # also before the run stops at a step that is not the last
 
 
-def _agree(
-    engine: Engine, result: StepResult, micro_batches: Sequence[Taken], stop: bool
-) -> tuple[dict[str, float], bool, int]:
-    """One exchange at a step's end: (means over the ranks, whether any wants to stop, bad samples)."""
-    names = sorted(result.metrics)
-    bad = sum(len(batch.replaced) for batch in micro_batches)
-    mine = np.array([stop, bad, result.loss, *(result.metrics[name] for name in names)], dtype=np.float64)
-    every = engine.ranks.sum(mine)
-    means = every[2:] / engine.ranks.world_size
-    row = {"loss": float(means[0])} | dict(zip(names, map(float, means[1:]), strict=True))
-    row["grad_norm"] = result.grad_norm
-    return row, bool(every[0] > 0), int(every[1])
+def every(steps: int) -> Callable[[int], bool]:
+    """For `PeriodicTask.due`: once in so many steps."""
+    return lambda step: step % steps == 0
 
 
-def _record_names(
-    engine: Engine, calls: LoopCalls, file: str, step: int, micro_batches: Sequence[Taken]
-) -> None:
-    """A line with the sample keys of the global batch, in slot order."""
-    by_rank = engine.ranks.gather([name for batch in micro_batches for name in batch.names])
-    calls.record(file, {"step": step, "sample_keys": list(itertools.chain(*by_rank))})
+@dataclass
+class TrainingLoop:
+    """The parts of training, and `run`, which puts them to work."""
+
+    engine: Engine
+    feed: Feed
+    state: TrainState
+    total_steps: int
+    config: RunConfig
+    tasks: Sequence[PeriodicTask]  # done in this order: evaluate, log, save (a row before its checkpoint)
+    record: Callable[[str, Row], None]  # (file, row) of a JSONL file beside metrics.jsonl; only rank 0's counts
+    causes: Sequence[str]  # why a sample can be bad
+    stop: StopRequest
+    meters: Meters
+
+    def run(self) -> bool:
+        """Train from `state` to `total_steps`; True when it got there, False when asked to stop before.
+
+        Raises Diverged or DataError at the guards' limits, on all ranks at once.
+        """
+        state, batch = self.state, self.config.train.global_batch
+        step_guard = StepGuard(self.config.train.max_skipped_steps, state.skipped)
+        sample_guard = SampleGuard(self.config.data.max_bad_fraction, state.bad)
+        if state.step < self.total_steps:
+            self.engine.warm_up(self.feed.peek().inputs)
+        while state.step < self.total_steps:
+            lr = lr_at(state.step, self.total_steps, self.config)
+            result, consumed = self._step(lr)
+            report = self._report(result, consumed).over(self.engine.ranks)
+            state.step += 1
+            state.samples += batch
+            state.epoch = consumed[0].epoch
+            self._record(report, consumed)
+            if any(report.bad.values()):
+                sample_guard.note(report.bad, state.samples)
+                state.bad = dict(sample_guard.counts)
+            step_guard.note(state.step, report.applied)
+            state.skipped = step_guard.skipped
+            row = _row(state, report, lr)
+            for task in self.tasks:
+                at_end = state.step == self.total_steps or (report.stop and task.at_stop)
+                if at_end or task.due(state.step):
+                    with self.meters.measure(task.name):
+                        task.run(state, row)
+            if report.stop:
+                break
+        return state.step >= self.total_steps
+
+    def _step(self, lr: float) -> tuple[StepResult, list[Consumed]]:
+        """One optimizer step on this rank; also what is known of the micro-batches it took."""
+        consumed: list[Consumed] = []
+
+        def pull() -> Iterator[Inputs]:
+            for _ in range(self.engine.accumulation):
+                micro_batch = next(self.feed)
+                consumed.append(Consumed(micro_batch.names, micro_batch.replaced, micro_batch.epoch))
+                yield micro_batch.inputs
+                self.feed.run_ahead()  # its backward is queued
+
+        result = self.engine.step(pull(), lr)
+        self.meters.count(self.config.train.global_batch)
+        self.meters.add(self.feed.read_seconds())
+        return result, consumed
+
+    def _report(self, result: StepResult, consumed: Sequence[Consumed]) -> StepReport:
+        """What the step gave on this rank."""
+        bad = Counter(replaced.cause for micro_batch in consumed for replaced in micro_batch.replaced)
+        return StepReport(
+            loss=result.loss,
+            metrics=result.metrics,
+            grad_norm=result.grad_norm,
+            applied=result.applied,
+            bad={cause: bad[cause] for cause in self.causes},
+            stop=self.stop.requested(),
+        )
+
+    def _record(self, report: StepReport, consumed: Sequence[Consumed]) -> None:
+        """The rows that a step leaves beside metrics.jsonl: its samples' names, its replaced samples."""
+        step = self.state.step
+        files = ["trace.jsonl"] * self.config.log.trace + ["skipped.jsonl"] * (not report.applied)
+        if files:
+            names = self._collect([name for micro_batch in consumed for name in micro_batch.names])
+            for file in files:
+                self.record(file, {"step": step, "sample_keys": names})
+        if any(report.bad.values()):
+            mine = [asdict(replaced) for micro_batch in consumed for replaced in micro_batch.replaced]
+            for replaced in self._collect(mine):
+                self.record("quarantine.jsonl", {"step": step, **replaced})
+
+    def _collect(self, items: list[Any]) -> list[Any]:
+        """The items of all ranks in slot order, on rank 0; nothing on the others."""
+        return list(itertools.chain(*self.engine.ranks.collect(items)))
 
 
-def _record_replaced(engine: Engine, calls: LoopCalls, step: int, micro_batches: Sequence[Taken]) -> list[str]:
-    """A line a replaced sample of any rank; returns their causes."""
-    mine = [asdict(replaced) for batch in micro_batches for replaced in batch.replaced]
-    every = list(itertools.chain(*engine.ranks.gather(mine)))
-    for replaced in every:
-        calls.record("quarantine.jsonl", {"step": step, **replaced})
-    return [replaced["cause"] for replaced in every]
+@dataclass(frozen=True)
+class Consumed:
+    """What is kept of a micro-batch after its forward: not its tensors."""
+
+    names: Sequence[str]
+    replaced: Sequence[Any]
+    epoch: int
 
 
-def _row(state: TrainState, row: dict[str, float], lr: float, speed: dict[str, float]) -> dict[str, Any]:
-    """A row of metrics.jsonl."""
-    counts = {"skipped_steps": state.skipped, "bad_samples": sum(state.bad.values())}
-    where = {"step": state.step, "samples": state.samples, "epoch": state.epoch}
-    return {**where, "loss": row.pop("loss"), "lr": lr, **row, **speed, **counts, "time": int(time.time() * 1000)}
+def _row(state: TrainState, report: StepReport, lr: float) -> Row:
+    """A row of metrics.jsonl, before the tasks add to it."""
+    return {
+        "step": state.step,
+        "samples": state.samples,
+        "epoch": state.epoch,
+        "loss": report.loss,
+        "lr": lr,
+        **report.metrics,
+        "grad_norm": report.grad_norm,
+        "skipped_steps": state.skipped,
+        "bad_samples": sum(state.bad.values()),
+        "time": int(time.time() * 1000),
+    }

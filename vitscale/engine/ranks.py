@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 class ProcessRanks:
     """The ranks of the default process group; one rank needs no group.
 
-    `gather`, `collect`, `sum` and `barrier` are collectives: every rank calls them, in the same order.
+    Its methods are collectives: every rank calls them, in the same order.
     """
 
     def __init__(self, timeout: timedelta) -> None:
@@ -42,17 +43,35 @@ class ProcessRanks:
         dist.gather_object(value, values if self.rank == 0 else None, dst=0, group=self._group)
         return values
 
-    def sum(self, values: np.ndarray) -> np.ndarray:
-        """Sum over the ranks of a float64 vector, added in the order of the ranks on each of them."""
+    def sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums by name over the ranks, added in the order of the ranks, so that every rank has the same bits.
+
+        Every rank gives the same names.
+        """
         if self.world_size == 1:
-            return values
-        mine = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))
-        every = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(every, mine, group=self._group)
-        total = np.zeros(len(mine))
-        for theirs in every:
-            total += theirs.numpy()
-        return total
+            return dict(values)
+        names = sorted(values)
+        mine = torch.tensor([values[name] for name in names], dtype=torch.float64)
+        of_ranks = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(of_ranks, mine, group=self._group)
+        totals = torch.zeros_like(mine)
+        for of_rank in of_ranks:
+            totals += of_rank
+        return dict(zip(names, totals.tolist(), strict=True))
+
+    def broadcast(self, data: bytes | None) -> bytes:
+        """Rank 0's bytes, on every rank; the others give None."""
+        assert (data is not None) == (self.rank == 0), "rank 0 alone has what is broadcast"
+        if self.world_size == 1:
+            assert data is not None
+            return data
+        size = torch.tensor([len(data) if data is not None else 0])
+        dist.broadcast(size, src=0, group=self._group)
+        content = torch.empty(int(size), dtype=torch.uint8)
+        if data is not None:
+            content.copy_(torch.from_numpy(np.frombuffer(data, dtype=np.uint8)))
+        dist.broadcast(content, src=0, group=self._group)
+        return content.numpy().tobytes()
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from vitscale.config.schema import RunConfig
-from vitscale.launch.snapshot import code_version, commit
 from vitscale.run_folder import RunFolder
 from vitscale.tracking.jsonl import JsonlFile
 from vitscale.tracking.progress import Progress
@@ -22,7 +22,10 @@ class Records:
     `status` is what MLflow is told at its end: FINISHED, KILLED (stopped on request) or FAILED.
     """
 
-    def __init__(self, folder: RunFolder, config: RunConfig, world: World, total_steps: int, step: int) -> None:
+    def __init__(
+        self, folder: RunFolder, config: RunConfig, world: World, total_steps: int, step: int, tags: Mapping[str, str]
+    ) -> None:
+        """`step`: where the run stands, to which its files are cut back; `tags`: for MLflow, empty ones left out."""
         self.status = "FAILED"
         self._main = world.is_main
         if not self._main:
@@ -31,7 +34,6 @@ class Records:
         for file in self._files.values():
             file.cut_back(step)
         self._progress = Progress(total_steps, config.train.global_batch)
-        tags = {"mlflow.source.git.commit": commit(), "vitscale.code": code_version()}
         present = {name: value for name, value in tags.items() if value}
         self._tracker = Tracker(folder.path, config, present, self._progress.say)
 

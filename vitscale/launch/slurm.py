@@ -17,7 +17,6 @@ from vitscale.errors import LaunchError, VitscaleError
 from vitscale.launch.torchrun import (
     Layout,
     describe_exit,
-    folder_of,
     prepare,
     ranks_per_node,
     read_config,
@@ -56,7 +55,8 @@ def rendezvous_port(job: int, restart: int) -> int:
 
 def node(arguments: Sequence[str]) -> int:
     """This node's ranks. A run that ended in order is success here, so that srun kills no other node for it."""
-    code = supervise(arguments, slurm_layout(), folder_of(read_config(arguments)))
+    run = read_config(arguments).run
+    code = supervise(arguments, slurm_layout(), RunFolder.at(run.dir, run.name))
     return DONE if code in (DONE, STOPPED) else code
 
 

@@ -117,7 +117,7 @@ def prepare(arguments: Sequence[str], layout: Layout, script: str, patience_s: f
     """
     config = read_config(arguments)
     check_config(config, layout.world())
-    folder = folder_of(config)
+    folder = RunFolder.at(config.run.dir, config.run.name)
     with folder.held(shared=True, patience_s=patience_s):
         folder.clear_exit()
         folder.stop.unlink(missing_ok=True)
@@ -132,11 +132,6 @@ def read_config(arguments: Sequence[str]) -> RunConfig:
     if len(arguments) < 2 or arguments[0] != "pretrain":
         raise ConfigError(f"arguments {' '.join(arguments)!r}: must be pretrain CONFIG.yaml [dotted.key=value ...]")
     return load_config(arguments[1], arguments[2:])
-
-
-def folder_of(config: RunConfig) -> RunFolder:
-    """The run's folder RUN_DIR/NAME."""
-    return RunFolder(Path(config.run.dir) / config.run.name)
 
 
 def supervise(arguments: Sequence[str], layout: Layout, folder: RunFolder) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -19,12 +19,17 @@ class Meters:
 
     @contextmanager
     def measure(self, what: str) -> Iterator[None]:
-        """Count the time inside as spent on `what`: data (waiting for it), step, save or tracking."""
+        """Count the time inside as spent on `what`: save, tracking, evaluation, ..."""
         began = self._clock()
         try:
             yield
         finally:
             self._seconds[what] += self._clock() - began
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Count seconds that were measured elsewhere, by what they were spent on."""
+        for what, spent in seconds.items():
+            self._seconds[what] += spent
 
     def count(self, images: int) -> None:
         """One step of so many images is done."""

@@ -1,0 +1,210 @@
+"""The loop's story, told by an engine and a feed that write down when they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+
+from vitscale.config.schema import Log, RunConfig, Train
+from vitscale.engine.backend import Inputs, StepResult
+from vitscale.engine.guard import Diverged
+from vitscale.engine.loop import PeriodicTask, StepReport, TrainingLoop, TrainState, every
+from vitscale.engine.ranks import ProcessRanks
+from vitscale.errors import DataError
+from vitscale.tracking.meters import Meters
+
+CAUSES = ("undecodable", "label")
+
+
+@dataclass(frozen=True)
+class Replaced:
+    slot: int
+    cause: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    number: int
+    replaced: tuple[Replaced, ...] = ()
+
+    @property
+    def inputs(self) -> Inputs:
+        return {"number": torch.tensor(self.number)}
+
+    @property
+    def names(self) -> list[str]:
+        return [f"shard/{self.number}a", f"shard/{self.number}b"]
+
+    @property
+    def epoch(self) -> int:
+        return self.number // 4
+
+
+class Feed(Iterator[Batch]):
+    """Micro-batches 0, 1, ...; `bad` of them have a replaced sample."""
+
+    def __init__(self, events: list[str], bad: Iterable[int] = ()) -> None:
+        self.events, self.bad, self.next = events, set(bad), 0
+
+    def peek(self) -> Batch:
+        replaced = (Replaced(0, "undecodable"),) if self.next in self.bad else ()
+        return Batch(self.next, replaced)
+
+    def __next__(self) -> Batch:
+        batch = self.peek()
+        self.next += 1
+        self.events.append(f"batch {batch.number}")
+        return batch
+
+    def run_ahead(self) -> None:
+        self.events.append("run ahead")
+
+    def read_seconds(self) -> dict[str, float]:
+        return {"data": 0.0}
+
+
+@dataclass
+class Engine:
+    """Takes every micro-batch's number for its loss; the gradients of `broken` steps are not finite."""
+
+    events: list[str]
+    accumulation: int = 2
+    broken: tuple[int, ...] = ()
+    ranks: ProcessRanks = field(default_factory=lambda: ProcessRanks(timedelta(seconds=1)))
+    steps: int = 0
+
+    def warm_up(self, inputs: Inputs) -> None:
+        self.events.append(f"warm up {int(inputs['number'])}")
+
+    def step(self, micro_batches: Iterable[Inputs], lr: float) -> StepResult:
+        self.steps += 1
+        losses = []
+        for inputs in micro_batches:
+            self.events.append(f"forward {int(inputs['number'])}")
+            losses.append(float(inputs["number"]))
+        self.events.append("update")
+        return StepResult(sum(losses) / len(losses), {"accuracy": 0.5}, 1.0, self.steps not in self.broken)
+
+
+@dataclass
+class Stop:
+    at: int | None = None
+    asked: int = 0
+
+    def requested(self) -> bool:
+        self.asked += 1
+        return self.asked == self.at
+
+
+def make_loop(total_steps: int, **parts: Any) -> tuple[TrainingLoop, list[str], list[tuple[str, dict[str, Any]]]]:
+    """A loop of these parts, the events that it causes, and the rows that it leaves."""
+    events: list[str] = []
+    rows: list[tuple[str, dict[str, Any]]] = []
+    settings = {name: parts.pop(name) for name in ("trace", "max_bad_fraction", "max_skipped_steps") if name in parts}
+    config = RunConfig(
+        train=Train(global_batch=4, max_skipped_steps=settings.get("max_skipped_steps", 5)),
+        log=Log(trace=settings.get("trace", False)),
+    )
+    config = replace(config, data=replace(config.data, max_bad_fraction=settings.get("max_bad_fraction", 1.0)))
+
+    def task(name: str, steps: int, at_stop: bool = False) -> PeriodicTask:
+        def run(state: TrainState, row: dict[str, Any]) -> None:
+            events.append(f"{name} {state.step}")
+            row[f"{name}_seen"] = True
+            if name == "log":
+                rows.append(("metrics.jsonl", dict(row)))
+
+        return PeriodicTask(name, every(steps), run, at_stop)
+
+    loop = TrainingLoop(
+        engine=parts.get("engine", Engine)(events, **parts.get("engine_parts", {})),
+        feed=Feed(events, parts.get("bad", ())),
+        state=parts.get("state", TrainState()),
+        total_steps=total_steps,
+        config=config,
+        tasks=(task("evaluate", 2), task("log", 1), task("save", 3, at_stop=True)),
+        record=lambda file, row: rows.append((file, row)),
+        causes=CAUSES,
+        stop=Stop(parts.get("stop_at")),  # type: ignore[arg-type]
+        meters=Meters(),
+    )
+    return loop, events, rows
+
+
+def test_a_step_from_top_to_bottom() -> None:
+    loop, events, rows = make_loop(1)
+    assert loop.run()
+    assert events == [
+        *("warm up 0", "batch 0", "forward 0", "run ahead", "batch 1", "forward 1", "run ahead", "update"),
+        *("evaluate 1", "log 1", "save 1"),  # the last step is always due
+    ]
+    (_, row) = rows[0]
+    assert row | {"time": 0, "lr": 0} == {
+        "step": 1, "samples": 4, "epoch": 0, "loss": 0.5, "lr": 0, "accuracy": 0.5, "grad_norm": 1.0,
+        "skipped_steps": 0, "bad_samples": 0, "time": 0, "evaluate_seen": True, "log_seen": True,
+    }  # fmt: skip
+
+
+def test_tasks_are_done_when_due_in_their_order() -> None:
+    loop, events, _ = make_loop(7)
+    assert loop.run()
+    done = [event for event in events if event.split()[0] in ("evaluate", "log", "save")]
+    assert done == [
+        *("log 1", "evaluate 2", "log 2", "log 3", "save 3", "evaluate 4", "log 4", "log 5"),
+        *("evaluate 6", "log 6", "save 6", "evaluate 7", "log 7", "save 7"),
+    ]
+
+
+def test_a_wish_to_stop_saves_and_leaves() -> None:
+    loop, events, _ = make_loop(100, stop_at=5)
+    assert not loop.run()
+    assert (loop.state.step, loop.state.samples) == (5, 20)
+    assert events[-2:] == ["log 5", "save 5"]
+
+
+def test_a_resumed_run_goes_on_with_its_counts() -> None:
+    state = TrainState(step=3, samples=12, epoch=0, skipped=1, bad={"label": 2})
+    loop, _, rows = make_loop(4, state=state, bad=[1])
+    assert loop.run()
+    assert state == TrainState(step=4, samples=16, epoch=0, skipped=1, bad={"label": 2, "undecodable": 1})
+    assert rows[0] == ("quarantine.jsonl", {"step": 4, "slot": 0, "cause": "undecodable"})
+    assert (rows[1][1]["skipped_steps"], rows[1][1]["bad_samples"]) == (1, 3)
+
+
+def test_a_finished_run_takes_no_batch() -> None:
+    loop, events, _ = make_loop(3, state=TrainState(step=3))
+    assert loop.run()
+    assert events == []
+
+
+def test_names_are_recorded_for_the_trace_and_for_skipped_steps() -> None:
+    loop, _, rows = make_loop(2, trace=True, engine_parts={"broken": (2,)})
+    assert loop.run()
+    first = {"step": 1, "sample_keys": ["shard/0a", "shard/0b", "shard/1a", "shard/1b"]}
+    second = {"step": 2, "sample_keys": ["shard/2a", "shard/2b", "shard/3a", "shard/3b"]}
+    assert [row for row in rows if row[0] != "metrics.jsonl"] == [
+        ("trace.jsonl", first), ("trace.jsonl", second), ("skipped.jsonl", second),
+    ]  # fmt: skip
+    assert loop.state.skipped == 1
+
+
+def test_guards_end_the_run_after_their_rows_are_written() -> None:
+    loop, events, rows = make_loop(9, bad=range(9), max_bad_fraction=0.0)
+    with pytest.raises(DataError, match="4 bad samples"):
+        loop.run()
+    assert [row["step"] for file, row in rows if file == "quarantine.jsonl"] == [1, 1, 2, 2]
+    loop, events, rows = make_loop(9, engine_parts={"broken": (2, 3)}, max_skipped_steps=2)
+    with pytest.raises(Diverged):
+        loop.run()
+    assert [row["step"] for file, row in rows if file == "skipped.jsonl"] == [2, 3]
+    assert "log 3" not in events
+
+
+def test_a_report_over_one_rank_is_itself() -> None:
+    report = StepReport(0.25, {"accuracy": 0.5}, 2.0, True, {"label": 1, "undecodable": 0}, False)
+    assert report.over(ProcessRanks(timedelta(seconds=1))) == report

@@ -1,0 +1,87 @@
+"""What the ranks tell each other, over the world's own gloo group and over a second one beside another backend."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from vitscale.engine.ranks import ProcessRanks
+
+TIMEOUT = timedelta(seconds=60)
+# torch's name of gloo where it is one of several backends: not the name "gloo", so a group of its own is made,
+# as beside NCCL.
+MIXED = "cpu:gloo"
+
+
+def _exchange(ranks: ProcessRanks) -> dict[str, Any]:
+    rank, last = ranks.rank, ranks.world_size - 1
+    ranks.barrier()
+    return {
+        "gathered": ranks.gather({"rank": rank}),
+        "collected": ranks.collect([rank] * rank),
+        "sums": ranks.sum({"loss": 0.1 * (rank + 1), "stop": rank == last, "a": float(rank)}),
+        "bytes": ranks.broadcast(b"index of rank 0" if rank == 0 else None),
+        "nothing": ranks.broadcast(b"" if rank == 0 else None),
+    }
+
+
+def _be_rank(rank: int, world_size: int, port: int, backend: str, answers: Any) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size))
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    ranks = ProcessRanks(TIMEOUT)
+    has_own_group = ranks._group is not dist.group.WORLD
+    answers.put((rank, has_own_group, _exchange(ranks)))
+    ranks.barrier()
+    dist.destroy_process_group()
+
+
+def _in_world(world_size: int, backend: str, work: Callable[..., None]) -> list[tuple[int, bool, dict[str, Any]]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("fork")
+    answers = context.Queue()
+    processes = [
+        context.Process(target=work, args=(rank, world_size, port, backend, answers)) for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    received = sorted((answers.get(timeout=60) for _ in processes), key=lambda answer: answer[0])
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    return received
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("backend", ["gloo", MIXED])
+def test_exchanges_of_a_world(world_size: int, backend: str) -> None:
+    answers = _in_world(world_size, backend, _be_rank)
+    assert [has_own_group for _, has_own_group, _ in answers] == [backend == MIXED] * world_size
+    loss = 0.0
+    for rank in range(world_size):  # in the order of the ranks, to the last bit
+        loss += 0.1 * (rank + 1)
+    for rank, _, answer in answers:
+        assert answer["gathered"] == [{"rank": other} for other in range(world_size)]
+        assert answer["collected"] == ([[other] * other for other in range(world_size)] if rank == 0 else [])
+        assert answer["sums"] == {"loss": loss, "stop": 1.0, "a": sum(range(world_size))}
+        assert (answer["bytes"], answer["nothing"]) == (b"index of rank 0", b"")
+
+
+def test_one_rank_needs_no_group() -> None:
+    assert not dist.is_initialized()
+    answer = _exchange(ProcessRanks(TIMEOUT))
+    assert answer == {
+        "gathered": [{"rank": 0}],
+        "collected": [[]],
+        "sums": {"loss": 0.1, "stop": True, "a": 0.0},
+        "bytes": b"index of rank 0",
+        "nothing": b"",
+    }

@@ -1,0 +1,258 @@
+"""Where the parts meet: a run from its shards to its trained weights."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from vitscale import __version__
+from vitscale.augment.feed import DeviceFeed
+from vitscale.augment.pipeline import Augment
+from vitscale.checkpoint.store import Checkpoint, save_checkpoint
+from vitscale.config.check import check_config, has_classes, pair
+from vitscale.config.load import dump_config
+from vitscale.config.schema import RunConfig
+from vitscale.data.crop import RandomCrop
+from vitscale.data.header import CAUSES
+from vitscale.data.loader import Loader
+from vitscale.engine.backend import Engine, peak_memory
+from vitscale.engine.loop import PeriodicTask, TrainingLoop, TrainState, every
+from vitscale.engine.records import Records
+from vitscale.errors import VitscaleError
+from vitscale.evaluation.figures import draw_curves
+from vitscale.export.checkpoint import export_run
+from vitscale.launch.snapshot import code_version, commit
+from vitscale.models.auto import build_model, initialize, model_keys
+from vitscale.models.vit import ViTPreTrainedModel
+from vitscale.run.session import Session, config_digest, open_session
+from vitscale.run.start import order_keys, say_changed_keys, start
+from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder, write_atomically
+from vitscale.tracking.jsonl import JsonlFile
+from vitscale.tracking.meters import Meters
+from vitscale.world import World
+
+
+def pretrain(config: RunConfig, world: World) -> int:
+    """Train, or go on where this run stopped; the exit code (DONE or STOPPED)."""
+    check_config(config, world)
+    return run_held(Job(config, world))
+
+
+def run_held(job: Job) -> int:
+    """Run a job in its folder, which no other run may use meanwhile, and leave there how it ended."""
+    folder, world = job.folder, job.world
+    with contextlib.ExitStack() as stack:
+        if world.is_main:
+            stack.enter_context(folder.held())
+            if not world.supervised:  # else the launcher has cleared both, and what came since then counts
+                folder.clear_exit()
+                folder.stop.unlink(missing_ok=True)
+        try:
+            return job.run()
+        except VitscaleError as error:
+            # The first rank to fail says why; the others fail because of it, or with the same words.
+            first = folder.write_exit(BAD_INPUT, None, str(error))
+            error.told = not first
+            raise
+        except Exception as error:
+            first = folder.write_exit(FAILED, None, f"{type(error).__name__}: {error}")
+            exit_record = None if first else folder.read_exit()
+            if exit_record is None:
+                raise
+            return int(exit_record["code"])  # another rank failed first: its peers' closed connections are no news
+
+
+class Job:
+    """One start of a run: pretraining, and the story of every other kind. Making it does no I/O.
+
+    Another kind of run overrides what it does otherwise: `build`, `tasks`, `finish`.
+    """
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.folder = RunFolder.at(config.run.dir, config.run.name)
+
+    def run(self) -> int:
+        """From the ranks' meeting to their parting; DONE, or STOPPED with a checkpoint."""
+        session = open_session(self.config, self.world, self.folder)
+        model = self.build(session.config)
+        parameters = model.num_parameters()  # ZeRO-3 leaves none of them whole
+        checkpoint, state = start(session, model)
+        self._describe(session, model, parameters)
+        done = state.step >= session.total_steps
+        if not (done and self._is_finished(session, state)):
+            with self._records(session, state) as records:
+                done = done or self._train(session, model, checkpoint, state, records)
+                if done:
+                    self.finish(session, state, parameters)
+                records.status = "FINISHED" if done else "KILLED"
+        outcome = "done" if done else "stopped"
+        session.say(f"{outcome}: step {state.step} of {session.total_steps}")
+        session.stop.honour()
+        code = DONE if done else STOPPED
+        if self.world.is_main:
+            self.folder.write_exit(code, state.step, "done" if done else "stopped on request")
+        session.ranks.barrier()
+        session.backend.close()
+        return code
+
+    def build(self, config: RunConfig) -> ViTPreTrainedModel:
+        """The model on the CPU with its initial values, the same on every rank."""
+        with torch.device("meta"):  # `initialize` gives it memory; torch's own initial values are never drawn
+            model = build_model(config)
+        initialize(model, config.run.seed)
+        return model
+
+    def tasks(self, session: Session, engine: Engine, records: Records, meters: Meters) -> Sequence[PeriodicTask]:
+        """What is done once in a while, in this order; a row is logged before its checkpoint is saved, or a
+        kill between them would lose the row."""
+        config = session.config
+
+        def log(state: TrainState, row: dict[str, Any]) -> None:
+            records.log(row | meters.read())
+
+        def save(state: TrainState, row: dict[str, Any]) -> None:
+            records.sync()  # a checkpoint must not know of rows that a power cut can take
+            _save(session, engine, state)
+
+        return (
+            PeriodicTask("tracking", every(config.log.every_steps), log),
+            PeriodicTask("save", every(config.checkpoint.every_steps), save, at_stop=True),
+        )
+
+    def finish(self, session: Session, state: TrainState, parameters: int) -> None:
+        """At the end, by rank 0: the model as others open it, the loss curve, a summary."""
+        peaks = session.ranks.gather(peak_memory(session.backend.device))
+        if not session.world.is_main:
+            return
+        config, folder = session.config, session.folder
+        out = export_run(folder.path)
+        rows = JsonlFile(folder.metrics).rows()
+        draw_curves(rows, folder.figures / "loss.png")
+        summary = {
+            "run": config.run.name,
+            "steps": state.step,
+            "samples": state.samples,
+            "images": session.index.total,
+            "epochs": state.step / session.order.batches_per_epoch,
+            "loss": rows[-1]["loss"] if rows else None,
+            "parameters": parameters,
+            "peak_memory_bytes": peaks,
+            "world_size": session.world.world_size,
+            "zero_stage": config.parallel.zero_stage,
+            "precision": config.train.precision,
+            "device": session.world.device,
+            "decoder": session.decoder,
+            "skipped_steps": state.skipped,
+            "bad_samples": state.bad,
+            "model": str(out),
+            "vitscale": __version__,
+        }
+        write_atomically(folder.summary, json.dumps(summary, indent=2) + "\n")
+
+    def _train(
+        self,
+        session: Session,
+        model: ViTPreTrainedModel,
+        checkpoint: Checkpoint | None,
+        state: TrainState,
+        records: Records,
+    ) -> bool:
+        """Whether training got to its end; else it was asked to stop before."""
+        config = session.config
+        say_changed_keys(session)
+        if session.world.is_main:
+            write_atomically(session.folder.config, dump_config(config))
+        engine = session.backend.wrap(model, config)
+        if checkpoint is not None:
+            engine.restore(checkpoint)
+        meters = Meters()
+        with _loader(session, state.samples) as loader:
+            loop = TrainingLoop(
+                engine=engine,
+                feed=_feed(session, loader),
+                state=state,
+                total_steps=session.total_steps,
+                config=config,
+                tasks=self.tasks(session, engine, records, meters),
+                record=records.record,
+                causes=CAUSES,
+                stop=session.stop,
+                meters=meters,
+            )
+            return loop.run()
+
+    def _records(self, session: Session, state: TrainState) -> Records:
+        tags = {"mlflow.source.git.commit": commit(), "vitscale.code": code_version()} if self.world.is_main else {}
+        return Records(session.folder, session.config, session.world, session.total_steps, state.step, tags)
+
+    def _is_finished(self, session: Session, state: TrainState) -> bool:
+        """Whether an earlier start has got as far as its summary, which is written last; rank 0 looks."""
+        finished = False
+        if session.world.is_main and self.folder.summary.exists() and self.folder.model.exists():
+            finished = json.loads(self.folder.summary.read_text(encoding="utf-8")).get("steps") == state.step
+        return session.ranks.gather(finished)[0]
+
+    def _describe(self, session: Session, model: ViTPreTrainedModel, parameters: int) -> None:
+        """What is about to run, for the terminal."""
+        config, world, order, say = session.config, session.world, session.order, session.say
+        say(f"run: {session.folder.path} (vitscale {__version__})")
+        say(f"model: {type(model).__name__}, {parameters:,} parameters")
+        say(
+            f"data: {session.index.total:,} samples in {len(session.index.names)} shards, "
+            f"{order.batches_per_epoch} steps an epoch, decoded by {session.decoder}"
+        )
+        say(
+            f"train: {session.total_steps} steps of {config.train.global_batch} images "
+            f"({session.total_steps / order.batches_per_epoch:.1f} epochs), {world.world_size} rank(s) on "
+            f"{world.device}, ZeRO {config.parallel.zero_stage}, {config.train.precision}"
+        )
+
+
+def _loader(session: Session, samples: int) -> Loader:
+    config = session.config
+    return Loader(
+        index=session.index,
+        order=session.order,
+        crop=RandomCrop(config.augment.crop_scale, config.augment.crop_ratio),
+        data=config.data,
+        num_channels=config.model.num_channels,
+        seed=config.run.seed,
+        world=session.world,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        start=samples,
+        needs_labels=config.objective.needs_labels,
+        num_labels=config.model.num_labels if has_classes(config) else None,
+        image_size=pair(config.model.image_size),
+    )
+
+
+def _feed(session: Session, loader: Loader) -> DeviceFeed:
+    config, device = session.config, session.backend.device
+    augment = Augment(config.augment, pair(config.model.image_size), config.model.num_channels, str(device), train=True)
+    return DeviceFeed(loader, augment, device)
+
+
+def _save(session: Session, engine: Engine, state: TrainState) -> None:
+    """A checkpoint of this step, by all ranks together."""
+    config = session.config
+    manifest = asdict(state) | {
+        "adam_step": engine.adam_step,
+        "total_steps": session.total_steps,
+        "order": order_keys(session),
+        "model": model_keys(config),
+        "world_size": session.world.world_size,
+        "zero_stage": engine.stage,
+        "precision": config.train.precision,
+        "decoder": session.decoder,
+        "config": config_digest(config),
+        "vitscale": __version__,
+    }
+    keep, folder = config.checkpoint.keep, session.folder.checkpoints
+    save_checkpoint(folder, state.step, engine.snapshot(), manifest, session.ranks, keep)

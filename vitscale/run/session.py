@@ -1,0 +1,115 @@
+"""What the ranks of a run agree on before it trains: process group, index, order, decoder."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+from vitscale import __version__
+from vitscale.config.check import has_classes
+from vitscale.config.load import dump_config
+from vitscale.config.schema import RunConfig
+from vitscale.data.classes import class_names
+from vitscale.data.decode import choose_decoder
+from vitscale.data.index import ShardIndex, open_index, require_labels
+from vitscale.data.order import Order
+from vitscale.engine.backend import Backend
+from vitscale.engine.preempt import StopRequest
+from vitscale.engine.ranks import ProcessRanks
+from vitscale.errors import ConfigError, LaunchError
+from vitscale.run_folder import RunFolder
+from vitscale.world import World
+
+
+@dataclass(frozen=True)
+class Session:
+    """One start of a run, its ranks joined and its data found."""
+
+    config: RunConfig  # with what the data told: the classes' names
+    world: World
+    folder: RunFolder
+    backend: Backend
+    stop: StopRequest
+    index: ShardIndex
+    order: Order
+    decoder: str
+
+    @property
+    def ranks(self) -> ProcessRanks:
+        return self.backend.ranks
+
+    @property
+    def total_steps(self) -> int:
+        train = self.config.train
+        return train.steps or max(1, int((train.epochs or 0) * self.order.batches_per_epoch))
+
+    def say(self, line: str) -> None:
+        """A line on the terminal, from rank 0."""
+        if self.world.is_main:
+            print(line, flush=True)
+
+
+def open_session(config: RunConfig, world: World, folder: RunFolder) -> Session:
+    """Join the ranks, open the index once for all of them, and see that all mean the same run.
+
+    Raises ConfigError, DataError or LaunchError.
+    """
+    # Rank 0 opens the index before it joins the others: a missing shard is told at once.
+    index = _open_index(config, folder) if world.is_main else None
+    backend = Backend(config, world)
+    backend.ranks.barrier()
+    # Not before: a rank that waits in C++ for the others could not answer a TERM.
+    stop = StopRequest(folder.path, looks=world.local_rank == 0, clears=world.is_main)
+    index = index or _open_index(config, folder)
+    config = _with_class_names(config, index)
+    decoder = choose_decoder(config.data.decode)
+    _require_agreement(config, backend.ranks, folder, index, decoder)
+    data, batch = config.data, config.train.global_batch
+    order = Order(index.samples, config.run.seed, batch, data.lanes, data.window)
+    return Session(config, world, folder, backend, stop, index, order, decoder)
+
+
+def config_digest(config: RunConfig) -> str:
+    """16 hex digits that tell one resolved config from another."""
+    return hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
+
+
+def _open_index(config: RunConfig, folder: RunFolder) -> ShardIndex:
+    data = config.data
+    if not data.train:
+        raise ConfigError("data.train is empty: give the shards, say data.train='/data/train-{000000..000099}.tar'")
+    index = open_index(data.train, data.index, folder.path)
+    if config.objective.needs_labels:
+        require_labels(index, data.label)
+    return index
+
+
+def _with_class_names(config: RunConfig, index: ShardIndex) -> RunConfig:
+    """The config, and in it the names of classes that have none, where they lie beside the shards."""
+    model = config.model
+    if not has_classes(config) or not config.objective.needs_labels or model.id2label is not None:
+        return config
+    names = class_names(index.paths)
+    if names is None or len(names) != model.num_labels:
+        return config
+    return replace(config, model=replace(model, id2label=tuple(names)))
+
+
+def _require_agreement(
+    config: RunConfig, ranks: ProcessRanks, folder: RunFolder, index: ShardIndex, decoder: str
+) -> None:
+    """All ranks must have the same folder, config, data and code, or they would train different runs."""
+    here = {
+        "run folder": f"held by {folder.holder()}",
+        "config": config_digest(config),
+        "index": index.digest,
+        "decoder": decoder,
+        "version of vitscale": __version__,
+    }
+    for rank, there in enumerate(ranks.gather(here)):
+        for what, value in there.items():
+            if value != here[what]:
+                raise LaunchError(
+                    f"rank {rank} has another {what} ({value}) than rank {ranks.rank} ({here[what]}): "
+                    "start all ranks with one command on one shared folder"
+                )

@@ -1,0 +1,103 @@
+"""Where a run starts from, and what must be as it was for it to go on."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from vitscale.checkpoint.store import Checkpoint, open_checkpoint, open_newest
+from vitscale.config.load import load_config
+from vitscale.config.schema import as_dict
+from vitscale.engine.backend import load_weights
+from vitscale.engine.loop import TrainState
+from vitscale.errors import CheckpointError, ConfigError
+from vitscale.interop.loading import start_from
+from vitscale.models.auto import model_keys
+from vitscale.models.vit import ViTPreTrainedModel
+from vitscale.run.session import Session
+from vitscale.tracking.outbox import flat_params
+
+
+def start(session: Session, model: ViTPreTrainedModel) -> tuple[Checkpoint | None, TrainState]:
+    """Put the weights that the run starts from into `model`: its newest good checkpoint's > those of
+    checkpoint.resume_from > those of model.init_from > its own as they are. Also the checkpoint, where there is one.
+
+    A collective. Raises CheckpointError for a checkpoint that this run cannot go on from.
+    """
+    config = session.config
+    checkpoint = open_newest(session.folder.checkpoints, session.ranks, session.say)
+    if checkpoint is None and config.checkpoint.resume_from:
+        checkpoint = open_checkpoint(Path(config.checkpoint.resume_from), session.ranks)
+    if checkpoint is not None:
+        session.say(f"start: {checkpoint.folder}, step {checkpoint.state['step']} of {session.total_steps}")
+        _require_same_order(session, checkpoint)
+        _require_same_model(session, checkpoint)
+        _say_what_changed(session, checkpoint)
+        load_weights(model, checkpoint)
+        return checkpoint, TrainState(**{item.name: checkpoint.state[item.name] for item in fields(TrainState)})
+    if config.model.init_from:
+        report = start_from(model, Path(config.model.init_from))
+        session.say(f"start: weights of {config.model.init_from}")
+        for what, names in (("new here", report.fresh), ("of it not used", report.unused)):
+            session.say(f"  {what}: {', '.join(names) or 'nothing'}")
+    else:
+        session.say("start: from scratch")
+    return None, TrainState()
+
+
+def order_keys(session: Session) -> dict[str, Any]:
+    """What decides the order of samples, as a checkpoint's manifest keeps it."""
+    config = session.config
+    return {
+        "run.seed": config.run.seed,
+        "train.global_batch": config.train.global_batch,
+        "data.lanes": config.data.lanes,
+        "data.window": config.data.window,
+        "the index": session.index.digest,
+    }
+
+
+def _require_same_order(session: Session, checkpoint: Checkpoint) -> None:
+    saved = checkpoint.state["order"]
+    for name, value in order_keys(session).items():
+        if saved[name] != value:
+            raise CheckpointError(
+                f"{checkpoint.folder}: was saved with {name}={saved[name]}, this run has {value}: samples would be "
+                "repeated or skipped; set it back, or start another run.name with model.init_from"
+            )
+
+
+def _require_same_model(session: Session, checkpoint: Checkpoint) -> None:
+    saved, here = checkpoint.state["model"], model_keys(session.config)
+    differing = [f"{key} (saved {saved.get(key)}, here {here.get(key)})"
+                 for key in sorted(here.keys() | saved.keys()) if saved.get(key) != here.get(key)]
+    if differing:
+        raise CheckpointError(
+            f"{checkpoint.folder}: is of another model: {', '.join(differing)}; set them back, "
+            "or start another run.name"
+        )
+
+
+def _say_what_changed(session: Session, checkpoint: Checkpoint) -> None:
+    saved, total, decoder = checkpoint.state, session.total_steps, session.decoder
+    if saved["total_steps"] != total:  # also where other data made the epochs longer
+        session.say(f"steps: {saved['total_steps']} before, {total} now; lr follows the new total")
+    if saved["decoder"] != decoder:
+        session.say(f"decoder: {saved['decoder']} before, {decoder} now; pixels may differ in their last bits")
+
+
+def say_changed_keys(session: Session) -> None:
+    """The config keys that differ from those of the run's last start."""
+    path = session.folder.config
+    if not session.world.is_main or not path.exists():
+        return
+    try:
+        last = load_config(path)
+    except ConfigError as error:  # written by another version: news, but no reason to stop
+        session.say(f"config: the one of the last start cannot be compared: {error}")
+        return
+    before, now = flat_params(as_dict(last)), flat_params(as_dict(session.config))
+    for key, value in now.items():
+        if before.get(key) != value and key not in ("train.steps", "train.epochs"):  # told as the new total
+            session.say(f"config: {key} was {before.get(key)}, is {value}")
