@@ -65,8 +65,8 @@ def pretrain(config: RunConfig, world: World) -> int:
         except Exception as error:
             if not folder.write_exit(FAILED, None, f"{type(error).__name__}: {error}"):
                 said = folder.read_exit()  # another rank failed first: its peers' closed connections are no news
-                assert said is not None
-                return int(said["code"])
+                if said is not None:  # else not to be seen from here yet: this rank's error is all there is to tell
+                    return int(said["code"])
             raise
 
 
@@ -339,7 +339,7 @@ def _feed(loader: Loader, config: RunConfig, device: torch.device) -> Iterator[_
         }
         if config.objective.needs_labels:
             inputs["labels"] = torch.from_numpy(batch.labels).to(device)
-        yield _FedBatch(inputs, batch.names, batch.replaced, batch.epoch)
+        yield _FedBatch(inputs, batch.names, batch.replaced, int(batch.epochs[0]))
 
 
 def _digest(config: RunConfig) -> str:

@@ -38,7 +38,8 @@ class MicroBatch(Protocol):
         """Dataclasses of the bad samples that others stood in for, each with a `cause`."""
 
     @property
-    def epoch(self) -> int: ...
+    def epoch(self) -> int:
+        """Of its first sample: a mixture's sources may be in several."""
 
 
 @dataclass(frozen=True)
