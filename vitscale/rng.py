@@ -1,6 +1,6 @@
 """Every random choice as a hash of what it is for: counters instead of generator state.
 
-A key is a 64-bit integer folded from (seed, epoch, sample id, purpose, ...); draw i of a key is
+A key is a 64-bit integer folded from (seed, epoch, sample id, repeat, purpose); draw i of a key is
 the i-th output of the splitmix64 stream that starts there (Steele, Lea, Flood 2014). All functions
 take NumPy int64 arrays or torch int64 tensors and give the same bits for both, on any device:
 int64 wraps in both, and torch has no unsigned shifts, so shifts are masked.

@@ -16,7 +16,7 @@ from torch import nn
 from vitscale import __version__
 from vitscale.augment.pipeline import Augment
 from vitscale.checkpoint.store import Checkpoint, open_checkpoint, open_newest, save_checkpoint
-from vitscale.config.check import check_config, has_classes, pair
+from vitscale.config.check import check_config, has_classes, lanes, pair, too_few_lanes
 from vitscale.config.load import dump_config, load_config
 from vitscale.config.schema import RunConfig, as_dict
 from vitscale.data.batch import Replacement
@@ -86,8 +86,8 @@ class _Pretraining:
         self.config = config = self._with_class_names()
         self.decoder = choose_decoder(config.data.decode)
         self._preflight()
-        data, train = config.data, config.train
-        self.order = Order(self.index.samples, config.run.seed, train.global_batch, data.lanes, data.window)
+        train, window = config.train, config.data.window
+        self.order = Order(self.index.samples, config.run.seed, train.global_batch, lanes(config), window)
         self.total_steps = train.steps or max(1, int((train.epochs or 0) * self.order.batches_per_epoch))
 
     def run(self) -> int:
@@ -224,7 +224,7 @@ class _Pretraining:
         return {
             "run.seed": config.run.seed,
             "train.global_batch": config.train.global_batch,
-            "data.lanes": config.data.lanes,
+            "data.lanes": lanes(config),
             "data.window": config.data.window,
             "the index": self.index.digest,
         }
@@ -313,6 +313,8 @@ class _Pretraining:
             f"({self.total_steps / order.batches_per_epoch:.1f} epochs), {world.world_size} rank(s) on {world.device}, "
             f"ZeRO {config.parallel.zero_stage}, {config.train.precision}"
         )
+        if warning := too_few_lanes(config, world):
+            self._say(f"warning: {warning}")
 
     def _say(self, line: str) -> None:
         if self.world.is_main:
