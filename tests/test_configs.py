@@ -99,3 +99,11 @@ def test_quickstart_fits_its_data(ranks: int) -> None:
     assert config.train.global_batch + lanes(config) <= 1437 <= config.data.window
     assert accumulation(config, World(world_size=ranks)) == 2 // ranks
     assert round(config.optimizer.warmup * config.train.steps) == 100
+
+
+@pytest.mark.parametrize("overrides", [["train.global_batch=256", "train.micro_batch=64"], []])
+def test_the_readme_says_how_many_images_an_epoch_needs(overrides: list[str]) -> None:
+    config = load_config(FOLDER / "pretrain_vit_s_mae.yaml", overrides)
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    assert all(override in readme for override in overrides)
+    assert f"{config.train.global_batch + lanes(config):,}" in readme.split("An epoch needs at least")[1][:300]
