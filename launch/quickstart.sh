@@ -48,9 +48,9 @@ Where everything is:
 Three things to try next, from $ROOT:
   look in MLflow            $VENV/bin/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///$run/mlflow.db
   go on training            bash launch/quickstart.sh train.steps=1800
-  pretrain on your images (one folder a class; small batches and few lanes, for few images and one GPU):
+  pretrain on your images (one folder a class; small batches, for few images and one GPU):
     . $VENV/bin/activate
     vitscale pack MY_IMAGES my_shards --held-out 0.05 &&
     vitscale pretrain configs/pretrain_vit_s_mae.yaml run.name=mine data.train='my_shards/train/*.tar' \\
-        train.global_batch=256 train.micro_batch=64 data.lanes=8 &&
+        train.global_batch=256 train.micro_batch=64 &&
     vitscale evaluate runs/mine evaluation.test='my_shards/test/*.tar'"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitscale.config.check import accumulation, check_config
+from vitscale.config.check import accumulation, check_config, lanes
 from vitscale.config.load import dump_config, load_config
 from vitscale.config.schema import RunConfig
 from vitscale.models.auto import build_model
@@ -49,7 +49,7 @@ def test_every_config_has_its_ranks_told() -> None:
 def test_loads_fits_and_builds(name: str, tmp_path: Path) -> None:
     config, ranks = load(name), RANKS[name]
     check_config(config, World(world_size=ranks, local_world_size=min(ranks, 8), device="cuda"))
-    assert config.data.lanes % ranks == 0, "each rank should own whole lanes"
+    assert lanes(config) % ranks == 0, "each rank should own whole lanes"
     with torch.device("meta"):
         model = build_model(config)
     if name in PARAMETERS:
@@ -96,6 +96,14 @@ def test_quickstart_fits_its_data(ranks: int) -> None:
     """1,437 digits; an epoch needs a batch and a lane more than it gives."""
     config = load("quickstart.yaml")
     check_config(config, World(world_size=ranks, local_world_size=ranks))
-    assert config.train.global_batch + config.data.lanes <= 1437 <= config.data.window
+    assert config.train.global_batch + lanes(config) <= 1437 <= config.data.window
     assert accumulation(config, World(world_size=ranks)) == 2 // ranks
     assert round(config.optimizer.warmup * config.train.steps) == 100
+
+
+@pytest.mark.parametrize("overrides", [["train.global_batch=256", "train.micro_batch=64"], []])
+def test_the_readme_says_how_many_images_an_epoch_needs(overrides: list[str]) -> None:
+    config = load_config(FOLDER / "pretrain_vit_s_mae.yaml", overrides)
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    assert all(override in readme for override in overrides)
+    assert f"{config.train.global_batch + lanes(config):,}" in readme.split("An epoch needs at least")[1][:300]

@@ -39,6 +39,25 @@ def test_torch_gives_numpys_bits(ids: list[int], seed: int, epoch: int, count: i
     np.testing.assert_array_equal(drawn, torch_drawn.numpy())
 
 
+def one_key(seed: int, epoch: int, sample_id: int, repeat: int) -> int:
+    """A sample's key as the first runs had it, which took one epoch and one repeat a batch."""
+    ids = np.array([sample_id], dtype=np.int64)
+    return int(rng.fold(rng.fold(ids, rng.key("sample", seed, epoch)), repeat)[0])
+
+
+@settings(max_examples=50, deadline=None)
+@given(SMALL, st.lists(st.tuples(SMALL, INT64, st.integers(0, 64)), min_size=1, max_size=8))
+def test_keys_of_many_epochs_and_repeats_are_those_of_each(seed: int, refs: list[tuple[int, int, int]]) -> None:
+    epochs, ids, repeats = np.array(refs, dtype=np.int64).T.copy()
+    expected = [one_key(seed, *ref) for ref in refs]
+    assert rng.sample_key(seed, epochs, ids, repeats).tolist() == expected
+    assert rng.sample_key(seed, *map(torch.from_numpy, (epochs, ids, repeats))).tolist() == expected
+    epoch, repeat = refs[0][0], refs[0][2]
+    same = [one_key(seed, epoch, sample_id, repeat) for _, sample_id, _ in refs]
+    assert rng.sample_key(seed, epoch, ids, repeat).tolist() == same
+    assert rng.sample_key(seed, epoch, torch.from_numpy(ids), repeat).tolist() == same
+
+
 @settings(max_examples=100, deadline=None)
 @given(INT64, INT64)
 def test_a_number_folds_as_an_array_of_it_does(state: int, value: int) -> None:

@@ -26,19 +26,14 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_no_launcher_is_one_process(environment: pytest.MonkeyPatch) -> None:
-    assert read_world() == World(rank=0, world_size=1, local_rank=0, local_world_size=1, node_rank=0, device="cpu")
+    assert read_world() == World(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu")
     assert read_world().is_main
 
 
 def test_torchruns_variables(environment: pytest.MonkeyPatch) -> None:
     os.environ.update(TORCHRUN)
-    assert read_world() == World(rank=5, world_size=8, local_rank=1, local_world_size=4, node_rank=1, device="cpu")
+    assert read_world() == World(rank=5, world_size=8, local_rank=1, local_world_size=4, device="cpu")
     assert not read_world().is_main
-
-
-def test_group_rank_may_be_missing(environment: pytest.MonkeyPatch) -> None:
-    os.environ.update({name: value for name, value in TORCHRUN.items() if name != "GROUP_RANK"})
-    assert read_world().node_rank == 0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Every random choice as a hash of what it is for: counters instead of generator state.
 
-A key is a 64-bit integer folded from (seed, epoch, sample id, purpose, ...); draw i of a key is
+A key is a 64-bit integer folded from (seed, epoch, sample id, repeat, purpose); draw i of a key is
 the i-th output of the splitmix64 stream that starts there (Steele, Lea, Flood 2014). All functions
 take NumPy int64 arrays or torch int64 tensors and give the same bits for both, on any device:
 int64 wraps in both, and torch has no unsigned shifts, so shifts are masked.
@@ -69,12 +69,15 @@ def key(purpose: str, *values: int) -> int:
     return int(state[0])
 
 
-def sample_key(seed: int, epoch: int, sample_ids: Any, repeat: int = 0) -> Any:
-    """int64 key of each sample in one epoch: what crop, flip, mask and drop path are drawn from.
+def sample_key(seed: int, epochs: Any, sample_ids: Any, repeats: Any = 0) -> Any:
+    """int64 key of each sample in its epoch: what crop, flip, mask and drop path are drawn from.
 
-    `sample_ids`: int64 array or tensor; `repeat`: which of several views of the sample.
+    `sample_ids`: int64 array or tensor; `epochs`, `repeats` (which of several views of the sample): likewise,
+    one a sample, or an int for all of them.
     """
-    return fold(fold(sample_ids, key("sample", seed, epoch)), repeat)
+    zeros = sample_ids * 0
+    in_epoch = fold(zeros + key("sample", seed), zeros + epochs)
+    return fold(fold(sample_ids, in_epoch), zeros + repeats)
 
 
 def bits(keys: Any, count: int) -> Any:

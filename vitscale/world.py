@@ -22,7 +22,6 @@ class World:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    node_rank: int = 0
     device: str = "cpu"  # "cpu" or "cuda"
     supervised: bool = False  # by our launcher, which reads exit.json instead of the ranks' exit codes
 
@@ -45,7 +44,6 @@ def read_world() -> World:
         world_size=_integer("WORLD_SIZE"),
         local_rank=_integer("LOCAL_RANK"),
         local_world_size=_integer("LOCAL_WORLD_SIZE"),
-        node_rank=_integer("GROUP_RANK", 0),
         device=_device(),
         supervised=SUPERVISED in os.environ,
     )
@@ -94,8 +92,8 @@ def child_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in launcher}
 
 
-def _integer(name: str, default: int | None = None) -> int:
-    text = os.environ.get(name, None if default is None else str(default))
+def _integer(name: str) -> int:
+    text = os.environ.get(name)
     if text is None or not text.lstrip("-").isdigit():
         raise LaunchError(
             f"{name}={text!r} in the environment must be a whole number; "

@@ -23,7 +23,7 @@ def a_batch(count: int = 64, size: tuple[int, int] = (9, 7), channels: int = 3, 
         widths=np.full(len(ids), size[1], np.int32),
         channels=channels,
         boxes=np.tile(np.array([[0, 0, *size]], np.float32), (len(ids), 1)),
-        sample_keys=rng.sample_key(seed=3, epoch=1, sample_ids=ids),
+        sample_keys=rng.sample_key(3, 1, ids),
     )
 
 
@@ -65,7 +65,7 @@ def test_flips_by_sample_key() -> None:
     turned = np.arange(400, dtype=np.int64)[::-1].copy()
     assert torch.equal(flipped(a_batch(400, ids=turned)), first.flip(0))
     other_epoch = a_batch(400)
-    other_epoch.sample_keys = rng.sample_key(seed=3, epoch=2, sample_ids=np.arange(400, dtype=np.int64))
+    other_epoch.sample_keys = rng.sample_key(3, 2, np.arange(400, dtype=np.int64))
     assert not torch.equal(flipped(other_epoch), first)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vitscale.config.check import accumulation, check_config, grid, has_classes, mask_patch, pair
+from vitscale.config.check import accumulation, check_config, grid, has_classes, lanes, mask_patch, pair, too_few_lanes
 from vitscale.config.load import load_config
 from vitscale.config.schema import RunConfig
 from vitscale.errors import ConfigError
@@ -67,6 +67,52 @@ def test_lanes(base: Path) -> None:
     assert "data.lanes=8" in said
     mended(base, 1, "data.window=65")
     mended(base, 1, "data.window=3")
+
+
+@pytest.mark.parametrize(
+    "batch, derived",
+    [(1, 1), (3, 1), (4, 1), (6, 1), (8, 2), (7, 1), (12, 3), (100, 25), (256, 64), (1024, 256), (4096, 1024),
+     (5000, 1000), (4098, 683), (8191, 1), (65536, 1024)],
+)  # fmt: skip
+def test_lanes_that_are_not_written_come_of_the_global_batch(base: Path, batch: int, derived: int) -> None:
+    config = made(base, f"train.global_batch={batch}", "train.micro_batch=1", "data.lanes=null", "data.window=16381")
+    assert lanes(config) == derived
+    check_config(config, World())  # a window that no number of lanes divides is rounded down
+
+
+@pytest.mark.parametrize("batch", range(1, 130))
+def test_derived_lanes_are_the_largest_that_may_be(base: Path, batch: int) -> None:
+    config = made(base, f"train.global_batch={batch}", "data.lanes=null")
+    fitting = [size for size in range(1, batch + 1) if batch % size == 0 and 4 * size <= batch]
+    assert lanes(config) == max(fitting, default=1)
+
+
+def test_lanes_as_written(base: Path) -> None:
+    assert lanes(made(base)) == 8
+    assert lanes(made(base, "data.lanes=64")) == 64
+
+
+@pytest.mark.parametrize("window", [64, 100])
+def test_fewer_lanes_than_ranks_are_told_with_a_way_out(base: Path, window: int) -> None:
+    config = made(base, "train.micro_batch=1", "data.lanes=null", "data.lanes=4", f"data.window={window}")
+    said = too_few_lanes(config, World(world_size=32))
+    assert said is not None
+    assert "\n" not in said
+    assert "data.lanes=4:" in said
+    assert "32 ranks" in said
+    mended = made(base, "train.micro_batch=1", *re.findall(r"data\.\w+=\d+", said)[1:])
+    assert lanes(mended) == 32
+    check_config(mended, World(world_size=32))
+    assert too_few_lanes(mended, World(world_size=32)) is None
+
+
+def test_lanes_that_ranks_do_not_divide_are_not_told(base: Path) -> None:
+    config = made(base, "train.global_batch=96", "data.lanes=null", "train.micro_batch=1")
+    assert lanes(config) == 24
+    assert [too_few_lanes(config, World(world_size=ranks)) for ranks in (1, 16, 24)] == [None] * 3
+    said = too_few_lanes(config, World(world_size=32))
+    assert said is not None
+    assert "data.lanes=24 (of train.global_batch): fewer than the 32 ranks" in said
 
 
 def test_weights_of_sources(base: Path) -> None:

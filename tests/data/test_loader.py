@@ -59,8 +59,8 @@ def take(count: int, index: ShardIndex, **options: Any) -> list[Batch]:
 def rows(batches: list[Batch]) -> list[tuple[Any, ...]]:
     """A row a sample: all that the model will see of it."""
     return [
-        (batch.epoch, batch.names[i], int(batch.sample_ids[i]), int(batch.sample_keys[i]), int(batch.labels[i]),
-         batch.boxes[i].tolist(), batch.image(i).shape, batch.image(i).tobytes())
+        (batch.names[i], int(batch.epochs[i]), int(batch.sample_ids[i]), int(batch.sample_keys[i]),
+         int(batch.labels[i]), batch.boxes[i].tolist(), batch.image(i).shape, batch.image(i).tobytes())
         for batch in batches for i in range(len(batch))
     ]  # fmt: skip
 
@@ -84,7 +84,7 @@ def test_batches_hold_the_drawn_crops(index: ShardIndex) -> None:
 def test_ranks_see_together_what_one_rank_sees(index: ShardIndex) -> None:
     """8 global batches, over an epoch's border: slot order, whatever the ranks and the micro-batch."""
     one = rows(take(8, index, micro=16))
-    assert [row[0] for row in one[::16]] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert [row[1] for row in one[::16]] == [0, 0, 0, 0, 1, 1, 1, 1]
     for ranks, micro in ((2, 4), (4, 4)):
         parts = 16 // ranks // micro
         each = [take(8 * parts, index, rank=rank, ranks=ranks, micro=micro) for rank in range(ranks)]
@@ -189,7 +189,7 @@ def test_bad_samples_are_replaced_and_told(tmp_path: Path) -> None:
             stand_in = int(batch.names[item.slot].split("/")[1])
             assert stand_in not in bad
             order = Order(index.samples, 7, 8, 2, 16)
-            others = [int(i) & 0xFFFFFFFF for i in order.candidates(step, item.slot)]
+            others = [int(i) & 0xFFFFFFFF for i in order.candidates(step, item.slot).ids]
             assert stand_in == next(i for i in others if i not in bad), "the next readable one of its block"
             assert batch.labels[item.slot] == 3
             assert np.array_equal(batch.sample_keys, rng.sample_key(7, 0, batch.sample_ids))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
-from vitscale.evaluation.figures import Reconstructions, draw_curves, draw_reconstructions, reconstruct
+from vitscale.evaluation.figures import LOSS, RATE, Reconstructions, draw_curves, draw_reconstructions, reconstruct
 from vitscale.models.auto import initialize
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
@@ -83,7 +84,25 @@ def test_curves_become_the_same_png_from_the_same_rows(tmp_path: Path) -> None:
     assert first != (tmp_path / "c.png").read_bytes()
 
 
-@pytest.mark.parametrize("rows", [[], [{"step": 1, "loss": 0.5, "lr": 0.1}], [{"step": 1, "loss": None, "lr": 0.1}]])
-def test_few_rows_are_no_error(rows: list[dict[str, float]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "rows, drawn",
+    [
+        ([], set()),
+        ([{"step": 1, "lr": 0.1}], set()),
+        ([{"step": 1, "loss": 0.5, "lr": 0.1}], {LOSS, RATE}),
+        ([{"step": 1, "loss": None, "lr": 0.1}], {RATE}),
+        ([{"step": 1, "loss": 0.5}], {LOSS}),
+        ([{"step": 1, "loss": 0.5, "lr": 0.1}, {"step": 2, "loss": None, "lr": 0.1}], {LOSS, RATE}),
+    ],
+)
+def test_few_rows_are_drawn_as_dots(rows: list[dict[str, Any]], drawn: set[str], tmp_path: Path) -> None:
+    """A line through one point would show nothing: a dot is over 100 pixels, the number beside it fewer."""
     draw_curves(rows, tmp_path / "curve.png")
-    assert (tmp_path / "curve.png").stat().st_size > 1000
+    with Image.open(tmp_path / "curve.png") as picture:
+        image = np.asarray(picture.convert("RGB"))
+    for colour in (LOSS, RATE):
+        rows_of, _ = np.nonzero((image == ImageColor.getrgb(colour)).all(axis=-1))
+        assert (len(rows_of) > 100) == (colour in drawn), colour
+        if colour in drawn:
+            upper = rows_of < len(image) * 0.66
+            assert upper.all() if colour == LOSS else not upper.any(), "the loss above, the rate below"

@@ -63,6 +63,18 @@ def test_compiled_blocks(launcher: Launcher, config: Path, tmp_path: Path, objec
     assert len(compiled) == 3
 
 
+def test_lanes_that_are_not_written(launcher: Launcher, config: Path, tmp_path: Path) -> None:
+    """The checkpoint keeps the number that they came to; fewer than there are ranks are told once."""
+    argv = ["pretrain", str(config), "train.global_batch=4", "train.micro_batch=2", "train.steps=2"]
+    output = launcher.run([*argv, "data.lanes=null"], ranks=2)
+    assert output.count("warning: data.lanes=1 (of train.global_batch): fewer than the 2 ranks") == 1
+    saved = json.loads((tmp_path / "runs/run/checkpoints/step_00000002/manifest.json").read_text())
+    assert saved["state"]["order"]["data.lanes"] == 1
+    output = launcher.run([*argv, "data.lanes=1", "train.steps=3"])
+    assert "step 2 of 3" in output
+    assert "warning" not in output
+
+
 # ---- where a run starts from
 
 

@@ -41,6 +41,7 @@ BATCH = 64
 CROP = RandomCrop((0.2, 1.0), (0.75, 4 / 3))
 _DISTINCT = 256  # images that are really made; the shards repeat them
 _SHARDS = 4
+_LANES = 8
 Batches = Iterator[int]  # how many images each batch had
 
 
@@ -129,7 +130,7 @@ def _cpu_seconds() -> float:
 @contextmanager
 def _loader(index: ShardIndex, cores: int, decoder: str) -> Iterator[Loader]:
     data = Data(decode=decoder, threads=cores)
-    order = Order(index.samples, 0, BATCH, data.lanes, data.window)
+    order = Order(index.samples, 0, BATCH, _LANES, data.window)
     with Loader(
         index=index, order=order, crop=CROP, data=data, num_channels=3, seed=0, world=World(), global_batch=BATCH,
         micro_batch=BATCH, start=0, image_size=(TARGET, TARGET),

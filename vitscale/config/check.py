@@ -8,6 +8,8 @@ from vitscale.config.schema import Model, RunConfig
 from vitscale.errors import ConfigError
 from vitscale.world import World
 
+_MOST_LANES = 1024  # each lane's shards are open at once, and an epoch drops up to a sample a lane
+
 
 def pair(value: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width) of a size that may be one number."""
@@ -40,6 +42,34 @@ def accumulation(config: RunConfig, world: World) -> int:
     return config.train.global_batch // (config.train.micro_batch * world.world_size)
 
 
+def lanes(config: RunConfig) -> int:
+    """Parallel runs through an epoch's shards: as written, else the largest divisor of the global batch up to a
+    quarter of it and to 1024. Of the world it knows nothing, so that any number of ranks goes on with the same order.
+    """
+    written, batch = config.data.lanes, config.train.global_batch
+    return written or _largest_divisor(batch, min(batch // 4, _MOST_LANES))
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return max((size for size in range(1, most + 1) if number % size == 0), default=1)
+
+
+def too_few_lanes(config: RunConfig, world: World) -> str | None:
+    """A warning where ranks exceed lanes: several then read each shard, each its part of every block.
+
+    Nothing is said of ranks that do not divide the lanes: only the lanes at their borders are read by two,
+    fewer than there are ranks, so that shards are opened less than twice as often and no sample is read twice.
+    """
+    ranks, here, window = world.world_size, lanes(config), config.data.window
+    if ranks <= here:
+        return None
+    way = f"data.lanes={ranks}" + (f" data.window={-(-window // ranks) * ranks}" if window % ranks else "")
+    return (
+        f"data.lanes={here}{'' if config.data.lanes else ' (of train.global_batch)'}: fewer than the {ranks} ranks, "
+        f"so that several of them read each shard; for a new run set {way}"
+    )
+
+
 def check_config(config: RunConfig, world: World) -> None:
     """Raise ConfigError where keys contradict each other or the world."""
     _check_batch(config, world)
@@ -53,7 +83,7 @@ def check_config(config: RunConfig, world: World) -> None:
 
 def _check_batch(config: RunConfig, world: World) -> None:
     batch, micro = config.train.global_batch, config.train.micro_batch
-    ranks, lanes = world.world_size, config.data.lanes
+    ranks, written = world.world_size, config.data.lanes
     if batch % (micro * ranks):
         fitting = [size for size in range(1, batch // ranks + 1) if batch % (size * ranks) == 0]
         nearest = min(fitting, key=lambda size: abs(size - micro)) if batch % ranks == 0 else None
@@ -62,13 +92,15 @@ def _check_batch(config: RunConfig, world: World) -> None:
         raise ConfigError(
             f"train.global_batch={batch}: must be a multiple of train.micro_batch={micro} x {ranks} ranks; {way}"
         )
-    if batch % lanes:
-        divisor = max(size for size in range(1, min(lanes, batch) + 1) if batch % size == 0)
-        raise ConfigError(f"data.lanes={lanes}: must divide train.global_batch={batch}; set data.lanes={divisor}")
-    if config.data.window % lanes:
+    if written and batch % written:
         raise ConfigError(
-            f"data.window={config.data.window}: must be a multiple of data.lanes={lanes}; "
-            f"set data.window={(config.data.window // lanes + 1) * lanes}"
+            f"data.lanes={written}: must divide train.global_batch={batch}; "
+            f"set data.lanes={_largest_divisor(batch, written)}"
+        )
+    if written and config.data.window % written:
+        raise ConfigError(
+            f"data.window={config.data.window}: must be a multiple of data.lanes={written}; "
+            f"set data.window={(config.data.window // written + 1) * written}"
         )
     weights = {source.weight for source in config.data.train}
     if len(weights) > 1:

@@ -191,8 +191,12 @@ class Source:
 class Data:
     train: tuple[Source, ...] = ()
     index: str | None = None  # an index.json by `vitscale index` or `pack`; else shards are scanned
-    lanes: int = 8  # parallel readers of an epoch; divides the global batch, fixed for a run
-    window: int = 16384  # samples over all lanes within which the order is shuffled
+    # Parallel runs through an epoch's shards, fixed for a run; divides the global batch. Null: its largest divisor up
+    # to a quarter of it and to 1024.
+    lanes: int | None = None
+    # Samples over all lanes within which the order is shuffled, in blocks of window / lanes: a multiple of lanes where
+    # lanes is written, else each block is rounded down.
+    window: int = 16384
     label: str = "cls"  # the extension of the member that holds the label, a whole number
     decode: str = "auto"  # nvimgcodec, simplejpeg, pillow, or auto: the first that is installed
     background: int = 255  # what transparent pixels lie on, 0 (black) to 255 (white)
@@ -202,7 +206,7 @@ class Data:
     prefetch: int = 4  # micro-batches read ahead
 
     def __post_init__(self) -> None:
-        _require(self.lanes > 0, "data.lanes", self.lanes, "above 0")
+        _require(self.lanes is None or self.lanes > 0, "data.lanes", self.lanes, "above 0 or null")
         _require(self.window > 0, "data.window", self.window, "above 0 (samples over all lanes)")
         _one_of("data.decode", self.decode, DECODERS)
         _require(0 <= self.background <= 255, "data.background", self.background, "in 0 to 255")
@@ -250,6 +254,8 @@ class Optimizer:
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         _require(self.clip >= 0, "optimizer.clip", self.clip, "0 (none) or more")
         _require(0 <= self.warmup < 1, "optimizer.warmup", self.warmup, "a share of all steps, in [0, 1)")
+        # Above the peak the cosine would rise to the end, which no one means by a floor.
+        _require(0 <= self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"in [0, optimizer.lr={self.lr}]")
 
 
 @dataclass(frozen=True)

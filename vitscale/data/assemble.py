@@ -11,13 +11,12 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from vitscale import rng
 from vitscale.data.batch import Batch, Replacement
 from vitscale.data.crop import CenterCrop, RandomCrop
 from vitscale.data.decode import Decoder, Job
 from vitscale.data.header import BadSample, Header, read_header
 from vitscale.data.index import ShardIndex
-from vitscale.data.order import Order, SequentialOrder
+from vitscale.data.order import Refs, SampleOrder
 from vitscale.data.shards import LARGEST_MEMBER, RawSample, Shards
 from vitscale.errors import DataError
 
@@ -32,7 +31,7 @@ class Plan:
     """All that decides what one rank's micro-batches are: enough for a reader in another process."""
 
     index: ShardIndex
-    order: Order | SequentialOrder
+    order: SampleOrder
     crop: RandomCrop | CenterCrop
     decoder: str  # as choose_decoder says
     channels: int
@@ -70,9 +69,9 @@ class Plan:
     def where(self, number: int) -> str:
         """Where in the data micro-batch `number` starts, for messages."""
         batch, first, _ = self.slots(number)
-        epoch, ids = self.order.refs(batch, first, first + 1)
-        shard = self.index.names[int(ids[0]) >> 32]
-        return f"sample {batch * self.global_batch + first} of the run (epoch {epoch}, shard {shard})"
+        refs = self.order.refs(batch, first, first + 1)
+        shard = self.index.names[int(refs.ids[0]) >> 32]
+        return f"sample {batch * self.global_batch + first} of the run (epoch {refs.epochs[0]}, shard {shard})"
 
 
 class Memory(Protocol):
@@ -87,7 +86,6 @@ class Memory(Protocol):
 class _Sample:
     """A sample as read: with a good header, or with what is bad about it."""
 
-    id: int
     raw: RawSample
     header: Header | None
     label: int
@@ -109,12 +107,13 @@ class Assembler:
         Where an image lies in the memory depends on sizes alone, never on which thread was first.
         """
         batch, first, last = self._plan.slots(number)
-        epoch, ids = self._plan.order.refs(batch, first, last)
-        samples = self._in_chunks(lambda chunk: [self._read(sample_id) for sample_id in chunk], ids.tolist())
-        filling = _Filling(self._plan, self._decoder, epoch, len(ids), memory)
+        refs = self._plan.order.refs(batch, first, last)
+        samples = self._in_chunks(lambda chunk: [self._read(sample_id) for sample_id in chunk], refs.ids.tolist())
+        filling = _Filling(self._plan, self._decoder, len(refs), memory)
         bad = {place: sample.bad for place, sample in enumerate(samples) if sample.bad is not None}
-        good = [place for place in range(len(ids)) if place not in bad]
-        failures = self._in_chunks(self._decoder.decode, filling.place(good, [samples[place] for place in good]))
+        good = [place for place in range(len(refs)) if place not in bad]
+        jobs = filling.place(good, refs[good], [samples[place] for place in good])
+        failures = self._in_chunks(self._decoder.decode, jobs)
         bad |= {place: failure for place, failure in zip(good, failures, strict=True) if failure is not None}
         replaced = []
         for place in sorted(bad):
@@ -127,11 +126,11 @@ class Assembler:
         chunks = [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
         return list(chain.from_iterable(self._pool.map(work, chunks)))
 
-    def _replace(self, filling: _Filling, place: int, others: np.ndarray, raw: RawSample, why: BadSample) -> None:
+    def _replace(self, filling: _Filling, place: int, others: Refs, raw: RawSample, why: BadSample) -> None:
         """Fill the place of a bad sample with the first readable one of `others`."""
-        for sample_id in others.tolist():
+        for i, sample_id in enumerate(others.ids.tolist()):
             sample = self._read(sample_id)
-            if sample.bad is None and self._decoder.decode(filling.place([place], [sample])) == [None]:
+            if sample.bad is None and self._decoder.decode(filling.place([place], others[[i]], [sample])) == [None]:
                 return
         raise DataError(
             f"{raw.shard}/{raw.key}: {why}; nor is any of the {len(others)} samples tried in its place readable: "
@@ -146,9 +145,9 @@ class Assembler:
                 raise BadSample("no_image", "no member with the extension of an image")
             if raw.image_bytes > LARGEST_MEMBER:
                 raise BadSample("too_large", f"{raw.image_bytes} bytes, more than {LARGEST_MEMBER}")
-            return _Sample(sample_id, raw, read_header(raw.image, self._plan.max_pixels), self._label(raw.label))
+            return _Sample(raw, read_header(raw.image, self._plan.max_pixels), self._label(raw.label))
         except BadSample as bad:
-            return _Sample(sample_id, raw, None, -1, bad)
+            return _Sample(raw, None, -1, bad)
 
     def _label(self, data: bytes | None) -> int:
         """The label as a whole number; -1 where there is none and none is needed."""
@@ -168,19 +167,26 @@ class Assembler:
 class _Filling:
     """A micro-batch while its places are filled."""
 
-    def __init__(self, plan: Plan, decoder: Decoder, epoch: int, count: int, memory: Memory) -> None:
-        self._plan, self._decoder, self._epoch, self._memory = plan, decoder, epoch, memory
+    def __init__(self, plan: Plan, decoder: Decoder, count: int, memory: Memory) -> None:
+        self._plan = plan
+        self._decoder = decoder
+        self._memory = memory
         self._used = 0  # bytes
-        self._offsets, self._labels, self._ids, self._keys = np.zeros((4, count), dtype=np.int64)
+        self._offsets = np.zeros(count, dtype=np.int64)
+        self._labels = np.zeros(count, dtype=np.int64)
+        self._epochs = np.zeros(count, dtype=np.int64)
+        self._ids = np.zeros(count, dtype=np.int64)
+        self._keys = np.zeros(count, dtype=np.int64)
         self._shapes = np.zeros((count, 2), dtype=np.int32)
         self._boxes = np.zeros((count, 4), dtype=np.float32)
         self._names = [""] * count
 
-    def place(self, places: Sequence[int], samples: Sequence[_Sample]) -> list[Job]:
-        """Draw the boxes of good samples, give each its room in the memory, and say what is to be decoded."""
-        plan, at = self._plan, list(places)
-        ids = np.array([sample.id for sample in samples], dtype=np.int64)
-        keys = rng.sample_key(plan.seed, self._epoch, ids)
+    def place(self, at: list[int], refs: Refs, samples: Sequence[_Sample]) -> list[Job]:
+        """Draw the boxes of good samples, give each its room in the memory, and say what is to be decoded.
+
+        at: the place in the micro-batch of each; refs: what each is.
+        """
+        plan, keys = self._plan, refs.keys(self._plan.seed)
         headers = [sample.header for sample in samples if sample.header is not None]
         sizes = np.array([header.oriented for header in headers], dtype=np.int64).reshape(-1, 2)
         drawn = plan.crop.boxes(keys, sizes[:, 0], sizes[:, 1]).tolist()
@@ -189,7 +195,11 @@ class _Filling:
         ends = self._used + np.cumsum(shapes.prod(axis=1) * plan.channels)
         starts = np.concatenate([[self._used], ends])[:-1]
         self._used = int(ends[-1]) if at else self._used
-        self._offsets[at], self._shapes[at], self._ids[at], self._keys[at] = starts, shapes, ids, keys
+        self._offsets[at] = starts
+        self._shapes[at] = shapes
+        self._epochs[at] = refs.epochs
+        self._ids[at] = refs.ids
+        self._keys[at] = keys
         self._boxes[at] = np.array([region.box for region in regions]).reshape(-1, 4)
         self._labels[at] = [sample.label for sample in samples]
         for place, sample in zip(at, samples, strict=True):
@@ -213,6 +223,6 @@ class _Filling:
             sample_ids=self._ids,
             sample_keys=self._keys,
             names=tuple(self._names),
-            epoch=self._epoch,
+            epochs=self._epochs,
             replaced=replaced,
         )

@@ -33,9 +33,9 @@ class Batch:
     boxes: np.ndarray  # float32 [n, 4]: (top, left, bottom, right) in the stored region's pixels
     labels: np.ndarray  # int64 [n], -1 where the sample has none
     sample_ids: np.ndarray  # int64 [n]: shard << 32 | place in the shard
-    sample_keys: np.ndarray  # int64 [n]: rng.sample_key(seed, epoch, sample_ids)
+    sample_keys: np.ndarray  # int64 [n]: Refs.keys, what all of a sample's random choices are drawn from
     names: tuple[str, ...]  # "shard/key"
-    epoch: int
+    epochs: np.ndarray  # int64 [n]
     replaced: tuple[Replacement, ...]
 
     def __len__(self) -> int:

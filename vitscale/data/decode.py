@@ -113,9 +113,12 @@ class Decoder:
 
     def decode(self, jobs: Sequence[Job]) -> list[BadSample | None]:
         """Decode every job into its `out`; None, or why it cannot be."""
-        fast = [job for job in jobs if self._regions is not None and job.header.components in (1, 3)]
-        found = dict(zip(map(id, fast), self._regions(fast), strict=True)) if self._regions and fast else {}
-        return [self._finish(job, found.get(id(job))) for job in jobs]
+        regions: list[np.ndarray | None] = [None] * len(jobs)
+        fast = [place for place, job in enumerate(jobs) if job.header.components in (1, 3)]
+        if self._regions is not None and fast:
+            for place, region in zip(fast, self._regions([jobs[place] for place in fast]), strict=True):
+                regions[place] = region
+        return [self._finish(job, region) for job, region in zip(jobs, regions, strict=True)]
 
     def _finish(self, job: Job, region: np.ndarray | None) -> BadSample | None:
         """Orient a decoded region into place; what the fast decoder did not take, Pillow tries."""

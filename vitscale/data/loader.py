@@ -17,7 +17,7 @@ from vitscale.data.batch import Batch
 from vitscale.data.crop import CenterCrop, RandomCrop
 from vitscale.data.decode import choose_decoder
 from vitscale.data.index import ShardIndex, require_labels
-from vitscale.data.order import Order, SequentialOrder
+from vitscale.data.order import SampleOrder
 from vitscale.data.reader import IGNORED_SIGNALS
 from vitscale.data.wire import FREE, Failed, Filled, SharedMemory, receive, send
 from vitscale.errors import DataError
@@ -44,7 +44,7 @@ class Loader:
         self,
         *,
         index: ShardIndex,
-        order: Order | SequentialOrder,
+        order: SampleOrder,
         crop: RandomCrop | CenterCrop,
         data: schema.Data,
         num_channels: int,
@@ -66,7 +66,7 @@ class Loader:
         assert global_batch % (micro_batch * world.world_size) == 0
         if needs_labels:
             require_labels(index, data.label)
-        owned = max(1, data.lanes // world.world_size)
+        owned = max(1, order.lanes // world.world_size)
         self.decoder = choose_decoder(data.decode)  # what data.decode=auto has become, for the run's record
         self._plan = Plan(
             index=index, order=order, crop=crop, decoder=self.decoder, channels=num_channels,
@@ -75,7 +75,7 @@ class Loader:
             micro_batch=micro_batch, rank=world.rank, ranks=world.world_size, first_batch=start // global_batch,
             threads=data.threads or world.cores_per_rank, prefetch=data.prefetch,
             # A lane is in one block of its window, which lies in a few shards.
-            table_samples=owned * (2 * (data.window // data.lanes) + 2 * int(index.samples.max())),
+            table_samples=owned * (2 * order.block + 2 * int(index.samples.max())),
         )  # fmt: skip
         self._number = 0  # of the micro-batch to give out next
         self._lent: int | None = None  # the memory of the batch given out last

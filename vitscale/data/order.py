@@ -6,6 +6,9 @@ samples consumed. Sample ids are shard << 32 | place in the shard.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
 import numpy as np
 
 from vitscale import rng
@@ -13,6 +16,55 @@ from vitscale.errors import DataError
 
 SUBSTITUTES = 64  # samples tried in the place of a bad one before the data are called unreadable
 _LARGEST = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True, eq=False)
+class Refs:
+    """Which view of which sample stands in each of some slots: all that its key is hashed from, but for the seed.
+
+    int64 [n] each. Epochs may differ between slots: each source of a mixture counts its own.
+    """
+
+    epochs: np.ndarray
+    ids: np.ndarray  # shard << 32 | place in the shard
+    repeats: np.ndarray  # which of the views that repeated augmentation shows of a sample in one epoch
+
+    @classmethod
+    def of_epoch(cls, epoch: int, ids: np.ndarray) -> Refs:
+        """Samples of one epoch, each seen once in it."""
+        return cls(np.full_like(ids, epoch), ids, np.zeros_like(ids))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, at: slice | list[int]) -> Refs:
+        return Refs(self.epochs[at], self.ids[at], self.repeats[at])
+
+    def keys(self, seed: int) -> np.ndarray:
+        """The samples' keys: int64 [n]."""
+        return rng.sample_key(seed, self.epochs, self.ids, self.repeats)
+
+
+class SampleOrder(Protocol):
+    """What reading asks of an order: pure functions of a global batch's number and a slot in it."""
+
+    epochs: int | None  # how many it has; None: endless
+    batches_per_epoch: int
+    lanes: int  # parallel runs through the shards
+    block: int  # samples of a lane that are near each other in its shards and come in any order
+
+    def refs(self, batch: int, first_slot: int, last_slot: int) -> Refs:
+        """What stands in slots first_slot to last_slot - 1."""
+
+    def candidates(self, batch: int, slot: int) -> Refs:
+        """What to try in place of a bad sample, in this order.
+
+        Whole references, so that a replacement's key too is hashed from its own epoch, id and repeat alone.
+        """
+
+    def shards_ahead(self, batch: int, first_slot: int, last_slot: int, samples: int) -> np.ndarray:
+        """int64 shard numbers, each once, soonest first: those that the lanes of these slots read for this batch
+        and for the next `samples` samples of each lane, and a few more where a block is read in any order."""
 
 
 class Order:
@@ -36,43 +88,57 @@ class Order:
                 f"train.global_batch={global_batch}: the data hold {self._total} samples, an epoch needs at least "
                 f"train.global_batch + data.lanes = {global_batch + lanes}; lower train.global_batch or add shards"
             )
-        self._seed, self._lanes = seed, lanes
+        self._seed = seed
+        self.lanes = lanes
         self._share = global_batch // lanes  # samples of one lane in a batch
         self._lane_length = self._total // lanes
-        self._block = min(max(1, window // lanes), self._lane_length)
+        self.block = min(max(1, window // lanes), self._lane_length)
         # The last block takes the remainder, so that no block is too small to replace a bad sample in.
-        self._blocks = self._lane_length // self._block
+        self._blocks = self._lane_length // self.block
         self.batches_per_epoch = self._lane_length // self._share
-        self._shuffles: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
+        self._shuffles: dict[int, _Shuffle] = {}
 
-    def refs(self, batch: int, first_slot: int, last_slot: int) -> tuple[int, np.ndarray]:
-        """Epoch, and the ids (int64) of slots first_slot to last_slot - 1 of a batch counted over all epochs."""
-        epoch, lane, place = self._locate(batch, np.arange(first_slot, last_slot, dtype=np.int64))
-        return epoch, self._ids(epoch, lane, self._permuted(epoch, lane, place))
-
-    def candidates(self, batch: int, slot: int) -> np.ndarray:
-        """Ids (int64) to try in place of a bad sample: the others of its block in hashed order, from the next one on.
-
-        Where the block holds too few, those of the blocks after it follow.
-        """
-        epoch, lane, place = self._locate(batch, np.array([slot], dtype=np.int64))
-        start, length = self._block_of(place)
-        others = start + (place - start + np.arange(1, length[0])) % length
-        after = (start + length + np.arange(min(SUBSTITUTES, self._lane_length - length[0]))) % self._lane_length
-        places = np.concatenate([others, after])[:SUBSTITUTES]
-        lanes = np.full(len(places), lane[0])
-        return self._ids(epoch, lanes, self._permuted(epoch, lanes, places))
-
-    def _locate(self, batch: int, slots: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
-        """Epoch; lane and place in the lane's hashed order of each slot."""
+    def refs(self, batch: int, first_slot: int, last_slot: int) -> Refs:
+        """What stands in slots first_slot to last_slot - 1 of a batch counted over all epochs."""
         epoch, turn = divmod(batch, self.batches_per_epoch)
-        return epoch, slots // self._share, turn * self._share + slots % self._share
+        slots = np.arange(first_slot, last_slot, dtype=np.int64)
+        lanes, places = slots // self._share, turn * self._share + slots % self._share
+        return Refs.of_epoch(epoch, self._ids(epoch, lanes, self._permuted(epoch, lanes, places)))
+
+    def candidates(self, batch: int, slot: int) -> Refs:
+        """What to try in place of a bad sample: the others of its block in hashed order, from the next one on.
+
+        Where the block holds too few, those of the blocks after it follow. All are of the slot's epoch.
+        """
+        epoch, turn = divmod(batch, self.batches_per_epoch)
+        place = turn * self._share + slot % self._share
+        start, length = (int(bound[0]) for bound in self._block_of(np.array([place], dtype=np.int64)))
+        others = start + (place - start + np.arange(1, length)) % length
+        after = (start + length + np.arange(min(SUBSTITUTES, self._lane_length - length))) % self._lane_length
+        places = np.concatenate([others, after])[:SUBSTITUTES]
+        lanes = np.full(len(places), slot // self._share)
+        return Refs.of_epoch(epoch, self._ids(epoch, lanes, self._permuted(epoch, lanes, places)))
+
+    def shards_ahead(self, batch: int, first_slot: int, last_slot: int, samples: int) -> np.ndarray:
+        """int64 shard numbers, each once, soonest first: those of the blocks in which the lanes of these slots
+        have this batch and their next `samples` samples. Into the next epoch where this one ends before."""
+        lanes = np.arange(first_slot // self._share, (last_slot - 1) // self._share + 1, dtype=np.int64)
+        epoch, turn = divmod(batch, self.batches_per_epoch)
+        place, left = turn * self._share, self._share + samples
+        ahead: dict[int, None] = {}
+        while left > 0 and len(ahead) < len(self._counts):
+            end = min(place + left, self.batches_per_epoch * self._share)
+            starts, lengths = self._block_of(np.array([place, end - 1], dtype=np.int64))
+            ahead |= dict.fromkeys(self._shards_of(epoch, lanes, int(starts[0]), int(starts[1] + lengths[1])))
+            left -= end - place
+            epoch, place = epoch + 1, 0
+        return np.fromiter(ahead, dtype=np.int64)
 
     def _block_of(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First place and length of the block that each place lies in."""
-        block = np.minimum(places // self._block, self._blocks - 1)
-        start = block * self._block
-        return start, np.where(block == self._blocks - 1, self._lane_length - start, self._block)
+        block = np.minimum(places // self.block, self._blocks - 1)
+        start = block * self.block
+        return start, np.where(block == self._blocks - 1, self._lane_length - start, self.block)
 
     def _permuted(self, epoch: int, lanes: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Where in its lane the sample lies that comes at each place of the hashed order."""
@@ -90,46 +156,85 @@ class Order:
 
     def _ids(self, epoch: int, lanes: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Sample ids at unhashed places of lanes."""
-        shards, ends, rotation = self._shuffle(epoch)
-        position = (lanes * self._lane_length + places + rotation) % self._total
-        rank = np.searchsorted(ends, position, side="right")
-        shard = shards[rank]
-        return (shard << 32) | (position - (ends[rank] - self._counts[shard]))
+        shuffle = self._shuffle(epoch)
+        position = (lanes * self._lane_length + places + shuffle.rotation) % self._total
+        rank = np.searchsorted(shuffle.ends, position, side="right")
+        shard = shuffle.shards[rank]
+        return (shard << 32) | (position - (shuffle.ends[rank] - self._counts[shard]))
 
-    def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """An epoch's shards in their order, where each ends in the concatenation, and its rotation."""
+    def _shards_of(self, epoch: int, lanes: np.ndarray, first: int, last: int) -> list[int]:
+        """The shards that hold unhashed places `first` to `last` - 1 of lanes, in the order that they are come to."""
+        shuffle = self._shuffle(epoch)
+        begin = lanes * self._lane_length + first + shuffle.rotation
+        ranks, lane = _ranks_between(shuffle.ends, begin, begin + last - first)
+        rounds, ranks = np.divmod(ranks, len(shuffle.ends))
+        shards = shuffle.shards[ranks]
+        # How far into its lane's places each shard starts; the one that a lane stands in starts before them.
+        start = rounds * self._total + shuffle.ends[ranks] - self._counts[shards] - begin[lane]
+        return shards[np.argsort(start, kind="stable")].tolist()
+
+    def _shuffle(self, epoch: int) -> _Shuffle:
         known = self._shuffles.get(epoch)
         if known is None:
             shards = rng.permutation(len(self._counts), rng.key("shards", self._seed, epoch))
             rotation = rng.key("rotation", self._seed, epoch) % self._total
-            known = shards, np.cumsum(self._counts[shards]), rotation
-            # Batches read ahead cross an epoch's border, so the one before stays known.
-            self._shuffles = {e: s for e, s in self._shuffles.items() if e == epoch - 1} | {epoch: known}
+            known = _Shuffle(shards, np.cumsum(self._counts[shards]), rotation)
+            # Batches read ahead, and shards fetched ahead, cross an epoch's border: its neighbours stay known.
+            self._shuffles = {e: s for e, s in self._shuffles.items() if abs(e - epoch) == 1} | {epoch: known}
         return known
+
+
+class _Shuffle(NamedTuple):
+    """An epoch's shards."""
+
+    shards: np.ndarray  # their numbers, in the epoch's order
+    ends: np.ndarray  # where each ends in their concatenation
+    rotation: int  # where in it the first lane starts
+
+
+def _ranks_between(ends: np.ndarray, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which stretches of a ring positions first[i] to last[i] - 1 lie in, for all i: their numbers, and the i of each.
+
+    Stretch k ends before position ends[k]; numbers go on from len(ends) in the ring's second round.
+    """
+    total = int(ends[-1])
+    bounds = np.stack([first, last - 1])
+    low, high = bounds // total * len(ends) + np.searchsorted(ends, bounds % total, side="right")
+    counts = high - low + 1
+    which = np.repeat(np.arange(len(counts)), counts)
+    return low[which] + np.arange(len(which)) - (np.cumsum(counts) - counts)[which], which
 
 
 class SequentialOrder:
     """Each sample once, in the index's order, for evaluation; the last batch is filled up by repeating."""
 
     epochs: int | None = 1
+    lanes = 1
 
     def __init__(self, counts: np.ndarray, global_batch: int) -> None:
         self._ends = np.cumsum(np.asarray(counts, dtype=np.int64))
         self._total = int(self._ends[-1])
-        self._batch = global_batch
+        self.block = global_batch
         self.batches_per_epoch = -(-self._total // global_batch)
 
-    def refs(self, batch: int, first_slot: int, last_slot: int) -> tuple[int, np.ndarray]:
-        """Epoch (0), and the ids (int64) of slots first_slot to last_slot - 1."""
-        return 0, self._ids(batch * self._batch + np.arange(first_slot, last_slot, dtype=np.int64))
+    def refs(self, batch: int, first_slot: int, last_slot: int) -> Refs:
+        """What stands in slots first_slot to last_slot - 1; the epoch is 0."""
+        return self._at(batch * self.block + np.arange(first_slot, last_slot, dtype=np.int64))
 
-    def candidates(self, batch: int, slot: int) -> np.ndarray:
-        """Ids (int64) to try in place of a bad sample: those that follow it."""
+    def candidates(self, batch: int, slot: int) -> Refs:
+        """What to try in place of a bad sample: those that follow it."""
         following = np.arange(1, min(SUBSTITUTES, self._total - 1) + 1, dtype=np.int64)
-        return self._ids(batch * self._batch + slot + following)
+        return self._at(batch * self.block + slot + following)
 
-    def _ids(self, positions: np.ndarray) -> np.ndarray:
+    def shards_ahead(self, batch: int, first_slot: int, last_slot: int, samples: int) -> np.ndarray:
+        """int64 shard numbers, each once, soonest first: those of these slots and of the `samples` that follow."""
+        first = batch * self.block + first_slot
+        last = min(batch * self.block + last_slot + samples, self.batches_per_epoch * self.block)
+        ranks, _ = _ranks_between(self._ends, np.array([first]), np.array([last]))
+        return np.fromiter(dict.fromkeys((ranks % len(self._ends)).tolist()), dtype=np.int64)
+
+    def _at(self, positions: np.ndarray) -> Refs:
         positions = positions % self._total
         shard = np.searchsorted(self._ends, positions, side="right")
         starts = np.concatenate([[0], self._ends[:-1]])
-        return (shard << 32) | (positions - starts[shard])
+        return Refs.of_epoch(0, (shard << 32) | (positions - starts[shard]))

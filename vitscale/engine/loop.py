@@ -40,7 +40,8 @@ class MicroBatch(Protocol):
         """Dataclasses of the bad samples that others stood in for, each with a `cause`."""
 
     @property
-    def epoch(self) -> int: ...
+    def epoch(self) -> int:
+        """Of its first sample: a mixture's sources may be in several."""
 
 
 class Feed(Iterator[MicroBatch], Protocol):

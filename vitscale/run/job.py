@@ -14,7 +14,7 @@ from vitscale import __version__
 from vitscale.augment.feed import DeviceFeed
 from vitscale.augment.pipeline import Augment
 from vitscale.checkpoint.store import Checkpoint, save_checkpoint
-from vitscale.config.check import check_config, has_classes, pair
+from vitscale.config.check import check_config, has_classes, pair, too_few_lanes
 from vitscale.config.load import dump_config
 from vitscale.config.schema import RunConfig
 from vitscale.data.crop import RandomCrop
@@ -212,6 +212,8 @@ class Job:
             f"({session.total_steps / order.batches_per_epoch:.1f} epochs), {world.world_size} rank(s) on "
             f"{world.device}, ZeRO {config.parallel.zero_stage}, {config.train.precision}"
         )
+        if warning := too_few_lanes(config, world):
+            say(f"warning: {warning}")
 
 
 def _loader(session: Session, samples: int) -> Loader:

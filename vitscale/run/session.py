@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, replace
 
 from vitscale import __version__
-from vitscale.config.check import has_classes
+from vitscale.config.check import has_classes, lanes
 from vitscale.config.load import dump_config
 from vitscale.config.schema import RunConfig
 from vitscale.data.classes import class_names
@@ -64,8 +64,7 @@ def open_session(config: RunConfig, world: World, folder: RunFolder) -> Session:
     config = _with_class_names(config, index)
     decoder = choose_decoder(config.data.decode)
     _require_agreement(config, backend.ranks, folder, index, decoder)
-    data, batch = config.data, config.train.global_batch
-    order = Order(index.samples, config.run.seed, batch, data.lanes, data.window)
+    order = Order(index.samples, config.run.seed, config.train.global_batch, lanes(config), config.data.window)
     return Session(config, world, folder, backend, stop, index, order, decoder)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vitscale.checkpoint.store import Checkpoint, open_checkpoint, open_newest
+from vitscale.config.check import lanes
 from vitscale.config.load import load_config
 from vitscale.config.schema import as_dict
 from vitscale.engine.backend import load_weights
@@ -52,7 +53,7 @@ def order_keys(session: Session) -> dict[str, Any]:
     return {
         "run.seed": config.run.seed,
         "train.global_batch": config.train.global_batch,
-        "data.lanes": config.data.lanes,
+        "data.lanes": lanes(config),
         "data.window": config.data.window,
         "the index": session.index.digest,
     }
