@@ -26,7 +26,8 @@ from vitscale.data.decode import choose_decoder
 from vitscale.data.index import ShardIndex, open_index, require_labels
 from vitscale.data.loader import Loader
 from vitscale.data.order import Order
-from vitscale.engine.backend import Backend, Engine, Inputs, load_weights, peak_memory
+from vitscale.engine.backend import Backend, peak_memory
+from vitscale.engine.engine import Engine, Inputs, load_weights
 from vitscale.engine.loop import LoopCalls, TrainState, train
 from vitscale.engine.preempt import StopRequest
 from vitscale.engine.records import Records

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from vitscale.config.schema import RunConfig
-from vitscale.engine.backend import Engine, Inputs, StepResult
+from vitscale.engine.engine import Engine, Inputs, StepResult
 from vitscale.engine.guard import SampleGuard, StepGuard
 from vitscale.engine.preempt import StopRequest
 from vitscale.engine.schedule import lr_at
