@@ -263,7 +263,7 @@ class _Pretraining:
             "vitscale": __version__,
         }
         keep = self.config.checkpoint.keep
-        save_checkpoint(self.folder.checkpoints, state.step, engine.pieces(), manifest, self.ranks, keep)
+        save_checkpoint(self.folder.checkpoints, state.step, engine.snapshot(), manifest, self.ranks, keep)
 
     def _is_finished(self, state: TrainState) -> bool:
         """Whether an earlier start has got as far as its summary, which is written last."""

@@ -5,10 +5,11 @@ ddp.py and zero.py say how gradients come about and are applied; zero_state.py w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -93,26 +94,23 @@ class Engine:
         """Optimizer steps that were applied."""
         return max((int(state["step"]) for state in self.inner.state.values()), default=0)
 
-    def pieces(self) -> Iterator[Piece]:
-        """What this rank writes of a checkpoint, on the CPU."""
+    def snapshot(self) -> list[Piece]:
+        """What this rank writes of a checkpoint: copies on the CPU that no later step changes."""
+        pieces = []
         for fragment in self._written():
-            yield _piece("param", fragment, fragment.weights())
+            pieces.append(_piece("param", fragment, fragment.weights()))
             for kind in zero_state.MOMENTS:
-                yield _piece(kind, fragment, fragment.moment(self.inner, kind))
+                pieces.append(_piece(kind, fragment, fragment.moment(self.inner, kind)))
         if self.ranks.rank == 0:
             for name, buffer in saved_buffers(self.module).items():
-                yield Piece("buffer", name, tuple(buffer.shape), 0, buffer.detach().reshape(-1).cpu().numpy())
+                pieces.append(Piece("buffer", name, tuple(buffer.shape), 0, _copied(buffer.reshape(-1))))
+        return pieces
 
     def _written(self) -> list[zero_state.Fragment]:
         """The fragments that this rank writes: all it owns, or at stage 0 its share of what all own."""
         if self.stage > 0:
             return self.fragments
-        total, seen, mine = sum(fragment.count for fragment in self.fragments), 0, []
-        for fragment in self.fragments:
-            if seen * self.ranks.world_size // total == self.ranks.rank:
-                mine.append(fragment)
-            seen += fragment.count
-        return mine
+        return zero_state.share(self.fragments, self.ranks.rank, self.ranks.world_size)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take master weights and Adam's state from a checkpoint of any stage and world.
@@ -148,4 +146,8 @@ def saved_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _piece(kind: str, fragment: zero_state.Fragment, values: torch.Tensor) -> Piece:
-    return Piece(kind, fragment.name, fragment.shape, fragment.start, values.float().cpu().numpy())
+    return Piece(kind, fragment.name, fragment.shape, fragment.start, _copied(values.float()))
+
+
+def _copied(values: torch.Tensor) -> np.ndarray:
+    return values.detach().to("cpu", copy=True).numpy()  # .cpu() of what is there already would be a view

@@ -7,8 +7,8 @@ DeepSpeed's attributes ends in an AttributeError at the start of a run, not in a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,22 @@ class Fragment:
 
     def _view(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.view(-1)[self.offset : self.offset + self.count]
+
+    def cut(self, first: int, count: int) -> Fragment:
+        """Elements [first, first + count) of this run."""
+        return replace(self, start=self.start + first, offset=self.offset + first, count=count)
+
+
+def share(fragments: Sequence[Fragment], rank: int, world_size: int) -> list[Fragment]:
+    """One rank's even part of fragments that all ranks hold."""
+    total, position, mine = sum(fragment.count for fragment in fragments), 0, []
+    first, last = total * rank // world_size, total * (rank + 1) // world_size
+    for fragment in fragments:
+        start, end = max(first - position, 0), min(last - position, fragment.count)
+        if start < end:
+            mine.append(fragment.cut(start, end - start))
+        position += fragment.count
+    return mine
 
 
 def fragments(module: nn.Module, optimizer: Any, stage: int, rank: int) -> list[Fragment]:
