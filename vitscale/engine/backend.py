@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import resource
 import warnings
+from collections.abc import Container, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -42,8 +43,18 @@ class Backend:
     def device(self) -> torch.device:
         return self.accelerator.device
 
-    def wrap(self, model: nn.Module, config: RunConfig) -> Engine:
-        """Shard and compile `model` (initialized, on the CPU, equal on all ranks) for training."""
+    def wrap(
+        self,
+        model: nn.Module,
+        config: RunConfig,
+        lr_scales: Mapping[str, float] | None = None,
+        undecayed: Container[str] = (),
+    ) -> Engine:
+        """Shard and compile `model` (initialized, on the CPU, equal on all ranks) for training.
+
+        What does not require a gradient is frozen. lr_scales: what a parameter's learning rate is multiplied
+        by, by name, 1 where it is missing; undecayed: names without weight decay beside biases and norms.
+        """
         if config.train.gradient_checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         if config.train.compile:
@@ -55,7 +66,7 @@ class Backend:
             torch.backends.cudnn.allow_tf32 = config.train.precision == "bf16"
             torch.set_float32_matmul_precision("high" if config.train.precision == "bf16" else "highest")
         engine = DDPEngine if config.parallel.zero_stage == 0 else ZeroEngine
-        return engine(self.accelerator, model, config, self.world, self.ranks)
+        return engine(self.accelerator, model, config, self.world, self.ranks, lr_scales or {}, undecayed)
 
     def close(self) -> None:
         """Leave the process group."""

@@ -16,7 +16,8 @@ class ZeroEngine(Engine):
     def _wrap(self, optimizer: torch.optim.Optimizer) -> None:
         bf16 = self.config.train.precision == "bf16"
         # DeepSpeed makes its masters from the module's bf16 copies, which would round the weights.
-        exact = {name: p.detach().clone() for name, p in self.module.named_parameters()} if bf16 else {}
+        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        exact = {name: p.detach().clone() for name, p in trained.items()} if bf16 else {}
         self.engine, wrapped = self.accelerator.prepare(self.module, optimizer)
         self.model, self.optimizer = self.engine, wrapped.optimizer
         if exact:

@@ -30,13 +30,14 @@ class Fragment:
 
     def weights(self) -> torch.Tensor:
         """fp32 master weights, 1-D view [count]."""
-        return self._view(self.flat.detach())
+        return self.within(self.flat.detach())
 
     def moment(self, optimizer: torch.optim.Optimizer, kind: str) -> torch.Tensor:
         """Adam's `kind` (exp_avg or exp_avg_sq), 1-D view [count]."""
-        return self._view(optimizer.state[self.flat][kind])
+        return self.within(optimizer.state[self.flat][kind])
 
-    def _view(self, tensor: torch.Tensor) -> torch.Tensor:
+    def within(self, tensor: torch.Tensor) -> torch.Tensor:
+        """These elements of a tensor laid out as `flat`, 1-D view [count]."""
         return tensor.view(-1)[self.offset : self.offset + self.count]
 
     def cut(self, first: int, count: int) -> Fragment:
@@ -56,14 +57,24 @@ def share(fragments: Sequence[Fragment], rank: int, world_size: int) -> list[Fra
     return mine
 
 
+def frozen_share(module: nn.Module, stage: int, rank: int, world_size: int) -> list[Fragment]:
+    """This rank's even part of the parameters that are not trained, as they are before the engine is made.
+
+    ZeRO keeps of these only its low-precision copies, so their fp32 values are copied here; at stage 0
+    they stay the module's own.
+    """
+    mine = share(list(_whole(module, trained=False)), rank, world_size)
+    return mine if stage == 0 else [replace(run, flat=run.weights().clone(), offset=0) for run in mine]
+
+
 def fragments(module: nn.Module, optimizer: Any, stage: int, rank: int) -> list[Fragment]:
-    """The fragments that this rank owns.
+    """The fragments of trained parameters that this rank owns.
 
     `module`: the plain module; `optimizer`: torch's at stage 0, DeepSpeed's ZeRO optimizer above.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     if stage == 0:
-        return list(_replicated(module))
+        return list(_whole(module, trained=True))
     if stage in (1, 2):
         return list(_stage_1_and_2(optimizer, names))
     return list(_stage_3(optimizer, names, rank))
@@ -83,9 +94,21 @@ def flats(optimizer: Any, stage: int) -> list[torch.Tensor]:
     return list(optimizer.fp32_partitioned_groups_flat)
 
 
-def _replicated(module: nn.Module) -> Iterator[Fragment]:
+def spread_weights(optimizer: Any, stage: int) -> None:
+    """Make the weights that forwards use those of the masters, on all ranks, as a step does. A collective."""
+    if stage in (1, 2):
+        optimizer.update_lp_params()
+    elif stage == 3:
+        # Weights below the persistence threshold are whole on every rank: they are gathered anew.
+        optimizer.checkpoint_event_prologue()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()
+
+
+def _whole(module: nn.Module, trained: bool) -> Iterator[Fragment]:
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad == trained:
             yield Fragment(name, tuple(parameter.shape), 0, parameter, 0, parameter.numel())
 
 
