@@ -9,6 +9,7 @@ real gloo; only the import (7 s a launch) is shared.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -126,6 +127,7 @@ def serve() -> None:
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
+    gc.freeze()  # ZeRO-3 collects garbage at each start, which else looks at all that was imported
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     print(json.dumps({"ready": True}), file=out, flush=True)

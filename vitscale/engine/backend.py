@@ -19,6 +19,7 @@ from vitscale.config.check import accumulation
 from vitscale.config.schema import RunConfig
 from vitscale.engine.ddp import DDPEngine
 from vitscale.engine.engine import Engine
+from vitscale.engine.optim import ScaledAdamW
 from vitscale.engine.ranks import ProcessRanks
 from vitscale.engine.zero import ZeroEngine
 from vitscale.errors import LaunchError
@@ -96,6 +97,8 @@ def _make_accelerator(config: RunConfig, world: World) -> Any:
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         precision = "bf16" if config.train.precision == "bf16" else "no"
         return Accelerator(cpu=world.device == "cpu", mixed_precision=precision, kwargs_handlers=[group, ddp])
+    # What it does not know it warns of, and ours steps flat tensors as torch's AdamW does.
+    deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS.append(ScaledAdamW)
     # A C++ op for CPU collectives that would be compiled at the first start; gloo serves as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     plugin = DeepSpeedPlugin(hf_ds_config=zero_config(config, world), zero3_init_flag=False)
