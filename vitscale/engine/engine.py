@@ -96,12 +96,12 @@ class Engine:
         return StepResult(float(loss_sum) / self.accumulation, metrics, norm, applied)
 
     def evaluate(self, batches: Iterable[Inputs], forwards: int, measure: Measure) -> dict[str, float]:
-        """Sums over the batches of all ranks of what `measure(output, inputs)` gives: tensors of one element by name.
+        """What `measure(output, inputs)` gives (by name, tensors of one element), summed over the batches of all ranks.
 
-        A collective: every rank does exactly `forwards` forwards, since under ZeRO-3 all take part in each.
-        A rank whose batches end before that repeats its last one uncounted; each needs one at least.
-        Without gradients, in evaluation mode, by the weights' moving average where there is one;
-        training goes on afterwards as if nothing had happened.
+        A collective: every rank does exactly `forwards` forwards, since under ZeRO-3 all take part in each. A rank
+        whose batches end before that repeats its last one uncounted; each rank needs one at least. In evaluation
+        mode, without gradients, with the weights' moving average where there is one; training goes on afterwards as
+        if nothing had happened.
         """
         source, last = iter(batches), None
         sums: dict[str, torch.Tensor] = {}

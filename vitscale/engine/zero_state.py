@@ -1,8 +1,8 @@
-"""Where each ZeRO stage keeps the fp32 pieces of every parameter and of Adam's moments.
+"""Where each ZeRO stage keeps the fp32 pieces of every parameter and of Adam's moments, and how weights follow them.
 
 DeepSpeed has no public way to these, so this file knows its attributes (0.19.x: runtime/zero/
-stage_1_and_2.py and stage3.py); `fragments` is all that the rest of vitscale asks. A change of
-DeepSpeed's attributes ends in an AttributeError at the start of a run, not in a wrong checkpoint.
+stage_1_and_2.py and stage3.py); the rest of vitscale asks for fragments and has weights spread. A change of
+DeepSpeed's attributes ends in an AttributeError, not in a wrong checkpoint.
 """
 
 from __future__ import annotations
