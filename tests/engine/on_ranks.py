@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +139,12 @@ class Rank:
 def every_case(stage: int, folder: str, **train: Any) -> dict[str, Any]:
     """What one rank saw in each of the cases below; checkpoints of each lie in a folder of its name."""
     rank = Rank(stage, **train)
-    cases = {
+    scales = layer_scales(start_model(rank.config))
+    cases: dict[str, Callable[[Rank, Path], dict[str, Any]]] = {
         "plain": plain,
         "evaluated": evaluated,
         "spoiled": spoiled,
-        "scaled": lambda rank, folder: rank.stopped(
-            folder, lr_scales=layer_scales(start_model(rank.config)), undecayed=TOKENS
-        ),
+        "scaled": functools.partial(Rank.stopped, lr_scales=scales, undecayed=TOKENS),
         "frozen": functools.partial(Rank.stopped, frozen=FROZEN),
     }
     return {name: case(rank, Path(folder) / name) for name, case in cases.items()}

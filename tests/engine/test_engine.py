@@ -75,7 +75,6 @@ def world(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> World
     return get
 
 
-@dataclass
 class Reference:
     """What one process without an engine gives."""
 

@@ -71,16 +71,17 @@ def test_runs_are_the_scales_of_every_element(parts: list[tuple[int, float | Non
     assert all(one.scale != next_.scale for one, next_ in zip(runs[flat], runs[flat][1:], strict=False))
 
 
-def test_a_flat_steps_as_its_parameters_would() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_flat_steps_as_its_parameters_would(device: str) -> None:
     """Two parameters and padding in one tensor, each at its own rate: as in two tensors, and one step counted."""
     torch.manual_seed(0)
-    values, gradients = torch.randn(8), [torch.randn(8) for _ in range(3)]
+    values, gradients = torch.randn(8, device=device), [torch.randn(8, device=device) for _ in range(3)]
     apart = [nn.Parameter(values[:3].clone()), nn.Parameter(values[3:6].clone())]
-    rates = {"lr": 0.1, "weight_decay": 0.3}
+    rates = {"lr": 0.1, "weight_decay": 0.3, "fused": device == "cuda"}
     expected = torch.optim.AdamW([{"params": [apart[0]]}, {"params": [apart[1]], "lr": 0.1 * 0.25}], **rates)
     flat = nn.Parameter(values.clone())
     optimizer = ScaledAdamW([{"params": [flat]}], **rates)
-    fill_state(optimizer, [flat], fused=False)
+    fill_state(optimizer, [flat], fused=rates["fused"])
     optimizer.runs = {flat: [Run(1.0, 0, 3), Run(0.25, 3, 3)]}
     for gradient in gradients:
         flat.grad, apart[0].grad, apart[1].grad = gradient, gradient[:3], gradient[3:6]
