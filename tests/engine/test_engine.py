@@ -66,9 +66,7 @@ def world(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> World
         key = (stage, ranks, precision)
         if key not in seen:
             folder = tmp_path_factory.mktemp("engine")
-            by_rank = launcher.call(
-                on_ranks.every_case, ranks, stage=stage, folder=str(folder), precision=precision
-            )
+            by_rank = launcher.call(on_ranks.every_case, ranks, stage=stage, folder=str(folder), precision=precision)
             seen[key] = Seen(folder, by_rank)
         return seen[key]
 
