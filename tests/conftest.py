@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 
 import pytest
 
+from tests.integration.worlds import Launcher
 from tests.torchvision_ops import DeclareOperators
 from vitscale.world import read_world
 
@@ -33,3 +35,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def slurm_required() -> bool:
     """Whether a missing Slurm is a failure (in CI) or a reason to skip."""
     return os.environ.get("VITSCALE_REQUIRE_SLURM") == "1"
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """Starts worlds of forked ranks."""
+    started = Launcher(tmp_path_factory.mktemp("logs"))
+    yield started
+    started.close()

@@ -1,21 +1,30 @@
-"""A forked process that becomes a command."""
+"""What a forked process does, ending without its parent's way out."""
 
 from __future__ import annotations
 
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 
 def be_command(argv: Sequence[str]) -> NoReturn:
-    """Run `vitscale ARGV` in this process and end with its exit code, without the parent's way out."""
-    code = 1
-    try:
+    """Run `vitscale ARGV` in this process and end with its exit code."""
+
+    def command() -> int:
         from vitscale.cli import main
 
-        code = main(argv)
+        return main(argv)
+
+    be(command)
+
+
+def be(work: Callable[[], int]) -> NoReturn:
+    """Do `work` in this process and end with the exit code that it returns, or 1 where it raises."""
+    code = 1
+    try:
+        code = work()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:

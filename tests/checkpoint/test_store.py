@@ -286,11 +286,11 @@ def test_no_room(tmp_path):
 
 def test_a_checkpoint_of_another_model_names_the_differing(tmp_path):
     checkpoint = open_checkpoint(save(tmp_path, 1), SoleRank())
-    checkpoint.require("param", SHAPES)
+    checkpoint.require(SHAPES, "param")
     other = {name: shape for name, shape in SHAPES.items() if name != "scale"} | {"encoder.bias": (9,)}
     other |= {f"blocks.{number}": (1,) for number in range(9)}
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.require("param", other)
+        checkpoint.require(other, "param")
     message = str(caught.value)
     assert "9 missing: blocks.0, blocks.1, blocks.2, blocks.3, blocks.4 and 4 more" in message
     assert "1 not known here: scale" in message

@@ -62,6 +62,7 @@ REFUSED = [
     (schema.Optimizer, "optimizer.clip", [-1.0], [0.0]),
     (schema.Optimizer, "optimizer.warmup", [-0.1, 1.0], [0.0]),
     (schema.Optimizer, "optimizer.min_lr", [-1e-9, 1.6e-4], [0.0, 1.5e-4]),
+    (schema.Train, "train.ema_decay", [0.0, 1.0, -0.1], [0.9999, None]),
     (schema.Train, "train.global_batch", [0], [1]),
     (schema.Train, "train.micro_batch", [0], [1]),
     (schema.Train, "train.steps", [0], [1, None]),

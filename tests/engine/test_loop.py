@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vitscale.config.schema import Log, RunConfig, Train
-from vitscale.engine.backend import Inputs, StepResult
+from vitscale.engine.engine import Inputs, StepResult
 from vitscale.engine.guard import Diverged
 from vitscale.engine.loop import PeriodicTask, StepReport, TrainingLoop, TrainState, every
 from vitscale.engine.ranks import ProcessRanks

@@ -1,22 +1,95 @@
 from __future__ import annotations
 
+import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from vitscale.config.schema import Optimizer
-from vitscale.engine.optim import fill_state, make_optimizer
+from vitscale.engine.optim import Run, ScaledAdamW, fill_state, make_optimizer, scaled_runs
+from vitscale.engine.zero_state import Fragment
 
 
 def test_only_matrices_decay() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Conv2d(1, 2, 2))
     decayed, plain = make_optimizer(model, Optimizer(weight_decay=0.1), fused=False).param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert (decayed["name"], plain["name"]) == ("decayed", "undecayed")
     assert [tuple(p.shape) for p in decayed["params"]] == [(3, 4), (2, 1, 2, 2)]
     assert all(p.ndim == 1 for p in plain["params"])
 
 
+def test_named_parameters_are_exempt_from_decay() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    decayed, plain = make_optimizer(model, Optimizer(), fused=False, undecayed={"1.weight"}).param_groups
+    assert [tuple(p.shape) for p in decayed["params"]] == [(3, 4)]
+    assert [tuple(p.shape) for p in plain["params"]] == [(3,), (2, 3), (2,)]
+
+
+def test_frozen_parameters_are_in_no_group() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    decayed, plain = make_optimizer(model, Optimizer(), fused=False).param_groups
+    assert [*decayed["params"], *plain["params"]] == [model[1].weight, model[1].bias]
+
+
 def test_no_empty_group() -> None:
     assert len(make_optimizer(nn.Linear(4, 3, bias=False), Optimizer(), fused=False).param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("scales", "kind"),
+    [({}, torch.optim.AdamW), ({"weight": 1.0}, torch.optim.AdamW), ({"weight": 0.5, "bias": 1.0}, ScaledAdamW)],
+)
+def test_rates_that_are_all_the_same_need_nothing_of_ours(scales: dict[str, float], kind: type) -> None:
+    assert type(make_optimizer(nn.Linear(4, 3), Optimizer(), fused=False, lr_scales=scales)) is kind
+
+
+def test_a_scale_of_no_parameter() -> None:
+    with pytest.raises(AssertionError, match="heads"):
+        make_optimizer(nn.Linear(4, 3), Optimizer(), fused=False, lr_scales={"heads": 0.5})
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.sampled_from([0.5, 1.0, None])), min_size=1, max_size=8), st.randoms())
+def test_runs_are_the_scales_of_every_element(parts: list[tuple[int, float | None]], chance: object) -> None:
+    """Each element of a flat lies in one run with its parameter's scale; there are as few runs as may be."""
+    flat = torch.zeros(sum(count for count, _ in parts) + 3)  # and padding, which is nobody's
+    fragments, expected = [], []
+    for number, (count, _) in enumerate(parts):
+        fragments.append(Fragment(f"p{number}", (count,), 0, flat, len(expected), count))
+        expected += [parts[number][1] or 1.0] * count
+    chance.shuffle(fragments)  # type: ignore[attr-defined]
+    scales = {f"p{number}": scale for number, (_, scale) in enumerate(parts) if scale is not None}
+    runs = scaled_runs(fragments, scales)
+    if set(expected) == {1.0}:
+        assert runs == {}
+        return
+    covered = [run.scale for run in runs[flat] for _ in range(run.count)]
+    assert covered == expected
+    assert [run.start for run in runs[flat]] == [sum(r.count for r in runs[flat][:n]) for n in range(len(runs[flat]))]
+    assert all(one.scale != next_.scale for one, next_ in zip(runs[flat], runs[flat][1:], strict=False))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_flat_steps_as_its_parameters_would(device: str) -> None:
+    """Two parameters and padding in one tensor, each at its own rate: as in two tensors, and one step counted."""
+    torch.manual_seed(0)
+    values, gradients = torch.randn(8, device=device), [torch.randn(8, device=device) for _ in range(3)]
+    apart = [nn.Parameter(values[:3].clone()), nn.Parameter(values[3:6].clone())]
+    rates = {"lr": 0.1, "weight_decay": 0.3, "fused": device == "cuda"}
+    expected = torch.optim.AdamW([{"params": [apart[0]]}, {"params": [apart[1]], "lr": 0.1 * 0.25}], **rates)
+    flat = nn.Parameter(values.clone())
+    optimizer = ScaledAdamW([{"params": [flat]}], **rates)
+    fill_state(optimizer, [flat], fused=rates["fused"])
+    optimizer.runs = {flat: [Run(1.0, 0, 3), Run(0.25, 3, 3)]}
+    for gradient in gradients:
+        flat.grad, apart[0].grad, apart[1].grad = gradient, gradient[:3], gradient[3:6]
+        optimizer.step()
+        expected.step()
+    torch.testing.assert_close(flat[:6], torch.cat(apart), rtol=1e-6, atol=0)
+    torch.testing.assert_close(flat[6:], values[6:], rtol=0, atol=0)
+    assert float(optimizer.state[flat]["step"]) == 3
 
 
 def test_state_made_by_hand_is_what_adamw_makes() -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.integration.worlds import Launcher
 from vitscale.data.pack import pack
 
 CONFIG = """\
@@ -61,10 +59,3 @@ def config(shards: Path, tmp_path: Path) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text(CONFIG.format(runs=tmp_path / "runs", shards=f"{shards}/*.tar"))
     return path
-
-
-@pytest.fixture(scope="session")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
-    started = Launcher(tmp_path_factory.mktemp("logs"))
-    yield started
-    started.close()

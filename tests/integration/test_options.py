@@ -13,6 +13,8 @@ import pytest
 from tests.integration.test_objectives import GOLDEN
 from tests.integration.test_resume import signal_at_step
 from tests.integration.worlds import Launcher, losses, trace, weights
+from vitscale.checkpoint.store import SoleRank, open_checkpoint
+from vitscale.interop.pretrained import read_model
 from vitscale.run_folder import BAD_INPUT
 
 STEPS = 20
@@ -107,6 +109,25 @@ def test_resume_from(launcher: Launcher, config: Path, tmp_path: Path, source: P
     output = launcher.run([*argv, "train.steps=22"])
     assert f"start: {run / 'checkpoints' / 'step_00000020'}" in output
     assert sorted(losses(run)) == list(range(11, 23))
+
+
+def test_moving_average(launcher: Launcher, config: Path, tmp_path: Path, source: Path) -> None:
+    """It starts from the weights of a checkpoint that has none, and is what the model folder holds."""
+    start = source / "checkpoints" / "step_00000010"
+    argv = ["pretrain", str(config), f"checkpoint.resume_from={start}", "train.steps=12", "train.ema_decay=0.9"]
+    launcher.run([*argv, "checkpoint.every_steps=1", "parallel.zero_stage=2"], ranks=2)
+    run = tmp_path / "runs" / "run"
+    steps = [start, *(run / "checkpoints" / f"step_{step:08d}" for step in (11, 12))]
+    before, one, two = (open_checkpoint(folder, SoleRank()) for folder in steps)
+    model = read_model(run / "model").state
+    assert two.shapes("ema") == two.shapes("param")
+    for name in two.shapes("param"):
+        first, second, third = (checkpoint.whole("param", name) for checkpoint in (before, one, two))
+        expected = 0.9 * (0.9 * first + 0.1 * second) + 0.1 * third
+        average = two.whole("ema", name)
+        np.testing.assert_allclose(average, expected, rtol=1e-5, atol=1e-7, err_msg=name)
+        np.testing.assert_array_equal(model[name].numpy(), average, err_msg=name)
+        assert not np.array_equal(average, third), name
 
 
 @pytest.mark.full

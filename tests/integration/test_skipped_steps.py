@@ -20,15 +20,7 @@ STEPS, BAD_STEP, BAD_RANK = 4, 2, 1
 
 def start(launcher: Launcher, argv: list[str], bad: Iterable[int]) -> World:
     """As `Launcher.start` on 2 ranks, with NaN for pixels in these micro-batches (counted from 1) of one rank."""
-    stdin, stdout = launcher.process.stdin, launcher.process.stdout
-    assert stdin is not None
-    assert stdout is not None
-    launcher.started += 1
-    log = launcher.folder / f"world-{launcher.started:03d}.log"
-    nan = {"rank": BAD_RANK, "calls": list(bad)}
-    stdin.write(json.dumps({"ranks": 2, "argv": argv, "log": str(log), "nan": nan}) + "\n")
-    stdin.flush()
-    return World(launcher.process, json.loads(stdout.readline())["pids"], log)
+    return launcher.request(2, argv=argv, nan={"rank": BAD_RANK, "calls": list(bad)})
 
 
 def saved(run: Path, step: int) -> tuple[dict[tuple[str, str], np.ndarray], dict[str, Any]]:

@@ -6,14 +6,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -57,12 +59,27 @@ class Launcher:
 
     def start(self, argv: Sequence[str], ranks: int, kill: dict[str, Any] | None = None) -> World:
         """Start `vitscale ARGV` on so many ranks; `kill`: {"rank", "point", "nth"} of a save."""
+        return self.request(ranks, argv=list(argv), kill=kill)
+
+    def call(self, function: Callable[..., T], ranks: int = 1, **arguments: Any) -> list[T]:
+        """What a function of a module returns on every rank, by rank; arguments and results are JSON-able.
+
+        The ranks are as torchrun would start them; what it needs of a process group the function makes.
+        """
+        named = {"module": function.__module__, "function": function.__name__, "arguments": arguments}
+        results = self.folder / f"result-{self.started + 1:03d}"
+        world = self.request(ranks, call=named, results=str(results))
+        codes = world.wait()
+        assert codes == [0] * ranks, f"exit codes {codes}\n{world.output()}"
+        return [json.loads(Path(f"{results}.{rank}").read_text()) for rank in range(ranks)]
+
+    def request(self, ranks: int, **what: Any) -> World:
+        """Start a world; `what` else its ranks are told stands in zygote.py."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.started += 1
         log = self.folder / f"world-{self.started:03d}.log"
-        request = {"ranks": ranks, "argv": list(argv), "log": str(log), "kill": kill}
-        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.write(json.dumps({"ranks": ranks, "log": str(log), **what}) + "\n")
         self.process.stdin.flush()
         return World(self.process, json.loads(self.process.stdout.readline())["pids"], log)
 

@@ -2,12 +2,14 @@
 
 `python -m tests.integration.zygote` reads a JSON line a world from stdin, {"ranks", "argv", "log",
 "kill", "nan"}, forks the ranks, each of which runs `vitscale ARGV` as it would under torchrun, and
-answers with their process ids at once and their exit codes at the end. Real processes, real gloo; only
-the import (7 s a launch) is shared.
+answers with their process ids at once and their exit codes at the end. With {"call": {"module", "function",
+"arguments"}, "results"} for argv each rank calls a function and leaves what it returns as JSON. Real processes,
+real gloo; only the import (7 s a launch) is shared.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -15,9 +17,10 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
-from tests.forked import be_command
+from tests.forked import be, be_command
 
 # What survivors of a failed rank have to leave by themselves, before TERM and before KILL (torchrun: 0 and 30).
 TERM_SECONDS, KILL_SECONDS = 5, 30
@@ -51,7 +54,15 @@ def _be_rank(rank: int, port: int, request: dict[str, Any]) -> None:
     nan = request.get("nan")
     if nan and nan["rank"] == rank:
         _nan_pixels(nan["calls"])
+    if "call" in request:
+        be(lambda: _call(request["call"], Path(f"{request['results']}.{rank}")))
     be_command(request["argv"])
+
+
+def _call(call: dict[str, Any], result: Path) -> int:
+    value = getattr(importlib.import_module(call["module"]), call["function"])(**call["arguments"])
+    result.write_text(json.dumps(value))
+    return 0
 
 
 def _kill_while_saving(point: str, nth: int) -> None:
@@ -116,6 +127,7 @@ def serve() -> None:
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
+    gc.freeze()  # ZeRO-3 collects garbage at each start, which else looks at all that was imported
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     print(json.dumps({"ready": True}), file=out, flush=True)

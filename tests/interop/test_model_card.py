@@ -91,6 +91,13 @@ def test_of_a_run(run: Path) -> None:
     assert "images seen, of 1,437;" in model_card(tiny(ViTModel), "a/b", RunRecord.read(run), with_processor=True)
 
 
+def test_of_averaged_weights(run: Path) -> None:
+    assert "| weights |" not in model_card(tiny(ViTModel), "a/b", RunRecord.read(run), with_processor=True)
+    (run / "config.yaml").write_text(dump_config(load_config("configs/quickstart.yaml", ["train.ema_decay=0.999"])))
+    text = model_card(tiny(ViTModel), "a/b", RunRecord.read(run), with_processor=True)
+    assert "| weights | their moving average, decay 0.999 |" in text
+
+
 def test_of_a_run_that_has_not_ended(run: Path, tmp_path: Path) -> None:
     text = model_card(tiny(ViTMAEForPreTraining), "me/mae", RunRecord.read(run), with_processor=True)
     assert "The run has not finished." in text

@@ -24,7 +24,7 @@ NAMED_AT_MOST = 5  # names in one message
 class Piece:
     """A run of one tensor's elements that one rank gives to a checkpoint."""
 
-    kind: str  # param, exp_avg, exp_avg_sq, frozen, buffer
+    kind: str  # param, exp_avg, exp_avg_sq, ema, frozen, buffer
     name: str
     shape: tuple[int, ...]  # of the whole tensor
     start: int  # of this run in the flattened tensor

@@ -293,9 +293,9 @@ class Checkpoint:
         """{(kind, name): (shape, dtype)} of all that is in it."""
         return {key: (record.shape, np.dtype(record.dtype)) for key, record in self._records.items()}
 
-    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
-        """{name: shape} of the tensors of one kind."""
-        return {name: record.shape for (k, name), record in self._records.items() if k == kind}
+    def shapes(self, *kinds: str) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of the tensors of these kinds."""
+        return {name: record.shape for (kind, name), record in self._records.items() if kind in kinds}
 
     def read(self, kind: str, name: str, start: int, count: int) -> np.ndarray:
         """Elements [start, start + count) of the flattened tensor: 1-D, the caller's own copy."""
@@ -306,17 +306,18 @@ class Checkpoint:
         record = self._record(kind, name)
         return self._reader.read(record, 0, record.size).reshape(record.shape)
 
-    def require(self, kind: str, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Raise CheckpointError unless the names and shapes of this kind are exactly these."""
-        saved = self.shapes(kind)
+    def require(self, shapes: dict[str, tuple[int, ...]], *kinds: str) -> None:
+        """Raise CheckpointError unless the names and shapes of these kinds together are exactly these."""
+        saved = self.shapes(*kinds)
         differing = [f"{name} (saved {list(saved[name])}, here {list(shape)})"
                      for name, shape in shapes.items() if name in saved and saved[name] != tuple(shape)]
         groups = {"missing": [name for name in shapes if name not in saved],
                   "not known here": [name for name in saved if name not in shapes], "of another shape": differing}
         faults = [f"{len(names)} {what}: {listed(names)}" for what, names in groups.items() if names]
         if faults:
-            raise CheckpointError(f"{self.folder}: its {kind} tensors are of another model: {'; '.join(faults)}; "
-                                  "give the model.* keys that it was made with, or another run.name")
+            raise CheckpointError(f"{self.folder}: its {'/'.join(kinds)} tensors are of another model: "
+                                  f"{'; '.join(faults)}; give the model.* keys that it was made with, "
+                                  "or another run.name")
 
     def _record(self, kind: str, name: str) -> TensorRecord:
         if (kind, name) not in self._records:

@@ -267,6 +267,7 @@ class Train:
     precision: str = "fp32"
     gradient_checkpointing: bool = False
     compile: bool = False  # torch.compile of each block
+    ema_decay: float | None = None  # of the weights' moving average, which is evaluated and exported; null: none
     max_skipped_steps: int = 5  # steps in a row with a non-finite gradient before the run stops
 
     def __post_init__(self) -> None:
@@ -275,6 +276,8 @@ class Train:
         _require(self.steps is None or self.steps > 0, "train.steps", self.steps, "above 0")
         _require(self.epochs is None or self.epochs > 0, "train.epochs", self.epochs, "above 0")
         _one_of("train.precision", self.precision, PRECISIONS)
+        decay = self.ema_decay
+        _require(decay is None or 0 < decay < 1, "train.ema_decay", decay, "in (0, 1) or null")
         _require(self.max_skipped_steps > 0, "train.max_skipped_steps", self.max_skipped_steps, "above 0")
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from vitscale.config.schema import RunConfig
-from vitscale.engine.backend import Engine, Inputs, StepResult
+from vitscale.engine.engine import Engine, Inputs, StepResult
 from vitscale.engine.guard import SampleGuard, StepGuard
 from vitscale.engine.preempt import StopRequest
 from vitscale.engine.ranks import ProcessRanks

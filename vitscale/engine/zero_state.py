@@ -1,14 +1,14 @@
-"""Where each ZeRO stage keeps the fp32 pieces of every parameter and of Adam's moments.
+"""Where each ZeRO stage keeps the fp32 pieces of every parameter and of Adam's moments, and how weights follow them.
 
 DeepSpeed has no public way to these, so this file knows its attributes (0.19.x: runtime/zero/
-stage_1_and_2.py and stage3.py); `fragments` is all that the rest of vitscale asks. A change of
-DeepSpeed's attributes ends in an AttributeError at the start of a run, not in a wrong checkpoint.
+stage_1_and_2.py and stage3.py); the rest of vitscale asks for fragments and has weights spread. A change of
+DeepSpeed's attributes ends in an AttributeError, not in a wrong checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,24 +30,51 @@ class Fragment:
 
     def weights(self) -> torch.Tensor:
         """fp32 master weights, 1-D view [count]."""
-        return self._view(self.flat.detach())
+        return self.within(self.flat.detach())
 
     def moment(self, optimizer: torch.optim.Optimizer, kind: str) -> torch.Tensor:
         """Adam's `kind` (exp_avg or exp_avg_sq), 1-D view [count]."""
-        return self._view(optimizer.state[self.flat][kind])
+        return self.within(optimizer.state[self.flat][kind])
 
-    def _view(self, tensor: torch.Tensor) -> torch.Tensor:
+    def within(self, tensor: torch.Tensor) -> torch.Tensor:
+        """These elements of a tensor laid out as `flat`, 1-D view [count]."""
         return tensor.view(-1)[self.offset : self.offset + self.count]
+
+    def cut(self, first: int, count: int) -> Fragment:
+        """Elements [first, first + count) of this run."""
+        return replace(self, start=self.start + first, offset=self.offset + first, count=count)
+
+
+def share(fragments: Sequence[Fragment], rank: int, world_size: int) -> list[Fragment]:
+    """One rank's even part of fragments that all ranks hold."""
+    total, position, mine = sum(fragment.count for fragment in fragments), 0, []
+    first, last = total * rank // world_size, total * (rank + 1) // world_size
+    for fragment in fragments:
+        start, end = max(first - position, 0), min(last - position, fragment.count)
+        if start < end:
+            mine.append(fragment.cut(start, end - start))
+        position += fragment.count
+    return mine
+
+
+def frozen_share(module: nn.Module, stage: int, rank: int, world_size: int) -> list[Fragment]:
+    """This rank's even part of the parameters that are not trained, as they are before the engine is made.
+
+    ZeRO keeps of these only its low-precision copies, so their fp32 values are copied here; at stage 0
+    they stay the module's own.
+    """
+    mine = share(list(_whole(module, trained=False)), rank, world_size)
+    return mine if stage == 0 else [replace(run, flat=run.weights().clone(), offset=0) for run in mine]
 
 
 def fragments(module: nn.Module, optimizer: Any, stage: int, rank: int) -> list[Fragment]:
-    """The fragments that this rank owns.
+    """The fragments of trained parameters that this rank owns.
 
     `module`: the plain module; `optimizer`: torch's at stage 0, DeepSpeed's ZeRO optimizer above.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     if stage == 0:
-        return list(_replicated(module))
+        return list(_whole(module, trained=True))
     if stage in (1, 2):
         return list(_stage_1_and_2(optimizer, names))
     return list(_stage_3(optimizer, names, rank))
@@ -67,9 +94,21 @@ def flats(optimizer: Any, stage: int) -> list[torch.Tensor]:
     return list(optimizer.fp32_partitioned_groups_flat)
 
 
-def _replicated(module: nn.Module) -> Iterator[Fragment]:
+def spread_weights(optimizer: Any, stage: int) -> None:
+    """Make the weights that forwards use those of the masters, on all ranks, as a step does. A collective."""
+    if stage in (1, 2):
+        optimizer.update_lp_params()
+    elif stage == 3:
+        # Weights below the persistence threshold are whole on every rank: they are gathered anew.
+        optimizer.checkpoint_event_prologue()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()
+
+
+def _whole(module: nn.Module, trained: bool) -> Iterator[Fragment]:
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad == trained:
             yield Fragment(name, tuple(parameter.shape), 0, parameter, 0, parameter.numel())
 
 

@@ -14,7 +14,8 @@ from vitscale.run_folder import RunFolder
 def export_run(source: Path, out: Path | None = None) -> Path:
     """A run's newest good checkpoint (or a checkpoint folder) as a model folder; default: the run's model/.
 
-    On the CPU, from the pieces, without the world that made them.
+    Of trained weights it takes the moving average (train.ema_decay) where the checkpoint has one. On the
+    CPU, from the pieces, without the world that made them.
     """
     source = source.resolve()
     folder = RunFolder(source)
@@ -31,7 +32,8 @@ def export_run(source: Path, out: Path | None = None) -> Path:
     if checkpoint is None or not folder.config.exists():
         raise CheckpointError(f"{source}: no run folder with a checkpoint, nor a checkpoint inside one")
     config = load_config(folder.config)
-    state = {name: checkpoint.whole("param", name) for name in checkpoint.shapes("param")}
+    trained = "ema" if checkpoint.shapes("ema") else "param"
+    state = {name: checkpoint.whole(kind, name) for kind in (trained, "frozen") for name in checkpoint.shapes(kind)}
     out = out or folder.model
     save_run_model(out, config, state)
     return out

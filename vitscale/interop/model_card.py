@@ -117,6 +117,7 @@ def _of_run(run: RunRecord) -> Iterable[str]:
         "images a step": train.global_batch,
         "learning rate": f"{optimizer.lr}" + (f" at {optimizer.lr_batch} images a step" if optimizer.lr_batch else ""),
         "optimizer": f"AdamW, betas {optimizer.betas}, weight decay {optimizer.weight_decay}",
+        "weights": f"their moving average, decay {train.ema_decay}" if train.ema_decay is not None else None,
         "precision": train.precision,
         "seed": config.run.seed,
         "ranks and device": f"{summary['world_size']} x {summary['device']}" if "world_size" in summary else None,

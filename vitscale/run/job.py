@@ -20,7 +20,8 @@ from vitscale.config.schema import RunConfig
 from vitscale.data.crop import RandomCrop
 from vitscale.data.header import CAUSES
 from vitscale.data.loader import Loader
-from vitscale.engine.backend import Engine, peak_memory
+from vitscale.engine.backend import peak_memory
+from vitscale.engine.engine import Engine
 from vitscale.engine.loop import PeriodicTask, TrainingLoop, TrainState, every
 from vitscale.engine.records import Records
 from vitscale.errors import VitscaleError

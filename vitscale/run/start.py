@@ -10,7 +10,7 @@ from vitscale.checkpoint.store import Checkpoint, open_checkpoint, open_newest
 from vitscale.config.check import lanes
 from vitscale.config.load import load_config
 from vitscale.config.schema import as_dict
-from vitscale.engine.backend import load_weights
+from vitscale.engine.engine import load_weights
 from vitscale.engine.loop import TrainState
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.interop.loading import start_from

@@ -1,0 +1,232 @@
+"""What tests have ranks do: engines over a tiny classifier, without shards, reader or run folder."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vitscale.checkpoint.store import open_checkpoint, save_checkpoint
+from vitscale.config.schema import Model, Objective, Optimizer, Parallel, RunConfig, Train
+from vitscale.engine import backend
+from vitscale.engine.engine import Engine, Inputs, load_weights
+from vitscale.models.auto import build_model, initialize
+from vitscale.world import World, read_world
+
+BATCH, LR, EMA_DECAY = 8, 2e-3, 0.5
+STEPS, STOP = 4, 2
+FROZEN = ("vit.embeddings.", "vit.encoder.layers.1.mlp.fc1.")  # the start, and a part with trained ones on both sides
+TOKENS = ("vit.embeddings.cls_token", "vit.embeddings.position_embeddings")
+
+
+def run_config(stage: int = 0, ranks: int = 1, **train: Any) -> RunConfig:
+    """Two micro-batches a step on one rank, one on more."""
+    return RunConfig(
+        model=Model(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16,
+                    patch_size=4, num_labels=3, drop_path_rate=0.1),
+        objective=Objective(name="classification"),
+        optimizer=Optimizer(clip=1.0),
+        train=Train(global_batch=BATCH, micro_batch=min(4, BATCH // ranks), ema_decay=EMA_DECAY, **train),
+        parallel=Parallel(zero_stage=stage, timeout_s=60),
+    )  # fmt: skip
+
+
+def start_model(config: RunConfig, frozen: Sequence[str] = ()) -> nn.Module:
+    """frozen: how the names of parameters that are not trained begin."""
+    with torch.device("meta"):
+        model = build_model(config)
+    initialize(model, seed=0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(tuple(frozen)))
+    return model
+
+
+def layer_scales(model: nn.Module) -> dict[str, float]:
+    """Layer-wise decay: the nearer to the pixels, the less a parameter learns; 1 where none is named."""
+    by_start = {"vit.embeddings.": 0.1, "vit.encoder.layers.0.": 0.3, "vit.encoder.layers.1.": 0.6}
+    names = [name for name, _ in model.named_parameters()]
+    return {name: scale for name in names for start, scale in by_start.items() if name.startswith(start)}
+
+
+def images(step: int, first: int, last: int) -> Inputs:
+    """Samples [first, last) of a step's global batch, whatever the ranks."""
+    chance = torch.Generator().manual_seed(step)
+    pixels = torch.randn(BATCH, 3, 16, 16, generator=chance)
+    labels = torch.randint(3, (BATCH,), generator=chance)
+    keys = torch.arange(BATCH) + 1000 * step
+    return {"pixel_values": pixels[first:last], "labels": labels[first:last], "sample_key": keys[first:last]}
+
+
+def held_out(rank: int) -> list[Inputs]:
+    """What a rank evaluates on: the higher the rank, the more batches."""
+    return [images(100 + 10 * rank + number, 0, 2) for number in range(rank + 1)]
+
+
+def scores(output: Any, inputs: Inputs) -> dict[str, torch.Tensor]:
+    labels = inputs["labels"]
+    correct = (output.logits.argmax(dim=-1) == labels).sum()
+    return {"loss": output.loss * len(labels), "correct": correct, "seen": torch.tensor(len(labels))}
+
+
+class Rank:
+    """One rank of a process group; it makes several engines of one stage, one after another."""
+
+    def __init__(self, stage: int, **train: Any) -> None:
+        self.world = read_world()
+        self.config = run_config(stage, self.world.world_size, **train)
+        self.micro = self.config.train.micro_batch
+        exact = backend.zero_config
+
+        def small_threshold(config: RunConfig, world: World) -> dict[str, Any]:
+            """So that ZeRO-3 shards this model's matrices, and keeps biases and norms whole."""
+            content = exact(config, world)
+            content["zero_optimization"]["stage3_param_persistence_threshold"] = 1000
+            return content
+
+        backend.zero_config = small_threshold
+        self.backend = backend.Backend(self.config, self.world)
+        self.ranks = self.backend.ranks
+
+    def engine(self, saved: Path | None = None, frozen: Sequence[str] = (), **options: Any) -> Engine:
+        """A fresh engine, or one that goes on from a checkpoint."""
+        model = start_model(self.config, frozen)
+        checkpoint = open_checkpoint(saved, self.ranks) if saved else None
+        if checkpoint is not None:
+            load_weights(model, checkpoint)
+        engine = self.backend.wrap(model, self.config, **options)
+        if checkpoint is not None:
+            engine.restore(checkpoint)
+        engine.warm_up(images(0, 0, self.micro))
+        return engine
+
+    def losses(self, engine: Engine, first: int, last: int, spoiled: int | None = None) -> list[float]:
+        """Take the steps first to last - 1; each's loss over all ranks. `spoiled`: a step with NaN for pixels."""
+        taken = []
+        for step in range(first, last):
+            loss = engine.step(self._micro_batches(step, step == spoiled), LR).loss
+            taken.append(self.ranks.sum({"loss": loss})["loss"] / self.world.world_size)
+        return taken
+
+    def _micro_batches(self, step: int, spoiled: bool) -> Iterator[Inputs]:
+        share = BATCH // self.world.world_size
+        for first in range(self.world.rank * share, (self.world.rank + 1) * share, self.micro):
+            inputs = dict(images(step, first, first + self.micro))
+            if spoiled:
+                inputs["pixel_values"] = inputs["pixel_values"] * float("nan")
+            yield inputs
+
+    def save(self, engine: Engine, folder: Path, step: int) -> Path:
+        state = {"adam_step": engine.adam_step}
+        return save_checkpoint(folder, step, engine.snapshot(), state, self.ranks, keep=10)
+
+    def stopped(self, folder: Path, **options: Any) -> dict[str, Any]:
+        """A run with a checkpoint in its middle and at its end, and one that goes on from the middle."""
+        engine = self.engine(**options)
+        losses = self.losses(engine, 0, STOP)
+        saved = self.save(engine, folder, STOP)
+        losses += self.losses(engine, STOP, STEPS)
+        self.save(engine, folder, STEPS)
+        again = self.engine(saved, **options)
+        resumed = self.losses(again, STOP, STEPS)
+        return {"losses": losses, "resumed": resumed, "same": _same(engine.snapshot(), again.snapshot())}
+
+
+def every_case(stage: int, folder: str, **train: Any) -> dict[str, Any]:
+    """What one rank saw in each of the cases below; checkpoints of each lie in a folder of its name."""
+    rank = Rank(stage, **train)
+    scales = layer_scales(start_model(rank.config))
+    cases: dict[str, Callable[[Rank, Path], dict[str, Any]]] = {
+        "plain": plain,
+        "evaluated": evaluated,
+        "spoiled": spoiled,
+        "scaled": functools.partial(Rank.stopped, lr_scales=scales, undecayed=TOKENS),
+        "frozen": functools.partial(Rank.stopped, frozen=FROZEN),
+    }
+    return {name: case(rank, Path(folder) / name) for name, case in cases.items()}
+
+
+def plain(rank: Rank, folder: Path) -> dict[str, Any]:
+    """Never evaluated. A snapshot is taken in its middle, and looked at in the end."""
+    engine = rank.engine()
+    losses = rank.losses(engine, 0, STOP)
+    taken = engine.snapshot()
+    kept = [piece.values.copy() for piece in taken]
+    losses += rank.losses(engine, STOP, STEPS)
+    rank.save(engine, folder, STEPS)
+    untouched = all(np.array_equal(piece.values, values) for piece, values in zip(taken, kept, strict=True))
+    moved = [not np.array_equal(a.values, b.values) for a, b in zip(taken, engine.snapshot(), strict=True)]
+    return {"losses": losses, "untouched": untouched, "moved": all(moved)}
+
+
+def evaluated(rank: Rank, folder: Path) -> dict[str, Any]:
+    """Evaluated before the first step, in the middle, where it also is saved, and at the end."""
+    engine = rank.engine()
+    forwards: list[bool] = []
+    engine.module.register_forward_hook(lambda module, *_: forwards.append(module.training))
+    count = rank.world.world_size + 1  # even the rank with the most batches has one forward to repeat
+
+    def evaluate() -> dict[str, float]:
+        before = len(forwards)
+        result = engine.evaluate(held_out(rank.world.rank), count, scores)
+        assert forwards[before:] == [False] * count
+        return result
+
+    sums = [evaluate()]
+    losses = rank.losses(engine, 0, STOP)
+    sums.append(evaluate())
+    rank.save(engine, folder, STOP)
+    losses += rank.losses(engine, STOP, STEPS)
+    rank.save(engine, folder, STEPS)
+    sums.append(evaluate())
+    return {"losses": losses, "sums": sums}
+
+
+def spoiled(rank: Rank, folder: Path) -> dict[str, Any]:
+    """A step that is not applied between two checkpoints."""
+    engine = rank.engine()
+    rank.losses(engine, 0, 1)
+    before = engine.snapshot()
+    rank.losses(engine, 1, 2, spoiled=1)
+    return {"same": _same(before, engine.snapshot())}
+
+
+def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether two snapshots are equal, bit by bit."""
+    mine, theirs = ({(p.kind, p.name, p.start): p.values for p in pieces} for pieces in (one, other))
+    return mine.keys() == theirs.keys() and all(np.array_equal(mine[key], theirs[key]) for key in mine)
+
+
+def by_plain_torch(
+    config: RunConfig,
+    scales: Mapping[str, float] | None = None,
+    frozen: Sequence[str] = (),
+    undecayed: Sequence[str] = (),
+) -> tuple[list[float], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Losses, weights and their average after the steps, by torch's AdamW with a group for each parameter."""
+    model = start_model(config, frozen)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = [
+        {"params": [p], "lr": LR * (scales or {}).get(name, 1.0),
+         "weight_decay": config.optimizer.weight_decay if p.ndim > 1 and name not in undecayed else 0.0}
+        for name, p in trained.items()
+    ]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, betas=config.optimizer.betas, eps=config.optimizer.eps)
+    average = {name: p.detach().clone() for name, p in trained.items()}
+    losses = []
+    model.train()
+    for step in range(STEPS):
+        loss = model(**images(step, 0, BATCH)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), config.optimizer.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        for name, p in trained.items():
+            average[name] = EMA_DECAY * average[name] + (1 - EMA_DECAY) * p.detach()
+    arrays = {name: p.detach().numpy() for name, p in trained.items()}
+    return losses, arrays, {name: value.numpy() for name, value in average.items()}

@@ -1,0 +1,214 @@
+"""The engine on real ranks, at every stage: what it saves, freezes, scales, averages and evaluates."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.engine import on_ranks
+from tests.engine.on_ranks import (
+    FROZEN,
+    STEPS,
+    STOP,
+    TOKENS,
+    by_plain_torch,
+    held_out,
+    layer_scales,
+    run_config,
+    scores,
+    start_model,
+)
+from tests.integration.worlds import Launcher
+from vitscale.checkpoint.store import Checkpoint, SoleRank, folder_name, open_checkpoint
+
+full = pytest.mark.full
+FP32 = [
+    pytest.param(stage, ranks, "fp32", marks=[full] if ranks == 4 else [])
+    for ranks, stage in itertools.product((1, 2, 4), (0, 1, 2, 3))
+]
+BF16 = [pytest.param(2, 2, "bf16"), *(pytest.param(stage, 2, "bf16", marks=full) for stage in (0, 3))]
+in_fp32 = pytest.mark.parametrize(("stage", "ranks", "precision"), FP32)
+everywhere = pytest.mark.parametrize(("stage", "ranks", "precision"), FP32 + BF16)
+
+
+@dataclass
+class Seen:
+    """What the ranks of one world saw in the cases of on_ranks.py, and what they saved."""
+
+    folder: Path
+    by_rank: list[dict[str, Any]]
+
+    def __getitem__(self, case: str) -> dict[str, Any]:
+        return self.by_rank[0][case]
+
+    def saved(self, case: str, step: int = STEPS) -> Checkpoint:
+        return open_checkpoint(self.folder / case / folder_name(step), SoleRank())
+
+
+World = Callable[[int, int, str], Seen]
+
+
+@pytest.fixture(scope="module")
+def world(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A world that went through all cases, once for all tests that look at it."""
+    seen: dict[tuple[int, int, str], Seen] = {}
+
+    def get(stage: int, ranks: int, precision: str) -> Seen:
+        key = (stage, ranks, precision)
+        if key not in seen:
+            folder = tmp_path_factory.mktemp("engine")
+            by_rank = launcher.call(on_ranks.every_case, ranks, stage=stage, folder=str(folder), precision=precision)
+            seen[key] = Seen(folder, by_rank)
+        return seen[key]
+
+    return get
+
+
+class Reference:
+    """What one process without an engine gives."""
+
+    @cached_property
+    def plain(self) -> Any:
+        return by_plain_torch(run_config())
+
+    @cached_property
+    def scaled(self) -> Any:
+        return by_plain_torch(run_config(), layer_scales(start_model(run_config())), undecayed=TOKENS)
+
+    @cached_property
+    def frozen(self) -> Any:
+        return by_plain_torch(run_config(), frozen=FROZEN)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return Reference()
+
+
+def assert_near(checkpoint: Checkpoint, kind: str, expected: dict[str, np.ndarray]) -> None:
+    assert checkpoint.shapes(kind).keys() == expected.keys()
+    for name, values in expected.items():
+        # Where a gradient is nearly 0 Adam makes a step of its rounding.
+        np.testing.assert_allclose(checkpoint.whole(kind, name), values, rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+# ---- saving
+
+
+@everywhere
+def test_no_later_step_changes_a_snapshot(world: World, stage: int, ranks: int, precision: str) -> None:
+    for case in (by_rank["plain"] for by_rank in world(stage, ranks, precision).by_rank):
+        assert case["untouched"]
+        assert case["moved"], "the steps after it changed nothing: there was nothing to see"
+
+
+# ---- frozen parameters
+
+
+@everywhere
+def test_frozen_parameters_stay_and_are_saved_exactly(world: World, stage: int, ranks: int, precision: str) -> None:
+    """Of kind `frozen` alone, in fp32 as they were at the start, every rank writing its part."""
+    checkpoint = world(stage, ranks, precision).saved("frozen")
+    at_start = {name: p for name, p in start_model(run_config()).named_parameters() if name.startswith(FROZEN)}
+    assert checkpoint.shapes("frozen").keys() == at_start.keys()
+    assert {name for kind, name in checkpoint.tensors if kind != "frozen"}.isdisjoint(at_start)
+    for name, values in at_start.items():
+        np.testing.assert_array_equal(checkpoint.whole("frozen", name), values.detach().numpy(), err_msg=name)
+    manifest = json.loads((checkpoint.folder / "manifest.json").read_text())
+    pieces = [piece for tensor in manifest["tensors"] if tensor["kind"] == "frozen" for piece in tensor["pieces"]]
+    counts = [sum(count for file, _, count in pieces if file == rank) for rank in range(ranks)]
+    assert max(counts) - min(counts) <= 1
+    assert sum(counts) == sum(p.numel() for p in at_start.values())
+
+
+@in_fp32
+def test_curve_with_frozen_parameters(
+    world: World, reference: Reference, stage: int, ranks: int, precision: str
+) -> None:
+    losses, weights, average = reference.frozen
+    seen = world(stage, ranks, precision)
+    assert seen["frozen"]["losses"] == pytest.approx(losses, rel=1e-5)
+    assert_near(seen.saved("frozen"), "param", weights)
+    assert_near(seen.saved("frozen"), "ema", average)
+
+
+# ---- learning rates of their own
+
+
+@in_fp32
+def test_layer_wise_rates(world: World, reference: Reference, stage: int, ranks: int, precision: str) -> None:
+    """As a parameter group for each gives them; tokens are exempt from weight decay here."""
+    losses, weights, _ = reference.scaled
+    seen = world(stage, ranks, precision)
+    assert seen["scaled"]["losses"] == pytest.approx(losses, rel=1e-5)
+    assert_near(seen.saved("scaled"), "param", weights)
+    assert losses != pytest.approx(reference.plain[0], rel=1e-3)
+
+
+@everywhere
+@pytest.mark.parametrize("case", ["scaled", "frozen"])
+def test_stop_and_resume_is_bit_identical(world: World, stage: int, ranks: int, precision: str, case: str) -> None:
+    """Losses, and in the end weights, moments, averages and frozen values."""
+    for seen in (by_rank[case] for by_rank in world(stage, ranks, precision).by_rank):
+        assert seen["resumed"] == seen["losses"][STOP:]
+        assert seen["same"]
+
+
+# ---- the moving average
+
+
+@in_fp32
+def test_moving_average(world: World, reference: Reference, stage: int, ranks: int, precision: str) -> None:
+    losses, weights, average = reference.plain
+    seen = world(stage, ranks, precision)
+    assert seen["plain"]["losses"] == pytest.approx(losses, rel=1e-5)
+    assert_near(seen.saved("plain"), "param", weights)
+    assert_near(seen.saved("plain"), "ema", average)
+
+
+@everywhere
+def test_a_step_that_is_not_applied_leaves_the_average(world: World, stage: int, ranks: int, precision: str) -> None:
+    assert all(by_rank["spoiled"]["same"] for by_rank in world(stage, ranks, precision).by_rank)
+
+
+# ---- evaluation
+
+
+@everywhere
+def test_training_goes_on_as_if_never_evaluated(world: World, stage: int, ranks: int, precision: str) -> None:
+    seen = world(stage, ranks, precision)
+    assert seen["evaluated"]["losses"] == seen["plain"]["losses"]
+    one, other = seen.saved("evaluated"), seen.saved("plain")
+    assert one.tensors == other.tensors
+    for key in one.tensors:
+        np.testing.assert_array_equal(one.whole(*key), other.whole(*key), err_msg=str(key))
+
+
+@everywhere
+def test_evaluation_sums_over_ranks_by_the_average(world: World, stage: int, ranks: int, precision: str) -> None:
+    """Ranks have 1, 2, ... batches and as many forwards (asserted by them): each batch counts once."""
+    seen = world(stage, ranks, precision)
+    for when, saved in ((1, seen.saved("evaluated", STOP)), (2, seen.saved("evaluated"))):
+        model = start_model(run_config()).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(torch.from_numpy(saved.whole("ema", name)))
+            expected = dict.fromkeys(("correct", "loss", "seen"), 0.0)
+            for inputs in itertools.chain(*map(held_out, range(ranks))):
+                for name, value in scores(model(**inputs), inputs).items():
+                    expected[name] += float(value)
+        for by_rank in seen.by_rank:
+            sums = by_rank["evaluated"]["sums"][when]
+            assert sums["seen"] == expected["seen"] == ranks * (ranks + 1)
+            assert sums["loss"] == pytest.approx(expected["loss"], rel=1e-5 if precision == "fp32" else 0.02)
+            assert precision == "bf16" or sums["correct"] == expected["correct"]
+            assert sums == seen["evaluated"]["sums"][when]

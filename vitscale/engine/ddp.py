@@ -1,0 +1,46 @@
+"""Stage 0: accelerate's DDP."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from vitscale.engine.engine import Engine, Inputs
+
+
+class DDPEngine(Engine):
+    """Stage 0: every rank holds everything; bf16 is autocast over fp32 weights."""
+
+    def _wrap(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.model = self.accelerator.prepare(self.module)
+
+    def _forward_backward(self, inputs: Inputs, last: bool) -> Any:
+        with self._reduced_at(last):
+            output = self.model(**inputs)
+            (output.loss / self.accumulation).backward()
+        return output
+
+    def _reduced_at(self, last: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def warm_up(self, inputs: Inputs) -> None:
+        # DDP rebuilds its buckets after the first backward, and with other buckets gradients differ
+        # in their last bits; a resumed run must not have a first iteration of its own.
+        if self.ranks.world_size > 1:
+            self.model(**inputs).loss.backward()
+            self.optimizer.zero_grad()
+
+    def _update(self) -> tuple[float, bool]:
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        applied = bool(torch.isfinite(norm))
+        if applied:
+            if self.config.optimizer.clip > 0:
+                parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.clip, norm)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm), applied

@@ -1,0 +1,225 @@
+"""A model under training, whatever wraps it: steps, evaluation, its state as pieces and back.
+
+ddp.py and zero.py say how gradients come about and are applied; zero_state.py where the state lies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vitscale.checkpoint.fragments import Piece, listed
+from vitscale.checkpoint.store import Checkpoint
+from vitscale.config.check import accumulation
+from vitscale.config.schema import RunConfig
+from vitscale.engine import zero_state
+from vitscale.engine.ema import Ema
+from vitscale.engine.optim import ScaledAdamW, fill_state, make_optimizer, scaled_runs
+from vitscale.engine.ranks import ProcessRanks
+from vitscale.errors import CheckpointError
+from vitscale.world import World
+
+Inputs = Mapping[str, torch.Tensor]
+Measure = Callable[[Any, Inputs], Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave, on this rank."""
+
+    loss: float  # mean over this rank's samples
+    metrics: dict[str, float]
+    grad_norm: float  # of the global gradient before clipping; inf or nan where it was not finite
+    applied: bool  # False: the gradient was not finite and the weights are as before
+
+
+class Engine:
+    """A model under training: takes steps, is evaluated between them, gives its state as pieces and takes it back."""
+
+    stage: int
+    model: nn.Module  # as wrapped
+    optimizer: Any  # torch's at stage 0, DeepSpeed's ZeRO optimizer above
+
+    def __init__(
+        self,
+        accelerator: Any,
+        model: nn.Module,
+        config: RunConfig,
+        world: World,
+        ranks: ProcessRanks,
+        lr_scales: Mapping[str, float],
+        undecayed: Container[str],
+    ) -> None:
+        self.accelerator = accelerator
+        self.module = model
+        self.config = config
+        self.ranks = ranks
+        self.stage = config.parallel.zero_stage
+        self.accumulation = accumulation(config, world)
+        self.frozen = zero_state.frozen_share(model, self.stage, ranks.rank, ranks.world_size)
+        # The fused step reads its state on the GPU.
+        self.fused = accelerator.device.type == "cuda" and not config.parallel.offload_optimizer
+        optimizer = make_optimizer(model, config.optimizer, self.fused, undecayed, lr_scales)
+        self._wrap(optimizer)
+        self.fragments = zero_state.fragments(model, self.optimizer, self.stage, ranks.rank)
+        self.inner = zero_state.inner_optimizer(self.optimizer, self.stage)
+        if isinstance(self.inner, ScaledAdamW):
+            self.inner.runs = scaled_runs(self.fragments, lr_scales)
+        flats = zero_state.flats(self.optimizer, self.stage)
+        fill_state(self.inner, flats, self.fused)
+        self.ema = None if config.train.ema_decay is None else Ema(flats, config.train.ema_decay)
+
+    def _wrap(self, optimizer: torch.optim.Optimizer) -> None:
+        raise NotImplementedError
+
+    def step(self, micro_batches: Iterable[Inputs], lr: float) -> StepResult:
+        """One optimizer step over `accumulation` micro-batches (pulled one at a time)."""
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        metric_sums: dict[str, torch.Tensor] = {}
+        for number, inputs in enumerate(micro_batches):
+            output = self._forward_backward(inputs, last=number == self.accumulation - 1)
+            loss_sum += output.loss.detach()
+            for name, value in output.metrics.items():
+                metric_sums[name] = metric_sums.get(name, 0.0) + value.detach().double()
+        norm, applied = self._update()
+        if self.ema and applied:
+            self.ema.update()
+        metrics = {name: float(value) / self.accumulation for name, value in metric_sums.items()}
+        return StepResult(float(loss_sum) / self.accumulation, metrics, norm, applied)
+
+    def evaluate(self, batches: Iterable[Inputs], forwards: int, measure: Measure) -> dict[str, float]:
+        """What `measure(output, inputs)` gives (by name, tensors of one element), summed over the batches of all ranks.
+
+        A collective: every rank does exactly `forwards` forwards, since under ZeRO-3 all take part in each. A rank
+        whose batches end before that repeats its last one uncounted; each rank needs one at least. In evaluation
+        mode, without gradients, with the weights' moving average where there is one; training goes on afterwards as
+        if nothing had happened.
+        """
+        source, last = iter(batches), None
+        sums: dict[str, torch.Tensor] = {}
+        with self._for_evaluation():
+            for _ in range(forwards):
+                fresh = next(source, None)
+                last = last if fresh is None else fresh
+                assert last is not None, "a rank without a batch cannot take part in an evaluation"
+                output = self.model(**last)
+                for name, value in ({} if fresh is None else measure(output, last)).items():
+                    sums[name] = sums.get(name, 0.0) + value.detach().double()
+        return self.ranks.sum({name: float(value) for name, value in sums.items()})
+
+    @contextlib.contextmanager
+    def _for_evaluation(self) -> Iterator[None]:
+        self.model.eval()
+        self._exchange_ema()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._exchange_ema()
+            self.model.train()
+
+    def _exchange_ema(self) -> None:
+        if self.ema:
+            self.ema.exchange(self.fragments)
+            zero_state.spread_weights(self.optimizer, self.stage)
+
+    def warm_up(self, inputs: Inputs) -> None:
+        """What the wrapper does differently in its first iteration, done and dropped."""
+
+    def _forward_backward(self, inputs: Inputs, last: bool) -> Any:
+        raise NotImplementedError
+
+    def _update(self) -> tuple[float, bool]:
+        """Apply the gradients: (their norm before clipping, whether they were applied)."""
+        raise NotImplementedError
+
+    @property
+    def adam_step(self) -> int:
+        """Optimizer steps that were applied."""
+        return max((int(state["step"]) for state in self.inner.state.values()), default=0)
+
+    def snapshot(self) -> list[Piece]:
+        """What this rank writes of a checkpoint: copies on the CPU that no later step changes."""
+        pieces = []
+        for fragment in self._written():
+            pieces.append(_piece("param", fragment, fragment.weights()))
+            for kind in zero_state.MOMENTS:
+                pieces.append(_piece(kind, fragment, fragment.moment(self.inner, kind)))
+            if self.ema:
+                pieces.append(_piece("ema", fragment, self.ema.of(fragment)))
+        pieces += [_piece("frozen", fragment, fragment.weights()) for fragment in self.frozen]
+        if self.ranks.rank == 0:
+            for name, buffer in saved_buffers(self.module).items():
+                pieces.append(Piece("buffer", name, tuple(buffer.shape), 0, _copied(buffer.reshape(-1))))
+        return pieces
+
+    def _written(self) -> list[zero_state.Fragment]:
+        """The fragments that this rank writes: all it owns, or at stage 0 its share of what all own."""
+        if self.stage > 0:
+            return self.fragments
+        return zero_state.share(self.fragments, self.ranks.rank, self.ranks.world_size)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take master weights, Adam's state and the moving average from a checkpoint of any stage and world.
+
+        Where the checkpoint has no average, it starts from the weights.
+        `load_weights` must have put the weights into the module before it was wrapped: at bf16 the
+        low-precision copies are made from them.
+        """
+        average = "ema" if checkpoint.shapes("ema") else "param"
+        for fragment in self.fragments:
+            targets = [("param", fragment.weights())]
+            targets += [(kind, fragment.moment(self.inner, kind)) for kind in zero_state.MOMENTS]
+            if self.ema:
+                targets.append((average, self.ema.of(fragment)))
+            for kind, target in targets:
+                values = checkpoint.read(kind, fragment.name, fragment.start, fragment.count)
+                target.copy_(torch.from_numpy(values))
+        for state in self.inner.state.values():
+            state["step"].fill_(checkpoint.state["adam_step"])
+
+
+def load_weights(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's weights and buffers into the plain module.
+
+    Raises CheckpointError where names, shapes or what is frozen (`requires_grad`) differ.
+    """
+    parameters = dict(module.named_parameters())
+    checkpoint.require({name: tuple(p.shape) for name, p in parameters.items()}, "param", "frozen")
+    kinds = {name: "param" if p.requires_grad else "frozen" for name, p in parameters.items()}
+    saved = checkpoint.shapes("frozen")
+    frozen = [name for name, kind in kinds.items() if kind == "frozen" and name not in saved]
+    trained = [name for name, kind in kinds.items() if kind == "param" and name in saved]
+    if frozen or trained:
+        raise CheckpointError(
+            f"{checkpoint.folder}: other parameters are frozen than here: {len(trained)} there alone"
+            f"{': ' if trained else ''}{listed(trained)}; {len(frozen)} here alone{': ' if frozen else ''}"
+            f"{listed(frozen)}; freeze the same ones, or start another run.name with model.init_from"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.from_numpy(checkpoint.whole(kinds[name], name)))
+        for name, buffer in saved_buffers(module).items():
+            buffer.copy_(torch.from_numpy(checkpoint.whole("buffer", name)))
+
+
+def saved_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that belong to the state (fixed tables are recomputed instead)."""
+    kept = module.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
+
+
+def _piece(kind: str, fragment: zero_state.Fragment, values: torch.Tensor) -> Piece:
+    return Piece(kind, fragment.name, fragment.shape, fragment.start, _copied(values.float()))
+
+
+def _copied(values: torch.Tensor) -> np.ndarray:
+    return values.detach().to("cpu", copy=True).numpy()  # .cpu() of what is there already would be a view
