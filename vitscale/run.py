@@ -331,15 +331,12 @@ class _FedBatch:
 
 def _feed(loader: Loader, config: RunConfig, device: torch.device) -> Iterator[_FedBatch]:
     """Decoded batches, augmented on the device, as the model's keyword arguments."""
-    augment = Augment(config.augment, pair(config.model.image_size), config.model.num_channels, str(device), train=True)
+    augment = Augment(
+        config.augment, pair(config.model.image_size), config.model.num_channels, str(device), train=True,
+        labels=config.objective.needs_labels,
+    )  # fmt: skip
     for batch in loader:
-        inputs = {
-            "pixel_values": augment(batch),
-            "sample_key": torch.from_numpy(batch.sample_keys).to(device),
-        }
-        if config.objective.needs_labels:
-            inputs["labels"] = torch.from_numpy(batch.labels).to(device)
-        yield _FedBatch(inputs, batch.names, batch.replaced, batch.epoch)
+        yield _FedBatch(augment(batch).inputs(), batch.names, batch.replaced, batch.epoch)
 
 
 def _digest(config: RunConfig) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,31 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vitscale.augment import resample as module
-from vitscale.augment.resample import Images, resample
+from vitscale.augment.pipeline import upload
+from vitscale.augment.resample import plan
 
 FORMS = ("banded", "dense")
+
+
+@dataclass(frozen=True)
+class Images:
+    """uint8 images of different sizes in one flat buffer: image i is HWC from offsets[i] on."""
+
+    pixels: np.ndarray  # uint8 [bytes]
+    offsets: np.ndarray  # int64 [n]
+    heights: np.ndarray  # int32 [n]
+    widths: np.ndarray  # int32 [n]
+    channels: int
+
+
+def resample(
+    images: Images, boxes: np.ndarray, flips: np.ndarray, size: tuple[int, int], device: str, form: str | None = None
+) -> torch.Tensor:
+    """Planned, sent to the device and resampled there."""
+    planned = plan(images.offsets, images.heights, images.widths, images.channels, boxes, flips, size)
+    (on_device,) = upload([planned], torch.device(device))
+    pixels = torch.from_numpy(images.pixels).to(device)
+    return module.resample(pixels, images.channels, size, planned, on_device, form)
 
 
 def picture(height: int, width: int, channels: int, seed: int = 0) -> np.ndarray:
@@ -144,12 +168,12 @@ def test_any_number_of_channels_each_on_its_own(form: str) -> None:
 def test_chunks_hold_to_their_limit_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = [picture(20 + 15 * seed, 90 - 10 * seed, 1, seed) for seed in range(5)]
     boxes = np.array([[0, 0, *image.shape[:2]] for image in pictures], np.float32)
-    windows = boxes.astype(np.int64)
-    parts = list(module._chunks(windows, 1, 12000))
+    extent = boxes[:, 2:].T.astype(np.int64)
+    parts = list(module._chunks(extent, 1, 12000))
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(5))
     assert 1 < len(parts) < 5
     for part in parts:
-        sides = windows[part, 2:].max(axis=0)
+        sides = extent[:, part].max(axis=1)
         assert part.stop - part.start == 1 or (part.stop - part.start) * sides.prod() <= 12000
     whole = resample(ragged(pictures), boxes, np.zeros(5, bool), (16, 16), "cpu", "dense")
     monkeypatch.setitem(module.CHUNK_VALUES, "dense", 12000)

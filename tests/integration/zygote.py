@@ -78,8 +78,10 @@ def _nan_pixels(calls: list[int]) -> None:
     def call(self: Augment, batch: Any) -> Any:
         nonlocal seen
         seen += 1
-        pixels = exact(self, batch)
-        return pixels.fill_(float("nan")) if seen in calls else pixels
+        inputs = exact(self, batch)
+        if seen in calls:
+            inputs.pixel_values.fill_(float("nan"))
+        return inputs
 
     Augment.__call__ = call  # type: ignore[method-assign]
 

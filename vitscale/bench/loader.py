@@ -157,7 +157,7 @@ def _ours_resized(index: ShardIndex, cores: int) -> Iterator[Batches]:
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, before)
         loader = stack.enter_context(_loader(index, cores, "auto"))
-        yield (len(augment(batch)) for batch in loader)
+        yield (len(augment(batch).pixel_values) for batch in loader)
 
 
 @contextmanager
