@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,20 @@ import torch
 from torch import nn
 
 from vitscale import __version__
+from vitscale.augment.feed import DeviceFeed
 from vitscale.augment.pipeline import Augment
 from vitscale.checkpoint.store import Checkpoint, open_checkpoint, open_newest, save_checkpoint
 from vitscale.config.check import check_config, has_classes, pair
 from vitscale.config.load import dump_config, load_config
 from vitscale.config.schema import RunConfig, as_dict
-from vitscale.data.batch import Replacement
+from vitscale.data.batch import Batch
 from vitscale.data.classes import class_names
 from vitscale.data.crop import RandomCrop
 from vitscale.data.decode import choose_decoder
 from vitscale.data.index import ShardIndex, open_index, require_labels
 from vitscale.data.loader import Loader
 from vitscale.data.order import Order
-from vitscale.engine.backend import Backend, Engine, Inputs, load_weights, peak_memory
+from vitscale.engine.backend import Backend, Engine, load_weights, peak_memory
 from vitscale.engine.loop import LoopCalls, TrainState, train
 from vitscale.engine.preempt import StopRequest
 from vitscale.engine.records import Records
@@ -125,8 +125,8 @@ class _Pretraining:
             engine.restore(checkpoint)
         with self._loader(state.samples) as loader:
             calls = LoopCalls(lambda state: self._save(engine, state, records), records.log, records.record)
-            feed = _feed(loader, self.config, self.backend.device)
-            return train(engine, feed, state, self.total_steps, self.config, calls, self.stop)
+            with self._feed(loader) as feed:
+                return train(engine, feed, state, self.total_steps, self.config, calls, self.stop)
 
     def _tell_changes(self) -> None:
         """The keys that differ from those of the run's last start."""
@@ -247,6 +247,14 @@ class _Pretraining:
             image_size=pair(config.model.image_size),
         )
 
+    def _feed(self, loader: Loader) -> DeviceFeed[Batch]:
+        config, device = self.config, self.backend.device
+        augment = Augment(
+            config.augment, pair(config.model.image_size), config.model.num_channels, str(device), train=True,
+            labels=config.objective.needs_labels,
+        )  # fmt: skip
+        return DeviceFeed(loader, augment, device)
+
     def _save(self, engine: Engine, state: TrainState, records: Records) -> None:
         records.sync()  # a checkpoint must not know of rows that a power cut can take
         manifest = asdict(state) | {
@@ -317,26 +325,6 @@ class _Pretraining:
     def _say(self, line: str) -> None:
         if self.world.is_main:
             print(line, flush=True)
-
-
-@dataclass(frozen=True)
-class _FedBatch:
-    """A micro-batch as the loop wants it."""
-
-    inputs: Inputs
-    names: tuple[str, ...]
-    replaced: tuple[Replacement, ...]
-    epoch: int
-
-
-def _feed(loader: Loader, config: RunConfig, device: torch.device) -> Iterator[_FedBatch]:
-    """Decoded batches, augmented on the device, as the model's keyword arguments."""
-    augment = Augment(
-        config.augment, pair(config.model.image_size), config.model.num_channels, str(device), train=True,
-        labels=config.objective.needs_labels,
-    )  # fmt: skip
-    for batch in loader:
-        yield _FedBatch(augment(batch).inputs(), batch.names, batch.replaced, batch.epoch)
 
 
 def _digest(config: RunConfig) -> str:

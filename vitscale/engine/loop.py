@@ -41,6 +41,18 @@ class MicroBatch(Protocol):
     def epoch(self) -> int: ...
 
 
+class Feed(Protocol):
+    """Where micro-batches come from, without end."""
+
+    def __next__(self) -> MicroBatch: ...
+
+    def run_ahead(self) -> None:
+        """Start on the next one; what goes wrong with it is raised by the `next()` that asks for it."""
+
+    def read_seconds(self) -> dict[str, float]:
+        """Seconds since the last call: waited for data, and others by their names."""
+
+
 @dataclass(frozen=True)
 class Taken:
     """What is kept of a micro-batch after its forward: not its tensors."""
@@ -72,7 +84,7 @@ class LoopCalls:
 
 def train(
     engine: Engine,
-    feed: Iterator[MicroBatch],
+    feed: Feed,
     state: TrainState,
     total_steps: int,
     config: RunConfig,
@@ -87,14 +99,16 @@ def train(
     steps = StepGuard(config.train.max_skipped_steps, state.skipped)
     samples = SampleGuard(config.data.max_bad_fraction, state.bad)
     saved_at = state.step
+    waiting: list[MicroBatch] = []  # what the warm-up has taken and no step yet
     if state.step < total_steps:
-        first = next(feed)
-        engine.warm_up(first.inputs)
-        feed = itertools.chain([first], feed)
+        waiting.append(next(feed))
+        engine.warm_up(waiting[0].inputs)
+        feed.read_seconds()  # the wait for the first batch is the start's
     meters = Meters()
     while state.step < total_steps:
         lr = lr_at(state.step, total_steps, config)
-        micro_batches, result = _step(engine, feed, lr, meters)
+        micro_batches, result = _step(engine, feed, waiting, lr)
+        meters.count(config.train.global_batch)
         state.step += 1
         state.samples += config.train.global_batch
         state.epoch = micro_batches[0].epoch
@@ -112,6 +126,8 @@ def train(
         if state.step % config.log.every_steps == 0 or state.step == total_steps:
             # Before saving: a checkpoint never knows of a step that metrics.jsonl does not.
             with meters.measure("tracking"):
+                for what, seconds in feed.read_seconds().items():
+                    meters.add(what, seconds)
                 calls.log(_row(state, row, lr, meters.read()))
         if state.step % config.checkpoint.every_steps == 0 or state.step == total_steps or stopping:
             with meters.measure("save"):
@@ -124,21 +140,20 @@ def train(
 
 
 def _step(
-    engine: Engine, feed: Iterator[MicroBatch], lr: float, meters: Meters
+    engine: Engine, feed: Feed, waiting: list[MicroBatch], lr: float
 ) -> tuple[list[Taken], StepResult]:
     """One optimizer step; also the micro-batches it took."""
     taken: list[Taken] = []
 
     def pull() -> Iterator[Inputs]:
         for _ in range(engine.accumulation):
-            with meters.measure("data"):
-                batch = next(feed)
+            batch = waiting.pop() if waiting else next(feed)
             taken.append(Taken(batch.names, batch.replaced, batch.epoch))
             yield batch.inputs
+            del batch
+            feed.run_ahead()  # its backward is queued: the next one's copy and augmentation go beside it
 
-    result = engine.step(pull(), lr)
-    meters.count(engine.config.train.global_batch)
-    return taken, result
+    return taken, engine.step(pull(), lr)
 
 
 def _agree(

@@ -135,7 +135,9 @@ def _batches(index: ShardIndex, config: RunConfig, world: World, bad: SampleGuar
     with loader:
         for number, decoded in enumerate(loader, start=1):
             bad.note((replaced.cause for replaced in decoded.replaced), number * batch)
-            yield augment(decoded).pixel_values, decoded.labels, decoded.sample_ids
+            pixel_values = augment(decoded).pixel_values
+            loader.release(decoded)
+            yield pixel_values, decoded.labels, decoded.sample_ids
 
 
 def _draw(folder: RunFolder, config: RunConfig, model: Any, world: World) -> None:

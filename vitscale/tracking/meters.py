@@ -24,7 +24,11 @@ class Meters:
         try:
             yield
         finally:
-            self._seconds[what] += self._clock() - began
+            self.add(what, self._clock() - began)
+
+    def add(self, what: str, seconds: float) -> None:
+        """Count time that was measured elsewhere."""
+        self._seconds[what] += seconds
 
     def count(self, images: int) -> None:
         """One step of so many images is done."""
