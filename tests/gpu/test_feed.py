@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -46,21 +48,29 @@ def feed_of(batches: Loader, device: torch.device) -> DeviceFeed[Batch]:
     return DeviceFeed(batches, Augment(schema.Augment(), (96, 64), 3, str(device), train=True, labels=True), device)
 
 
+@contextmanager
+def both(index: ShardIndex) -> Iterator[tuple[DeviceFeed[Batch], DeviceFeed[Batch]]]:
+    """The same batches on the CPU and on the GPU."""
+    with ExitStack() as stack:
+        feeds = [feed_of(stack.enter_context(opened(index)), device) for device in (torch.device("cpu"), CUDA)]
+        on_cpu, on_gpu = map(stack.enter_context, feeds)
+        yield on_cpu, on_gpu
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_gives_the_cpus_values(index: ShardIndex, ahead: bool) -> None:
-    with opened(index) as one, opened(index) as other:
-        with feed_of(one, torch.device("cpu")) as on_cpu, feed_of(other, CUDA) as on_gpu:
-            for _ in range(6):
-                expected, given = next(on_cpu), next(on_gpu)
-                torch.cuda._sleep(SECOND // 50)  # as if the device computed
-                if ahead:
-                    on_gpu.run_ahead()
-                assert given.names == expected.names
-                for name, value in expected.inputs.items():
-                    assert given.inputs[name].device.type == "cuda"
-                    torch.testing.assert_close(given.inputs[name].cpu(), value, rtol=0, atol=1e-4)
-            with pytest.raises(StopIteration):
-                next(on_gpu)
+    with both(index) as (on_cpu, on_gpu):
+        for _ in range(6):
+            expected, given = next(on_cpu), next(on_gpu)
+            torch.cuda._sleep(SECOND // 50)  # as if the device computed
+            if ahead:
+                on_gpu.run_ahead()
+            assert given.names == expected.names
+            for name, value in expected.inputs.items():
+                assert given.inputs[name].device.type == "cuda"
+                torch.testing.assert_close(given.inputs[name].cpu(), value, rtol=0, atol=1e-4)
+        with pytest.raises(StopIteration):
+            next(on_gpu)
 
 
 def test_runs_beside_what_the_device_computes(index: ShardIndex) -> None:
@@ -107,24 +117,20 @@ def test_memories_are_pinned_in_place_while_the_feed_is_open(index: ShardIndex) 
 def test_memory_that_cannot_be_pinned_is_copied_all_the_same(
     index: ShardIndex, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with opened(index) as one, opened(index) as other, feed_of(one, torch.device("cpu")) as on_cpu:
-        with feed_of(other, CUDA) as on_gpu:
-            pin = on_gpu._streams.pin
+    cudart = torch.cuda.cudart()
+    with both(index) as (on_cpu, on_gpu):
+        pin = on_gpu._streams.pin
 
-            def pinned_before(number: int, memory: np.ndarray) -> None:
-                """What somebody else has pinned is refused."""
-                first = not torch.from_numpy(memory).is_pinned()
-                if first:
-                    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
-                pin(number, memory)
-                if first:
-                    torch.cuda.synchronize()
-                    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data))
+        def pinned_by_another(number: int, memory: np.ndarray) -> None:
+            """CUDA refuses what is pinned already."""
+            torch.cuda.check_error(cudart.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
+            pin(number, memory)
+            torch.cuda.check_error(cudart.cudaHostUnregister(memory.ctypes.data))
 
-            on_gpu._streams.pin = pinned_before
-            for _ in range(4):
-                expected, given = next(on_cpu).inputs["pixel_values"], next(on_gpu).inputs["pixel_values"]
-                torch.testing.assert_close(given.cpu(), expected, rtol=0, atol=1e-4)
+        on_gpu._streams.pin = pinned_by_another
+        for _ in range(4):
+            expected, given = next(on_cpu).inputs["pixel_values"], next(on_gpu).inputs["pixel_values"]
+            torch.testing.assert_close(given.cpu(), expected, rtol=0, atol=1e-4)
     assert capsys.readouterr().err.count("cannot be pinned") == 1
 
 

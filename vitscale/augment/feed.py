@@ -121,9 +121,10 @@ class DeviceFeed(Generic[B]):
         self._settle()
         # The marks lie on the computing stream: between them is what it stood still while this waits here.
         before = streams.mark()
-        if len(self._lent) == self._loader.memories:
-            streams.wait(self._lent[0][1])
         self._release()
+        if len(self._lent) == self._loader.memories:  # the reader has nothing to fill
+            streams.wait(self._lent[0][1])
+            self._release()
         batch = next(self._loader)
         self._spans["data"].append((before, streams.mark()))
         streams.pin(*self._loader.memory(batch))
