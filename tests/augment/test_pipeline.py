@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.one_device import OneDevice
 from vitscale import rng
 from vitscale.augment.pipeline import Augment, upload
 from vitscale.config import schema
@@ -83,6 +85,36 @@ def test_keys_come_along_and_labels_where_asked_for(wanted: bool) -> None:
     assert given.inputs().keys() == {"pixel_values", "sample_key"} | ({"labels"} if wanted else set())
     assert given.sample_key.tolist() == batch.sample_keys.tolist()
     assert not wanted or given.labels.tolist() == batch.labels.tolist()
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_nothing_is_read_back_from_the_device(train: bool) -> None:
+    """As on a GPU: the batch's bytes and one buffer of parameters go there, and the host waits for nothing."""
+    batch = a_batch(6)
+    for name, range_ in (("heights", (5, 9)), ("widths", (4, 7))):
+        setattr(batch, name, np.random.default_rng(0).integers(*range_, 6).astype(np.int32))
+    batch.boxes = np.stack([0 * batch.heights, 0 * batch.widths, batch.heights, batch.widths], 1).astype(np.float32)
+    augment = Augment(schema.Augment(), (32, 16), 3, "meta", train=train, labels=True)
+    with OneDevice() as mode, Uploads() as uploads:
+        given = augment(batch)
+    assert mode.seen > 20
+    assert uploads.count == 2
+    assert {name: (value.device.type, value.dtype) for name, value in given.inputs().items()} == {
+        "pixel_values": ("meta", torch.float32), "sample_key": ("meta", torch.int64), "labels": ("meta", torch.int64)
+    }  # fmt: skip
+    assert given.pixel_values.shape == (6, 3, 32, 16)
+
+
+class Uploads(TorchDispatchMode):
+    """Counts copies from the CPU to the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten._to_copy:
+            self.count += args[0].device.type == "cpu" and result.device.type == "meta"
+        return result
 
 
 class Invert:

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from vitscale import rng
 from vitscale.augment import resample as module
 from vitscale.augment.pipeline import upload
 from vitscale.augment.resample import plan
+from vitscale.data.crop import RandomCrop
 
 FORMS = ("banded", "dense")
 
@@ -108,11 +110,41 @@ def test_forms_agree_on_a_mixed_batch() -> None:
     torch.testing.assert_close(dense / 255, banded / 255, rtol=0, atol=1e-5)
 
 
+PHOTOGRAPHS = {
+    "of one size": [(375, 500)] * 6,
+    "of several sizes": [(375, 500), (1200, 1600), (500, 375), (768, 1024), (1200, 900), (60, 80), (480, 640)],
+}
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_forms_agree_on_photographs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does, at the sizes that it is for, in several chunks of several images."""
+    sides = np.array(PHOTOGRAPHS[name])
+    images = ragged([picture(*side, 3, seed) for seed, side in enumerate(sides.tolist())], gap=1)
+    keys = rng.sample_key(0, 0, np.arange(len(sides)))
+    boxes = RandomCrop((0.2, 1.0), (0.75, 4 / 3)).boxes(keys, sides[:, 0], sides[:, 1]).astype(np.float32)
+    boxes[1] = [0, 0, *sides[1]]
+    flips = np.arange(len(sides)) % 2 == 0
+    banded = resample(images, boxes, flips, (224, 224), "cpu", "banded")
+    limit = int((sides.prod(axis=1) * 3).max()) * 2
+    monkeypatch.setitem(module.CHUNK_VALUES, "dense", limit)
+    planned = plan(images.offsets, images.heights, images.widths, 3, boxes, flips, (224, 224))
+    chunks = list(module._chunks(planned["extent"], 3, limit))
+    assert len(chunks) > 1
+    assert max(part.stop - part.start for part in chunks) > 1
+    dense = resample(images, boxes, flips, (224, 224), "cpu", "dense")
+    torch.testing.assert_close(dense / 255, banded / 255, rtol=0, atol=1e-5)
+    assert dense.std() > 30  # there is something to see in them
+
+
 @pytest.mark.gpu
-def test_gpu_equals_cpu() -> None:
-    images = ragged([picture(40 + 90 * seed, 300 - 50 * seed, 3, seed) for seed in range(5)], gap=5)
-    boxes = np.stack([np.array([2.5, 3, 38 + 90 * seed, 299 - 50 * seed], np.float32) for seed in range(5)])
-    flips = np.array([True, False, True, False, True])
+@pytest.mark.parametrize("sides", [
+    [(40 + 90 * seed, 300 - 50 * seed) for seed in range(5)], *PHOTOGRAPHS.values()
+], ids=["small", *PHOTOGRAPHS])  # fmt: skip
+def test_gpu_equals_cpu(sides: list[tuple[int, int]]) -> None:
+    images = ragged([picture(*side, 3, seed) for seed, side in enumerate(sides)], gap=5)
+    boxes = np.stack([np.array([2.5, 3, height - 2, width - 1], np.float32) for height, width in sides])
+    flips = np.arange(len(sides)) % 2 == 0
     cpu, gpu = (resample(images, boxes, flips, (48, 64), device).cpu() for device in ("cpu", "cuda"))
     torch.testing.assert_close(gpu / 255, cpu / 255, rtol=0, atol=1e-5)
 
