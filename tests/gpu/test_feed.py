@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -31,7 +32,7 @@ SECOND = 1_500_000_000  # cycles, about
 def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
     """Sizes that let the memories grow, some to several times of their first."""
     random = np.random.default_rng(0)
-    sides = [40, 60, 900, 200, 1500, 100, 1000, 50, 30, 1700, 80, 90]
+    sides = [40, 60, 900, 200, 1500, 100, 1000, 50, 30, 1700, 80, 1200]
     images = [np.kron(random.integers(0, 256, (10, 10, 3), np.uint8), np.ones((side // 10, side // 10, 1), np.uint8))
               for side in sides]  # fmt: skip
     members = [(f"{i}.{kind}", data) for i, image in enumerate(images)
@@ -93,11 +94,27 @@ def test_runs_beside_what_the_device_computes(index: ShardIndex) -> None:
         assert seconds["augment"] > 0
 
 
-def test_waiting_for_the_loader_counts_as_waiting_for_data(index: ShardIndex) -> None:
+class Slow(Loader):
+    def __next__(self) -> Batch:
+        time.sleep(0.3)
+        return super().__next__()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_devices_wait_is_what_the_loader_took_beyond_the_computing(index: ShardIndex, ahead: bool) -> None:
     with opened(index) as batches, feed_of(batches, CUDA) as feed:
-        next(feed)
+        for _ in range(2):
+            next(feed)
         torch.cuda.synchronize()
-        assert feed.read_seconds()["data"] > 0
+        feed.read_seconds()
+        batches.__class__ = Slow
+        for computing, waited in ((0, True), (2 * SECOND, False)):
+            torch.cuda._sleep(computing)
+            if ahead:
+                feed.run_ahead()
+            next(feed)
+            torch.cuda.synchronize()
+            assert (feed.read_seconds()["data"] > 0.25) == waited
 
 
 def test_memories_are_pinned_in_place_while_the_feed_is_open(index: ShardIndex) -> None:

@@ -30,6 +30,7 @@ class NamedBatch(RaggedBatch, Protocol):
     def epoch(self) -> int: ...
 
 
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context
 B = TypeVar("B", bound=NamedBatch)
 
 
@@ -223,7 +224,7 @@ class _TwoStreams:
         if not self._pins or self._pinned.get(number) is memory:
             return
         self._unpin(number)
-        error = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
+        error = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, _PORTABLE)
         if int(error) == 0:
             self._pinned[number] = memory
             return
