@@ -24,8 +24,12 @@ class Lender:
 
     def __init__(self, end: int = 100, memories: int = 3, seconds: float = 0.0, bad: int | None = None) -> None:
         self.number, self.end, self.memories, self.seconds, self.bad = 0, end, memories, seconds, bad
+        self.has_next = True
         self.out: list[SimpleNamespace] = []
         self.space = [np.zeros(1 << 12, np.uint8) for _ in range(memories)]
+
+    def ready(self) -> bool:
+        return self.has_next and len(self.out) < self.memories
 
     def __next__(self) -> SimpleNamespace:
         assert len(self.out) < self.memories, "nothing is free to be filled"
@@ -96,6 +100,19 @@ def test_an_error_waits_for_the_batch_that_it_was(ahead: int) -> None:
     assert [next(given).names[0] for _ in range(2)] == ["s/0", "s/4"]
     with pytest.raises(DataError, match="batch is bad"):
         next(given)
+
+
+def test_a_slow_loader_is_waited_for_by_next_alone() -> None:
+    lender = Lender()
+    lender.has_next = False
+    feed = feed_of(lender)
+    feed.run_ahead()
+    assert lender.number == 0
+    assert next(feed).names == batch_of(0).names
+    lender.has_next = True
+    feed.run_ahead()
+    assert lender.number == 2
+    assert next(feed).names == batch_of(1).names
 
 
 def test_on_a_cpu_memories_go_back_at_once(ahead: int) -> None:
@@ -170,12 +187,13 @@ def test_memories_are_out_until_the_device_has_passed_them() -> None:
         assert len(lender.out) == out
     assert streams.waited == []
     oldest = lender.out[0]
-    feed.run_ahead()  # nothing is free: it waits for the oldest, not for the others
+    feed.run_ahead()  # nothing is free to be filled, and it does not wait
+    assert streams.waited == []
+    next(feed)  # this waits, for the oldest and not for the others
     assert len(streams.waited) == 1
     assert len(lender.out) == 3
     assert all(batch is not oldest for batch in lender.out)
     streams.run()
-    next(feed)
     feed.run_ahead()
     assert len(lender.out) == 1
     assert len(streams.waited) == 1

@@ -129,6 +129,41 @@ def test_more_than_there_are_memories_is_our_bug(index: ShardIndex) -> None:
         next(batches)
 
 
+def ready(batches: Loader) -> bool:
+    """Within 10 s."""
+    deadline = time.monotonic() + 10
+    while not batches.ready() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return batches.ready()
+
+
+def test_ready_tells_whether_next_would_wait(index: ShardIndex) -> None:
+    order = SequentialOrder(index.samples, 16)
+    with loader(index, order=order, crop=CenterCrop(1.0), micro=16) as batches:
+        assert not batches.ready(), "the reader has only begun"
+        lent = []
+        for _ in range(3):
+            assert ready(batches)
+            lent.append(next(batches))
+        assert not batches.ready(), "there is no memory to put one into"
+        batches.release(lent[0])
+        assert ready(batches)
+        assert batches.ready()
+        batches.release(lent[1])
+        batches.release(lent[2])
+        assert [len(kept(batches)) for _ in range(2)] == [16, 16]
+        assert batches.ready(), "for the end nobody has to wait"
+        assert list(batches) == []
+
+
+def test_an_error_is_ready_too(index: ShardIndex) -> None:
+    with loader(index, micro=16) as batches:
+        os.kill(reader_of(batches), signal.SIGKILL)
+        assert ready(batches)
+        with pytest.raises(DataError, match="signal 9"):
+            deque(kept(batches) for _ in range(4))
+
+
 def test_memory_is_all_that_a_batch_lies_in(index: ShardIndex) -> None:
     with loader(index, micro=8) as batches:
         for number in range(5):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.data.makers import encoded, write_tar
-from tests.data.test_loader import SETTINGS, loader
+from tests.data.test_loader import SETTINGS, loader, ready
 from vitscale.augment.feed import DeviceFeed
 from vitscale.augment.pipeline import Augment
 from vitscale.config import schema
@@ -80,6 +80,7 @@ def test_runs_beside_what_the_device_computes(index: ShardIndex) -> None:
             next(feed)  # kernels are loaded, memories are pinned
         torch.cuda.synchronize()
         feed.read_seconds()
+        assert ready(batches)
         torch.cuda._sleep(2 * SECOND)
         computed = torch.cuda.Event()
         computed.record()
@@ -111,6 +112,7 @@ def test_the_devices_wait_is_what_the_loader_took_beyond_the_computing(index: Sh
         for computing, waited in ((0, True), (2 * SECOND, False)):
             torch.cuda._sleep(computing)
             if ahead:
+                assert ready(batches)
                 feed.run_ahead()
             next(feed)
             torch.cuda.synchronize()

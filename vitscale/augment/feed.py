@@ -39,6 +39,7 @@ class Lender(Protocol[B]):
 
     @property
     def memories(self) -> int: ...
+    def ready(self) -> bool: ...
     def __next__(self) -> B: ...
     def release(self, batch: B) -> None: ...
     def memory(self, batch: B) -> tuple[int, np.ndarray]: ...
@@ -73,11 +74,9 @@ class DeviceFeed(Generic[B]):
         return self
 
     def __next__(self) -> FedBatch:
-        self.run_ahead()
-        ahead, self._ahead = self._ahead, None
+        ahead, self._ahead = self._ahead or self._start(), None
         if isinstance(ahead, Exception):
             raise ahead
-        assert ahead is not None
         fed, ready = ahead
         before = self._streams.mark()
         self._streams.hand_over(ready, fed.inputs.values())
@@ -85,15 +84,19 @@ class DeviceFeed(Generic[B]):
         return fed
 
     def run_ahead(self) -> None:
-        """Start on the next micro-batch, unless that was done; call it when work for the device is queued.
+        """Start on the next micro-batch if the loader has it; call this when work for the device is queued.
 
         What goes wrong with that batch, or that there is none, is kept for the `next()` that asks for it.
+        A slow loader is waited for there alone, so that it never holds up the step that is under way.
         """
-        if self._ahead is None:
-            try:
+        if self._ahead is not None:
+            return
+        try:
+            self._release()
+            if self._loader.ready():
                 self._ahead = self._start()
-            except Exception as error:
-                self._ahead = error
+        except Exception as error:
+            self._ahead = error
 
     def read_seconds(self) -> dict[str, float]:
         """Seconds since the last call: "data", that the step waited for its batches, and "augment".

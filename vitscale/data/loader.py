@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -99,6 +100,17 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         return self
 
+    def ready(self) -> bool:
+        """Whether `next()` would not have to wait for the reader, be it for a batch, an error or the end."""
+        while self._number not in self._arrived and self._number != self._plan.micro_batches:
+            if not select.select([self._results], [], [], 0)[0]:
+                return False
+            try:
+                self._receive()
+            except EOFError:
+                break  # `next()` will meet it too, and says how the reader died
+        return True
+
     def __next__(self) -> Batch:
         number, end = self._number, self._plan.micro_batches
         if end is not None and number >= end:
@@ -107,8 +119,7 @@ class Loader:
         assert memory not in self._lent, "the batch that lies in this memory was never released"
         try:
             while number not in self._arrived:
-                message = receive(self._results)
-                self._arrived[message.number] = message
+                self._receive()
         except (EOFError, BrokenPipeError):
             raise self._died() from None
         message = self._arrived[number]
@@ -175,6 +186,10 @@ class Loader:
 
     def _free(self, memory: int) -> None:
         os.write(self._control, FREE.pack(memory))
+
+    def _receive(self) -> None:
+        message = receive(self._results)
+        self._arrived[message.number] = message
 
     def _start_reader(self, results: int) -> subprocess.Popen[bytes]:
         memories = [memory.descriptor for memory in self._memories]
