@@ -16,6 +16,7 @@ from tests.augment.test_pipeline import a_batch
 from vitscale.augment.feed import DeviceFeed
 from vitscale.augment.pipeline import Augment
 from vitscale.config import schema
+from vitscale.data.batch import Replacement
 from vitscale.errors import DataError
 
 
@@ -57,7 +58,8 @@ class Lender:
 def batch_of(number: int) -> SimpleNamespace:
     batch = a_batch(4, ids=np.arange(4, dtype=np.int64) + 4 * number)
     names = tuple(f"s/{i}" for i in batch.labels)
-    return SimpleNamespace(**vars(batch), number=number, names=names, replaced=("bad",) * number, epoch=number // 3)
+    replaced = (Replacement(0, "s", "1", "label", "no number"),) * (number % 2)
+    return SimpleNamespace(**vars(batch), number=number, names=names, replaced=replaced, epoch=number // 3)
 
 
 def augment(device: str = "cpu", labels: bool = True) -> Augment:
