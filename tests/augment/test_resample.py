@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from vitscale import rng
 from vitscale.augment import resample as module
-from vitscale.augment.resample import Images, resample
+from vitscale.augment.pipeline import upload
+from vitscale.augment.resample import plan
+from vitscale.data.crop import RandomCrop
 
 FORMS = ("banded", "dense")
+
+
+@dataclass(frozen=True)
+class Images:
+    """uint8 images of different sizes in one flat buffer: image i is HWC from offsets[i] on."""
+
+    pixels: np.ndarray  # uint8 [bytes]
+    offsets: np.ndarray  # int64 [n]
+    heights: np.ndarray  # int32 [n]
+    widths: np.ndarray  # int32 [n]
+    channels: int
+
+
+def resample(
+    images: Images, boxes: np.ndarray, flips: np.ndarray, size: tuple[int, int], device: str, form: str | None = None
+) -> torch.Tensor:
+    """Planned, sent to the device and resampled there."""
+    planned = plan(images.offsets, images.heights, images.widths, images.channels, boxes, flips, size)
+    (on_device,) = upload([planned], torch.device(device))
+    pixels = torch.from_numpy(images.pixels).to(device)
+    return module.resample(pixels, images.channels, size, planned, on_device, form)
 
 
 def picture(height: int, width: int, channels: int, seed: int = 0) -> np.ndarray:
@@ -84,11 +110,41 @@ def test_forms_agree_on_a_mixed_batch() -> None:
     torch.testing.assert_close(dense / 255, banded / 255, rtol=0, atol=1e-5)
 
 
+PHOTOGRAPHS = {
+    "of one size": [(375, 500)] * 6,
+    "of several sizes": [(375, 500), (1200, 1600), (500, 375), (768, 1024), (1200, 900), (60, 80), (480, 640)],
+}
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_forms_agree_on_photographs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does, at the sizes that it is for, in several chunks of several images."""
+    sides = np.array(PHOTOGRAPHS[name])
+    images = ragged([picture(*side, 3, seed) for seed, side in enumerate(sides.tolist())], gap=1)
+    keys = rng.sample_key(0, 0, np.arange(len(sides)))
+    boxes = RandomCrop((0.2, 1.0), (0.75, 4 / 3)).boxes(keys, sides[:, 0], sides[:, 1]).astype(np.float32)
+    boxes[1] = [0, 0, *sides[1]]
+    flips = np.arange(len(sides)) % 2 == 0
+    banded = resample(images, boxes, flips, (224, 224), "cpu", "banded")
+    limit = int((sides.prod(axis=1) * 3).max()) * 2
+    monkeypatch.setitem(module.CHUNK_VALUES, "dense", limit)
+    planned = plan(images.offsets, images.heights, images.widths, 3, boxes, flips, (224, 224))
+    chunks = list(module._chunks(planned["extent"], 3, limit))
+    assert len(chunks) > 1
+    assert max(part.stop - part.start for part in chunks) > 1
+    dense = resample(images, boxes, flips, (224, 224), "cpu", "dense")
+    torch.testing.assert_close(dense / 255, banded / 255, rtol=0, atol=1e-5)
+    assert dense.std() > 30  # there is something to see in them
+
+
 @pytest.mark.gpu
-def test_gpu_equals_cpu() -> None:
-    images = ragged([picture(40 + 90 * seed, 300 - 50 * seed, 3, seed) for seed in range(5)], gap=5)
-    boxes = np.stack([np.array([2.5, 3, 38 + 90 * seed, 299 - 50 * seed], np.float32) for seed in range(5)])
-    flips = np.array([True, False, True, False, True])
+@pytest.mark.parametrize("sides", [
+    [(40 + 90 * seed, 300 - 50 * seed) for seed in range(5)], *PHOTOGRAPHS.values()
+], ids=["small", *PHOTOGRAPHS])  # fmt: skip
+def test_gpu_equals_cpu(sides: list[tuple[int, int]]) -> None:
+    images = ragged([picture(*side, 3, seed) for seed, side in enumerate(sides)], gap=5)
+    boxes = np.stack([np.array([2.5, 3, height - 2, width - 1], np.float32) for height, width in sides])
+    flips = np.arange(len(sides)) % 2 == 0
     cpu, gpu = (resample(images, boxes, flips, (48, 64), device).cpu() for device in ("cpu", "cuda"))
     torch.testing.assert_close(gpu / 255, cpu / 255, rtol=0, atol=1e-5)
 
@@ -144,12 +200,12 @@ def test_any_number_of_channels_each_on_its_own(form: str) -> None:
 def test_chunks_hold_to_their_limit_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = [picture(20 + 15 * seed, 90 - 10 * seed, 1, seed) for seed in range(5)]
     boxes = np.array([[0, 0, *image.shape[:2]] for image in pictures], np.float32)
-    windows = boxes.astype(np.int64)
-    parts = list(module._chunks(windows, 1, 12000))
+    extent = boxes[:, 2:].T.astype(np.int64)
+    parts = list(module._chunks(extent, 1, 12000))
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(5))
     assert 1 < len(parts) < 5
     for part in parts:
-        sides = windows[part, 2:].max(axis=0)
+        sides = extent[:, part].max(axis=1)
         assert part.stop - part.start == 1 or (part.stop - part.start) * sides.prod() <= 12000
     whole = resample(ragged(pictures), boxes, np.zeros(5, bool), (16, 16), "cpu", "dense")
     monkeypatch.setitem(module.CHUNK_VALUES, "dense", 12000)

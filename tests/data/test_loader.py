@@ -47,13 +47,17 @@ def loader(index: ShardIndex, rank: int = 0, ranks: int = 1, batch: int = 16, mi
     return Loader(index=index, order=order, data=data, world=world, global_batch=batch, micro_batch=micro, **options)
 
 
-def kept(batch: Batch) -> Batch:
-    return replace(batch, pixels=batch.pixels.copy())
+def kept(batches: Loader) -> Batch:
+    """The next batch, its pixels copied and their memory given back."""
+    batch = next(batches)
+    copied = replace(batch, pixels=batch.pixels.copy())
+    batches.release(batch)
+    return copied
 
 
 def take(count: int, index: ShardIndex, **options: Any) -> list[Batch]:
     with loader(index, **options) as batches:
-        return [kept(next(batches)) for _ in range(count)]
+        return [kept(batches) for _ in range(count)]
 
 
 def rows(batches: list[Batch]) -> list[tuple[Any, ...]]:
@@ -98,13 +102,79 @@ def test_a_start_in_the_middle_goes_on_as_if_never_stopped(index: ShardIndex) ->
         assert rows(take(8 - step, index, micro=16, start=step * 16)) == rows(whole[step:])
 
 
-def test_pixels_stay_until_the_next_batch(index: ShardIndex) -> None:
+@pytest.mark.parametrize("out", [1, 2, 3])
+def test_pixels_stay_until_they_are_released(index: ShardIndex, out: int) -> None:
+    """With as many batches out as there are memories, too."""
     expected = rows(take(9, index, micro=8))
     with loader(index, micro=8) as batches:
+        assert batches.memories == 3
+        lent: deque[tuple[int, Batch]] = deque()
         for number in range(9):
-            batch = next(batches)
+            lent.append((number, next(batches)))
             time.sleep(0.01)  # the reader is filling the others meanwhile
-            assert rows([batch]) == expected[number * 8 : number * 8 + 8]
+            if len(lent) == out:
+                number, batch = lent.popleft()
+                assert rows([batch]) == expected[number * 8 : number * 8 + 8]
+                batches.release(batch)
+
+
+def test_more_than_there_are_memories_is_our_bug(index: ShardIndex) -> None:
+    with loader(index, micro=8) as batches:
+        first, *_ = (next(batches) for _ in range(3))
+        with pytest.raises(AssertionError, match="never released"):
+            next(batches)
+        batches.release(first)
+        with pytest.raises(AssertionError, match="not out"):
+            batches.release(first)
+        next(batches)
+
+
+def ready(batches: Loader) -> bool:
+    """Within 10 s."""
+    deadline = time.monotonic() + 10
+    while not batches.ready() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return batches.ready()
+
+
+def test_ready_tells_whether_next_would_wait(index: ShardIndex) -> None:
+    order = SequentialOrder(index.samples, 16)
+    with loader(index, order=order, crop=CenterCrop(1.0), micro=16) as batches:
+        assert not batches.ready(), "the reader has only begun"
+        lent = []
+        for _ in range(3):
+            assert ready(batches)
+            lent.append(next(batches))
+        assert not batches.ready(), "there is no memory to put one into"
+        batches.release(lent[0])
+        assert ready(batches)
+        assert batches.ready()
+        batches.release(lent[1])
+        batches.release(lent[2])
+        assert [len(kept(batches)) for _ in range(2)] == [16, 16]
+        assert batches.ready(), "for the end nobody has to wait"
+        assert list(batches) == []
+
+
+def test_an_error_is_ready_too(index: ShardIndex) -> None:
+    with loader(index, micro=16) as batches:
+        os.kill(reader_of(batches), signal.SIGKILL)
+        assert ready(batches)
+        with pytest.raises(DataError, match="signal 9"):
+            deque(kept(batches) for _ in range(4))
+
+
+def test_memory_is_all_that_a_batch_lies_in(index: ShardIndex) -> None:
+    with loader(index, micro=8) as batches:
+        for number in range(5):
+            batch = next(batches)
+            which, memory = batches.memory(batch)
+            assert which == number % 3
+            assert memory.ctypes.data == batch.pixels.ctypes.data
+            assert memory.nbytes >= batch.pixels.nbytes
+            assert memory.nbytes % (2 << 20) == 0
+            assert batches.memory(batch)[1] is memory
+            batches.release(batch)
 
 
 def test_images_may_grow_from_batch_to_batch(tmp_path: Path) -> None:
@@ -121,7 +191,10 @@ def test_images_may_grow_from_batch_to_batch(tmp_path: Path) -> None:
 def test_sequential_order_ends(index: ShardIndex) -> None:
     order = SequentialOrder(index.samples, 16)
     with loader(index, order=order, crop=CenterCrop(0.875), micro=4, ranks=2, rank=1) as batches:
-        names = [name for batch in batches for name in batch.names]
+        names = []
+        for batch in batches:
+            names += batch.names
+            batches.release(batch)
     positions = [step * 16 + 8 + i for step in range(5) for i in range(8)]
     assert [int(name.split("/")[1]) for name in names] == [p % 70 for p in positions]
 
@@ -135,7 +208,7 @@ def test_what_a_rank_draws_does_not_depend_on_threads(index: ShardIndex) -> None
 @pytest.mark.parametrize("name", ["auto", "nvimgcodec", "pillow"])
 def test_full_scale_decoders_agree(index: ShardIndex, name: str) -> None:
     with loader(index, micro=16, data=replace(SETTINGS, decode=name)) as batches:
-        assert rows([kept(next(batches)) for _ in range(2)]) == rows(take(2, index, micro=16))
+        assert rows([kept(batches) for _ in range(2)]) == rows(take(2, index, micro=16))
         assert batches.decoder == {"auto": "nvimgcodec"}.get(name, name)
 
 
@@ -272,7 +345,7 @@ def test_a_missing_shard_is_told_after_the_good_batches_before_it(tmp_path: Path
     index = write_shards(tmp_path, [8, 8, 8])
     Path(index.paths[2]).unlink()
     with loader(index, order=SequentialOrder(index.samples, 4), batch=4) as batches:
-        assert [len(next(batches)) for _ in range(4)] == [4] * 4
+        assert [len(kept(batches)) for _ in range(4)] == [4] * 4
         for _ in range(2):
             with pytest.raises(DataError, match=r"s002.tar.*No such file"):
                 next(batches)
@@ -287,11 +360,11 @@ def reader_of(batches: Loader) -> int:
 
 def test_a_killed_reader_is_told_with_its_place(index: ShardIndex) -> None:
     with loader(index, micro=16) as batches:
-        next(batches)
+        kept(batches)
         os.kill(reader_of(batches), signal.SIGKILL)
         started = time.monotonic()
         with pytest.raises(DataError) as caught:
-            deque(batches)
+            deque(kept(batches) for _ in range(9))
         assert time.monotonic() - started < 5
     assert "signal 9" in str(caught.value)
     assert "sample 16" in str(caught.value) or "sample 32" in str(caught.value) or "sample 48" in str(caught.value)
@@ -311,7 +384,7 @@ def test_the_reader_ignores_what_stops_a_run(index: ShardIndex) -> None:
         for number in range(6):  # from the first moment of its life on
             for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 os.kill(reader_of(batches), signum)
-            assert rows([next(batches)]) == expected[number * 16 : number * 16 + 16]
+            assert rows([kept(batches)]) == expected[number * 16 : number * 16 + 16]
 
 
 def test_close_ends_the_reader_and_keeps_the_batch(index: ShardIndex) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.augment.test_feed import Lender, feed_of
 from vitscale.config.schema import Log, RunConfig, Train
 from vitscale.engine.engine import Inputs, StepResult
 from vitscale.engine.guard import Diverged
@@ -45,21 +48,17 @@ class Batch:
         return self.number // 4
 
 
-class Feed(Iterator[Batch]):
+class Feed:
     """Micro-batches 0, 1, ...; `bad` of them have a replaced sample."""
 
-    def __init__(self, events: list[str], bad: Iterable[int] = ()) -> None:
-        self.events, self.bad, self.next = events, set(bad), 0
-
-    def peek(self) -> Batch:
-        replaced = (Replaced(0, "undecodable"),) if self.next in self.bad else ()
-        return Batch(self.next, replaced)
+    def __init__(self, events: list[str], bad: Iterable[int]) -> None:
+        self.events, self.bad = events, set(bad)
+        self.numbers = itertools.count()
 
     def __next__(self) -> Batch:
-        batch = self.peek()
-        self.next += 1
-        self.events.append(f"batch {batch.number}")
-        return batch
+        number = next(self.numbers)
+        self.events.append(f"batch {number}")
+        return Batch(number, (Replaced(0, "undecodable"),) if number in self.bad else ())
 
     def run_ahead(self) -> None:
         self.events.append("run ahead")
@@ -77,16 +76,22 @@ class Engine:
     broken: tuple[int, ...] = ()
     ranks: ProcessRanks = field(default_factory=lambda: ProcessRanks(timedelta(seconds=1)))
     steps: int = 0
+    tensors: list[weakref.ref[torch.Tensor]] = field(default_factory=list)  # all inputs that it was given
+    alive: list[int] = field(default_factory=list)  # how many of them were still there after each step's last backward
 
     def warm_up(self, inputs: Inputs) -> None:
-        self.events.append(f"warm up {int(inputs['number'])}")
+        self.events.append("warm up 0")
 
     def step(self, micro_batches: Iterable[Inputs], lr: float) -> StepResult:
         self.steps += 1
         losses = []
         for inputs in micro_batches:
-            self.events.append(f"forward {int(inputs['number'])}")
-            losses.append(float(inputs["number"]))
+            number = float(inputs["number"]) if "number" in inputs else 0.0
+            self.events.append(f"forward {number:.0f}")
+            losses.append(number)
+            self.tensors += [weakref.ref(tensor) for tensor in inputs.values()]
+        del inputs
+        self.alive.append(sum(tensor() is not None for tensor in self.tensors))
         self.events.append("update")
         return StepResult(sum(losses) / len(losses), {"accuracy": 0.5}, 1.0, self.steps not in self.broken)
 
@@ -122,8 +127,8 @@ def make_loop(total_steps: int, **parts: Any) -> tuple[TrainingLoop, list[str], 
         return PeriodicTask(name, every(steps), run, at_stop)
 
     loop = TrainingLoop(
-        engine=parts.get("engine", Engine)(events, **parts.get("engine_parts", {})),
-        feed=Feed(events, parts.get("bad", ())),
+        engine=Engine(events, **parts.get("engine_parts", {})),  # type: ignore[arg-type]
+        feed=parts.get("feed") or Feed(events, parts.get("bad", ())),
         state=parts.get("state", TrainState()),
         total_steps=total_steps,
         config=config,
@@ -140,7 +145,7 @@ def test_a_step_from_top_to_bottom() -> None:
     loop, events, rows = make_loop(1)
     assert loop.run()
     assert events == [
-        *("warm up 0", "batch 0", "forward 0", "run ahead", "batch 1", "forward 1", "run ahead", "update"),
+        *("batch 0", "warm up 0", "forward 0", "run ahead", "batch 1", "forward 1", "run ahead", "update"),
         *("evaluate 1", "log 1", "save 1"),  # the last step is always due
     ]
     (_, row) = rows[0]
@@ -208,3 +213,30 @@ def test_guards_end_the_run_after_their_rows_are_written() -> None:
 def test_a_report_over_one_rank_is_itself() -> None:
     report = StepReport(0.25, {"accuracy": 0.5}, 2.0, True, {"label": 1, "undecodable": 0}, False)
     assert report.over(ProcessRanks(timedelta(seconds=1))) == report
+
+
+def test_no_batch_is_kept_beyond_its_step() -> None:
+    loop, _, _ = make_loop(3, feed=feed_of(Lender()))
+    assert loop.run()
+    engine = loop.engine
+    assert isinstance(engine, Engine)
+    assert len(engine.tensors) == 3 * 2 * 3  # steps, micro-batches; pixels, keys and labels
+    assert engine.alive == [0, 0, 0]
+
+
+def test_an_error_of_the_next_batch_does_not_end_this_step() -> None:
+    loop, events, rows = make_loop(5, feed=feed_of(Lender(bad=4)))
+    with pytest.raises(DataError, match="batch is bad"):
+        loop.run()
+    assert events.count("update") == len([row for file, row in rows if file == "metrics.jsonl"]) == 2
+
+
+def test_a_row_tells_what_the_feed_took() -> None:
+    loop, _, _ = make_loop(2, feed=feed_of(Lender()))
+    rows: list[dict[str, Any]] = []
+    loop.tasks = (PeriodicTask("log", every(1), lambda state, row: rows.append(row | loop.meters.read())),)
+    assert loop.run()
+    assert len(rows) == 2
+    for row in rows:
+        assert 0 < row["augment_share"] < 1
+        assert 0 <= row["data_share"] < 1

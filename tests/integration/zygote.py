@@ -89,8 +89,10 @@ def _nan_pixels(calls: list[int]) -> None:
     def call(self: Augment, batch: Any) -> Any:
         nonlocal seen
         seen += 1
-        pixels = exact(self, batch)
-        return pixels.fill_(float("nan")) if seen in calls else pixels
+        inputs = exact(self, batch)
+        if seen in calls:
+            inputs.pixel_values.fill_(float("nan"))
+        return inputs
 
     Augment.__call__ = call  # type: ignore[method-assign]
 
@@ -122,7 +124,8 @@ def serve() -> None:
 
     world.enter()
     # What a run imports only when it gets there: accelerate's optional parts, and the compiler that DeepSpeed loads.
-    for module in ("accelerate", "deepspeed.runtime.zero.muon.original_muon", "torch.distributed.fsdp", "vitscale.run.job"):
+    muon = "deepspeed.runtime.zero.muon.original_muon"
+    for module in ("accelerate", muon, "torch.distributed.fsdp", "vitscale.run.job"):
         importlib.import_module(module)
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

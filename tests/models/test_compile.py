@@ -153,3 +153,20 @@ def test_blocks_compile_whole(options: dict[str, Any]) -> None:
     assert graphs()[0] > 0
     assert graphs()[1] == 0
     assert all(torch.allclose(expected[name], found[name], atol=1e-6) for name in expected)
+
+
+def test_blocks_compiled_under_autocast_keep_the_residual_stream_in_float32() -> None:
+    """Traced with what they are given in training, they give float32 on: nothing is rounded between blocks."""
+    model = tiny(ViTMAEForPreTraining, num_hidden_layers=2, drop_path_rate=0.5)
+    batch, dtypes = inputs(model), []
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(**batch).loss
+        for block in model.blocks():
+            block.register_forward_pre_hook(lambda _, args: dtypes.append(args[0].dtype))
+            block.register_forward_hook(lambda *given: dtypes.append(given[2].dtype))
+            block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+        loss = model(**batch).loss
+    loss.backward()
+    assert graphs()[0] > 0
+    assert dtypes == [torch.float32] * 2 * len(model.blocks())
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)

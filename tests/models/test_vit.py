@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,20 +154,58 @@ def test_eager_attention_agrees_with_the_fused_one(options: dict[str, Any], toke
     assert fused.hidden_states is None
 
 
+def block_inputs(model: ViTPreTrainedModel) -> list[torch.dtype]:
+    """A list that gets the dtype of what each block is given."""
+    seen: list[torch.dtype] = []
+    for block in model.blocks():
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    return seen
+
+
+@every_option
+@every_trainable
+def test_autocast_leaves_the_residual_stream_in_float32(
+    model_class: type[ViTPreTrainedModel], options: dict[str, Any]
+) -> None:
+    """As in MAE's own training: branches are bfloat16, what they are added to is not."""
+    model = tiny(model_class, drop_path_rate=0.2, **options)
+    seen, branches = block_inputs(model), []
+    for block in model.blocks():
+        block.mlp.register_forward_hook(lambda *given: branches.append(given[2].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**inputs(model)).loss.backward()
+    assert seen == [torch.float32] * len(model.blocks())
+    assert branches == [torch.bfloat16] * len(model.blocks())
+    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_autocast_is_transformers_autocast(tmp_path: Path) -> None:
+    """Their hidden states are float32 too, and near ours."""
+    theirs = transformers.ViTModel(transformers.ViTConfig(**TINY)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = ViTModel.from_pretrained(tmp_path).eval()
+    given: dict[str, Any] = {"pixel_values": inputs(ours)["pixel_values"], "output_hidden_states": True}
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = theirs(**given).hidden_states, ours(**given).hidden_states
+    assert [x.dtype for x in found] == [torch.float32] * 4
+    for x, y in zip(found, expected, strict=True):
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(x, y, rtol=0.02, atol=0.02)
+
+
 @every_option
 @every_trainable
 def test_bf16_keeps_losses_in_float32(model_class: type[ViTPreTrainedModel], options: dict[str, Any]) -> None:
     model = tiny(model_class, drop_path_rate=0.2, **options)
     batch = inputs(model)
     exact = model(**batch).loss
-    seen = []
-    model.vit.encoder.layers[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):  # as under DDP
         autocast = model(**batch).loss
     cast = copy.deepcopy(model).to(torch.bfloat16)  # as under DeepSpeed, the pixels still exact
+    seen = block_inputs(cast)
     low = cast(**batch).loss
     assert (exact.dtype, autocast.dtype, low.dtype) == (torch.float32,) * 3
-    assert seen == [torch.bfloat16] * 2  # no float32 parameter or table promotes the activations
+    assert set(seen) == {torch.bfloat16}  # no float32 table promotes the activations
     assert torch.allclose(autocast, exact, rtol=0.02)
     assert torch.allclose(low, exact, rtol=0.02)
 

@@ -1,59 +1,66 @@
-"""What the drawn augmentation does to a batch: decoded bytes in, normalised pixels on the device out."""
+"""What the augmentation does to a batch: decoded bytes in, the model's inputs on the device out."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vitscale import rng
-from vitscale.augment.resample import Images, resample
+from vitscale.augment.operations import CropResize, Drawn, ModelInputs, Normalize, Operation, RaggedBatch
 from vitscale.config import schema
 
-
-class RaggedBatch(Protocol):
-    """What the pipeline reads of a batch: see data/batch.py."""
-
-    @property
-    def pixels(self) -> np.ndarray: ...
-    @property
-    def offsets(self) -> np.ndarray: ...
-    @property
-    def heights(self) -> np.ndarray: ...
-    @property
-    def widths(self) -> np.ndarray: ...
-    @property
-    def channels(self) -> int: ...
-    @property
-    def boxes(self) -> np.ndarray: ...
-    @property
-    def sample_keys(self) -> np.ndarray: ...
+_ALIGNMENT = 64  # bytes; what vectorized loads of any type want
 
 
 class Augment:
-    """Crop to the drawn box, flip (in training), resize, normalise.
+    """Crop to the drawn box, flip (in training), resize, normalise; labels pass through where `labels`.
 
-    Which samples are flipped is hashed from their sample keys, so it depends on nothing else.
+    Every random choice is hashed from a sample's key, so it depends on nothing else. On a GPU a call
+    only queues work on the current stream: the batch's bytes are read until what it queued has passed.
     """
 
     def __init__(
-        self, augment: schema.Augment, image_size: tuple[int, int], num_channels: int, device: str, train: bool
+        self,
+        augment: schema.Augment,
+        image_size: tuple[int, int],
+        num_channels: int,
+        device: str,
+        train: bool,
+        labels: bool = False,
     ) -> None:
-        self._size, self._channels, self._device = image_size, num_channels, device
-        self._flip = augment.flip if train else 0.0
-        mean, std = (torch.tensor(values, dtype=torch.float64).expand(num_channels).view(-1, 1, 1)
-                     for values in (augment.mean, augment.std))  # fmt: skip
-        # (x / 255 - mean) / std as one multiplication and one addition
-        self._scale = (1 / (255 * std)).float().to(device)
-        self._shift = (-mean / std).float().to(device)
+        self.device = torch.device(device)
+        self._labels = labels
+        self.operations: list[Operation] = [
+            CropResize(image_size, num_channels, augment.flip if train else 0.0),
+            Normalize.of(augment.mean, augment.std, num_channels, device),
+        ]
 
     @torch.no_grad()
-    def __call__(self, batch: RaggedBatch) -> Tensor:
-        """float32 [n, channels, height, width] on the device: (pixel / 255 - mean) / std."""
-        assert batch.channels == self._channels, f"{batch.channels} channels in the batch, {self._channels} wanted"
-        images = Images(batch.pixels, batch.offsets, batch.heights, batch.widths, batch.channels)
-        flips = rng.uniform(batch.sample_keys, "flip", 1)[:, 0] < self._flip
-        resized = resample(images, batch.boxes, flips, self._size, self._device)
-        return torch.addcmul(self._shift, resized, self._scale)
+    def __call__(self, batch: RaggedBatch) -> ModelInputs:
+        """`pixel_values` float32 [n, channels, height, width]: (pixel / 255 - mean) / std."""
+        of_samples = {"sample_key": batch.sample_keys} | ({"labels": batch.labels} if self._labels else {})
+        drawn = [operation.draw(batch) for operation in self.operations]
+        samples, *parameters = upload([of_samples, *drawn], self.device)
+        pixels = torch.from_numpy(batch.pixels).to(self.device, non_blocking=True)
+        inputs = ModelInputs(pixels, samples["sample_key"], samples.get("labels"))
+        for operation, on_host, on_device in zip(self.operations, drawn, parameters, strict=True):
+            inputs = operation.apply(inputs, on_host, on_device)
+        return inputs
+
+
+def upload(groups: Sequence[Drawn], device: torch.device) -> list[dict[str, Tensor]]:
+    """The arrays of all groups on the device by one copy: views of one buffer, each at an aligned place."""
+    arrays = [array for group in groups for array in group.values()]
+    starts = np.cumsum([0, *(-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays)]).tolist()
+    # Pinned memory that torch gave out is used again only once the copies from it have passed.
+    packed = torch.empty(starts.pop(), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for start, array in zip(starts, arrays, strict=True):
+        packed.numpy()[start : start + array.nbytes].view(array.dtype).reshape(array.shape)[...] = array
+    there = packed.to(device, non_blocking=True)
+    views = iter(
+        there[start : start + array.nbytes].view(torch.from_numpy(array[:0]).dtype).view(array.shape)
+        for start, array in zip(starts, arrays, strict=True)
+    )
+    return [{name: next(views) for name in group} for group in groups]

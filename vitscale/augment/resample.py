@@ -13,7 +13,7 @@ wants, and there an image's result has the same bits whatever else is in the bat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,44 +27,69 @@ CHUNK_VALUES = {"banded": 1 << 18, "dense": 1 << 26}
 
 
 @dataclass(frozen=True)
-class Images:
-    """uint8 images of different sizes in one flat buffer: image i is HWC from offsets[i] on."""
-
-    pixels: np.ndarray  # uint8 [bytes]
-    offsets: np.ndarray  # int64 [n]
-    heights: np.ndarray  # int [n]
-    widths: np.ndarray  # int [n]
-    channels: int
-
-
-@dataclass(frozen=True)
 class Taps:
     """For each output place of an axis, the input places it sums and their weights; both [n, out, taps]."""
 
-    places: Tensor  # int64, within the image
+    places: Tensor  # int64, within the image's window
     weights: Tensor  # float32; 0 where a place only fills up
-    counts: np.ndarray  # int [n]: taps that this image needs; the rest have weight 0
+    counts: np.ndarray  # int64 [n]: taps that this image needs; the rest have weight 0
+
+
+def plan(
+    offsets: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    channels: int,
+    boxes: np.ndarray,
+    flips: np.ndarray,
+    size: tuple[int, int],
+) -> dict[str, np.ndarray]:
+    """The host's part of `resample`: all that it needs to know of n images.
+
+    Image i is HWC from offsets[i] on; boxes: [n, 4] (top, left, bottom, right) in pixels, edges may be
+    fractional; flips: bool [n], mirror left to right. Of an image only the window that its box's taps
+    read is looked at. "low", "scale", "stretch", "extent", "flip" and "taps" are [2, n], rows then
+    columns; "start" and "stride" are [n], in bytes.
+    """
+    boxes, sides = boxes.astype(np.float64), np.stack([heights, widths], axis=1)
+    scales = (boxes[:, 2:] - boxes[:, :2]) / np.array(size)
+    stretches = np.maximum(scales, 1.0)  # shrinking widens the kernel: that is the antialiasing
+    reach = SUPPORT * stretches - 0.5 * scales
+    first = np.clip(np.floor(boxes[:, :2] - reach + 0.5), 0, sides - 1).astype(np.int64)
+    last = np.clip(np.floor(boxes[:, 2:] + reach + 0.5), first + 1, sides).astype(np.int64)
+    strides = widths.astype(np.int64) * channels
+    return {
+        "low": (boxes[:, :2] - first).T,  # the box's first edge, from the window's
+        "scale": scales.T,
+        "stretch": stretches.T,
+        "extent": (last - first).T,  # of the window
+        "flip": np.stack([np.zeros_like(flips), flips]),
+        "taps": (np.ceil(2 * SUPPORT * stretches).astype(np.int64) + 1).T,
+        "start": offsets + first[:, 0] * strides + first[:, 1] * channels,  # of the window
+        "stride": strides,
+    }
 
 
 def resample(
-    images: Images, boxes: np.ndarray, flips: np.ndarray, size: tuple[int, int], device: str, form: str | None = None
+    pixels: Tensor,
+    channels: int,
+    size: tuple[int, int],
+    planned: Mapping[str, np.ndarray],
+    on_device: Mapping[str, Tensor],
+    form: str | None = None,
 ) -> Tensor:
-    """Resize the box of each image to `size`: float32 [n, channels, height, width] in [0, 255] on `device`.
+    """Resize the box of each image to `size`: float32 [n, channels, height, width] in [0, 255].
 
-    boxes: [n, 4] (top, left, bottom, right) in pixels, edges may be fractional; flips: bool [n], mirror
-    left to right; form: "dense" or "banded", by default what suits the device.
+    pixels: uint8 [bytes]; planned: `plan`'s arrays; on_device: the same ones beside the pixels. Shapes are
+    decided by the first, values come from the second: nothing waits for the device. form: "dense" or
+    "banded", by default what suits the device.
     """
-    form = form or ("banded" if device == "cpu" else "dense")
-    boxes = boxes.astype(np.float64)
-    windows = _windows(images, boxes, size)
-    rows = bicubic_taps(boxes[:, 0::2], windows[:, 0::2], size[0], np.zeros_like(flips), device)
-    columns = bicubic_taps(boxes[:, 1::2], windows[:, 1::2], size[1], flips, device)
+    form = form or ("banded" if pixels.device.type == "cpu" else "dense")
+    rows, columns = (_axis_taps(axis, out, planned, on_device) for axis, out in enumerate(size))
     pad, weigh = (_pad_by_image, _weigh_banded) if form == "banded" else (_pad_by_gather, _weigh_dense)
-    n, channels = len(boxes), images.channels
-    resized = torch.empty((n, channels, *size), dtype=torch.float32, device=device)
-    on_device = torch.from_numpy(images.pixels).to(device, non_blocking=True) if form == "dense" else None
-    for part in _chunks(windows, channels, CHUNK_VALUES[form]):
-        padded = pad(images, windows, part, on_device)  # [k, h, w * channels]
+    resized = pixels.new_empty((len(planned["start"]), channels, *size), dtype=torch.float32)
+    for part in _chunks(planned["extent"], channels, CHUNK_VALUES[form]):
+        padded = pad(pixels, channels, part, planned, on_device)  # [k, h, w * channels]
         wide = padded.shape[2] // channels
         short = weigh(rows, part, padded).view(-1, size[0], wide, channels)
         turned = short.transpose(1, 2).reshape(-1, wide, size[0] * channels).contiguous()
@@ -81,81 +106,58 @@ def bicubic(x: Tensor) -> Tensor:
     return torch.where(x < 1, inner, torch.where(x < SUPPORT, outer, torch.zeros_like(x)))
 
 
-def bicubic_taps(edges: np.ndarray, windows: np.ndarray, out: int, flips: np.ndarray, device: str) -> Taps:
-    """Taps that resize [edges[:, 0], edges[:, 1]) of an axis to `out` places, mirrored where `flips`.
-
-    windows: int [n, 2], the first and past-the-last place that is there to read; the places of the
-    taps count from the window's first.
-    """
-    scales = (edges[:, 1] - edges[:, 0]) / out
-    stretches = np.maximum(scales, 1.0)  # shrinking widens the kernel: that is the antialiasing
-    counts = np.ceil(2 * SUPPORT * stretches).astype(np.int64) + 1
-    low, scale, stretch, size, flip = (
-        torch.from_numpy(values).to(device)[:, None]
-        for values in (edges[:, 0] - windows[:, 0], scales, stretches, windows[:, 1] - windows[:, 0], flips)
+def _axis_taps(axis: int, out: int, planned: Mapping[str, np.ndarray], on_device: Mapping[str, Tensor]) -> Taps:
+    """Taps that resize the boxes along an axis (0: rows, 1: columns) to `out` places, mirrored where flipped."""
+    low, scale, stretch, extent, flip = (
+        on_device[name][axis][:, None] for name in ("low", "scale", "stretch", "extent", "flip")
     )
-    place = torch.arange(out, dtype=torch.float64, device=device)
+    counts = planned["taps"][axis]
+    place = torch.arange(out, dtype=torch.float64, device=low.device)
     centers = low + (torch.where(flip, out - 1 - place, place) + 0.5) * scale  # [n, out]
     first = torch.floor(centers - SUPPORT * stretch + 0.5)
-    places = first[:, :, None] + torch.arange(int(counts.max()), device=device)
+    places = first[:, :, None] + torch.arange(int(counts.max()), device=low.device)
     weights = bicubic((places + 0.5 - centers[:, :, None]) / stretch[:, :, None])
-    weights = weights * ((places >= 0) & (places < size[:, :, None]))
+    weights = weights * ((places >= 0) & (places < extent[:, :, None]))
     # cumsum adds in order, so zeros that only fill up cannot change the total's bits; sum() may.
     weights = weights / weights.cumsum(-1)[:, :, -1:]
-    within = torch.minimum(places.long().clamp_(min=0), size[:, :, None] - 1)
+    within = torch.minimum(places.long().clamp_(min=0), extent[:, :, None] - 1)
     return Taps(within, weights.float(), counts)
 
 
-def _windows(images: Images, boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The part of each image that its box's taps read: int64 [n, 4] (top, left, bottom, right)."""
-    sides = np.stack([images.heights, images.widths], axis=1)
-    scales = (boxes[:, 2:] - boxes[:, :2]) / np.array(size)
-    reach = SUPPORT * np.maximum(scales, 1.0) - 0.5 * scales
-    first = np.clip(np.floor(boxes[:, :2] - reach + 0.5), 0, sides - 1)
-    last = np.clip(np.floor(boxes[:, 2:] + reach + 0.5), first + 1, sides)
-    return np.concatenate([first, last], axis=1).astype(np.int64)
-
-
-def _chunks(windows: np.ndarray, channels: int, limit: int) -> Iterator[slice]:
+def _chunks(extent: np.ndarray, channels: int, limit: int) -> Iterator[slice]:
     """Runs of images whose padded windows hold at most `limit` values together (or one image)."""
-    heights, widths = windows[:, 2] - windows[:, 0], windows[:, 3] - windows[:, 1]
     start, height, width = 0, 0, 0
-    for i, (h, w) in enumerate(zip(heights.tolist(), widths.tolist(), strict=True)):
+    for i, (h, w) in enumerate(extent.T.tolist()):
         height, width = max(height, h), max(width, w)
         if i > start and (i + 1 - start) * height * width * channels > limit:
             yield slice(start, i)
             start, height, width = i, h, w
-    if start < len(windows):
-        yield slice(start, len(windows))
+    if start < extent.shape[1]:
+        yield slice(start, extent.shape[1])
 
 
-def _pad_by_image(images: Images, windows: np.ndarray, part: slice, _: Tensor | None) -> Tensor:
+def _pad_by_image(
+    pixels: Tensor, channels: int, part: slice, planned: Mapping[str, np.ndarray], _: Mapping[str, Tensor]
+) -> Tensor:
     """Windows of a chunk, one copy an image: float32 [k, h, w * channels], 0 beyond an image's own."""
-    cut, channels = windows[part], images.channels
-    heights, widths = cut[:, 2] - cut[:, 0], cut[:, 3] - cut[:, 1]
-    padded = np.zeros((len(cut), heights.max(), widths.max() * channels), dtype=np.float32)
-    for k, (top, left, bottom, right) in enumerate(cut.tolist()):
-        i = part.start + k
-        height, width, offset = int(images.heights[i]), int(images.widths[i]) * channels, int(images.offsets[i])
-        image = images.pixels[offset : offset + height * width].reshape(height, width)
-        window = image[top:bottom, left * channels : right * channels]
-        padded[k, : window.shape[0], : window.shape[1]] = window
-    return torch.from_numpy(padded)
+    heights, widths = planned["extent"][:, part]
+    starts, strides = planned["start"][part], planned["stride"][part]
+    padded = torch.zeros((len(starts), int(heights.max()), int(widths.max()) * channels))
+    for window, *place in zip(padded, heights, widths * channels, starts, strides, strict=True):
+        height, row, start, stride = map(int, place)
+        window[:height, :row] = pixels.as_strided((height, row), (stride, 1), start)
+    return padded
 
 
-def _pad_by_gather(images: Images, windows: np.ndarray, part: slice, pixels: Tensor | None) -> Tensor:
+def _pad_by_gather(
+    pixels: Tensor, channels: int, part: slice, planned: Mapping[str, np.ndarray], on_device: Mapping[str, Tensor]
+) -> Tensor:
     """The same windows by one gather of pixels on the device; beyond an image's own lie repeated ones."""
-    assert pixels is not None
-    device, channels = pixels.device, images.channels
-    starts = images.offsets[part] + (windows[part, 0] * images.widths[part] + windows[part, 1]) * channels
-    start, stride, height, width = (
-        torch.from_numpy(values.astype(np.int64)).to(device)[:, None, None]
-        for values in (starts, images.widths[part] * channels,
-                       windows[part, 2] - windows[part, 0], windows[part, 3] - windows[part, 1])
-    )  # fmt: skip
-    cut = windows[part]
-    y = torch.arange(int((cut[:, 2] - cut[:, 0]).max()), device=device)[None, :, None]
-    x = torch.arange(int((cut[:, 3] - cut[:, 1]).max()), device=device)[None, None, :]
+    rows, columns = planned["extent"][:, part].max(axis=1).tolist()
+    start, stride = (on_device[name][part][:, None, None] for name in ("start", "stride"))
+    height, width = on_device["extent"][:, part, None, None]
+    y = torch.arange(rows, device=pixels.device)[None, :, None]
+    x = torch.arange(columns, device=pixels.device)[None, None, :]
     where = start + torch.minimum(y, height - 1) * stride + torch.minimum(x, width - 1) * channels
     whole = pixels.as_strided((pixels.numel() - channels + 1, channels), (1, 1))  # a pixel from every byte on
     return whole[where].flatten(2).float()

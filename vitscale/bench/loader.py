@@ -27,6 +27,7 @@ from PIL import Image
 
 from vitscale.config.schema import Augment as AugmentConfig
 from vitscale.config.schema import Data
+from vitscale.data.batch import Batch
 from vitscale.data.crop import RandomCrop
 from vitscale.data.decode import choose_decoder
 from vitscale.data.index import ShardIndex
@@ -142,7 +143,7 @@ def _loader(index: ShardIndex, cores: int, decoder: str) -> Iterator[Loader]:
 def _ours(index: ShardIndex, cores: int, decoder: str) -> Iterator[Batches]:
     """What a rank's CPU does where the device resizes."""
     with _loader(index, cores, decoder) as loader:
-        yield (len(batch) for batch in loader)
+        yield _counted(loader, lambda batch: None)
 
 
 @contextmanager
@@ -158,7 +159,14 @@ def _ours_resized(index: ShardIndex, cores: int) -> Iterator[Batches]:
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, before)
         loader = stack.enter_context(_loader(index, cores, "auto"))
-        yield (len(augment(batch)) for batch in loader)
+        yield _counted(loader, augment)
+
+
+def _counted(loader: Loader, use: Callable[[Batch], Any]) -> Batches:
+    for batch in loader:
+        use(batch)
+        loader.release(batch)
+        yield len(batch)
 
 
 @contextmanager

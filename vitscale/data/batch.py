@@ -22,7 +22,7 @@ class Replacement:
 class Batch:
     """One micro-batch of one rank: ragged uint8 images and the boxes drawn in them.
 
-    The memory of `pixels` is valid until the loader's next `next()`.
+    The memory of `pixels` is lent: valid until the loader's `release`.
     """
 
     pixels: np.ndarray  # uint8 [bytes], flat: image i is HWC at pixels[offsets[i] :][: h * w * c]

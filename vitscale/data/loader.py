@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 import vitscale
 from vitscale.config import schema
@@ -37,7 +40,8 @@ _ENVIRONMENT = {
 class Loader:
     """An iterator over this rank's micro-batches, endless for an Order.
 
-    A Batch's pixels are valid until the next `next()`. Close it, or use it in a `with`.
+    A Batch is lent: its pixels are valid until `release`, which lets the reader use their memory again. At most
+    `memories` may be out at once, and the first one out is to be the first one back. Close it, or use it in a `with`.
     """
 
     def __init__(
@@ -78,7 +82,7 @@ class Loader:
             table_samples=owned * (2 * order.block + 2 * int(index.samples.max())),
         )  # fmt: skip
         self._number = 0  # of the micro-batch to give out next
-        self._lent: int | None = None  # the memory of the batch given out last
+        self._lent: dict[int, Batch] = {}  # what was given out and not released, by memory
         self._arrived: dict[int, Filled | Failed] = {}
         self._memories = [SharedMemory.create() for _ in range(data.prefetch)]
         self._results, theirs = os.pipe()
@@ -96,17 +100,26 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         return self
 
+    def ready(self) -> bool:
+        """Whether `next()` would not have to wait for the reader, be it for a batch, an error or the end."""
+        while self._number not in self._arrived and self._number != self._plan.micro_batches:
+            if not select.select([self._results], [], [], 0)[0]:
+                return False
+            try:
+                self._receive()
+            except EOFError:
+                break  # `next()` will meet it too, and says how the reader died
+        return True
+
     def __next__(self) -> Batch:
         number, end = self._number, self._plan.micro_batches
         if end is not None and number >= end:
             raise StopIteration
+        memory = number % len(self._memories)
+        assert memory not in self._lent, "the batch that lies in this memory was never released"
         try:
-            if self._lent is not None:
-                self._free(self._lent)
-                self._lent = None
             while number not in self._arrived:
-                message = receive(self._results)
-                self._arrived[message.number] = message
+                self._receive()
         except (EOFError, BrokenPipeError):
             raise self._died() from None
         message = self._arrived[number]
@@ -115,8 +128,36 @@ class Loader:
                 raise DataError(message.message)
             raise RuntimeError(f"the reader failed at {self._plan.where(number)}:\n{message.message}")
         del self._arrived[number]
-        self._number, self._lent = number + 1, number % len(self._memories)
-        return replace(message.batch, pixels=self._memories[self._lent].view(message.bytes))
+        batch = replace(message.batch, pixels=self._memories[memory].view(message.bytes))
+        self._number, self._lent[memory] = number + 1, batch
+        return batch
+
+    def release(self, batch: Batch) -> None:
+        """The pixels of a batch are no longer needed. DataError where the reader has died meanwhile."""
+        memory = self._memory_of(batch)
+        del self._lent[memory]
+        try:
+            self._free(memory)
+        except BrokenPipeError:
+            raise self._died() from None
+
+    @property
+    def memories(self) -> int:
+        """How many batches may be out at once."""
+        return len(self._memories)
+
+    def memory(self, batch: Batch) -> tuple[int, np.ndarray]:
+        """Where the pixels of a lent batch lie: (which of the memories, uint8 [all of it] as mapped here).
+
+        A memory that had to grow is another array from then on; the old one stays mapped while it is referenced.
+        """
+        memory = self._memory_of(batch)
+        return memory, self._memories[memory].mapped
+
+    def _memory_of(self, batch: Batch) -> int:
+        memories = [memory for memory, lent in self._lent.items() if lent is batch]
+        assert memories, "this batch is not out: it was released before, or is another loader's"
+        return memories[0]
 
     def close(self) -> None:
         """End the reader. Batches given out before stay readable."""
@@ -145,6 +186,10 @@ class Loader:
 
     def _free(self, memory: int) -> None:
         os.write(self._control, FREE.pack(memory))
+
+    def _receive(self) -> None:
+        message = receive(self._results)
+        self._arrived[message.number] = message
 
     def _start_reader(self, results: int) -> subprocess.Popen[bytes]:
         memories = [memory.descriptor for memory in self._memories]

@@ -45,7 +45,7 @@ class SharedMemory:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
-        self._mapped = np.zeros(0, dtype=np.uint8)
+        self.mapped = np.zeros(0, dtype=np.uint8)  # the whole file, as of the last `reserve` or `view`
 
     @classmethod
     def create(cls) -> SharedMemory:
@@ -53,25 +53,25 @@ class SharedMemory:
 
     def reserve(self, count: int) -> np.ndarray:
         """uint8 [at least count], the file grown where it is smaller; what was written before is kept."""
-        if count > len(self._mapped):
-            size = -(-max(count, len(self._mapped) * 5 // 4) // _STEP) * _STEP
+        if count > len(self.mapped):
+            size = -(-max(count, len(self.mapped) * 5 // 4) // _STEP) * _STEP
             if size > os.fstat(self.descriptor).st_size:
                 os.ftruncate(self.descriptor, size)
             self._map()
-        return self._mapped
+        return self.mapped
 
     def view(self, count: int) -> np.ndarray:
         """uint8 [count] that the other end has written."""
-        if count > len(self._mapped):
+        if count > len(self.mapped):
             self._map()
-        return self._mapped[:count]
+        return self.mapped[:count]
 
     def close(self) -> None:
         os.close(self.descriptor)
 
     def _map(self) -> None:
         # An older mapping lives on while arrays point into it.
-        self._mapped = np.frombuffer(mmap.mmap(self.descriptor, 0), dtype=np.uint8)
+        self.mapped = np.frombuffer(mmap.mmap(self.descriptor, 0), dtype=np.uint8)
 
 
 def send(descriptor: int, message: Any) -> None:

@@ -44,20 +44,16 @@ class MicroBatch(Protocol):
         """Of its first sample: a mixture's sources may be in several."""
 
 
-class Feed(Iterator[MicroBatch], Protocol):
+class Feed(Protocol):
     """Where micro-batches come from, without end."""
 
-    def peek(self) -> MicroBatch:
-        """The next one, which `next` gives again."""
-        ...
+    def __next__(self) -> MicroBatch: ...
 
     def run_ahead(self) -> None:
-        """Prepare the next one while the device works on the one given out last."""
-        ...
+        """Start on the next one, now that the device has work; what goes wrong is raised by the `next()` for it."""
 
     def read_seconds(self) -> Mapping[str, float]:
-        """Seconds that the steps since the last call spent on `data` (waiting for it) and `augment`."""
-        ...
+        """Seconds since the last call, by what they were spent on: `data`, that steps waited for it, and others."""
 
 
 @dataclass
@@ -125,6 +121,7 @@ class TrainingLoop:
     causes: Sequence[str]  # why a sample can be bad
     stop: StopRequest
     meters: Meters
+    _waiting: list[MicroBatch] = field(default_factory=list, init=False)  # what the warm-up has seen and no step yet
 
     def run(self) -> bool:
         """Train from `state` to `total_steps`; True when it got there, False when asked to stop before.
@@ -135,7 +132,9 @@ class TrainingLoop:
         step_guard = StepGuard(self.config.train.max_skipped_steps, state.skipped)
         sample_guard = SampleGuard(self.config.data.max_bad_fraction, state.bad)
         if state.step < self.total_steps:
-            self.engine.warm_up(self.feed.peek().inputs)
+            self._waiting.append(next(self.feed))
+            self.engine.warm_up(self._waiting[0].inputs)
+            self.feed.read_seconds()  # the wait for the first batch is the start's
         while state.step < self.total_steps:
             lr = lr_at(state.step, self.total_steps, self.config)
             result, consumed = self._step(lr)
@@ -165,10 +164,11 @@ class TrainingLoop:
 
         def pull() -> Iterator[Inputs]:
             for _ in range(self.engine.accumulation):
-                micro_batch = next(self.feed)
+                micro_batch = self._waiting.pop() if self._waiting else next(self.feed)
                 consumed.append(Consumed(micro_batch.names, micro_batch.replaced, micro_batch.epoch))
                 yield micro_batch.inputs
-                self.feed.run_ahead()  # its backward is queued
+                del micro_batch  # its backward is queued: nothing of it is needed while the next one is prepared
+                self.feed.run_ahead()
 
         result = self.engine.step(pull(), lr)
         self.meters.count(self.config.train.global_batch)

@@ -135,7 +135,8 @@ def _batches(index: ShardIndex, config: RunConfig, world: World, bad: SampleGuar
     with loader:
         for number, decoded in enumerate(loader, start=1):
             bad.note((replaced.cause for replaced in decoded.replaced), number * batch)
-            yield augment(decoded), decoded.labels, decoded.sample_ids
+            yield augment(decoded).pixel_values, decoded.labels, decoded.sample_ids
+            loader.release(decoded)  # not before: on a GPU its pixels may still be on their way
 
 
 def _draw(folder: RunFolder, config: RunConfig, model: Any, world: World) -> None:

@@ -34,7 +34,12 @@ class ViTPatchEmbeddings(nn.Module):
 
 
 class ViTEmbeddings(Positioned):
-    """Tokens [class token, registers, patches], patches and class token with positions; some hidden if asked."""
+    """Tokens [class token, registers, patches], patches and class token with positions; some hidden if asked.
+
+    They are of the parameters' dtype, also under autocast: what the blocks add up is float32 there, and
+    only what is multiplied is bfloat16, as in MAE's own training (facebookresearch/mae, engine_pretrain.py:
+    autocast around models_mae.py, whose positions and mask tokens are float32) and in transformers.
+    """
 
     position_embeddings: Tensor | None  # [1, class token + patches, width]
 
@@ -59,7 +64,7 @@ class ViTEmbeddings(Positioned):
     ) -> Tensor:
         """[n, tokens, width]; `bool_masked_pos` [n, patches] puts the mask token there (SimMIM),
         `ids_keep` [n, kept] keeps only these patches (MAE)."""
-        x = self.patch_embeddings(pixel_values)
+        x = self.patch_embeddings(pixel_values).to(self.patch_embeddings.projection.weight.dtype)
         if bool_masked_pos is not None:
             x = self._hidden(x, bool_masked_pos)
         positions = self._positions(pixel_values, interpolate_pos_encoding)
@@ -70,10 +75,9 @@ class ViTEmbeddings(Positioned):
             x = torch.gather(x, 1, ids_keep[..., None].expand(-1, -1, x.shape[-1]))
         front = []
         if self.cls_token is not None:
-            cls = self.cls_token.to(x.dtype)
-            front.append(cls if positions is None else cls + positions[:, :1])
+            front.append(self.cls_token if positions is None else self.cls_token + positions[:, :1])
         if self.register_tokens is not None:
-            front.append(self.register_tokens.to(x.dtype))
+            front.append(self.register_tokens)
         return self.dropout(torch.cat([*[tokens.expand(x.shape[0], -1, -1) for tokens in front], x], dim=1))
 
     def _hidden(self, x: Tensor, bool_masked_pos: Tensor) -> Tensor:
@@ -83,7 +87,7 @@ class ViTEmbeddings(Positioned):
             raise DataError(
                 f"bool_masked_pos of shape {tuple(bool_masked_pos.shape)}: must be {tuple(x.shape[:2])}, one a patch"
             )
-        return torch.where(bool_masked_pos.bool()[..., None], self.mask_token.to(x.dtype), x)
+        return torch.where(bool_masked_pos.bool()[..., None], self.mask_token, x)
 
     def _positions(self, pixel_values: Tensor, interpolate: bool) -> Tensor | None:
         size = tuple(pixel_values.shape[2:])

@@ -107,10 +107,10 @@ class ViTMAEDecoder(Positioned):
         prefix = self.registers.start
         if self.registers.stop > prefix:
             latent = torch.cat([latent[:, :prefix], latent[:, self.registers.stop :]], dim=1)
-        x = self.decoder_embed(latent)
+        x = self.decoder_embed(latent).to(self.mask_token.dtype)  # under autocast float32 again: see ViTEmbeddings
         cls, visible = x[:, :prefix], x[:, prefix:]
         n, patches = ids_restore.shape
-        hidden = self.mask_token.to(x.dtype).expand(n, patches - visible.shape[1], -1)
+        hidden = self.mask_token.expand(n, patches - visible.shape[1], -1)
         shuffled = torch.cat([visible, hidden], dim=1)
         restored = torch.gather(shuffled, 1, ids_restore[..., None].expand(-1, -1, x.shape[-1]))
         x = torch.cat([cls, restored], dim=1)

@@ -17,6 +17,7 @@ from vitscale.checkpoint.store import Checkpoint, save_checkpoint
 from vitscale.config.check import check_config, has_classes, pair, too_few_lanes
 from vitscale.config.load import dump_config
 from vitscale.config.schema import RunConfig
+from vitscale.data.batch import Batch
 from vitscale.data.crop import RandomCrop
 from vitscale.data.header import CAUSES
 from vitscale.data.loader import Loader
@@ -173,10 +174,10 @@ class Job:
         if checkpoint is not None:
             engine.restore(checkpoint)
         meters = Meters()
-        with _loader(session, state.samples) as loader:
+        with _loader(session, state.samples) as loader, _feed(session, loader) as feed:
             loop = TrainingLoop(
                 engine=engine,
-                feed=_feed(session, loader),
+                feed=feed,
                 state=state,
                 total_steps=session.total_steps,
                 config=config,
@@ -236,9 +237,16 @@ def _loader(session: Session, samples: int) -> Loader:
     )
 
 
-def _feed(session: Session, loader: Loader) -> DeviceFeed:
+def _feed(session: Session, loader: Loader) -> DeviceFeed[Batch]:
     config, device = session.config, session.backend.device
-    augment = Augment(config.augment, pair(config.model.image_size), config.model.num_channels, str(device), train=True)
+    augment = Augment(
+        config.augment,
+        pair(config.model.image_size),
+        config.model.num_channels,
+        str(device),
+        train=True,
+        labels=config.objective.needs_labels,
+    )
     return DeviceFeed(loader, augment, device)
 
 

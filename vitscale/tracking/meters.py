@@ -24,7 +24,7 @@ class Meters:
         try:
             yield
         finally:
-            self._seconds[what] += self._clock() - began
+            self.add({what: self._clock() - began})
 
     def add(self, seconds: Mapping[str, float]) -> None:
         """Count seconds that were measured elsewhere, by what they were spent on."""
