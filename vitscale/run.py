@@ -146,7 +146,7 @@ class _Pretraining:
         data = self.config.data
         if not data.train:
             raise ConfigError("data.train is empty: give the shards, say data.train='/data/train-{000000..000099}.tar'")
-        index = open_index(data.train, data.index, self.folder.path)
+        index = open_index(data.train, data.index, self.folder.path, label=data.label)
         if self.config.objective.needs_labels:
             require_labels(index, data.label)
         return index

@@ -10,7 +10,8 @@ import pytest
 
 from tests.data.makers import write_shards, write_tar
 from vitscale.config.schema import Source
-from vitscale.data.index import ShardIndex, build_index, expand, open_index, require_labels
+from vitscale.data.index import ShardIndex, build_index, open_index, require_labels
+from vitscale.data.patterns import expand
 from vitscale.errors import DataError
 
 
@@ -55,14 +56,14 @@ def test_patterns(folder: Path) -> None:
 )
 def test_patterns_that_name_no_local_shards(folder: Path, pattern: str, word: str) -> None:
     with pytest.raises(DataError) as caught:
-        expand([Source(pattern.replace("FOLDER", str(folder)))])
+        open_index((Source(pattern.replace("FOLDER", str(folder))),), None, folder.parent / "run")
     assert word in str(caught.value)
     assert not (folder / "pwned").exists()
 
 
 def test_a_shard_twice_and_weights_are_refused(folder: Path) -> None:
     with pytest.raises(DataError, match="twice"):
-        expand([Source(f"{folder}/*.tar"), Source(f"{folder}/../shards/s001.tar")])
+        open_index((Source(f"{folder}/*.tar"), Source(f"{folder}/../shards/s001.tar")), None, folder)
     with pytest.raises(DataError, match="weights"):
         open_index((Source(f"{folder}/s000.tar", 2.0), Source(f"{folder}/s001.tar")), None, folder)
     with pytest.raises(DataError, match=r"data.train is empty"):

@@ -64,9 +64,11 @@ class Loader:
         """
         assert start % global_batch == 0
         assert global_batch % (micro_batch * world.world_size) == 0
-        if needs_labels:
+        if needs_labels and world.is_main:
             require_labels(index, data.label)
-        owned = max(1, data.lanes // world.world_size)
+        block, largest = data.window // data.lanes + 1, int(index.samples.max())
+        ahead = block + largest  # a lane that enters a shard has the next one's table fetched
+        lanes = -(-data.lanes // world.world_size) + (data.lanes % world.world_size > 0)
         self.decoder = choose_decoder(data.decode)  # what data.decode=auto has become, for the run's record
         self._plan = Plan(
             index=index, order=order, crop=crop, decoder=self.decoder, channels=num_channels,
@@ -74,8 +76,8 @@ class Loader:
             needs_labels=needs_labels, num_labels=num_labels, seed=seed, global_batch=global_batch,
             micro_batch=micro_batch, rank=world.rank, ranks=world.world_size, first_batch=start // global_batch,
             threads=data.threads or world.cores_per_rank, prefetch=data.prefetch,
-            # A lane is in one block of its window, which lies in a few shards.
-            table_samples=owned * (2 * (data.window // data.lanes) + 2 * int(index.samples.max())),
+            # A lane's batches being read lie in two blocks, those ahead end in another, each at the edge of a shard.
+            table_samples=lanes * (3 * block + ahead + 2 * largest), ahead=ahead,
         )  # fmt: skip
         self._number = 0  # of the micro-batch to give out next
         self._lent: int | None = None  # the memory of the batch given out last

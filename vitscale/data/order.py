@@ -63,6 +63,20 @@ class Order:
         lanes = np.full(len(places), lane[0])
         return self._ids(epoch, lanes, self._permuted(epoch, lanes, places))
 
+    def shards_ahead(self, batch: int, first_slot: int, last_slot: int, samples: int) -> np.ndarray:
+        """int64 shard numbers, each once, soonest first: those of the blocks in which the lanes of these slots have
+        this batch and their next `samples` samples."""
+        epoch, lanes, places = self._locate(batch, np.arange(first_slot, last_slot, dtype=np.int64))
+        first, last = int(places.min()), int(places.max()) + samples
+        ids: list[np.ndarray] = []
+        while last >= 0 and len(ids) < 3:
+            end = min(last, self._lane_length - 1)
+            bounds, lengths = self._block_of(np.array([first, end]))
+            place, lane = np.meshgrid(np.arange(bounds[0], bounds[1] + lengths[1]), np.unique(lanes), indexing="ij")
+            ids.append(self._ids(epoch, lane.ravel(), place.ravel()))
+            epoch, first, last = epoch + 1, 0, last - self._lane_length
+        return _each_once(np.concatenate(ids) >> 32)
+
     def _locate(self, batch: int, slots: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
         """Epoch; lane and place in the lane's hashed order of each slot."""
         epoch, turn = divmod(batch, self.batches_per_epoch)
@@ -104,7 +118,7 @@ class Order:
             rotation = rng.key("rotation", self._seed, epoch) % self._total
             known = shards, np.cumsum(self._counts[shards]), rotation
             # Batches read ahead cross an epoch's border, so the one before stays known.
-            self._shuffles = {e: s for e, s in self._shuffles.items() if e == epoch - 1} | {epoch: known}
+            self._shuffles = {e: s for e, s in self._shuffles.items() if abs(e - epoch) == 1} | {epoch: known}
         return known
 
 
@@ -128,8 +142,19 @@ class SequentialOrder:
         following = np.arange(1, min(SUBSTITUTES, self._total - 1) + 1, dtype=np.int64)
         return self._ids(batch * self._batch + slot + following)
 
+    def shards_ahead(self, batch: int, first_slot: int, last_slot: int, samples: int) -> np.ndarray:
+        """int64 shard numbers, each once, soonest first: those of these slots and of the `samples` that follow."""
+        first, last = batch * self._batch + first_slot, batch * self._batch + last_slot + samples
+        last = min(last, self.batches_per_epoch * self._batch)
+        return _each_once(self._ids(np.arange(first, last, dtype=np.int64)) >> 32)
+
     def _ids(self, positions: np.ndarray) -> np.ndarray:
         positions = positions % self._total
         shard = np.searchsorted(self._ends, positions, side="right")
         starts = np.concatenate([[0], self._ends[:-1]])
         return (shard << 32) | (positions - starts[shard])
+
+
+def _each_once(numbers: np.ndarray) -> np.ndarray:
+    """Without repetitions, in the order in which they come first."""
+    return numbers[np.sort(np.unique(numbers, return_index=True)[1])]
