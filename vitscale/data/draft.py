@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -48,10 +49,13 @@ class Draft:
     def rows(self) -> Rows:
         return Rows(self.paths, self.samples, self.bytes, self.sha256.tolist(), self.modified)
 
-    def inside(self, folder: str) -> np.ndarray:
-        """The places of a folder's shards: int64."""
-        places = [i for i, path in enumerate(self.paths) if path[: path.rfind("/") + 1] == folder]
-        return np.array(places, dtype=np.int64)
+    @cached_property
+    def by_folder(self) -> dict[str, list[int]]:
+        """The places of each folder's shards."""
+        folders: dict[str, list[int]] = {folder: [] for folder in self.folders}
+        for i, path in enumerate(self.paths):
+            folders[path[: path.rfind("/") + 1]].append(i)
+        return folders
 
     def places(self, rows: Rows) -> np.ndarray:
         """Where each of the rows has its shard here: int64, -1 where it is none of these."""
@@ -107,7 +111,7 @@ class Draft:
                 outdated[place] = int(rows.samples[row]), int(rows.bytes[row]), rows.sha256[row]
         if self.samples.all():
             return
-        inside = self.inside(folder)
+        inside = np.array(self.by_folder[folder])
         stale = inside[self.samples[inside] == 0]
         declared = _declared(self.store, folder)
         for place in stale.tolist():

@@ -9,6 +9,7 @@ size and the time of its scan; one that does not, or that is damaged, is reporte
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import sys
 import time
@@ -29,7 +30,10 @@ _FIRST_READ = 1 << 18  # bytes; most tables are smaller
 _NEXT_READ = 1 << 22
 _THREADS = 16  # of a process that makes many tables
 _WORTH_A_PROCESS = 256 << 20  # bytes of shards
+_TICK_NS = 20_000_000  # no kernel's file times are coarser
 _REPORT_EVERY_S = 10.0
+_MOST_TOLD = 20
+_told = itertools.count()
 Report = Callable[[str], None]
 
 
@@ -64,6 +68,7 @@ class Sidecar:
             kept = self._kept(store, path, shard)
             if kept is not None:
                 return kept
+        _outlast(shard.stat)
         made = tables.make_table(scan_shard(shard.path, self.store, self.label, shard.stat), shard.stat, self.label)
         if shard.samples not in (None, len(made)):
             raise DataError(
@@ -98,10 +103,10 @@ class Sidecar:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            report(f"{path}: cannot be read ({error.strerror}); the table is made again from {shard.path}")
+            _tell(f"{path}: cannot be read ({error.strerror}); the table is made again from {shard.path}")
             return None
         except ValueError as error:
-            report(f"{path}: {error}; the table is made again from {shard.path}")
+            _tell(f"{path}: {error}; the table is made again from {shard.path}")
             return None
         return found
 
@@ -113,7 +118,23 @@ class Sidecar:
                 return
             except OSError as error:
                 why = error
-        report(f"{path}: its table cannot be kept ({why}), so its headers are read again at the next start")
+        _tell(f"{path}: its table cannot be kept ({why}), so its headers are read again at the next start")
+
+
+def _outlast(stat: FileStat) -> None:
+    """Wait until a file that is written to from now on gets another time than it has, or no one would see it."""
+    age = time.time_ns() - stat.modified
+    if 0 <= age < _TICK_NS:
+        time.sleep((_TICK_NS - age) / 1e9)
+
+
+def _tell(line: str) -> None:
+    """Report a line of which there may be one a shard: the first ones, for this process."""
+    number = next(_told)
+    if number < _MOST_TOLD:
+        report(line)
+    elif number == _MOST_TOLD:
+        report("tables: more of them are made again or not kept; what is wrong is as told above")
 
 
 def spare_name(folder: str, ending: str) -> str:
