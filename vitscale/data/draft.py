@@ -40,8 +40,7 @@ class Draft:
         if len(self._places) < len(paths):
             twice = next(path for i, path in enumerate(paths) if self._places[self._canonical(path)] != i)
             raise DataError(f"{twice}: is named twice by data.train; name each shard once")
-        parts = [paths[start : start + _PART] for start in range(0, len(paths), _PART)]
-        self.bytes, self.modified = np.concatenate(_in_threads(lambda part: _stats(store, part), parts), axis=1)
+        self.bytes, self.modified = stat_all(store, paths)
         self.samples = np.zeros(len(paths), dtype=np.int64)  # 0: not known yet
         self.sha256 = np.full(len(paths), None, dtype=object)
 
@@ -203,8 +202,13 @@ def _exists(store: Store, path: str) -> bool:
     return True
 
 
+def stat_all(store: Store, paths: Sequence[str]) -> np.ndarray:
+    """int64 [2, paths]: the bytes and the time of each. DataError names one that cannot be had."""
+    parts = [paths[start : start + _PART] for start in range(0, len(paths), _PART)]
+    return np.concatenate(_in_threads(lambda part: _stats(store, part), parts), axis=1)
+
+
 def _stats(store: Store, paths: Sequence[str]) -> np.ndarray:
-    """int64 [2, paths]: bytes and time."""
     try:
         stats = np.fromiter(chain.from_iterable(map(store.stat, paths)), dtype=np.int64, count=2 * len(paths))
     except FileNotFoundError as error:

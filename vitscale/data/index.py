@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from vitscale.config.schema import Source
-from vitscale.data.draft import Draft
+from vitscale.data.draft import Draft, stat_all
 from vitscale.data.index_file import Rows, read_rows, write_rows
 from vitscale.data.patterns import expand
 from vitscale.data.sidecar import Report, Shard, Sidecar, count_samples, report
@@ -101,27 +101,31 @@ class ShardIndex:
 
     def table(self, shard: int, label: str) -> SampleTable:
         """The table of a shard, with the labels of extension `label`. DataError where it is not what the index says."""
-        path, size = self.paths[shard], int(self.bytes[shard])
+        path = self.paths[shard]
         try:
             stat = self.store.stat(path)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}; the index names it") from None
-        if stat.bytes != size:
-            raise DataError(
-                f"{path}: has {stat.bytes} bytes, the index says {size}: it was written again or cut; "
-                "make a new index (vitscale index) for a new run, or bring the old shard back"
-            )
-        return Sidecar(self.store, label, self.spare).table(Shard(path, stat, int(self.samples[shard])))
+        return Sidecar(self.store, label, self.spare).table(self._checked(shard, stat))
 
     def complete_tables(self, label: str, say: Report = report) -> None:
         """Make the tables that are missing, in parallel: for a job that needs every row before its first step.
 
         `say` gets a line every few seconds. DataError where a shard does not hold what the index says.
         """
-        stats = zip(self.bytes.tolist(), self.modified.tolist(), strict=True)
-        counted = zip(self.paths, stats, self.samples.tolist(), strict=True)
-        shards = [Shard(path, FileStat(*stat), samples) for path, stat, samples in counted]
+        stats = stat_all(self.store, self.paths).T.tolist()
+        shards = [self._checked(shard, FileStat(*stat)) for shard, stat in enumerate(stats)]
         count_samples(Sidecar(self.store, label, self.spare), shards, say)
+
+    def _checked(self, shard: int, stat: FileStat) -> Shard:
+        """A shard as it is now, which must be what was counted."""
+        path, size = self.paths[shard], int(self.bytes[shard])
+        if stat.bytes != size:
+            raise DataError(
+                f"{path}: has {stat.bytes} bytes, the index says {size}: it was written again or cut; "
+                "make a new index (vitscale index) for a new run, or bring the old shard back"
+            )
+        return Shard(path, stat, int(self.samples[shard]))
 
 
 def open_index(

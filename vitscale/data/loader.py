@@ -23,6 +23,7 @@ from vitscale.data.wire import FREE, Failed, Filled, SharedMemory, receive, send
 from vitscale.errors import DataError
 from vitscale.world import World, child_environment
 
+_BATCHES_AHEAD = 64  # time to scan a shard on a slow file system before its first sample is due
 _PATIENCE_S = 5.0  # for a reader to leave by itself
 # The reader has its own threads, and takes and frees an image's memory thousands of times a second: glibc is not
 # to give each back to the kernel (measured: 30% of simplejpeg's time).
@@ -66,8 +67,8 @@ class Loader:
         assert global_batch % (micro_batch * world.world_size) == 0
         if needs_labels and world.is_main:
             require_labels(index, data.label)
-        block, largest = data.window // data.lanes + 1, int(index.samples.max())
-        ahead = block + largest  # a lane that enters a shard has the next one's table fetched
+        block, largest = data.window // data.lanes, int(index.samples.max())
+        ahead = block + min(largest, _BATCHES_AHEAD * global_batch // data.lanes)
         lanes = -(-data.lanes // world.world_size) + (data.lanes % world.world_size > 0)
         self.decoder = choose_decoder(data.decode)  # what data.decode=auto has become, for the run's record
         self._plan = Plan(
@@ -76,7 +77,7 @@ class Loader:
             needs_labels=needs_labels, num_labels=num_labels, seed=seed, global_batch=global_batch,
             micro_batch=micro_batch, rank=world.rank, ranks=world.world_size, first_batch=start // global_batch,
             threads=data.threads or world.cores_per_rank, prefetch=data.prefetch,
-            # A lane's batches being read lie in two blocks, those ahead end in another, each at the edge of a shard.
+            # What a lane reads lies in two blocks, what is ahead ends in another, and shards reach over both ends.
             table_samples=lanes * (3 * block + ahead + 2 * largest), ahead=ahead,
         )  # fmt: skip
         self._number = 0  # of the micro-batch to give out next

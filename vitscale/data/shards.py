@@ -13,7 +13,7 @@ from vitscale.data.table import SampleTable
 from vitscale.errors import DataError
 
 LARGEST_MEMBER = 256 << 20  # bytes; a larger image is a bad sample, not read
-_FETCHING = 4  # tables at once
+_FETCHING = 8  # tables at once
 
 
 @dataclass(frozen=True)
