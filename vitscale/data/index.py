@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import zlib
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +25,7 @@ from vitscale.data.table import SampleTable
 from vitscale.errors import DataError
 
 Packed = bytes
+_SENT = 1000  # shards, packed at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,10 +84,13 @@ class ShardIndex:
 
     def to_bytes(self) -> Packed:
         """The index for other ranks, which `from_bytes` reads."""
-        text = {"paths": self.paths, "sha256": self.sha256, "spare": self.spare}
         columns = np.stack([self.samples, self.bytes, self.modified]).astype("<i8")
-        head = json.dumps(text).encode()  # with surrogates escaped: any path goes through
-        content = zlib.compress(len(head).to_bytes(8, "little") + head + columns.tobytes(), 1)
+        packer = zlib.compressobj(1)
+        parts = [packer.compress(_line([len(self.paths), self.spare])), packer.compress(columns.tobytes())]
+        for start in range(0, len(self.paths), _SENT):
+            some = slice(start, start + _SENT)
+            parts.append(packer.compress(_line([self.paths[some], self.sha256[some]])))
+        content = b"".join([*parts, packer.flush()])
         return hashlib.sha256(content).digest() + content
 
     @staticmethod
@@ -92,12 +98,16 @@ class ShardIndex:
         """What `to_bytes` gave, with nothing looked up. DataError where the bytes are not what they were."""
         if hashlib.sha256(data[32:]).digest() != data[:32]:
             raise DataError("the index of the shards came damaged from rank 0; start the run again")
-        content = zlib.decompress(memoryview(data)[32:])
-        head = 8 + int.from_bytes(content[:8], "little")
-        text = json.loads(content[8:head])
-        samples, size, modified = np.frombuffer(content, "<i8", offset=head).reshape(3, -1).astype(np.int64)
-        rows = Rows(text["paths"], samples, size, text["sha256"], modified)
-        return ShardIndex.of(rows, store or LocalFiles(), tuple(text["spare"]))
+        content = io.BytesIO(zlib.decompress(memoryview(data)[32:]))
+        count, spare = json.loads(content.readline())
+        samples, size, modified = np.frombuffer(content.read(count * 24), "<i8").reshape(3, -1).astype(np.int64)
+        paths: list[str] = []
+        sha256: list[str | None] = []
+        for line in content:
+            some_paths, some_sha256 = json.loads(line)
+            paths += some_paths
+            sha256 += some_sha256
+        return ShardIndex.of(Rows(paths, samples, size, sha256, modified), store or LocalFiles(), tuple(spare))
 
     def table(self, shard: int, label: str) -> SampleTable:
         """The table of a shard, with the labels of extension `label`. DataError where it is not what the index says."""
@@ -182,6 +192,11 @@ def require_labels(index: ShardIndex, label: str) -> None:
             f"{index.paths[0]}: no member has the extension data.label={label!r} (it has {kinds}), and the objective "
             "needs labels: set data.label to the extension that holds a whole number, or pack from one folder a class"
         )
+
+
+def _line(content: Any) -> Packed:
+    """As one line of JSON, with surrogates escaped: any path goes through."""
+    return json.dumps(content).encode() + b"\n"
 
 
 def _joined(columns: Iterable[np.ndarray]) -> np.ndarray:
