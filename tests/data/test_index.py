@@ -222,6 +222,20 @@ class StatCounting(LocalFiles):
         return super().read(path, start, count)
 
 
+def test_a_folder_written_in_two_ways_is_one(folder: Path) -> None:
+    """Its rows, one shard twice, and a row that names shards by another way."""
+    (folder.parent / "link").symlink_to("shards")
+    sources = (Source(f"{folder}/s000.tar"), Source(f"{folder.parent}/link/s00[12].tar"))
+    index = open_index(sources, None, folder.parent / "run")
+    assert index.samples.tolist() == [3, 5, 2]
+    path = folder.parent / "index.json"
+    replace(index, paths=tuple(f"{folder.parent}/link/{name}.tar" for name in index.names)).save(path)
+    assert open_index(sources, str(path), folder.parent / "run").samples.tolist() == [3, 5, 2]
+    assert opened(folder, index=str(path)).samples.tolist() == [3, 5, 2]
+    with pytest.raises(DataError, match="twice"):
+        open_index((*sources, Source(f"{folder}/s002.tar")), None, folder.parent / "run")
+
+
 @pytest.mark.parametrize("way", ["*.tar", "train-{000000..001999}.tar", "data.index", "a link"])
 def test_a_start_asks_each_shard_once_and_holds_little(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str

@@ -33,10 +33,10 @@ class Draft:
         """DataError for a shard that is not there, and for one that is named twice."""
         self.paths, self.store = paths, store
         self.folders = sorted({path[: path.rfind("/") + 1] for path in paths})  # "" or with a slash at the end
-        self._real = {folder: _real(folder) for folder in self.folders}
-        has_links = any(folder != real for folder, real in self._real.items())
-        real_paths = map(self._canonical, paths) if has_links else paths
-        self._places = dict(zip(real_paths, range(len(paths)), strict=True))
+        self._first: dict[str, str] = {}  # folder with its links resolved -> as it is written first
+        self._written = {folder: self._first.setdefault(_real(folder), folder) for folder in self.folders}
+        aliases = any(folder != first for folder, first in self._written.items())
+        self._places = dict(zip(map(self._canonical, paths) if aliases else paths, range(len(paths)), strict=True))
         if len(self._places) < len(paths):
             twice = next(path for i, path in enumerate(paths) if self._places[self._canonical(path)] != i)
             raise DataError(f"{twice}: is named twice by data.train; name each shard once")
@@ -65,13 +65,14 @@ class Draft:
         return np.array(places, dtype=np.int64)
 
     def _canonical(self, path: str) -> str:
-        """The path with the links among its folders resolved, each folder once."""
+        """The same for all ways to write a folder, whose links are resolved once."""
         end = path.rfind("/") + 1
         folder = path[:end]
-        real = self._real.get(folder)
-        if real is None:
-            real = self._real[folder] = _real(folder)
-        return path if real == folder else real + path[end:]
+        first = self._written.get(folder)
+        if first is None:
+            real = _real(folder)
+            first = self._written[folder] = self._first.get(real, real)
+        return path if first == folder else first + path[end:]
 
     def take(self, rows: Rows, chosen: np.ndarray, places: np.ndarray) -> None:
         """The counts of the `chosen` rows are those of the shards at `places`."""
