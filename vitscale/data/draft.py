@@ -150,8 +150,8 @@ class _FolderFiles:
 
     def save(self, places: np.ndarray, draft: Draft) -> None:
         """The draft's rows at these places, and the rows of shards that it does not have, while they exist."""
-        store, beside = self._beside
-        ours = [tuple(column[i] for column in draft.rows) for i in places.tolist()]
+        (store, beside), all_rows = self._beside, draft.rows
+        ours = [tuple(column[i] for column in all_rows) for i in places.tolist()]
         others: dict[str, Any] = {}
         for rows in self.rows():
             missing = draft.places(rows) < 0
@@ -213,7 +213,7 @@ def _stats(store: Store, paths: Sequence[str]) -> np.ndarray:
     try:
         stats = np.fromiter(chain.from_iterable(map(store.stat, paths)), dtype=np.int64, count=2 * len(paths))
     except FileNotFoundError as error:
-        raise DataError(f"{error.filename}: no such file; check the path and the brace range of data.train") from None
+        raise DataError(f"{error.filename}: no such file; check the path and the brace range") from None
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
     return stats.reshape(-1, 2).T

@@ -60,7 +60,8 @@ class Loader:
     ) -> None:
         """start: global samples consumed, a multiple of global_batch.
 
-        needs_labels: a sample without a label (or, where num_labels is given, not below it) is a bad one.
+        needs_labels: a sample without a label (or, where num_labels is given, not below it) is a bad one; rank 0
+        looks at once whether the first shard has any.
         image_size: (height, width) that boxes will be resized to; lets simplejpeg decode at a DCT scale.
         """
         assert start % global_batch == 0

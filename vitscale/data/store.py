@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 from vitscale.data.recent import Recent
 
-_OPEN_FILES = 128
+_OPEN_FILES = 256
 Paths = list[str]
 
 

@@ -244,7 +244,7 @@ class _Scan:
             self._fail(f"the last extended header, before byte {marker}, has no member after it")
         if self.length - marker < 2 * BLOCK:
             self._fail(f"ends at byte {self.length} inside tar's end marker: it is cut")
-        while piece := self._read(marker, 1 << 20):
+        while marker < self.length and (piece := self._read(marker, 1 << 20)):
             if piece.count(0) != len(piece):
                 self._fail(
                     f"has data after the block of zeros at byte {self.position}: a damaged header, "
