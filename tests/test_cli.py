@@ -239,6 +239,8 @@ def test_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     packed, again = ShardIndex.load(out / "index.json"), ShardIndex.load(tmp_path / "again.json")
     assert again.digest == packed.digest
     assert again.sha256 == packed.sha256
+    main(["index", "out/*.tar", "--out", "again.json", "--label", "txt"])
+    assert {path.name.split(".", 2)[2] for path in (out / "index.tables").iterdir()} == {"cls.table", "txt.table"}
     assert "nowhere-*.tar" in refused(capsys, "index", "nowhere-*.tar", "--out", "none.json")
     assert "no/folder/index.json" in refused(capsys, "index", "out/*.tar", "--out", "no/folder/index.json")
 

@@ -63,11 +63,16 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 def _index(arguments: argparse.Namespace) -> int:
     from vitscale.config.schema import Source
-    from vitscale.data.index import build_index, expand
+    from vitscale.data.index import build_index
+    from vitscale.data.patterns import expand
 
-    index = build_index(expand(tuple(Source(pattern) for pattern in arguments.patterns)))
+    out = Path(arguments.out)
+    if not out.parent.is_dir():  # told now, not after all shards were read
+        raise VitscaleError(f"--out {out}: there is no folder {out.parent}; make it or name another")
+    paths = expand(tuple(Source(pattern) for pattern in arguments.patterns))
+    index = build_index(paths, label=arguments.label, spare=(os.path.abspath(out.parent),))
     try:
-        index.save(Path(arguments.out))
+        index.save(out)
     except OSError as error:
         raise VitscaleError(f"--out {arguments.out}: cannot be written ({error})") from None
     print(f"{arguments.out}: {index.total} samples in {len(index.names)} shards")
@@ -156,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     added = verb("index", _index, "count and hash shards into an index.json")
     added.add_argument("patterns", nargs="+", metavar="PATTERN")
     added.add_argument("--out", required=True, metavar="index.json")
+    added.add_argument("--label", default="cls", help="the extension of members with labels (default: cls)")
     added = verb("evaluate", _evaluate, "score a run's frozen features, draw its figures")
     added.add_argument("run", metavar="RUN_FOLDER")
     added.add_argument("overrides", metavar="dotted.key=value", nargs="*", help="say evaluation.test='held_out/*.tar'")

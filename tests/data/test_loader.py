@@ -293,6 +293,8 @@ def test_no_label_at_all_is_told_at_the_start(tmp_path: Path) -> None:
     index = write_shards(tmp_path, [30], labels=False)
     with pytest.raises(DataError, match=r"data\.label"):
         loader(index, needs_labels=True)
+    with loader(index, rank=1, ranks=2, needs_labels=True) as batches, pytest.raises(DataError, match=r"\.cls member"):
+        next(batches)  # told by rank 0 before; another rank does not look
 
 
 def test_nothing_but_bad_samples_is_an_error(tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ class Plan:
     first_batch: int
     threads: int
     prefetch: int
-    table_samples: int
+    table_samples: int  # whose places are kept: of the shards being read, and of those fetched ahead
+    ahead: int  # samples of a lane whose shards' tables are fetched before they are needed
 
     def slots(self, number: int) -> tuple[int, int, int]:
         """Micro-batch `number` of this rank: its global batch, its first slot, the slot after its last."""
@@ -107,6 +108,7 @@ class Assembler:
         Where an image lies in the memory depends on sizes alone, never on which thread was first.
         """
         batch, first, last = self._plan.slots(number)
+        self._shards.fetch(self._plan.order.shards_ahead(batch, first, last, self._plan.ahead).tolist())
         refs = self._plan.order.refs(batch, first, last)
         samples = self._in_chunks(lambda chunk: [self._read(sample_id) for sample_id in chunk], refs.ids.tolist())
         filling = _Filling(self._plan, self._decoder, len(refs), memory)

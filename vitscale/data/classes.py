@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def class_names(shards: Iterable[str | Path]) -> list[str] | None:
 
     None where there is none, or where not all shards have the same. DataError where it is no list of names.
     """
-    found = [_of_folder(folder) for folder in {Path(shard).parent for shard in shards}]
+    found = [_of_folder(Path(folder)) for folder in {os.path.dirname(shard) for shard in shards}]
     return found[0] if found and all(names == found[0] for names in found) else None
 
 

@@ -1,35 +1,31 @@
-"""What a data set consists of: a row a shard, from an index file or from a scan of the shards' headers."""
+"""What a data set consists of: a row a shard, from an index file or by counting the shards' samples."""
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import hashlib
+import io
 import json
-import math
 import os
-import re
-import uuid
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import braceexpand
 import numpy as np
 
 from vitscale.config.schema import Source
-from vitscale.data.tar import scan_shard
+from vitscale.data.draft import Draft, stat_all
+from vitscale.data.index_file import Rows, read_rows, write_rows
+from vitscale.data.patterns import expand
+from vitscale.data.sidecar import Report, Shard, Sidecar, count_samples, report
+from vitscale.data.store import FileStat, LocalFiles, Store
+from vitscale.data.table import SampleTable
 from vitscale.errors import DataError
 
-Result = TypeVar("Result")
-FORMAT = "vitscale-index-1"
-_MOST_SHARDS = 10_000_000
-_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
-_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
+Packed = bytes
+_SENT = 1000  # shards, packed at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,276 +37,175 @@ class ShardIndex:
     samples: np.ndarray  # int64 [shards]
     bytes: np.ndarray  # int64 [shards]
     sha256: tuple[str | None, ...]
-    modified: tuple[int, ...]  # nanoseconds; tells a stale row
+    modified: np.ndarray  # int64 [shards], nanoseconds; tells a stale row
+    store: Store = field(default_factory=LocalFiles)
+    spare: tuple[str, ...] = ()  # folders for the tables of shards whose own folder cannot be written
+
+    @staticmethod
+    def of(rows: Rows, store: Store, spare: tuple[str, ...] = ()) -> ShardIndex:
+        paths = tuple(rows.paths)
+        return ShardIndex(
+            paths, tuple(_names(paths)), rows.samples, rows.bytes, tuple(rows.sha256), rows.modified, store, spare
+        )
 
     @property
     def total(self) -> int:
         return int(self.samples.sum())
 
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.paths, self.samples, self.bytes, self.sha256, self.modified)
+
     @cached_property
     def digest(self) -> str:
         """Hex digest of names, samples and bytes: equal wherever the shards lie, other when one changed."""
-        rows = zip(self.names, self.samples.tolist(), self.bytes.tolist(), strict=True)
-        return hashlib.sha256("".join(f"{name} {n} {size}\n" for name, n, size in rows).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for name, samples, size in zip(self.names, self.samples.tolist(), self.bytes.tolist(), strict=True):
+            digest.update(f"{name} {samples} {size}\n".encode())
+        return digest.hexdigest()
 
     def save(self, path: Path) -> None:
         """Write JSON that `load` reads; shards at or below its folder are named relative to it."""
-        folder = os.path.abspath(path.parent)
-        rows = []
-        for i, shard in enumerate(self.paths):
-            inside = os.path.commonpath([folder, os.path.abspath(shard)]) == folder
-            rows.append(
-                {
-                    "name": os.path.relpath(shard, folder) if inside else os.path.abspath(shard),
-                    "samples": int(self.samples[i]),
-                    "bytes": int(self.bytes[i]),
-                    "sha256": self.sha256[i],
-                    "mtime_ns": self.modified[i],
-                }
-            )
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # many nodes may write at once
-        lines = ",\n".join(json.dumps(row) for row in rows)
-        try:
-            temporary.write_text(f'{{"format": "{FORMAT}", "shards": [\n{lines}\n]}}\n')
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_rows(LocalFiles(), str(path), self.rows)
 
     @staticmethod
-    def load(path: Path) -> ShardIndex:
+    def load(path: Path, store: Store | None = None) -> ShardIndex:
         """DataError for what is no index of ours."""
-        try:
-            content = json.loads(path.read_text())
-            if content["format"] != FORMAT:
-                raise ValueError(f"format is {content['format']!r}, not {FORMAT!r}")
-            rows = [_Row.read(row, path.parent) for row in content["shards"]]
-        except OSError as error:
-            raise DataError(f"data.index={path}: cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"data.index={path}: is no index as `vitscale index` makes it: {error!r}") from None
-        return _assemble(rows)
+        store = store or LocalFiles()
+        parts = list(read_rows(store, str(path)))
+        rows = Rows(
+            [shard for part in parts for shard in part.paths],
+            _joined(part.samples for part in parts),
+            _joined(part.bytes for part in parts),
+            [digest for part in parts for digest in part.sha256],
+            _joined(part.modified for part in parts),
+        )
+        return ShardIndex.of(rows, store, (os.path.dirname(os.path.abspath(path)),))
 
-
-@dataclass(frozen=True)
-class _Row:
-    path: str
-    samples: int
-    bytes: int
-    sha256: str | None
-    modified: int
+    def to_bytes(self) -> Packed:
+        """The index for other ranks, which `from_bytes` reads."""
+        columns = np.stack([self.samples, self.bytes, self.modified]).astype("<i8")
+        packer = zlib.compressobj(1)
+        parts = [packer.compress(_line([len(self.paths), self.spare])), packer.compress(columns.tobytes())]
+        for start in range(0, len(self.paths), _SENT):
+            some = slice(start, start + _SENT)
+            parts.append(packer.compress(_line([self.paths[some], self.sha256[some]])))
+        content = b"".join([*parts, packer.flush()])
+        return hashlib.sha256(content).digest() + content
 
     @staticmethod
-    def read(row: dict[str, Any], folder: Path) -> _Row:
-        samples, size = int(row["samples"]), int(row["bytes"])
-        if samples < 1 or size < 1 or not isinstance(row["name"], str):
-            raise ValueError(f"bad row {row}")
-        return _Row(str(folder / row["name"]), samples, size, row.get("sha256"), int(row.get("mtime_ns", 0)))
+    def from_bytes(data: Packed, store: Store | None = None) -> ShardIndex:
+        """What `to_bytes` gave, with nothing looked up. DataError where the bytes are not what they were."""
+        if hashlib.sha256(data[32:]).digest() != data[:32]:
+            raise DataError("the index of the shards came damaged from rank 0; start the run again")
+        content = io.BytesIO(zlib.decompress(memoryview(data)[32:]))
+        count, spare = json.loads(content.readline())
+        samples, size, modified = np.frombuffer(content.read(count * 24), "<i8").reshape(3, -1).astype(np.int64)
+        paths: list[str] = []
+        sha256: list[str | None] = []
+        for line in content:
+            some_paths, some_sha256 = json.loads(line)
+            paths += some_paths
+            sha256 += some_sha256
+        return ShardIndex.of(Rows(paths, samples, size, sha256, modified), store or LocalFiles(), tuple(spare))
+
+    def table(self, shard: int, label: str) -> SampleTable:
+        """The table of a shard, with the labels of extension `label`. DataError where it is not what the index says."""
+        path = self.paths[shard]
+        try:
+            stat = self.store.stat(path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}; the index names it") from None
+        return Sidecar(self.store, label, self.spare).table(self._checked(shard, stat))
+
+    def complete_tables(self, label: str, say: Report = report) -> None:
+        """Make the tables that are missing, in parallel: for a job that needs every row before its first step.
+
+        `say` gets a line every few seconds. DataError where a shard does not hold what the index says.
+        """
+        stats = stat_all(self.store, self.paths).T.tolist()
+        shards = [self._checked(shard, FileStat(*stat)) for shard, stat in enumerate(stats)]
+        count_samples(Sidecar(self.store, label, self.spare), shards, say)
+
+    def _checked(self, shard: int, stat: FileStat) -> Shard:
+        """A shard as it is now, which must be what was counted."""
+        path, size = self.paths[shard], int(self.bytes[shard])
+        if stat.bytes != size:
+            raise DataError(
+                f"{path}: has {stat.bytes} bytes, the index says {size}: it was written again or cut; "
+                "make a new index (vitscale index) for a new run, or bring the old shard back"
+            )
+        return Shard(path, stat, int(self.samples[shard]))
 
 
-def open_index(sources: tuple[Source, ...], index_path: str | None, cache: Path) -> ShardIndex:
-    """The index of the shards that `sources` name.
+def open_index(
+    sources: tuple[Source, ...],
+    index_path: str | None,
+    cache: Path,
+    *,
+    label: str = "cls",
+    store: Store | None = None,
+) -> ShardIndex:
+    """The index of the shards that `sources` name. Each is asked for its size and time once.
 
     From the file `index_path` (data.index) if given; else from index.json beside the shards where its rows are
     not stale, and the rest by a scan, kept beside the shards or, where that cannot be written, in the folder
-    `cache`. DataError names the pattern, the shard or the file at fault.
+    `cache`. A scan leaves the shards' tables, with labels of the extension `label`. DataError names the pattern,
+    the shard or the file at fault.
     """
     if len({source.weight for source in sources}) > 1:
         raise DataError("data.train: weights are not supported yet: every shard is read once an epoch; leave them out")
-    paths = expand(sources)
+    store = store or LocalFiles()
+    draft = Draft(expand(sources, store), store)
+    spare = os.path.abspath(cache)
     if index_path is not None:
-        return _from_file(paths, Path(index_path))
-    folders: dict[str, list[str]] = {}
-    for path in paths:
-        folders.setdefault(os.path.dirname(os.path.abspath(path)), []).append(path)
-    rows: dict[str, _Row] = {}
-    for folder, inside in folders.items():
-        rows.update(_folder_rows(Path(folder), inside, cache))
-    return _assemble([rows[path] for path in paths])
+        draft.take_from_file(index_path)
+        return ShardIndex.of(draft.rows, store, (os.path.dirname(os.path.abspath(index_path)), spare))
+    for folder in draft.folders:
+        draft.take_from_folder(folder, Sidecar(store, label, (spare,)), spare)
+    return ShardIndex.of(draft.rows, store, (spare,))
 
 
-def build_index(paths: Sequence[str], sha256: Sequence[str] | None = None) -> ShardIndex:
-    """Count every shard by its headers, and read it whole for its sha256 where that is not given."""
-    rows = _in_threads(lambda path: _scanned(path, None), paths)
-    digests = _in_threads(_sha256, paths) if sha256 is None else sha256
-    return _assemble([replace(row, sha256=digest) for row, digest in zip(rows, digests, strict=True)])
+def build_index(
+    paths: Sequence[str],
+    sha256: Sequence[str] | None = None,
+    *,
+    label: str = "cls",
+    spare: tuple[str, ...] = (),
+) -> ShardIndex:
+    """Count every shard by its table, made where there is none, and read it whole for its sha256 unless given."""
+    draft = Draft(paths, LocalFiles())
+    draft.count(range(len(paths)), Sidecar(draft.store, label, spare))
+    if sha256 is None:
+        draft.hash()
+    else:
+        draft.sha256[:] = sha256
+    return ShardIndex.of(draft.rows, draft.store, spare)
 
 
 def require_labels(index: ShardIndex, label: str) -> None:
     """DataError when no sample of the first shard has a label: told at the start, not after an hour."""
-    table = scan_shard(index.paths[0])
-    if label not in table.kinds:
-        kinds = ", ".join(sorted(table.kinds))
+    table = index.table(0, label)
+    if label not in table.extensions:
+        kinds = ", ".join(sorted(table.extensions))
         raise DataError(
             f"{index.paths[0]}: no member has the extension data.label={label!r} (it has {kinds}), and the objective "
             "needs labels: set data.label to the extension that holds a whole number, or pack from one folder a class"
         )
 
 
-def expand(sources: Iterable[Source]) -> list[str]:
-    """Paths of local shards: brace ranges expanded as webdataset does, then wildcards, sorted.
-
-    DataError for a pattern that matches nothing, for any scheme but file:, and for a shard named twice.
-    """
-    paths = [path for source in sources for path in _expand(source.pattern)]
-    if not paths:
-        raise DataError("data.train is empty: give a pattern of shards, say data.train=/data/train-{0000..0099}.tar")
-    twice = [path for path, count in Counter(map(os.path.realpath, paths)).items() if count > 1]
-    if twice:
-        raise DataError(f"{twice[0]}: is named twice by data.train; name each shard once")
-    return paths
+def _line(content: Any) -> Packed:
+    """As one line of JSON, with surrogates escaped: any path goes through."""
+    return json.dumps(content).encode() + b"\n"
 
 
-def _expand(pattern: str) -> list[str]:
-    scheme = _SCHEME.match(pattern)
-    if scheme and scheme[1].lower() != "file":
-        raise DataError(
-            f"shards {pattern!r}: only local paths are read, not {scheme[1]}: URLs (which, for pipe:, would be run as "
-            "commands); copy the shards to a file system and name them there"
-        )
-    local = re.sub(r"^file:(//)?", "", pattern, flags=re.IGNORECASE)
-    ranges = [[int(number or 1) for number in found] for found in _RANGE.findall(local)]
-    count = math.prod(abs(last - first) // max(1, abs(step)) + 1 for first, last, step in ranges)
-    if count > _MOST_SHARDS:
-        raise DataError(f"shards {pattern!r}: its braces stand for {count} paths; at most {_MOST_SHARDS} are taken")
-    try:
-        names = list(braceexpand.braceexpand(local))
-    except ValueError as error:
-        raise DataError(f"shards {pattern!r}: {error}") from None
-    paths: list[str] = []
-    for name in names:
-        found = sorted(glob.glob(name)) if glob.has_magic(name) else [name] if os.path.exists(name) else []
-        if not found:
-            which = "" if name == pattern else f" ({name})"
-            raise DataError(f"shards {pattern!r}: no such file{which}; check the path and the brace range")
-        paths += found
-    return paths
+def _joined(columns: Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *columns])
 
 
-def _from_file(paths: list[str], index_path: Path) -> ShardIndex:
-    whole = ShardIndex.load(index_path)
-    place = {os.path.realpath(path): i for i, path in enumerate(whole.paths)}
-    rows = []
-    for path, stat in zip(paths, _in_threads(_stat, paths), strict=True):
-        i = place.get(os.path.realpath(path))
-        if i is None:
-            raise DataError(f"data.index={index_path}: has no row for {path}; make it again with `vitscale index`")
-        row = _Row(path, int(whole.samples[i]), int(whole.bytes[i]), whole.sha256[i], whole.modified[i])
-        if row.bytes != stat.st_size:
-            raise DataError(
-                f"{path}: has {stat.st_size} bytes, data.index={index_path} says {row.bytes}; "
-                "bring the shard back or make the index again with `vitscale index`"
-            )
-        rows.append(row)
-    return _assemble(rows)
-
-
-def _folder_rows(folder: Path, paths: list[str], cache: Path) -> dict[str, _Row]:
-    """Rows of the shards in one folder, from its cache file where fresh; what was scanned is cached."""
-    beside = folder / "index.json"
-    elsewhere = cache / f"index-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}.json"
-    known = _cached(elsewhere) | _cached(beside)
-    rows: dict[str, _Row] = {}
-    for path, stat in zip(paths, _in_threads(_stat, paths), strict=True):
-        old = known.get(os.path.realpath(path))
-        if old and (old.bytes, old.modified) == (stat.st_size, stat.st_mtime_ns):
-            rows[path] = replace(old, path=path)
-    stale = [path for path in paths if path not in rows]
-    if stale:
-        declared = _declared(folder)
-
-        def scan(path: str) -> _Row:
-            return _scanned(path, known.get(os.path.realpath(path)), declared=declared.get(os.path.basename(path)))
-
-        rows |= dict(zip(stale, _in_threads(scan, stale), strict=True))
-        ours = {os.path.realpath(path) for path in paths}
-        others = [row for path, row in known.items() if path not in ours and os.path.exists(path)]
-        _write_cache(_assemble(sorted([*rows.values(), *others], key=lambda row: row.path)), beside, elsewhere)
-    return rows
-
-
-def _cached(path: Path) -> dict[str, _Row]:
-    """Rows of a cache file by real path; none where there is no file, or one that another tool made."""
-    try:
-        index = ShardIndex.load(path)
-    except DataError:
-        return {}
-    columns = zip(index.paths, index.samples.tolist(), index.bytes.tolist(), index.sha256, index.modified, strict=True)
-    return {os.path.realpath(row[0]): _Row(os.path.realpath(row[0]), *row[1:]) for row in columns}
-
-
-def _write_cache(index: ShardIndex, beside: Path, elsewhere: Path) -> None:
-    """Beside the shards unless another tool's index.json lies there or nothing may be written."""
-    if not beside.exists() or _cached(beside):
-        with contextlib.suppress(OSError):
-            index.save(beside)
-            return
-    elsewhere.parent.mkdir(parents=True, exist_ok=True)
-    index.save(elsewhere)
-
-
-def _declared(folder: Path) -> dict[str, int]:
-    """Counts that open_clip's sizes.json or img2dataset's NAME_stats.json declare, by file name.
-
-    They spare the scan of many shards at a start; a shard is held to its count when it is read.
-    """
-    counts: dict[str, int] = {}
-    for path in sorted(folder.glob("*_stats.json")):
-        content = _json(path)
-        if isinstance(content, dict) and isinstance(content.get("successes"), int):
-            counts[path.name.removesuffix("_stats.json") + ".tar"] = content["successes"]
-    sizes = _json(folder / "sizes.json")
-    if isinstance(sizes, dict):
-        counts |= {os.path.basename(name): count for name, count in sizes.items() if isinstance(count, int)}
-    return {name: count for name, count in counts.items() if count > 0}
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _scanned(path: str, old: _Row | None, declared: int | None = None) -> _Row:
-    """A shard's row from its headers; a packer's sha256 stays while size and count do."""
-    stat = _stat(path)
-    samples = declared or len(scan_shard(path))
-    same = old is not None and (old.samples, old.bytes) == (samples, stat.st_size)
-    return _Row(path, samples, stat.st_size, old.sha256 if old and same else None, stat.st_mtime_ns)
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _stat(path: str) -> os.stat_result:
-    try:
-        return os.stat(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _in_threads(work: Callable[[str], Result], paths: Sequence[str], threads: int = 16) -> list[Result]:
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, paths))
-
-
-def _assemble(rows: list[_Row]) -> ShardIndex:
-    paths = [row.path for row in rows]
-    return ShardIndex(
-        paths=tuple(paths),
-        names=tuple(_names(paths)),
-        samples=np.array([row.samples for row in rows], dtype=np.int64),
-        bytes=np.array([row.bytes for row in rows], dtype=np.int64),
-        sha256=tuple(row.sha256 for row in rows),
-        modified=tuple(row.modified for row in rows),
-    )
-
-
-def _names(paths: list[str]) -> list[str]:
+def _names(paths: Sequence[str]) -> list[str]:
     """File names without .tar; where two are the same, all with their folders below the common one."""
-    names = [os.path.basename(path).removesuffix(".tar") for path in paths]
+    names = [path[path.rfind("/") + 1 :].removesuffix(".tar") for path in paths]
     if len(set(names)) < len(names):
         above = os.path.commonpath([os.path.abspath(path) for path in paths])
         names = [os.path.relpath(os.path.abspath(path), above).removesuffix(".tar") for path in paths]

@@ -26,6 +26,7 @@ from vitscale.data.wire import FREE, Failed, Filled, SharedMemory, receive, send
 from vitscale.errors import DataError
 from vitscale.world import World, child_environment
 
+_BATCHES_AHEAD = 64  # time to scan a shard on a slow file system before its first sample is due
 _PATIENCE_S = 5.0  # for a reader to leave by itself
 # The reader has its own threads, and takes and frees an image's memory thousands of times a second: glibc is not
 # to give each back to the kernel (measured: 30% of simplejpeg's time).
@@ -63,14 +64,17 @@ class Loader:
     ) -> None:
         """start: global samples consumed, a multiple of global_batch.
 
-        needs_labels: a sample without a label (or, where num_labels is given, not below it) is a bad one.
+        needs_labels: a sample without a label (or, where num_labels is given, not below it) is a bad one; rank 0
+        looks at once whether the first shard has any.
         image_size: (height, width) that boxes will be resized to; lets simplejpeg decode at a DCT scale.
         """
         assert start % global_batch == 0
         assert global_batch % (micro_batch * world.world_size) == 0
-        if needs_labels:
+        if needs_labels and world.is_main:
             require_labels(index, data.label)
-        owned = max(1, order.lanes // world.world_size)
+        largest = int(index.samples.max())
+        ahead = order.block + min(largest, _BATCHES_AHEAD * global_batch // order.lanes)
+        lanes = -(-order.lanes // world.world_size) + (order.lanes % world.world_size > 0)
         self.decoder = choose_decoder(data.decode)  # what data.decode=auto has become, for the run's record
         self._plan = Plan(
             index=index, order=order, crop=crop, decoder=self.decoder, channels=num_channels,
@@ -78,8 +82,8 @@ class Loader:
             needs_labels=needs_labels, num_labels=num_labels, seed=seed, global_batch=global_batch,
             micro_batch=micro_batch, rank=world.rank, ranks=world.world_size, first_batch=start // global_batch,
             threads=data.threads or world.cores_per_rank, prefetch=data.prefetch,
-            # A lane is in one block of its window, which lies in a few shards.
-            table_samples=owned * (2 * order.block + 2 * int(index.samples.max())),
+            # What a lane reads lies in two blocks, what is ahead ends in another, and shards reach over both ends.
+            table_samples=lanes * (3 * order.block + ahead + 2 * largest), ahead=ahead,
         )  # fmt: skip
         self._number = 0  # of the micro-batch to give out next
         self._lent: dict[int, Batch] = {}  # what was given out and not released, by memory

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from vitscale.data.classes import CLASSES
 from vitscale.data.index import ShardIndex, build_index
-from vitscale.data.shards import IMAGE_KINDS
+from vitscale.data.table import IMAGE_KINDS
 from vitscale.errors import DataError
 
 Report = Callable[[str], None]

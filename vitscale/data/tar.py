@@ -9,18 +9,19 @@ are refused, since what they stand for is not in the shard.
 
 from __future__ import annotations
 
-import os
 import re
 import zlib
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from vitscale.data.store import FileStat, LocalFiles, Store
 from vitscale.errors import DataError
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _LARGEST_EXTENDED_HEADER = 1 << 20
+SMALL = 64  # bytes; a label of at most so many comes with its header, in one read
 # webdataset's rules (tariterators.py): key and extension of a member's name, and what is no sample.
 _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META = re.compile(r"__[^/]*__($|/)")
@@ -36,6 +37,7 @@ class OffsetTable:
     kind: np.ndarray  # int32 [members], places in `kinds`
     offsets: np.ndarray  # int64 [members], of the data in the file
     sizes: np.ndarray  # int64 [members], bytes
+    small: dict[int, bytes]  # member -> its bytes, of those with the label's extension that are at most SMALL
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -47,18 +49,19 @@ class OffsetTable:
         return {self.kinds[kind]: place for kind, place in zip(self.kind[chosen].tolist(), places, strict=True)}
 
 
-def scan_shard(path: str) -> OffsetTable:
-    """Read all headers of a tar file. DataError when it is not whole, not a tar, or holds no sample."""
+def scan_shard(
+    path: str, store: Store | None = None, label: str | None = None, stat: FileStat | None = None
+) -> OffsetTable:
+    """Read all headers of a tar file, each once. DataError when it is not whole, not a tar, or holds no sample.
+
+    label: the extension of the members whose bytes are wanted with their headers; stat: what the store says of
+    the file, where it is known.
+    """
+    store = store or LocalFiles()
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be opened: {error.strerror}") from None
-    try:
-        return _Scan(path, descriptor).run()
+        return _Scan(path, store, label, (stat or store.stat(path)).bytes).run()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    finally:
-        os.close(descriptor)
 
 
 @dataclass
@@ -66,8 +69,11 @@ class _Scan:
     """The state of one walk from header to header."""
 
     path: str
-    descriptor: int
+    store: Store
+    label: str | None
+    length: int  # bytes of the file
     position: int = 0  # of the next header
+    block: bytes = b""  # what lies after the header read last
     long_name: bytes | None = None  # told by an extended header for the member that follows
     long_size: int | None = None
     keys: list[str] = field(default_factory=list)
@@ -77,10 +83,10 @@ class _Scan:
     kind: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    small: dict[int, bytes] = field(default_factory=dict)
     extensions: set[str] = field(default_factory=set)  # of the sample being read
 
     def run(self) -> OffsetTable:
-        self.bytes = os.fstat(self.descriptor).st_size
         while (header := self._next_header()) != _ZEROS:
             self._take(header)
         self._check_end()
@@ -89,18 +95,19 @@ class _Scan:
         numbers = [np.array(values, dtype=np.int64) for values in (self.first, self.kind, self.offsets, self.sizes)]
         first, kind, offsets, sizes = numbers
         first = np.append(first, len(kind))
-        return OffsetTable(self.keys, first, list(self.kind_of), kind.astype(np.int32), offsets, sizes)
+        return OffsetTable(self.keys, first, list(self.kind_of), kind.astype(np.int32), offsets, sizes, self.small)
 
     def _fail(self, what: str) -> None:
         raise DataError(f"{self.path}: {what}; write the shard again or take it out of the data")
 
     def _read(self, position: int, count: int) -> bytes:
-        return os.pread(self.descriptor, count, position)
+        return self.store.read(self.path, position, count)
 
     def _next_header(self) -> bytes:
-        header = self._read(self.position, BLOCK)
+        both = self._read(self.position, 2 * BLOCK)
+        header, self.block = both[:BLOCK], both[BLOCK:]
         if len(header) < BLOCK:
-            self._fail(f"ends at byte {self.bytes} without tar's end marker: it is cut, or still being written")
+            self._fail(f"ends at byte {self.length} without tar's end marker: it is cut, or still being written")
         if header == _ZEROS:
             return header
         # adler32's low half is 1 + the sum of all bytes, modulo 65521, at C's speed; tar's checksum
@@ -141,8 +148,10 @@ class _Scan:
             )
         start = self.position + BLOCK
         end = start if is_folder else start + size
-        if end > self.bytes:
-            self._fail(f"member {name!r} at byte {self.position} should reach to byte {end}, the file has {self.bytes}")
+        if end > self.length:
+            self._fail(
+                f"member {name!r} at byte {self.position} should reach to byte {end}, the file has {self.length}"
+            )
         self.position = start + -(-(end - start) // BLOCK) * BLOCK
         if extended:
             self._take_extended(kind, self._extended_data(start, size))
@@ -222,6 +231,8 @@ class _Scan:
         if extension in self.extensions:
             self._fail(f"member {name!r} comes twice in one sample (a key ends at the first dot of the file's name)")
         self.extensions.add(extension)
+        if extension == self.label and size <= SMALL:
+            self.small[len(self.kind)] = self.block[:size]
         self.kind.append(self.kind_of.setdefault(extension, len(self.kind_of)))
         self.offsets.append(offset)
         self.sizes.append(size)
@@ -231,9 +242,9 @@ class _Scan:
         marker = self.position
         if self.long_name is not None or self.long_size is not None:
             self._fail(f"the last extended header, before byte {marker}, has no member after it")
-        if self.bytes - marker < 2 * BLOCK:
-            self._fail(f"ends at byte {self.bytes} inside tar's end marker: it is cut")
-        while piece := self._read(marker, 1 << 20):
+        if self.length - marker < 2 * BLOCK:
+            self._fail(f"ends at byte {self.length} inside tar's end marker: it is cut")
+        while marker < self.length and (piece := self._read(marker, 1 << 20)):
             if piece.count(0) != len(piece):
                 self._fail(
                     f"has data after the block of zeros at byte {self.position}: a damaged header, "

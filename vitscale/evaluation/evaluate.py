@@ -64,11 +64,11 @@ def evaluate(folder: RunFolder, world: World, overrides: Sequence[str] = ()) -> 
     models = {"trained": model, "untrained": untrained.to(device)}
     encoders = {name: pooled(each.get_submodule("vit")) for name, each in models.items()} | {"pixels": pixels()}
     bad = {name: SampleGuard(config.data.max_bad_fraction, {}) for name in ("train", "test")}
-    index = open_index(
-        evaluation.train or config.data.train, None if evaluation.train else config.data.index, folder.path
-    )
+    label, indexed = config.data.label, None if evaluation.train else config.data.index
+    index = open_index(evaluation.train or config.data.train, indexed, folder.path, label=label)
     train = _features(encoders, index, config, world, bad["train"])
-    test = _features(encoders, open_index(evaluation.test, None, folder.path), config, world, bad["test"])
+    index = open_index(evaluation.test, None, folder.path, label=label)
+    test = _features(encoders, index, config, world, bad["test"])
     scores = {
         name: score_features(train.values[name], train.labels, test.values[name], test.labels, evaluation.neighbours)
         for name in encoders
@@ -146,7 +146,8 @@ def _draw(folder: RunFolder, config: RunConfig, model: Any, world: World) -> Non
     if config.objective.name == "classification":
         return
     sources = config.evaluation.test
-    index = open_index(sources or config.data.train, None if sources else config.data.index, folder.path)
+    path = None if sources else config.data.index
+    index = open_index(sources or config.data.train, path, folder.path, label=config.data.label)
     batches = _batches(index, config, world, SampleGuard(1.0, {}))
     pixel_values, _, ids = next(batches)
     batches.close()  # type: ignore[attr-defined]

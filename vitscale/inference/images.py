@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscale.data.shards import IMAGE_KINDS, LARGEST_MEMBER
+from vitscale.data.shards import LARGEST_MEMBER
+from vitscale.data.table import IMAGE_KINDS
 from vitscale.data.tar import scan_shard
 from vitscale.errors import DataError, VitscaleError
 from vitscale.interop.image_arrays import decode

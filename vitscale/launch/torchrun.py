@@ -122,7 +122,7 @@ def prepare(arguments: Sequence[str], layout: Layout, script: str, patience_s: f
         folder.clear_exit()
         folder.stop.unlink(missing_ok=True)
         if config.data.train:  # without any, the run itself says what to give
-            open_index(config.data.train, config.data.index, folder.path)
+            open_index(config.data.train, config.data.index, folder.path, label=config.data.label)
         keep_snapshot(folder, Path(arguments[1]), [script, *arguments])
     return folder
 

@@ -55,12 +55,12 @@ def open_session(config: RunConfig, world: World, folder: RunFolder) -> Session:
     Raises ConfigError, DataError or LaunchError.
     """
     # Rank 0 opens the index before it joins the others: a missing shard is told at once.
-    index = _open_index(config, folder) if world.is_main else None
+    opened = _open_index(config, folder) if world.is_main else None
     backend = Backend(config, world)
-    backend.ranks.barrier()
+    packed = backend.ranks.broadcast(opened.to_bytes() if opened else None)
     # Not before: a rank that waits in C++ for the others could not answer a TERM.
     stop = StopRequest(folder.path, looks=world.local_rank == 0, clears=world.is_main)
-    index = index or _open_index(config, folder)
+    index = opened or ShardIndex.from_bytes(packed)
     config = _with_class_names(config, index)
     decoder = choose_decoder(config.data.decode)
     _require_agreement(config, backend.ranks, folder, index, decoder)
@@ -77,7 +77,7 @@ def _open_index(config: RunConfig, folder: RunFolder) -> ShardIndex:
     data = config.data
     if not data.train:
         raise ConfigError("data.train is empty: give the shards, say data.train='/data/train-{000000..000099}.tar'")
-    index = open_index(data.train, data.index, folder.path)
+    index = open_index(data.train, data.index, folder.path, label=data.label)
     if config.objective.needs_labels:
         require_labels(index, data.label)
     return index

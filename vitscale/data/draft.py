@@ -1,0 +1,240 @@
+"""An index while it is made: what its shards' stores, index files and tables say of them."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import chain
+from typing import Any, TypeVar
+
+import numpy as np
+
+from vitscale.data.index_file import Rows, read_rows, write_rows
+from vitscale.data.sidecar import Shard, Sidecar, count_samples, spare_name
+from vitscale.data.store import FileStat, LocalFiles, Store
+from vitscale.errors import DataError
+
+Result = TypeVar("Result")
+_THREADS = 16  # a file system far away answers many questions at once
+_PART = 512  # paths that a thread takes at once
+_PIECE = 8 << 20  # bytes read at once for a hash
+
+
+class Draft:
+    """An index while its samples are counted: paths, sizes and times are known."""
+
+    def __init__(self, paths: Sequence[str], store: Store) -> None:
+        """DataError for a shard that is not there, and for one that is named twice."""
+        self.paths, self.store = paths, store
+        self.folders = sorted({path[: path.rfind("/") + 1] for path in paths})  # "" or with a slash at the end
+        self._first: dict[str, str] = {}  # folder with its links resolved -> as it is written first
+        self._written = {folder: self._first.setdefault(_real(folder), folder) for folder in self.folders}
+        aliases = any(folder != first for folder, first in self._written.items())
+        self._places = dict(zip(map(self._canonical, paths) if aliases else paths, range(len(paths)), strict=True))
+        if len(self._places) < len(paths):
+            twice = next(path for i, path in enumerate(paths) if self._places[self._canonical(path)] != i)
+            raise DataError(f"{twice}: is named twice by data.train; name each shard once")
+        self.bytes, self.modified = stat_all(store, paths)
+        self.samples = np.zeros(len(paths), dtype=np.int64)  # 0: not known yet
+        self.sha256 = np.full(len(paths), None, dtype=object)
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.paths, self.samples, self.bytes, self.sha256.tolist(), self.modified)
+
+    @cached_property
+    def by_folder(self) -> dict[str, list[int]]:
+        """The places of each folder's shards."""
+        folders: dict[str, list[int]] = {folder: [] for folder in self.folders}
+        for i, path in enumerate(self.paths):
+            folders[path[: path.rfind("/") + 1]].append(i)
+        return folders
+
+    def places(self, rows: Rows) -> np.ndarray:
+        """Where each of the rows has its shard here: int64, -1 where it is none of these."""
+        find = self._places.get
+        places = [find(path, -1) for path in rows.paths]
+        if -1 in places:
+            places = [find(self._canonical(path), -1) for path in rows.paths]
+        return np.array(places, dtype=np.int64)
+
+    def _canonical(self, path: str) -> str:
+        """The same for all ways to write a folder, whose links are resolved once."""
+        end = path.rfind("/") + 1
+        folder = path[:end]
+        first = self._written.get(folder)
+        if first is None:
+            real = _real(folder)
+            first = self._written[folder] = self._first.get(real, real)
+        return path if first == folder else first + path[end:]
+
+    def take(self, rows: Rows, chosen: np.ndarray, places: np.ndarray) -> None:
+        """The counts of the `chosen` rows are those of the shards at `places`."""
+        self.samples[places] = rows.samples[chosen]
+        self.sha256[places] = np.array(rows.sha256, dtype=object)[chosen]
+
+    def take_from_file(self, index_path: str) -> None:
+        """Every shard's row from the file that data.index names. DataError where one is missing or other."""
+        for rows in read_rows(self.store, index_path):
+            places = self.places(rows)
+            ours = np.flatnonzero(places >= 0)
+            places = places[ours]
+            for i in np.flatnonzero(rows.bytes[ours] != self.bytes[places])[:1].tolist():
+                raise DataError(
+                    f"{self.paths[places[i]]}: has {self.bytes[places[i]]} bytes, data.index={index_path} says "
+                    f"{rows.bytes[ours[i]]}; bring the shard back or make the index again with `vitscale index`"
+                )
+            self.take(rows, ours, places)
+        for i in np.flatnonzero(self.samples == 0)[:1].tolist():
+            raise DataError(
+                f"data.index={index_path}: has no row for {self.paths[i]}; make it again with `vitscale index`"
+            )
+
+    def take_from_folder(self, folder: str, sidecar: Sidecar, spare: str) -> None:
+        """The rows of a folder's shards: from its index.json where they are not stale, or another tool's
+        declarations; the others are counted. What was not in index.json is kept there, or else in `spare`."""
+        files = _FolderFiles(folder, self.store, spare)
+        outdated: dict[int, tuple[int, int, str | None]] = {}  # place -> samples, bytes, sha256
+        for rows in files.rows():
+            places = self.places(rows)
+            ours = np.flatnonzero(places >= 0)
+            places = places[ours]
+            fresh = (rows.bytes[ours] == self.bytes[places]) & (rows.modified[ours] == self.modified[places])
+            self.take(rows, ours[fresh], places[fresh])
+            for row, place in zip(ours[~fresh].tolist(), places[~fresh].tolist(), strict=True):
+                outdated[place] = int(rows.samples[row]), int(rows.bytes[row]), rows.sha256[row]
+        if self.samples.all():
+            return
+        inside = np.array(self.by_folder[folder])
+        stale = inside[self.samples[inside] == 0]
+        declared = _declared(self.store, folder)
+        for place in stale.tolist():
+            self.samples[place] = declared.get(os.path.basename(self.paths[place]), 0)
+        self.count(stale[self.samples[stale] == 0].tolist(), sidecar)
+        for place in outdated.keys() & set(stale.tolist()):  # a packer's sha256 stays while size and count do
+            samples, size, sha256 = outdated[place]
+            if (samples, size) == (self.samples[place], self.bytes[place]):
+                self.sha256[place] = sha256
+        if len(stale):
+            files.save(inside, self)
+
+    def count(self, places: Iterable[int], sidecar: Sidecar) -> None:
+        """Count the samples of these shards by their tables."""
+        places = list(places)
+        shards = [Shard(self.paths[i], FileStat(int(self.bytes[i]), int(self.modified[i]))) for i in places]
+        self.samples[places] = count_samples(sidecar, shards)
+
+    def hash(self) -> None:
+        """Read every shard whole for its sha256."""
+        self.sha256[:] = _in_threads(lambda path: _sha256(self.store, path), self.paths)
+
+
+class _FolderFiles:
+    """The index.json of a folder of shards, and what stands for it where it is another tool's or cannot be written."""
+
+    def __init__(self, folder: str, store: Store, spare: str) -> None:
+        self._beside = (store, os.path.join(folder, "index.json"))
+        self._spare = (LocalFiles(), os.path.join(spare, spare_name(folder, ".json")))
+
+    def rows(self) -> Iterator[Rows]:
+        """Rows of both; none where there is no file, or from where it is not ours on."""
+        for store, path in (self._spare, self._beside):
+            with contextlib.suppress(DataError):
+                yield from read_rows(store, path)
+
+    def save(self, places: np.ndarray, draft: Draft) -> None:
+        """The draft's rows at these places, and the rows of shards that it does not have, while they exist."""
+        (store, beside), all_rows = self._beside, draft.rows
+        ours = [tuple(column[i] for column in all_rows) for i in places.tolist()]
+        others: dict[str, Any] = {}
+        for rows in self.rows():
+            missing = draft.places(rows) < 0
+            others |= {row[0]: row for row, kept in zip(zip(*rows, strict=True), missing.tolist(), strict=True) if kept}
+        there = [row for row in others.values() if _exists(store, row[0])]
+        paths, samples, size, sha256, modified = zip(*sorted([*ours, *there]), strict=True)
+        rows = Rows(paths, np.array(samples), np.array(size), sha256, np.array(modified))
+        if not _exists(store, beside) or self._is_ours():
+            with contextlib.suppress(OSError):
+                write_rows(store, beside, rows)
+                return
+        write_rows(*self._spare, rows)
+
+    def _is_ours(self) -> bool:
+        try:
+            return any(len(rows.paths) for rows in read_rows(*self._beside))
+        except DataError:
+            return False
+
+
+def _declared(store: Store, folder: str) -> dict[str, int]:
+    """Counts that open_clip's sizes.json or img2dataset's NAME_stats.json declare, by file name.
+
+    They spare the scan of many shards at a start; a shard is held to its count when it is read.
+    """
+    counts: dict[str, int] = {}
+    for path in store.list(os.path.join(glob.escape(folder), "*_stats.json")):
+        content = _json(store, path)
+        if isinstance(content, dict) and isinstance(content.get("successes"), int):
+            counts[os.path.basename(path).removesuffix("_stats.json") + ".tar"] = content["successes"]
+    sizes = _json(store, os.path.join(folder, "sizes.json"))
+    if isinstance(sizes, dict):
+        counts |= {os.path.basename(name): count for name, count in sizes.items() if isinstance(count, int)}
+    return {name: count for name, count in counts.items() if count > 0}
+
+
+def _json(store: Store, path: str) -> Any:
+    try:
+        return json.loads(store.read(path, 0, store.stat(path).bytes))
+    except (OSError, ValueError):
+        return None
+
+
+def _exists(store: Store, path: str) -> bool:
+    try:
+        store.stat(path)
+    except OSError:
+        return False
+    return True
+
+
+def stat_all(store: Store, paths: Sequence[str]) -> np.ndarray:
+    """int64 [2, paths]: the bytes and the time of each. DataError names one that cannot be had."""
+    parts = [paths[start : start + _PART] for start in range(0, len(paths), _PART)]
+    return np.concatenate(_in_threads(lambda part: _stats(store, part), parts), axis=1)
+
+
+def _stats(store: Store, paths: Sequence[str]) -> np.ndarray:
+    try:
+        stats = np.fromiter(chain.from_iterable(map(store.stat, paths)), dtype=np.int64, count=2 * len(paths))
+    except FileNotFoundError as error:
+        raise DataError(f"{error.filename}: no such file; check the path and the brace range") from None
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    return stats.reshape(-1, 2).T
+
+
+def _real(folder: str) -> str:
+    """A folder ("" or with a slash at the end) with its links resolved, with a slash at the end."""
+    return os.path.join(os.path.realpath(folder), "")
+
+
+def _sha256(store: Store, path: str) -> str:
+    digest, start = hashlib.sha256(), 0
+    try:
+        while data := store.read(path, start, _PIECE):
+            digest.update(data)
+            start += len(data)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def _in_threads(work: Callable[[Any], Result], items: Sequence[Any]) -> list[Result]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(work, items))

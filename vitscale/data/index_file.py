@@ -1,0 +1,102 @@
+"""The file that keeps an index: `vitscale-index-1`, JSON with a shard a line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vitscale.data.store import Store
+from vitscale.errors import DataError
+
+FORMAT = "vitscale-index-1"
+_HEAD = f'{{"format": "{FORMAT}", "shards": [\n'.encode()
+_NEXT = b"},\n"  # between two rows
+_END = b"\n]}\n"
+_READ = 1 << 18  # bytes read, and parsed, at once
+
+
+class Rows(NamedTuple):
+    """Rows of an index, as columns."""
+
+    paths: Sequence[str]
+    samples: np.ndarray  # int64
+    bytes: np.ndarray  # int64
+    sha256: Sequence[str | None]
+    modified: np.ndarray  # int64, nanoseconds; tells a stale row
+
+
+def read_rows(store: Store, path: str) -> Iterator[Rows]:
+    """The file's rows, some at a time, their paths from its folder on. DataError for what is no index of ours."""
+    try:
+        for entries in _entries(store, path):
+            yield _rows(entries, os.path.dirname(path))
+    except OSError as error:
+        raise DataError(f"data.index={path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise DataError(f"data.index={path}: is no index as `vitscale index` makes it: {error!r}") from None
+
+
+def write_rows(store: Store, path: str, rows: Rows) -> None:
+    """Shards at or below the file's folder are named relative to it. OSError where it cannot be written."""
+    folder = os.path.abspath(os.path.dirname(path))
+    inside = folder.rstrip("/") + "/"
+    lines = []
+    for shard, samples, size, sha256, modified in zip(*rows, strict=True):
+        whole = os.path.abspath(shard)
+        row = {
+            "name": whole.removeprefix(inside),
+            "samples": int(samples),
+            "bytes": int(size),
+            "sha256": sha256,
+            "mtime_ns": int(modified),
+        }
+        lines.append(json.dumps(row))
+    store.write(path, _HEAD + ",\n".join(lines).encode() + _END)
+
+
+def _entries(store: Store, path: str) -> Iterator[list[Any]]:
+    """The file's rows as JSON has them: by the line where it is laid out as we write it, else read whole."""
+    pieces = _pieces(store, path)
+    rest = next(pieces, b"")
+    if rest.startswith(_HEAD):
+        rest = rest[len(_HEAD) :]
+        for piece in pieces:
+            rows, end, begun = rest.rpartition(_NEXT)
+            try:
+                yield json.loads(b"[" + rows + b"}]") if end else []
+            except ValueError:  # rows laid out otherwise, or no JSON at all: told below
+                rest += piece
+                break
+            rest = begun + piece
+        rest = _HEAD + rest
+    content = json.loads(rest + b"".join(pieces))
+    if content["format"] != FORMAT:
+        raise ValueError(f"format is {content['format']!r}, not {FORMAT!r}")
+    yield content["shards"]
+
+
+def _pieces(store: Store, path: str) -> Iterator[bytes]:
+    start = 0
+    while data := store.read(path, start, _READ):
+        yield data
+        start += len(data)
+
+
+def _rows(entries: list[Any], folder: str) -> Rows:
+    before = os.path.join(folder, "")
+    names = [entry["name"] for entry in entries]
+    rows = Rows(
+        [name if name.startswith("/") else before + name for name in names],
+        np.array([entry["samples"] for entry in entries], dtype=np.int64),
+        np.array([entry["bytes"] for entry in entries], dtype=np.int64),
+        [entry.get("sha256") for entry in entries],
+        np.array([entry.get("mtime_ns", 0) for entry in entries], dtype=np.int64),
+    )
+    bad = np.flatnonzero((rows.samples < 1) | (rows.bytes < 1))
+    if len(bad):
+        raise ValueError(f"bad row {entries[bad[0]]}")
+    return rows

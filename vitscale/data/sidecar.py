@@ -1,0 +1,162 @@
+"""Tables beside their shards: a shard's headers are read once, by whoever needs them first.
+
+The table of FOLDER/NAME.tar for labels in .cls members is FOLDER/index.tables/NAME.tar.cls.table; another label
+has a file of its own, so that runs with different labels do not undo each other's. Where FOLDER cannot be written
+it lies in a folder that the index names (that of data.index, the run's). A table holds as long as the shard has the
+size and the time of its scan; one that does not, or that is damaged, is reported and made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from urllib.parse import quote
+
+from vitscale.data import table as tables
+from vitscale.data.store import FileStat, LocalFiles, Store
+from vitscale.data.table import SampleTable
+from vitscale.data.tar import scan_shard
+from vitscale.errors import DataError
+
+FOLDER = "index.tables"
+_FIRST_READ = 1 << 18  # bytes; most tables are smaller
+_NEXT_READ = 1 << 22
+_THREADS = 16  # of a process that makes many tables
+_WORTH_A_PROCESS = 256 << 20  # bytes of shards
+_TICK_NS = 20_000_000  # no kernel's file times are coarser
+_REPORT_EVERY_S = 10.0
+_MOST_TOLD = 20
+_told = itertools.count()
+Report = Callable[[str], None]
+
+
+def report(line: str) -> None:
+    """To standard error, as the reader process has it too."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard whose table is wanted."""
+
+    path: str
+    stat: FileStat
+    samples: int | None = None  # that it must hold, where an index says so
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """The tables of shards for one label."""
+
+    store: Store
+    label: str
+    spare: tuple[str, ...]  # local folders for tables that cannot lie beside their shards, first the preferred
+
+    def table(self, shard: Shard) -> SampleTable:
+        """From its file where that holds, else by a scan that leaves one.
+
+        DataError where the shard is damaged, or does not hold the samples that it must.
+        """
+        for store, path in self._places(shard.path):
+            kept = self._kept(store, path, shard)
+            if kept is not None:
+                return kept
+        _outlast(shard.stat)
+        made = tables.make_table(scan_shard(shard.path, self.store, self.label, shard.stat), shard.stat, self.label)
+        if shard.samples not in (None, len(made)):
+            raise DataError(
+                f"{shard.path}: holds {len(made)} samples, the index says {shard.samples}; "
+                "make a new index (vitscale index) for a new run, or bring the old shard back"
+            )
+        self._keep(shard.path, made)
+        return made
+
+    def count(self, shards: Sequence[Shard]) -> list[int]:
+        """How many samples each shard holds; their tables are made where there are none."""
+        with ThreadPoolExecutor(min(_THREADS, len(shards))) as pool:
+            return list(pool.map(lambda shard: len(self.table(shard)), shards))
+
+    def _places(self, path: str) -> Iterator[tuple[Store, str]]:
+        folder, name = os.path.split(path)
+        name = f"{name}.{quote(self.label, safe='')}.table"
+        yield self.store, os.path.join(folder, FOLDER, name)
+        for spare in self.spare:
+            yield LocalFiles(), os.path.join(spare, spare_name(folder, ".tables"), name)
+
+    def _kept(self, store: Store, path: str, shard: Shard) -> SampleTable | None:
+        """The table in a file, if there is one that holds."""
+        try:
+            data = store.read(path, 0, _FIRST_READ)
+            whole = tables.whole_length(data)
+            while len(data) < whole and (more := store.read(path, len(data), _NEXT_READ)):
+                data += more
+            found = tables.from_bytes(data)
+            if found.label != self.label or found.shard != shard.stat or shard.samples not in (None, len(found)):
+                raise ValueError("is of another state of the shard")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            _tell(f"{path}: cannot be read ({error.strerror}); the table is made again from {shard.path}")
+            return None
+        except ValueError as error:
+            _tell(f"{path}: {error}; the table is made again from {shard.path}")
+            return None
+        return found
+
+    def _keep(self, path: str, made: SampleTable) -> None:
+        data = tables.to_bytes(made)
+        for store, place in self._places(path):
+            try:
+                store.write(place, data)
+                return
+            except OSError as error:
+                why = error
+        _tell(f"{path}: its table cannot be kept ({why}), so its headers are read again at the next start")
+
+
+def _outlast(stat: FileStat) -> None:
+    """Wait until a file that is written to from now on gets another time than it has, or no one would see it."""
+    age = time.time_ns() - stat.modified
+    if 0 <= age < _TICK_NS:
+        time.sleep((_TICK_NS - age) / 1e9)
+
+
+def _tell(line: str) -> None:
+    """Report a line of which there may be one a shard: the first ones, for this process."""
+    number = next(_told)
+    if number < _MOST_TOLD:
+        report(line)
+    elif number == _MOST_TOLD:
+        report("tables: more of them are made again or not kept; what is wrong is as told above")
+
+
+def spare_name(folder: str, ending: str) -> str:
+    """What stands for a folder of shards in the run's folder."""
+    return f"index-{hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:8]}{ending}"
+
+
+def count_samples(sidecar: Sidecar, shards: Sequence[Shard], say: Report = report) -> list[int]:
+    """How many samples each shard holds, their tables made in parallel, with a line every few seconds."""
+    size = sum(shard.stat.bytes for shard in shards)
+    workers = max(1, min(len(os.sched_getaffinity(0)), len(shards), size // _WORTH_A_PROCESS))
+    part = max(1, min(_THREADS * 4, len(shards) // (workers * 4)))
+    parts = [shards[start : start + part] for start in range(0, len(shards), part)]
+    counts: list[int] = []
+    started = told = time.monotonic()
+    pool: Executor = ProcessPoolExecutor(workers, get_context("fork")) if workers > 1 else ThreadPoolExecutor(1)
+    with pool:
+        for some in pool.map(sidecar.count, parts):
+            counts += some
+            now = time.monotonic()
+            if now - told >= _REPORT_EVERY_S:
+                told = now
+                left = (now - started) * (len(shards) / len(counts) - 1)
+                say(f"tables: {len(counts):,} of {len(shards):,} shards, {sum(counts):,} samples, {left:.0f} s left")
+    return counts
