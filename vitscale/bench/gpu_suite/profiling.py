@@ -1,0 +1,109 @@
+"""Stage g: where five steps of MAE ViT-B go, reader to AdamW: a trace, the top kernels, the GPU's idle share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from vitscale.bench.gpu_suite.cases import Cases, Figures, Setting
+from vitscale.bench.gpu_suite.correctness import small_config
+from vitscale.bench.gpu_suite.photographs import inputs, open_loader, photographs
+from vitscale.bench.gpu_suite.training import LR, new_model
+from vitscale.bench.measuring import synchronize
+from vitscale.config.presets import preset
+from vitscale.config.schema import Model, Objective, RunConfig, Train
+from vitscale.engine.backend import Backend
+from vitscale.world import World
+
+STEPS, WARM = 5, 4
+MOST_BYTES = 16 << 20
+FILE = "trace.json.gz"
+
+
+def cases(setting: Setting) -> Cases:
+    return {"five steps": partial(_profile, setting)}
+
+
+def _config(setting: Setting) -> RunConfig:
+    if setting.tiny:
+        config = small_config("mae")
+        return replace(config, model=replace(config.model, image_size=32, patch_size=8))
+    train = Train(global_batch=256, micro_batch=256, steps=STEPS, precision="bf16", compile=True)
+    return RunConfig(model=Model(**preset("B"), image_size=224), objective=Objective(name="mae"), train=train)
+
+
+def _profile(setting: Setting) -> Figures:
+    config, cuda = _config(setting), setting.device == "cuda"
+    backend = Backend(config, World(device=setting.device))
+    try:
+        engine = backend.wrap(new_model(config), config)
+        with open_loader(photographs(setting), config) as loader:
+            feed = inputs(loader, config, backend.device)
+            for _ in range(WARM):
+                engine.step(islice(feed, 1), LR)
+            synchronize(backend.device)
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+            with profile(activities=activities) as profiler:
+                for _ in range(STEPS):
+                    engine.step(islice(feed, 1), LR)
+                synchronize(backend.device)
+    finally:
+        backend.close()
+    top = _top(profiler, cuda)
+    figures: Figures = {"top": top, **_trace(profiler, setting)}
+    first = ", ".join(f"{one['name'][:40]} {one['share']:.0%}" for one in top[:3])
+    if cuda:
+        figures["idle_share"] = idle_share(_spans(profiler))
+    idle = f"GPU idle {figures['idle_share']:.1%}; " if cuda else ""
+    figures["text"] = f"{idle}{first}; {figures['trace']}"
+    return figures
+
+
+def _trace(profiler: Any, setting: Setting) -> Figures:
+    """Keep the trace for ui.perfetto.dev, unless it is too large for OUT."""
+    file = setting.out / FILE
+    profiler.export_chrome_trace(str(file))
+    size = file.stat().st_size
+    if size > MOST_BYTES:
+        file.unlink()
+        return {"trace": f"the trace of {size >> 20} MiB was not kept: at most {MOST_BYTES >> 20}", "trace_bytes": size}
+    return {"trace": f"{FILE}, {size / 2**20:.1f} MiB", "trace_bytes": size}
+
+
+def _top(profiler: Any, cuda: bool) -> list[Figures]:
+    """The 15 kernels (on a CPU: operations) that took the most time of their own."""
+    kind = "self_device_time_total" if cuda else "self_cpu_time_total"
+    averages = [event for event in profiler.key_averages() if getattr(event, kind) > 0]
+    total = sum(getattr(event, kind) for event in averages)
+    averages.sort(key=lambda event: -getattr(event, kind))
+    return [
+        {"name": event.key[:120], "calls": event.count, "milliseconds": getattr(event, kind) / 1000,
+         "share": getattr(event, kind) / total}
+        for event in averages[:15]
+    ]  # fmt: skip
+
+
+def _spans(profiler: Any) -> Iterator[tuple[float, float]]:
+    """(start, end) of what ran on the GPU."""
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            yield event.time_range.start, event.time_range.end
+
+
+def idle_share(spans: Iterable[tuple[float, float]]) -> float:
+    """The share of the time between the first start and the last end in which no span is."""
+    busy, end, first = 0.0, None, None
+    for start, stop in sorted(spans):
+        if end is None or first is None:
+            first = end = start
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    if first is None or end is None or end == first:
+        return 0.0
+    return 1.0 - busy / (end - first)
