@@ -30,8 +30,8 @@ STAGES = (
     Stage("h", "pytest -m gpu", f"{_HERE}.gpu_tests:cases", 400, 390, 60),
 )
 # What runs import when they get there; on a CPU, once for all of them.
-_LIBRARIES = ("torch", "accelerate", "deepspeed", "transformers", "matplotlib.figure", "pyarrow.parquet",
-              "torch.distributed.fsdp", "deepspeed.runtime.zero.muon.original_muon")  # fmt: skip
+_LIBRARIES = ("accelerate", "deepspeed", "matplotlib.figure", "pyarrow.parquet", "torch.distributed.fsdp",
+              "deepspeed.runtime.zero.muon.original_muon")  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -54,8 +54,9 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED))  # by way of what ends the stage's processes
     with tempfile.TemporaryDirectory(prefix="vitscale-gpu-suite-", ignore_cleanup_errors=True) as scratch:
         runner = Runner(results, options.device, Path(scratch), options.budget)
-        if options.device == "cpu":
+        if options.device == "cpu" and results.in_order(wanted):
             world.enter()
+            importlib.import_module("vitscale.bench.measuring").transformers()
             for module in _LIBRARIES:
                 importlib.import_module(module)
         runner.run(wanted)

@@ -89,8 +89,10 @@ def serve(stage: Stage, setting: Setting, log: Path) -> None:
     """
     os.setsid()  # ended with all that it has started
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(stream, 1)
-    os.dup2(stream, 2)
+    for number in (1, 2):
+        os.dup2(stream, number)
+    # A forked process has its parent's, with what these still hold.
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     world.enter()
     module, name = stage.cases.split(":")
     try:
@@ -109,7 +111,7 @@ def serve(stage: Stage, setting: Setting, log: Path) -> None:
 def _run(name: str, case: Callable[[], Figures], setting: Setting) -> bool:
     """Run one case; False where it failed."""
     began = time.monotonic()
-    print(f"== {name}", flush=True)
+    print(f"== {name}")
     setting.emit(begun=name)
     state, figures, error = "passed", None, None
     try:
@@ -120,7 +122,6 @@ def _run(name: str, case: Callable[[], Figures], setting: Setting) -> bool:
         traceback.print_exc()
         state, error = "failed", _brief(problem)
     setting.emit(case=name, state=state, seconds=time.monotonic() - began, figures=figures, error=error)
-    sys.stdout.flush()
     return state != "failed"
 
 

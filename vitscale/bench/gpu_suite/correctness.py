@@ -49,8 +49,8 @@ def resume_cases(setting: Setting) -> Cases:
 
 def small_config(objective: str, tokens: bool = False) -> RunConfig:
     """A small model and batch; with `tokens`, ViT-S's width and its 197 tokens in four blocks."""
-    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
-                             "image_size": 16, "patch_size": 4}  # fmt: skip
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                             "intermediate_size": 64, "image_size": 16, "patch_size": 4}  # fmt: skip
     decoder = MAE(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
                   decoder_intermediate_size=32)  # fmt: skip
     if tokens:

@@ -85,10 +85,9 @@ def _figures(
     seconds = [row["step_seconds"] for row in warm]
     rate = config.train.global_batch * len(seconds) / sum(seconds)  # not of the median step: a stall counts
     peak, source = _peak(setting)
-    shares = {name: statistics.fmean(row[name] for row in warm) for name in ("data_share", "augment_share")
+    shares: Figures = {name: statistics.fmean(row[name] for row in warm) for name in ("data_share", "augment_share")
               if name in warm[0]}  # fmt: skip
-    figures: Figures = {**shares}
-    figures |= {
+    figures = shares | {
         "images_per_second": rate,
         "utilization": rate * flops / peak,
         "peak": f"{peak / 1e12:.1f} TFLOP/s, {source}",

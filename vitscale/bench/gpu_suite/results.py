@@ -84,13 +84,14 @@ class Results:
             for letter, record in self.content["stages"].items()
         }
 
-    def settle(self, letter: str, name: str, **case: Any) -> None:
-        """Keep the outcome of a case."""
+    def settle(self, letter: str, name: str, **case: Any) -> str:
+        """Keep the outcome of a case; its line for the terminal."""
         case = {"state": None, "seconds": 0.0, "figures": None, "error": None} | case
         size = len(json.dumps(case["figures"]))
         if size > MOST_FIGURES:
             case["figures"] = {"text": f"{size} bytes of figures are too many for results.json"}
         self.stage(letter)["cases"][name] = case
+        return f"{letter}  {name}: {case['state']}, {case['seconds']:.1f} s  {_text(case)}"
 
     def write(self) -> None:
         """Write results.json and summary.txt."""
@@ -115,9 +116,14 @@ class Results:
             note = record["error"] or record["left"] or ""
             lines.append(f"{letter}  {stage.title:31}{self.state(letter):9}{record['seconds']:8.1f}  {note}".rstrip())
             for name, case in record["cases"].items():
-                text = case["error"] or (case["figures"] or {}).get("text", "")
-                if case["error"] and case["figures"]:
-                    text += f" (so far: {case['figures'].get('text', '')})"
-                lines.append(f"     {name:29}{case['state']:9}{case['seconds']:8.1f}  {text}".rstrip())
+                lines.append(f"     {name:29}{case['state']:9}{case['seconds']:8.1f}  {_text(case)}".rstrip())
             lines += [f"     {name:29}not run" for name in self.left(letter) if name not in record["cases"]]
         return "\n".join(lines) + "\n"
+
+
+def _text(case: dict[str, Any]) -> str:
+    """What a case has to say in a line: why it did not pass, and what it measured all the same."""
+    measured = (case["figures"] or {}).get("text", "")
+    if not case["error"]:
+        return measured
+    return case["error"] + (f" (so far: {measured})" if measured else "")

@@ -129,9 +129,7 @@ class _Watch:
 
     def _settle(self, case: str, **outcome: Any) -> None:
         self._case = None
-        self.results.settle(self.stage.letter, case, **outcome)
-        text = outcome["error"] or (outcome["figures"] or {}).get("text", "")
-        print(f"{self.stage.letter}  {case}: {outcome['state']}, {outcome['seconds']:.1f} s  {text}", flush=True)
+        print(self.results.settle(self.stage.letter, case, **outcome), flush=True)
 
     def _give_up(self, state: str, why: str) -> None:
         """The case that is going on will not end by itself; what it has noted is kept."""

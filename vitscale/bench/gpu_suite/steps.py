@@ -49,5 +49,5 @@ def _with_text(result: Figures) -> Figures:
     ratios = [measured["ratio"] for name, measured in result["contenders"].items() if name.startswith(step.OURS)]
     if ratios and ratios[0] is not None:
         told.append(f"ratio {max(ratios):.2f}")
-    left = ", ".join(result["left_out"])
+    left = ", ".join(f"{name} ({reason[:60]})" for name, reason in result["left_out"].items())
     return {**result, "text": "images/s: " + ", ".join(told) + (f"; left out: {left}" if left else "")}
