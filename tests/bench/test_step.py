@@ -53,6 +53,7 @@ def test_who_fails_or_does_not_fit_is_left_out_with_the_reason(monkeypatch: pyte
     assert result["left_out"] == {"transformers eager": "RuntimeError: out of memory"}
     assert result["contenders"]["vitscale eager"]["ratio"] is None
     assert seen == [["vitscale eager"]] * 2
+    assert list(step.measure(arguments, most=1)["contenders"]) == ["vitscale eager"]
     late = step.measure([*arguments, "--seconds", "0"])
     assert set(late["left_out"]) == {"vitscale eager", "transformers eager"}
     assert late["contenders"] == {}

@@ -57,7 +57,7 @@ class Contender:
 
 def main(arguments: Sequence[str]) -> int:
     """Measure and print; the last line is JSON."""
-    result = compare(_parser().parse_args(arguments))
+    result = measure(arguments)
     _print(result)
     print(json.dumps(result))
     return 0
@@ -81,17 +81,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def measure(
-    arguments: Sequence[str], note: Callable[[dict[str, Any]], None] = lambda result: None
+    arguments: Sequence[str],
+    note: Callable[[dict[str, Any]], None] = lambda result: None,
+    most: int | None = None,
 ) -> dict[str, Any]:
-    """What `main` prints as JSON; `note` gets it as it stands after each contender."""
-    return compare(_parser().parse_args(arguments), note)
+    """What `main` prints as JSON; `note` gets it as it stands after each contender; `most`: only the first so many.
 
-
-def compare(
-    options: argparse.Namespace, note: Callable[[dict[str, Any]], None] = lambda result: None
-) -> dict[str, Any]:
-    """Prepare one contender after the other and let all that are ready take turns; the result, also for `note`."""
+    One contender after the other is prepared, and then all that are ready take turns anew.
+    """
+    options = _parser().parse_args(arguments)
     began, device = time.monotonic(), device_of(options.device)
+    torch.compiler.reset()  # what was compiled before counts against torch's limit of variants
     if options.compile is None:
         options.compile = device.type == "cuda"
     torch.manual_seed(0)
@@ -107,9 +107,8 @@ def compare(
     _contender("warm-up", small, False, images, labels, options)
     ready: list[Contender] = []
     longest = {True: 0.0, False: 0.0}  # preparation so far, compiled and eager
-    for library, compiled in WITH_COMPILED if options.compile else EAGER:
-        if library not in builders:
-            continue
+    entered = [one for one in (WITH_COMPILED if options.compile else EAGER) if one[0] in builders]
+    for library, compiled in entered[:most]:
         name = f"{library} {'compiled' if compiled else 'eager'}"
         if time.monotonic() - began + longest[compiled] > options.seconds:
             result["left_out"][name] = f"{options.seconds:.0f} s did not do for it"

@@ -21,13 +21,13 @@ _HERE = "vitscale.bench.gpu_suite"
 # In order of worth. The limits are a GPU machine's; compiling takes most of them.
 STAGES = (
     Stage("a", "the device and its rates", f"{_HERE}.device:cases", 60, 30, 10),
-    Stage("b", "gradients, ZeRO, resume", f"{_HERE}.correctness:cases", 150, 75, 30),
-    Stage("c", "pretraining from JPEGs", f"{_HERE}.pretraining:cases", 240, 110, 60),
-    Stage("d", "the step beside its peers", f"{_HERE}.steps:cases", 300, 150, 60),
-    Stage("e", "stop and resume, bit for bit", f"{_HERE}.correctness:resume_cases", 150, 75, 40),
+    Stage("b", "gradients, ZeRO, resume", f"{_HERE}.correctness:cases", 160, 80, 30),
+    Stage("c", "pretraining from JPEGs", f"{_HERE}.pretraining:cases", 300, 150, 60),
+    Stage("d", "the step beside its peers", f"{_HERE}.steps:cases", 400, 240, 60),
+    Stage("e", "stop and resume, bit for bit", f"{_HERE}.correctness:resume_cases", 160, 80, 40),
     Stage("f", "augmentation on the device", f"{_HERE}.augmentation:cases", 60, 45, 20),
-    Stage("g", "a profile of five steps", f"{_HERE}.profiling:cases", 100, 90, 40),
-    Stage("h", "pytest -m gpu", f"{_HERE}.gpu_tests:cases", 400, 390, 60),
+    Stage("g", "a profile of five steps", f"{_HERE}.profiling:cases", 120, 110, 40),
+    Stage("h", "the rest of pytest -m gpu", f"{_HERE}.gpu_tests:cases", 400, 390, 60),
 )
 # What runs import when they get there; on a CPU, once for all of them.
 _LIBRARIES = ("accelerate", "deepspeed", "matplotlib.figure", "pyarrow.parquet", "torch.distributed.fsdp",

@@ -22,9 +22,9 @@ from vitscale.world import World, read_world
 # Against the CPU in fp32, relative: the loss, all gradients together, that of any one parameter (a layer norm's bias
 # gets what is left of sums that nearly cancel). TF32 would not pass for fp32. bf16 on a CPU: 2e-4, 0.05, 0.4.
 TOLERANCES = {torch.float32: (1e-5, 1e-4, 1e-2), torch.bfloat16: (2e-3, 0.08, 0.7)}
-# Of four steps: the losses, and the way that the weights went. AdamW's first steps are nearly sign(gradient), so
-# gradients near 0 go the other way under the smallest noise.
-STEP_TOLERANCES = {"fp32": (1e-5, 0.02), "bf16": (2e-3, 0.3)}
+# Of four steps: the losses, and the way that the weights went. AdamW's first steps are nearly sign(gradient), so a
+# gradient that should be 0 (a key's bias) goes where its noise is. Weights that stay where they are would be 1 off.
+STEP_TOLERANCES = {"fp32": (1e-4, 0.1), "bf16": (2e-3, 0.3)}
 STEPS, SAVED_AT = 4, 2
 
 
@@ -33,7 +33,7 @@ def cases(setting: Setting) -> Cases:
     device = torch.device(setting.device)
     of_objectives = {f"gradients {name}": partial(_compare_gradients, name, device) for name in OBJECTIVES}
     of_stages = {f"ZeRO-{stage}": partial(_compare_steps, stage, setting) for stage in (0, 1, 2, 3)}
-    return {**of_objectives, "gradients compiled": partial(_compare_compiled, device), **of_stages}
+    return {**of_objectives, **of_stages, "gradients compiled": partial(_compare_compiled, device)}
 
 
 def resume_cases(setting: Setting) -> Cases:
@@ -153,6 +153,7 @@ def _compare_resumed(stage: int, deterministic: bool, setting: Setting) -> Figur
 def compare_resumed(config: RunConfig, folder: Path) -> Figures:
     """Train, save half-way, go on; then go on from the checkpoint: whether losses and weights are the same bits."""
     shutil.rmtree(folder, ignore_errors=True)
+    torch.compiler.reset()  # what other cases have compiled counts against torch's limit of variants
     with Training(config, _world()) as unbroken:
         before = unbroken.steps(0, SAVED_AT)
         checkpoint = unbroken.save(folder, SAVED_AT)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from vitscale.bench.gpu_suite.cases import Cases, Figures, Setting
+from vitscale.bench.gpu_suite.cases import Cases, Figures, Mismatch, Setting
 from vitscale.bench.gpu_suite.correctness import small_config
 from vitscale.bench.gpu_suite.photographs import inputs, open_loader, photographs
 from vitscale.bench.gpu_suite.training import LR, new_model
@@ -40,10 +40,11 @@ def _config(setting: Setting) -> RunConfig:
 
 def _profile(setting: Setting) -> Figures:
     config, cuda = _config(setting), setting.device == "cuda"
+    folder = photographs(setting)  # by forks, so before there is anything on a GPU
     backend = Backend(config, World(device=setting.device))
     try:
         engine = backend.wrap(new_model(config), config)
-        with open_loader(photographs(setting), config) as loader:
+        with open_loader(folder, config) as loader:
             feed = inputs(loader, config, backend.device)
             for _ in range(WARM):
                 engine.step(islice(feed, 1), LR)
@@ -59,6 +60,8 @@ def _profile(setting: Setting) -> Figures:
     figures: Figures = {"top": top, **_trace(profiler, setting)}
     first = ", ".join(f"{one['name'][:40]} {one['share']:.0%}" for one in top[:3])
     if cuda:
+        if not top:
+            raise Mismatch("the profiler saw nothing on the GPU")
         figures["idle_share"] = idle_share(_spans(profiler))
     idle = f"GPU idle {figures['idle_share']:.1%}; " if cuda else ""
     figures["text"] = f"{idle}{first}; {figures['trace']}"
@@ -79,8 +82,8 @@ def _trace(profiler: Any, setting: Setting) -> Figures:
 def _top(profiler: Any, cuda: bool) -> list[Figures]:
     """The 15 kernels (on a CPU: operations) that took the most time of their own."""
     kind = "self_device_time_total" if cuda else "self_cpu_time_total"
-    averages = [event for event in profiler.key_averages() if getattr(event, kind) > 0]
-    total = sum(getattr(event, kind) for event in averages)
+    averages = [event for event in profiler.key_averages() if not cuda or _is_kernel(event)]
+    total = sum(getattr(event, kind) for event in averages) or 1
     averages.sort(key=lambda event: -getattr(event, kind))
     return [
         {"name": event.key[:120], "calls": event.count, "milliseconds": getattr(event, kind) / 1000,
@@ -90,10 +93,15 @@ def _top(profiler: Any, cuda: bool) -> list[Figures]:
 
 
 def _spans(profiler: Any) -> Iterator[tuple[float, float]]:
-    """(start, end) of what ran on the GPU."""
+    """(start, end) of what ran on the GPU, in microseconds."""
     for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if _is_kernel(event):
             yield event.time_range.start, event.time_range.end
+
+
+def _is_kernel(event: Any) -> bool:
+    """Of the GPU, and no range that only names what kernels are for."""
+    return event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
 
 
 def idle_share(spans: Iterable[tuple[float, float]]) -> float:
