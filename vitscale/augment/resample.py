@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -100,8 +101,9 @@ def bicubic_taps(edges: np.ndarray, windows: np.ndarray, out: int, flips: np.nda
     places = first[:, :, None] + torch.arange(int(counts.max()), device=device)
     weights = bicubic((places + 0.5 - centers[:, :, None]) / stretch[:, :, None])
     weights = weights * ((places >= 0) & (places < size[:, :, None]))
-    # cumsum adds in order, so zeros that only fill up cannot change the total's bits; sum() may.
-    weights = weights / weights.cumsum(-1)[:, :, -1:]
+    # Added in order, so that zeros that only fill up cannot change the total's bits; sum() may, and cumsum() is
+    # refused on a GPU by train.deterministic.
+    weights = weights / reduce(torch.add, weights.unbind(-1))[:, :, None]
     within = torch.minimum(places.long().clamp_(min=0), size[:, :, None] - 1)
     return Taps(within, weights.float(), counts)
 
