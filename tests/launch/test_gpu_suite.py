@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,14 @@ def test_without_a_gpu_the_way_to_rehearse_is_told(tmp_path: Path) -> None:
     done = run(["bash", str(SUITE), "out"], cwd=tmp_path, path=path, VITSCALE_VENV=str(tmp_path / "none"))
     assert done.returncode == 2
     assert "no Python here has a torch that sees a GPU; DEVICE=cpu rehearses without one" in done.stderr
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="for machines without a GPU")
+def test_runs_that_would_take_the_cpu_are_no_gpu_suite(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vitscale.bench.gpu_suite", str(tmp_path / "out"), "--device=cuda", "--budget=9"]
+    done = run(command)
+    assert done.returncode == 2
+    assert "DEVICE=cuda: runs would take the CPU" in done.stderr
 
 
 def test_a_gpu_machines_own_python_gets_the_wheels(tmp_path: Path) -> None:

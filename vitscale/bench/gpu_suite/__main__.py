@@ -21,10 +21,10 @@ _HERE = "vitscale.bench.gpu_suite"
 # In order of worth. The limits are a GPU machine's; compiling takes most of them.
 STAGES = (
     Stage("a", "the device and its rates", f"{_HERE}.device:cases", 60, 30, 10),
-    Stage("b", "gradients, ZeRO, resume", f"{_HERE}.correctness:cases", 160, 80, 30),
+    Stage("b", "gradients, ZeRO, resume", f"{_HERE}.correctness:cases", 200, 110, 30),
     Stage("c", "pretraining from JPEGs", f"{_HERE}.pretraining:cases", 300, 150, 60),
     Stage("d", "the step beside its peers", f"{_HERE}.steps:cases", 400, 240, 60),
-    Stage("e", "stop and resume, bit for bit", f"{_HERE}.correctness:resume_cases", 160, 80, 40),
+    Stage("e", "stop and resume, bit for bit", f"{_HERE}.correctness:resume_cases", 200, 90, 40),
     Stage("f", "augmentation on the device", f"{_HERE}.augmentation:cases", 60, 45, 20),
     Stage("g", "a profile of five steps", f"{_HERE}.profiling:cases", 120, 110, 40),
     Stage("h", "the rest of pytest -m gpu", f"{_HERE}.gpu_tests:cases", 400, 390, 60),
@@ -47,6 +47,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if not wanted or not set(wanted) <= set(letters):
             raise VitscaleError(f"STAGES={options.stages!r}: must be of {','.join(letters)}, with commas")
+        if options.device == "cuda" and world.read_world().device == "cpu":
+            raise VitscaleError("DEVICE=cuda: runs would take the CPU: there is neither /dev/nvidiactl nor /dev/dxg, or "
+                                "CUDA_VISIBLE_DEVICES hides the GPU")  # fmt: skip
         results = Results(options.out.resolve(), options.device, STAGES)
     except VitscaleError as error:
         print(f"launch/gpu_suite.sh: error: {error}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ def photographs(setting: Setting) -> Path:
 def open_loader(folder: Path, config: RunConfig) -> Loader:
     """A rank's loader over those shards."""
     index = open_index((Source(f"{folder}/*.tar"),), None, folder)
-    data, train = config.data, config.train
+    data, train = replace(config.data, lanes=8, window=16384), config.train
     return Loader(
         index=index,
         order=Order(index.samples, config.run.seed, train.global_batch, data.lanes, data.window),
