@@ -48,8 +48,8 @@ def main(arguments: Sequence[str]) -> int:
         if not wanted or not set(wanted) <= set(letters):
             raise VitscaleError(f"STAGES={options.stages!r}: must be of {','.join(letters)}, with commas")
         if options.device == "cuda" and world.read_world().device == "cpu":
-            raise VitscaleError("DEVICE=cuda: runs would take the CPU: there is neither /dev/nvidiactl nor /dev/dxg, or "
-                                "CUDA_VISIBLE_DEVICES hides the GPU")  # fmt: skip
+            raise VitscaleError("DEVICE=cuda: runs would take the CPU: there is neither /dev/nvidiactl nor /dev/dxg, "
+                                "or CUDA_VISIBLE_DEVICES hides the GPU")  # fmt: skip
         results = Results(options.out.resolve(), options.device, STAGES)
     except VitscaleError as error:
         print(f"launch/gpu_suite.sh: error: {error}", file=sys.stderr)
