@@ -108,6 +108,8 @@ def _peak(setting: Setting) -> tuple[float, str]:
     measured = setting.earlier.get("a", {}).get("matrix")
     if measured is not None:
         return measured["tflops"] * 1e12, "stage a's matrix product"
+    if setting.tiny:
+        torch.set_num_threads(1)  # the next run is a fork, and OpenMP's threads hang in one
     return peak_rate(torch.device(setting.device), torch.bfloat16)
 
 
