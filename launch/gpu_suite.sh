@@ -3,7 +3,8 @@
 #   bash launch/gpu_suite.sh OUT          the results; with some in OUT already, what is left is run
 # BUDGET_S=480 seconds for all; STAGES=a,c some of them; DEVICE=cpu rehearses all at tiny sizes, with .venv;
 # WHEELS=.wheels a folder by launch/gpu_wheels.sh, for packages that this machine's Python lacks.
-# docs/measurements.md says what each stage gives. Exit 0: each stage passed or cannot run here; 1: see the table.
+# docs/measurements.md says what each stage gives. Exit 0: each stage passed or cannot run here; 1: see the
+# table; 2: a wrong call.
 set -eu
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 [ $# -eq 1 ] || fail "needs one argument, the folder of the results: bash launch/gpu_suite.sh OUT" 2

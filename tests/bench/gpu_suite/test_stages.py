@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from vitscale.bench.gpu_suite import gpu_tests, steps
 from vitscale.bench.gpu_suite.__main__ import STAGES
-from vitscale.bench.gpu_suite.cases import Mismatch, Setting
+from vitscale.bench.gpu_suite.cases import Mismatch, Setting, Unable
 from vitscale.bench.gpu_suite.pretraining import _agree
 
 
@@ -42,6 +43,13 @@ def test_every_size_is_measured_before_peers_are_compiled() -> None:
 def test_pytests_lines_are_understood(line: str, found: tuple[str, str] | None) -> None:
     outcome = gpu_tests._OUTCOME.match(line)
     assert (outcome.groups() if outcome else None) == found
+
+
+def test_without_pytest_its_stage_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a .venv that is only for runs."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Unable, match="pytest is not installed"):
+        gpu_tests.cases(setting())["pytest"]()
 
 
 def test_the_first_stages_fit_the_budget() -> None:
