@@ -69,6 +69,7 @@ def test_the_rehearsal_passes_and_leaves_what_is_said(tree: Path, venv: str, tmp
     figures = stages["c"]["cases"]["ZeRO-2"]["figures"]
     assert figures["images_per_second"] > 0
     assert {"data_share", "utilization", "peak_memory_gib", "losses"} <= figures.keys()
+    assert stages["c"]["cases"]["ZeRO-3"]["figures"]["agrees_with"] == ["ZeRO-0", "ZeRO-2", "ZeRO-1"]
     assert (out / "summary.txt").read_text() in done.stdout
     sizes = {path.name: path.stat().st_size for path in out.iterdir()}
     assert set(sizes) == {"results.json", "summary.txt", "log.txt", "trace.json.gz"}

@@ -7,7 +7,7 @@ import runpy
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ TINY = ("model={preset: null, hidden_size: 32, num_hidden_layers: 2, num_attenti
 
 
 def cases(setting: Setting) -> Cases:
-    return {f"ZeRO-{stage}": partial(_pretrain, stage, setting) for stage in STAGES}
+    losses = {name: figures["losses"] for name, figures in setting.earlier.get("c", {}).items()}
+    return {f"ZeRO-{stage}": partial(_pretrain, stage, losses, setting) for stage in STAGES}
 
 
 def overrides(setting: Setting) -> list[str]:
@@ -47,9 +48,9 @@ def overrides(setting: Setting) -> list[str]:
     ]
 
 
-def _pretrain(stage: int, setting: Setting) -> Figures:
-    """One run to its end, and what its files say of it."""
-    name = f"zero-{stage}"
+def _pretrain(stage: int, losses: dict[str, list[float]], setting: Setting) -> Figures:
+    """One run to its end, and what its files say of it; its losses are to agree with those of the other stages."""
+    name = f"ZeRO-{stage}"
     asked = [*overrides(setting), f"parallel.zero_stage={stage}", f"run.name={name}"]
     run = setting.scratch / "runs" / name
     shutil.rmtree(run, ignore_errors=True)
@@ -65,7 +66,9 @@ def _pretrain(stage: int, setting: Setting) -> Figures:
     shutil.rmtree(run)
     figures = _figures(rows, summary, asked, setting)
     setting.note(figures)
-    _agree(stage, figures["losses"], setting)
+    _agree(name, figures["losses"], losses)
+    figures["agrees_with"] = list(losses)
+    losses[name] = figures["losses"]
     return figures
 
 
@@ -113,10 +116,10 @@ def _peak(setting: Setting) -> tuple[float, str]:
     return peak_rate(torch.device(setting.device), torch.bfloat16)
 
 
-def _agree(stage: int, losses: Sequence[float], setting: Setting) -> None:
+def _agree(name: str, losses: Sequence[float], known: Mapping[str, Sequence[float]]) -> None:
     """Compare the first losses with those of the stages that have run before."""
-    for name, other in setting.earlier.get("c", {}).items():
-        for step, (mine, theirs) in enumerate(zip(losses[:AGREE], other["losses"], strict=False)):
+    for other, others in known.items():
+        for step, (mine, theirs) in enumerate(zip(losses[:AGREE], others, strict=False)):
             if not abs(mine - theirs) <= AGREE_REL * abs(theirs):
-                raise Mismatch(f"ZeRO-{stage}: the loss of step {step + 1} is {mine:.5f}, that of {name} {theirs:.5f}; "
+                raise Mismatch(f"{name}: the loss of step {step + 1} is {mine:.5f}, that of {other} {theirs:.5f}; "
                                f"more than {AGREE_REL:.0%} apart")  # fmt: skip
