@@ -23,12 +23,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if read_world().device == "cpu":
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):  # `keywords` has the folders' names too
                 item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
     if not config.getoption("--full"):
-        long = [item for item in items if "full" in item.keywords]
+        long = [item for item in items if item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if "full" not in item.keywords]
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
 
 
 @pytest.fixture(scope="session")

@@ -71,6 +71,8 @@ def enter() -> World:
         # DeepSpeed speaks at INFO on every rank; what matters of it we say ourselves.
         "DEEPSPEED_LOG_LEVEL": "warning",
         "MPLBACKEND": "agg",
+        # What train.deterministic needs of cuBLAS before its first call; of Hopper's workspace it is the default size.
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "OMP_NUM_THREADS": str(world.cores_per_rank),
     }
     if world.device == "cpu":
@@ -90,6 +92,12 @@ def child_environment() -> dict[str, str]:
     """The environment for a helper process that is no rank: without the launcher's variables."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
     return {name: value for name, value in os.environ.items() if name not in launcher}
+
+
+def forget_deepspeed() -> None:
+    """Take away what accelerate's plugin left in the environment: the next Accelerator would be DeepSpeed's too."""
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
 
 
 def _integer(name: str) -> int:

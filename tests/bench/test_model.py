@@ -47,7 +47,7 @@ def test_all_have_the_same_sizes() -> None:
     config = model.ViTConfig(**model.preset("Ti"), num_labels=model.CLASSES)
     counts = {
         name: sum(each.numel() for each in build().parameters())
-        for name, build in model._builders("Ti", config).items()
+        for name, build in model.classifiers("Ti", config).items()
     }
     assert set(counts.values()) == {5_717_416}, counts
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(HIDDEN)}
     given = {**inherited, "PATH": path or inherited["PATH"], **environment}
-    return subprocess.run(command, cwd=cwd, env=given, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=given, capture_output=True, text=True, timeout=300)
 
 
 def sourced(code: str, **options: str) -> subprocess.CompletedProcess[str]:
@@ -161,15 +160,6 @@ def test_without_an_environment_the_paths_python_must_do(tmp_path: Path) -> None
     python.unlink()
     python.symlink_to("/bin/true")
     assert sourced("use_python; echo $PYTHON", **options).stdout == f"{python}\n"
-
-
-@pytest.fixture
-def venv(tmp_path: Path) -> str:
-    """A folder like a virtual environment's, with the Python that runs this test."""
-    (tmp_path / "venv" / "bin").mkdir(parents=True)
-    (tmp_path / "venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (tmp_path / "venv" / "bin" / "python").chmod(0o755)
-    return str(tmp_path / "venv")
 
 
 def test_torchrun_from_any_folder(tmp_path: Path, venv: str) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -118,8 +119,9 @@ def _axis_taps(axis: int, out: int, planned: Mapping[str, np.ndarray], on_device
     places = first[:, :, None] + torch.arange(int(counts.max()), device=low.device)
     weights = bicubic((places + 0.5 - centers[:, :, None]) / stretch[:, :, None])
     weights = weights * ((places >= 0) & (places < extent[:, :, None]))
-    # cumsum adds in order, so zeros that only fill up cannot change the total's bits; sum() may.
-    weights = weights / weights.cumsum(-1)[:, :, -1:]
+    # Added in order, so that zeros that only fill up cannot change the total's bits; sum() may, and cumsum() is
+    # refused on a GPU by train.deterministic.
+    weights = weights / reduce(torch.add, weights.unbind(-1))[:, :, None]
     within = torch.minimum(places.long().clamp_(min=0), extent[:, :, None] - 1)
     return Taps(within, weights.float(), counts)
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -40,8 +42,6 @@ SIZE = (375, 500)  # height, width
 TARGET = 224
 BATCH = 64
 CROP = RandomCrop((0.2, 1.0), (0.75, 4 / 3))
-_DISTINCT = 256  # images that are really made; the shards repeat them
-_SHARDS = 4
 _LANES = 8
 Batches = Iterator[int]  # how many images each batch had
 
@@ -61,7 +61,7 @@ class Lap:
 def main(args: list[str]) -> int:
     options = _options(args)
     with tempfile.TemporaryDirectory(prefix="vitscale-bench-") as folder:
-        index = _shards(Path(folder), options.images)
+        index = photograph_shards(Path(folder), options.images)
         contestants = _contestants(index, options.cores)
         laps: dict[str, list[Lap]] = {contestant.name: [] for contestant in contestants}
         for _ in range(options.rounds):
@@ -96,10 +96,13 @@ def photograph(seed: int) -> bytes:
     return stream.getvalue()
 
 
-def _shards(folder: Path, images: int) -> ShardIndex:
-    distinct = [photograph(seed) for seed in range(min(_DISTINCT, images))]
-    samples = [PackedSample(f"{i:06d}", "jpg", distinct[i % len(distinct)], i % 10) for i in range(images)]
-    return write_shards([samples[shard::_SHARDS] for shard in range(_SHARDS)], folder, "bench", workers=1)
+def photograph_shards(folder: Path, images: int, distinct: int = 256, shards: int = 4) -> ShardIndex:
+    """Shards of so many samples, of which so many images are `distinct`, with labels 0 to 9; on all cores."""
+    seeds, context = range(min(distinct, images)), multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
+        made = list(pool.map(photograph, seeds, chunksize=8))
+    samples = [PackedSample(f"{i:06d}", "jpg", made[i % len(made)], i % 10) for i in range(images)]
+    return write_shards([samples[shard::shards] for shard in range(shards)], folder, "bench")
 
 
 def _contestants(index: ShardIndex, cores: int) -> list[Contestant]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,9 @@ import torch
 from vitscale.errors import ConfigError
 
 Turn = TypeVar("Turn")
+
+# Dense bf16 FLOP/s of a large matrix product, measured; of others, and of CPUs, it is measured in the run.
+MEASURED_PEAKS = {"H200": 790e12}
 
 
 def device_of(asked: str | None) -> torch.device:
@@ -35,11 +39,11 @@ def device_name(device: torch.device) -> str:
 
 def seconds(step: Callable[[], Any], steps: int, device: torch.device) -> float:
     """Seconds a step takes, over `steps` of them."""
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(steps):
         step()
-    _synchronize(device)
+    synchronize(device)
     return (time.perf_counter() - start) / steps
 
 
@@ -57,6 +61,30 @@ def transformers() -> ModuleType:
     return importlib.import_module("transformers")
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what the device was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
+    """FLOP/s of a product of two random square matrices (zeros would run faster)."""
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / median_seconds(lambda: left @ right, device)
+
+
+def median_seconds(step: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that a short step takes: the median of five measurements, after one to warm up."""
+    step()
+    steps = 10 if device.type == "cuda" else 1
+    return statistics.median(seconds(step, steps, device) for _ in range(5))
+
+
+def peak_rate(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """FLOP/s that the device can do in matrix products, and how that is known."""
+    name = device_name(device)
+    for known, peak in MEASURED_PEAKS.items():
+        if known in name and dtype == torch.bfloat16:
+            return peak, f"a {known}'s dense bf16, measured"
+    side = 8192 if device.type == "cuda" else 2048
+    return matrix_rate(device, dtype, side), f"a {side} x {side} matrix product in this run"

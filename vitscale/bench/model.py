@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     images = torch.randn(options.batch, config.num_channels, *pair(config.image_size), device=device)
     labels = torch.randint(CLASSES, (options.batch,), device=device)
     models, left_out = {}, {}
-    for name, build in _builders(options.preset, config).items():
+    for name, build in classifiers(options.preset, config).items():
         try:
             models[name] = build().to(device)
         except (ImportError, RuntimeError) as error:  # a broken torchvision raises RuntimeError
@@ -93,8 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _builders(name: str, config: ViTConfig) -> dict[str, Callable[[], nn.Module]]:
-    """The models by their library, none built yet."""
+def classifiers(name: str, config: ViTConfig) -> dict[str, Callable[[], nn.Module]]:
+    """The models of preset `name` by their library, none built yet."""
 
     def ours() -> nn.Module:
         model = ViTForImageClassification(config)

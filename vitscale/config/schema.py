@@ -267,6 +267,7 @@ class Train:
     precision: str = "fp32"
     gradient_checkpointing: bool = False
     compile: bool = False  # torch.compile of each block
+    deterministic: bool = False  # only algorithms that give the same bits each time; on a GPU slower ones
     ema_decay: float | None = None  # of the weights' moving average, which is evaluated and exported; null: none
     max_skipped_steps: int = 5  # steps in a row with a non-finite gradient before the run stops
 

@@ -23,7 +23,7 @@ from vitscale.engine.optim import ScaledAdamW
 from vitscale.engine.ranks import ProcessRanks
 from vitscale.engine.zero import ZeroEngine
 from vitscale.errors import LaunchError
-from vitscale.world import World
+from vitscale.world import World, forget_deepspeed
 
 
 class Backend:
@@ -62,6 +62,7 @@ class Backend:
             for block in model.blocks():  # type: ignore[operator]
                 block.compile(dynamic=False)  # encoder and decoder have each one length, not one dynamic one
         model.train()
+        torch.use_deterministic_algorithms(config.train.deterministic)
         if self.device.type == "cuda":
             # fp32 is fp32; beside bf16, what is still multiplied in fp32 (the resize) may use TF32.
             torch.backends.cudnn.allow_tf32 = config.train.precision == "bf16"
@@ -70,10 +71,19 @@ class Backend:
         return engine(self.accelerator, model, config, self.world, self.ranks, lr_scales or {}, undecayed)
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, and what accelerate and DeepSpeed keep of it: another Backend may follow."""
+        import deepspeed
+        from accelerate.state import AcceleratorState, GradientState
+
+        if deepspeed.comm.is_initialized():  # first: it keeps groups of its own, which accelerate does not know
+            deepspeed.comm.destroy_process_group()
         self.accelerator.end_training()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        # Both are process-wide: the next Accelerator would believe in this one's stage and process group.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        forget_deepspeed()
 
 
 def peak_memory(device: torch.device) -> int:

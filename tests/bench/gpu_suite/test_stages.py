@@ -1,0 +1,56 @@
+"""What the stages make of what they measure, where a rehearsal cannot show it."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from pathlib import Path
+
+import pytest
+
+from vitscale.bench.gpu_suite import gpu_tests, steps
+from vitscale.bench.gpu_suite.__main__ import STAGES
+from vitscale.bench.gpu_suite.cases import Mismatch, Setting, Unable
+from vitscale.bench.gpu_suite.pretraining import _agree
+
+
+def setting() -> Setting:
+    return Setting("cuda", Path(), Path(), time.monotonic() + 60, frozenset(), {}, Path())
+
+
+def test_first_losses_of_the_zero_stages_must_agree() -> None:
+    known = {"ZeRO-0": [1.5, 1.4, 1.3, 1.2, 1.1, 1.0]}
+    _agree("ZeRO-2", [1.501, 1.399, 1.301, 1.2, 1.1, 9.9], known)  # the sixth is no first loss
+    for wrong in ([1.5, 1.4, 1.3, 1.2, 1.2], [float("nan")] * 5):
+        with pytest.raises(Mismatch, match="ZeRO-2: the loss of step"):
+            _agree("ZeRO-2", wrong, known)
+
+
+def test_every_size_is_measured_before_peers_are_compiled() -> None:
+    names = list(steps.cases(setting()))
+    first = ["mae L", "classification L", "mae B", "classification B", "mae H", "classification H"]
+    assert names == [*first, *(f"{name}, all" for name in first)]
+
+
+@pytest.mark.parametrize(("line", "found"), [
+    ("tests/gpu/test_a.py::test_b[one two] PASSED       [ 16%]", ("tests/gpu/test_a.py::test_b[one two]", "PASSED")),
+    ("tests/gpu/test_a.py::test_b SKIPPED (no NVIDIA...) [ 9%]", ("tests/gpu/test_a.py::test_b", "SKIPPED")),
+    ("tests/gpu/test_a.py::test_b FAILED", ("tests/gpu/test_a.py::test_b", "FAILED")),
+    ("tests/gpu/test_a.py:38: AssertionError", None),
+])  # fmt: skip
+def test_pytests_lines_are_understood(line: str, found: tuple[str, str] | None) -> None:
+    outcome = gpu_tests._OUTCOME.match(line)
+    assert (outcome.groups() if outcome else None) == found
+
+
+def test_without_pytest_its_stage_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a .venv that is only for runs."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Unable, match="pytest is not installed"):
+        gpu_tests.cases(setting())["pytest"]()
+
+
+def test_the_first_stages_fit_the_budget() -> None:
+    """At their limits, the two that matter most leave room for the third to begin; a case never outlives its stage."""
+    assert sum(stage.limit_s for stage in STAGES[:2]) + STAGES[2].least_s < 480
+    assert all(stage.case_limit_s < stage.limit_s for stage in STAGES)

@@ -1,0 +1,45 @@
+"""Stage f: crop, flip and resize of photographs on the device: the CPU's values, and how long a batch takes."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from vitscale.bench.gpu_suite.cases import Cases, Figures, Mismatch, Setting
+from vitscale.bench.gpu_suite.photographs import make_augment, open_loader, photographs
+from vitscale.bench.measuring import median_seconds
+from vitscale.config.schema import RunConfig, Train
+
+# Of 255, at most, of any value: in fp32, and with TF32's products of 10 bits, which training in bf16 allows.
+TOLERANCES = {"highest": 0.01, "high": 0.75}
+
+
+def cases(setting: Setting) -> Cases:
+    return {f"matrix products {precision}": partial(_compare, precision, setting) for precision in TOLERANCES}
+
+
+def _compare(precision: str, setting: Setting) -> Figures:
+    count = 16 if setting.tiny else 256
+    config, device = RunConfig(train=Train(global_batch=count, micro_batch=count)), torch.device(setting.device)
+    std = torch.tensor(config.augment.std).view(-1, 1, 1)
+    torch.set_float32_matmul_precision(precision)
+    with open_loader(photographs(setting), config) as loader:
+        batch = next(loader)
+        on_cpu, on_device = (make_augment(config, kind) for kind in ("cpu", device.type))
+        expected, found = on_cpu(batch).pixel_values, on_device(batch).pixel_values.cpu()
+        apart = ((found - expected) * std * 255).abs()
+        seconds = median_seconds(lambda: on_device(batch), device)
+    figures: Figures = {
+        "largest_difference": float(apart.max()),
+        "mean_difference": float(apart.mean()),
+        "batch": count,
+        "batch_seconds": seconds,
+        "images_per_second": count / seconds,
+    }
+    if not figures["largest_difference"] <= TOLERANCES[precision]:
+        raise Mismatch(f"values up to {figures['largest_difference']:.3g} of 255 off the CPU's (at most "
+                       f"{TOLERANCES[precision]})")  # fmt: skip
+    figures["text"] = (f"at most {figures['largest_difference']:.2g} of 255 off the CPU's; {seconds * 1000:.1f} ms a "
+                       f"batch of {count}, {count / seconds:.0f} images/s")  # fmt: skip
+    return figures

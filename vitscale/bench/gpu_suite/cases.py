@@ -1,0 +1,130 @@
+"""A stage of the GPU suite and the process that runs it: named cases, each of which gives figures.
+
+A case is a function that returns what it measured, raises Unable where this machine cannot run it, and
+anything else where it fails. Every line of what it gives is in a file at once, so that a crash or a hang
+in one case takes nothing of the others.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+from vitscale import world
+
+Figures = dict[str, Any]  # as JSON has it; "text" is its line in the summary
+Cases = Mapping[str, Callable[[], Figures]]
+
+
+class Unable(Exception):
+    """This machine cannot run the case; the text says why."""
+
+
+class Mismatch(Exception):
+    """Two results that must agree do not."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the suite; `cases` is MODULE:FUNCTION, called with a Setting, and gives its Cases."""
+
+    letter: str
+    title: str
+    cases: str
+    limit_s: float  # for all of it
+    case_limit_s: float
+    least_s: float  # it is not begun with less
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a stage's process is told."""
+
+    device: str  # "cuda", or "cpu": everything at tiny sizes
+    scratch: Path  # for shards and runs; gone after the suite
+    out: Path  # for results
+    deadline: float  # of time.monotonic(): the process is ended then
+    settled: frozenset[str]  # cases that are not to be run
+    earlier: Mapping[str, Mapping[str, Figures]]  # figures by stage and case, so far
+    lines: Path  # the file that `emit` writes to
+
+    @property
+    def tiny(self) -> bool:
+        return self.device == "cpu"
+
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def emit(self, **line: Any) -> None:
+        """Hand a line to the runner."""
+        with open(self.lines, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def note(self, figures: Figures) -> None:
+        """Figures of a case that is still going on: they count if it is cut off."""
+        self.emit(partial=figures)
+
+
+def start_context(device: str) -> BaseContext:
+    """How the suite starts processes: each a fresh Python; on a CPU forked from one that has imported the libraries,
+    which CUDA would not survive."""
+    return multiprocessing.get_context("fork" if device == "cpu" else "spawn")
+
+
+def serve(stage: Stage, setting: Setting, log: Path) -> None:
+    """Be the process of a stage: run the cases that are not settled, up to the first that fails.
+
+    What a failed case leaves behind (memory, a broken CUDA context) must not reach the next one: for the rest
+    the runner starts another process.
+    """
+    os.setsid()  # ended with all that it has started
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(stream, number)
+    # A forked process has its parent's, with what these still hold.
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    world.enter()
+    module, name = stage.cases.split(":")
+    try:
+        cases: Cases = getattr(importlib.import_module(module), name)(setting)
+    except Exception as error:
+        traceback.print_exc()
+        setting.emit(error=_brief(error))
+        return
+    setting.emit(expected=list(cases))
+    for name, case in cases.items():
+        if name not in setting.settled and not _run(name, case, setting):
+            return
+    setting.emit(finished=True)
+
+
+def _run(name: str, case: Callable[[], Figures], setting: Setting) -> bool:
+    """Run one case; False where it failed."""
+    began = time.monotonic()
+    print(f"== {name}")
+    setting.emit(begun=name)
+    state, figures, error = "passed", None, None
+    try:
+        figures = case()
+    except Unable as reason:
+        state, error = "cannot", str(reason)
+    except Exception as problem:
+        traceback.print_exc()
+        state, error = "failed", _brief(problem)
+    setting.emit(case=name, state=state, seconds=time.monotonic() - began, figures=figures, error=error)
+    return state != "failed"
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:400]}"

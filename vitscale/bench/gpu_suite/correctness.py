@@ -1,0 +1,188 @@
+"""Stages b and e: what a GPU computes against the CPU in fp32, at every ZeRO stage; stop and resume bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitscale.bench.gpu_suite.cases import Cases, Figures, Mismatch, Setting, Unable
+from vitscale.bench.gpu_suite.training import Training, gradient_distances, gradients, reference, update_distance
+from vitscale.bench.measuring import synchronize
+from vitscale.config.presets import preset
+from vitscale.config.schema import MAE, OBJECTIVES, Model, Objective, Optimizer, Parallel, RunConfig, SimMIM, Train
+from vitscale.world import World, read_world
+
+# Against the CPU in fp32, relative: the loss, all gradients together, that of any one parameter (a layer norm's bias
+# gets what is left of sums that nearly cancel). TF32 would not pass for fp32. bf16 on a CPU: 2e-4, 0.05, 0.4.
+TOLERANCES = {torch.float32: (1e-5, 1e-4, 1e-2), torch.bfloat16: (2e-3, 0.08, 0.7)}
+# Of four steps: the losses, and the way that the weights went. AdamW's first steps are nearly sign(gradient), so a
+# gradient that should be 0 (a key's bias) goes where its noise is. Weights that stay where they are would be 1 off.
+STEP_TOLERANCES = {"fp32": (1e-4, 0.1), "bf16": (2e-3, 0.3)}
+STEPS, SAVED_AT = 4, 2
+
+
+def cases(setting: Setting) -> Cases:
+    """b: gradients by objective, then steps, saving and resuming by ZeRO stage."""
+    device = torch.device(setting.device)
+    of_objectives = {f"gradients {name}": partial(_compare_gradients, name, device) for name in OBJECTIVES}
+    of_stages = {f"ZeRO-{stage}": partial(_compare_steps, stage, setting) for stage in (0, 1, 2, 3)}
+    return {**of_objectives, **of_stages, "gradients compiled": partial(_compare_compiled, device)}
+
+
+def resume_cases(setting: Setting) -> Cases:
+    """e: ViT-S with 197 tokens."""
+    return {
+        f"ZeRO-{stage}{' deterministic' if deterministic else ''}": partial(
+            _compare_resumed, stage, deterministic, setting
+        )
+        for stage in (0, 2)
+        for deterministic in (True, False)
+    }
+
+
+def small_config(objective: str, tokens: bool = False) -> RunConfig:
+    """A small model and batch; with `tokens`, ViT-S's width and its 197 tokens in four blocks."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                             "intermediate_size": 64, "image_size": 16, "patch_size": 4}  # fmt: skip
+    decoder = MAE(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+                  decoder_intermediate_size=32)  # fmt: skip
+    if tokens:
+        sizes, decoder = preset("S") | {"num_hidden_layers": 4, "image_size": 224}, MAE()
+    return RunConfig(
+        model=Model(**sizes, num_labels=10, drop_path_rate=0.1),
+        objective=Objective(name=objective, mae=decoder, simmim=SimMIM(mask_patch=1)),
+        optimizer=Optimizer(clip=1.0),
+        train=Train(global_batch=8, micro_batch=8, steps=STEPS),
+    )
+
+
+def _compare_gradients(objective: str, device: torch.device) -> Figures:
+    """fp32, then bf16, both against fp32 on the CPU; raises Mismatch beyond TOLERANCES."""
+    config = small_config(objective, tokens=device.type == "cuda")
+    expected = gradients(config, torch.device("cpu"), torch.float32)
+    return _judge({dtype: gradients(config, device, dtype) for dtype in TOLERANCES}, expected)
+
+
+def _compare_compiled(device: torch.device) -> Figures:
+    """The same of compiled blocks, encoder and decoder."""
+    if device.type == "cpu":
+        raise Unable("compiling is for a GPU here; on a CPU, tests/models/test_compile.py does it")
+    config = small_config("mae", tokens=True)
+    expected = gradients(config, torch.device("cpu"), torch.float32)
+    return _judge({torch.bfloat16: gradients(config, device, torch.bfloat16, compiled=True)}, expected)
+
+
+def _judge(
+    found: dict[torch.dtype, tuple[float, dict[str, torch.Tensor]]], expected: tuple[float, dict[str, torch.Tensor]]
+) -> Figures:
+    figures: Figures = {}
+    for dtype, (loss, its) in found.items():
+        name = str(dtype).removeprefix("torch.")
+        apart = abs(loss - expected[0]) / abs(expected[0])
+        total, largest, worst = gradient_distances(its, expected[1])
+        figures[name] = {"loss": loss, "loss_distance": apart, "gradient_distance": total, "largest": largest,
+                         "worst": worst}  # fmt: skip
+        if not all(value <= limit for value, limit in zip((apart, total, largest), TOLERANCES[dtype], strict=True)):
+            raise Mismatch(
+                f"{name}: loss {loss:.6g} for {expected[0]:.6g}; {apart:.1e}, gradients {total:.1e}, that of {worst} "
+                f"{largest:.1e} off; at most {', '.join(f'{limit:g}' for limit in TOLERANCES[dtype])}"
+            )
+    figures["text"] = "; ".join(
+        f"{name}: loss {one['loss_distance']:.0e}, gradients {one['gradient_distance']:.0e} off"
+        for name, one in figures.items()
+    )
+    return figures
+
+
+def _compare_steps(stage: int, setting: Setting) -> Figures:
+    """Steps in fp32 and bf16 against plain torch on the CPU, then saved and resumed in bf16."""
+    figures: Figures = {}
+    for precision, (of_losses, of_update) in STEP_TOLERANCES.items():
+        config = _staged(small_config("multitask"), stage, precision)
+        losses, start, end = reference(config, STEPS)
+        with Training(config, _world()) as training:
+            found = training.steps(0, STEPS)
+            distance = update_distance(training.weights(), end, start)
+        apart = max(abs(one - other) / abs(other) for one, other in zip(found, losses, strict=True))
+        figures[precision] = {"losses": found, "reference": losses, "loss_distance": apart, "update_distance": distance}
+        if not (apart <= of_losses and distance <= of_update):
+            raise Mismatch(
+                f"{precision}: losses {apart:.1e} off (at most {of_losses:g}), the weights' way {distance:.1e} (at "
+                f"most {of_update:g}) after {STEPS} steps"
+            )
+    resumed = compare_resumed(_staged(small_config("multitask"), stage, "bf16"), setting.scratch / "small")
+    if not resumed["equal"]:
+        raise Mismatch(f"resumed at step {SAVED_AT}, {resumed['text']}")
+    fp32, bf16 = (figures[name]["loss_distance"] for name in STEP_TOLERANCES)
+    return {**figures, "resumed": resumed, "text": f"losses {fp32:.0e} off in fp32, {bf16:.0e} in bf16; resumed bit "
+                                                   "for bit"}  # fmt: skip
+
+
+def _staged(config: RunConfig, stage: int, precision: str) -> RunConfig:
+    """At a ZeRO stage, in two micro-batches but where ZeRO-1 refuses them."""
+    micro = config.train.global_batch // (1 if stage == 1 else 2)
+    return replace(
+        config,
+        parallel=Parallel(zero_stage=stage),
+        train=replace(config.train, precision=precision, micro_batch=micro),
+    )
+
+
+def _compare_resumed(stage: int, deterministic: bool, setting: Setting) -> Figures:
+    """At a real size; without deterministic algorithms other bits are a finding, not a failure."""
+    config = small_config("multitask")
+    sizes = config.model if setting.tiny else Model(**preset("S"), num_labels=10, drop_path_rate=0.1)
+    count = 8 if setting.tiny else 64
+    train = Train(global_batch=count, micro_batch=count, steps=STEPS, precision="bf16", compile=not setting.tiny,
+                  deterministic=deterministic)  # fmt: skip
+    config = replace(config, model=sizes, objective=Objective(name="multitask"), train=train,
+                     parallel=Parallel(zero_stage=stage))  # fmt: skip
+    found = compare_resumed(config, setting.scratch / "resumed")
+    if deterministic and not found["equal"]:
+        raise Mismatch(f"with deterministic algorithms, {found['text']}")
+    return found
+
+
+def compare_resumed(config: RunConfig, folder: Path) -> Figures:
+    """Train, save half-way, go on; then go on from the checkpoint: whether losses and weights are the same bits."""
+    shutil.rmtree(folder, ignore_errors=True)
+    torch.compiler.reset()  # what other cases have compiled counts against torch's limit of variants
+    with Training(config, _world()) as unbroken:
+        before = unbroken.steps(0, SAVED_AT)
+        checkpoint = unbroken.save(folder, SAVED_AT)
+        synchronize(unbroken.backend.device)
+        began = time.perf_counter()
+        losses = unbroken.steps(SAVED_AT, STEPS)
+        seconds = (time.perf_counter() - began) / len(losses)
+        weights = unbroken.weights()
+    with Training(config, _world(), checkpoint) as resumed:
+        again = resumed.steps(SAVED_AT, STEPS)
+        differing = [name for name, values in resumed.weights().items() if values.tobytes() != weights[name].tobytes()]
+    shutil.rmtree(folder)
+    equal = losses == again and not differing
+    return {
+        "equal": equal,
+        "losses": before + losses,
+        "resumed": again,
+        "differing": len(differing),
+        "step_seconds": seconds,
+        "text": f"{_outcome(losses, again, len(differing), len(weights))}; {seconds * 1000:.1f} ms a step",
+    }
+
+
+def _outcome(losses: Sequence[float], again: Sequence[float], differing: int, parameters: int) -> str:
+    if losses == again and not differing:
+        return "the same bits"
+    return f"other bits in {differing} of {parameters} parameters, losses {list(again)} for {list(losses)}"
+
+
+def _world() -> World:
+    """A single process's, on the device that the environment shows."""
+    return World(device=read_world().device)

@@ -1,0 +1,125 @@
+"""Stage c: `vitscale pretrain` as a user starts it, from JPEGs in shards, at every ZeRO stage."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitscale.bench.gpu_suite.cases import Cases, Figures, Mismatch, Setting, start_context
+from vitscale.bench.gpu_suite.photographs import photographs
+from vitscale.bench.measuring import peak_rate
+from vitscale.config.load import load_config
+from vitscale.models.auto import build_model
+
+STAGES = (0, 2, 1, 3)
+STEPS, WARM = 60, 20  # rates are of the steps after WARM: compiling, the first reads
+AGREE, AGREE_REL = 5, 0.01  # so many first losses, within this: from ZeRO-1 on bf16 rounds the weights
+RECIPE = Path(__file__).parents[3] / "configs" / "pretrain_vit_b_mae.yaml"
+TINY = ("model={preset: null, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 64, "
+        "image_size: 32, patch_size: 8}",
+        "objective.mae={decoder_hidden_size: 16, decoder_num_hidden_layers: 1, decoder_num_attention_heads: 2, "
+        "decoder_intermediate_size: 32}",
+        "train={global_batch: 16, micro_batch: 16, steps: 12, compile: false}")  # fmt: skip
+
+
+def cases(setting: Setting) -> Cases:
+    losses = {name: figures["losses"] for name, figures in setting.earlier.get("c", {}).items()}
+    return {f"ZeRO-{stage}": partial(_pretrain, stage, losses, setting) for stage in STAGES}
+
+
+def overrides(setting: Setting) -> list[str]:
+    """What the suite changes in the recipe: the data, the size of a step, what is logged."""
+    sizes = TINY if setting.tiny else (f"train={{global_batch: 256, micro_batch: 256, steps: {STEPS}, compile: true}}",)
+    return [
+        f"data={{train: ['{photographs(setting)}/*.tar'], lanes: 8, window: 16384}}",
+        *sizes,
+        f"run.dir={setting.scratch}/runs",
+        "log.every_steps=1",
+        "tracking.mlflow=false",
+    ]
+
+
+def _pretrain(stage: int, losses: dict[str, list[float]], setting: Setting) -> Figures:
+    """One run to its end, and what its files say of it; its losses are to agree with those of the other stages."""
+    name = f"ZeRO-{stage}"
+    asked = [*overrides(setting), f"parallel.zero_stage={stage}", f"run.name={name}"]
+    run = setting.scratch / "runs" / name
+    shutil.rmtree(run, ignore_errors=True)
+    process = start_context(setting.device).Process(  # type: ignore[attr-defined]
+        target=_command, args=(["pretrain", str(RECIPE), *asked],)
+    )
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise Mismatch(f"vitscale pretrain ended with {process.exitcode}; log.txt has what it printed")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    shutil.rmtree(run)
+    figures = _figures(rows, summary, asked, setting)
+    setting.note(figures)
+    _agree(name, figures["losses"], losses)
+    figures["agrees_with"] = list(losses)
+    losses[name] = figures["losses"]
+    return figures
+
+
+def _command(arguments: Sequence[str]) -> None:
+    """Be `python -m vitscale.cli ARGUMENTS`."""
+    sys.argv = ["vitscale", *arguments]
+    runpy.run_module("vitscale.cli", run_name="__main__", alter_sys=True)
+
+
+def _figures(
+    rows: Sequence[dict[str, Any]], summary: dict[str, Any], asked: Sequence[str], setting: Setting
+) -> Figures:
+    config = load_config(str(RECIPE), asked)
+    with torch.device("meta"):
+        flops = build_model(config).flops_per_image()
+    warm = rows[WARM if len(rows) > WARM else len(rows) // 2 :]
+    seconds = [row["step_seconds"] for row in warm]
+    rate = config.train.global_batch * len(seconds) / sum(seconds)  # not of the median step: a stall counts
+    peak, source = _peak(setting)
+    shares: Figures = {name: statistics.fmean(row[name] for row in warm) for name in ("data_share", "augment_share")
+              if name in warm[0]}  # fmt: skip
+    figures = shares | {
+        "images_per_second": rate,
+        "utilization": rate * flops / peak,
+        "peak": f"{peak / 1e12:.1f} TFLOP/s, {source}",
+        "step_seconds_median": statistics.median(seconds),
+        "peak_memory_gib": max(summary["peak_memory_bytes"]) / 2**30,
+        "losses": [row["loss"] for row in rows],
+        "decoder": summary["decoder"],
+        "skipped_steps": summary["skipped_steps"],
+        "bad_samples": summary["bad_samples"],
+    }
+    told = ", ".join(f"{name.removesuffix('_share')} {share:.1%}" for name, share in shares.items())
+    figures["text"] = (f"{rate:.0f} images/s, {figures['utilization']:.1%} of peak, {told} of the time, "
+                       f"{figures['peak_memory_gib']:.1f} GiB")  # fmt: skip
+    return figures
+
+
+def _peak(setting: Setting) -> tuple[float, str]:
+    measured = setting.earlier.get("a", {}).get("matrix")
+    if measured is not None:
+        return measured["tflops"] * 1e12, "stage a's matrix product"
+    if setting.tiny:
+        torch.set_num_threads(1)  # the next run is a fork, and OpenMP's threads hang in one
+    return peak_rate(torch.device(setting.device), torch.bfloat16)
+
+
+def _agree(name: str, losses: Sequence[float], known: Mapping[str, Sequence[float]]) -> None:
+    """Compare the first losses with those of the stages that have run before."""
+    for other, others in known.items():
+        for step, (mine, theirs) in enumerate(zip(losses[:AGREE], others, strict=False)):
+            if not abs(mine - theirs) <= AGREE_REL * abs(theirs):
+                raise Mismatch(f"{name}: the loss of step {step + 1} is {mine:.5f}, that of {other} {theirs:.5f}; "
+                               f"more than {AGREE_REL:.0%} apart")  # fmt: skip

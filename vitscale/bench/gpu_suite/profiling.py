@@ -1,0 +1,124 @@
+"""Stage g: where five steps of MAE ViT-B go, reader to AdamW: a trace, the top kernels, the GPU's idle share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from vitscale.augment.feed import DeviceFeed
+from vitscale.bench.gpu_suite.cases import Cases, Figures, Mismatch, Setting
+from vitscale.bench.gpu_suite.correctness import small_config
+from vitscale.bench.gpu_suite.photographs import make_augment, open_loader, photographs
+from vitscale.bench.gpu_suite.training import LR, new_model
+from vitscale.bench.measuring import synchronize
+from vitscale.config.presets import preset
+from vitscale.config.schema import Model, Objective, RunConfig, Train
+from vitscale.engine.backend import Backend
+from vitscale.engine.engine import Inputs
+from vitscale.world import World
+
+STEPS, WARM = 5, 4
+MOST_BYTES = 16 << 20
+FILE = "trace.json.gz"
+
+
+def cases(setting: Setting) -> Cases:
+    return {"five steps": partial(_profile, setting)}
+
+
+def _config(setting: Setting) -> RunConfig:
+    if setting.tiny:
+        config = small_config("mae")
+        return replace(config, model=replace(config.model, image_size=32, patch_size=8))
+    train = Train(global_batch=256, micro_batch=256, steps=STEPS, precision="bf16", compile=True)
+    return RunConfig(model=Model(**preset("B"), image_size=224), objective=Objective(name="mae"), train=train)
+
+
+def _profile(setting: Setting) -> Figures:
+    config, cuda = _config(setting), setting.device == "cuda"
+    folder = photographs(setting)  # by forks, so before there is anything on a GPU
+    backend = Backend(config, World(device=setting.device))
+    try:
+        engine = backend.wrap(new_model(config), config)
+        augment = make_augment(config, setting.device)
+        with open_loader(folder, config) as loader, DeviceFeed(loader, augment, backend.device) as feed:
+            for _ in range(WARM):
+                engine.step(_micro_batch(feed), LR)
+            synchronize(backend.device)
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+            with profile(activities=activities) as profiler:
+                for _ in range(STEPS):
+                    engine.step(_micro_batch(feed), LR)
+                synchronize(backend.device)
+    finally:
+        backend.close()
+    top = _top(profiler, cuda)
+    figures: Figures = {"top": top, **_trace(profiler, setting)}
+    first = ", ".join(f"{one['name'][:40]} {one['share']:.0%}" for one in top[:3])
+    if cuda:
+        if not top:
+            raise Mismatch("the profiler saw nothing on the GPU")
+        figures["idle_share"] = idle_share(_spans(profiler))
+    idle = f"GPU idle {figures['idle_share']:.1%}; " if cuda else ""
+    figures["text"] = f"{idle}{first}; {figures['trace']}"
+    return figures
+
+
+def _micro_batch(feed: DeviceFeed[Any]) -> Iterator[Inputs]:
+    """One, and the next one started on once the engine has queued its backward, as in a run."""
+    yield next(feed).inputs
+    feed.run_ahead()
+
+
+def _trace(profiler: Any, setting: Setting) -> Figures:
+    """Keep the trace for ui.perfetto.dev, unless it is too large for OUT."""
+    file = setting.out / FILE
+    profiler.export_chrome_trace(str(file))
+    size = file.stat().st_size
+    if size > MOST_BYTES:
+        file.unlink()
+        return {"trace": f"the trace of {size >> 20} MiB was not kept: at most {MOST_BYTES >> 20}", "trace_bytes": size}
+    return {"trace": f"{FILE}, {size / 2**20:.1f} MiB", "trace_bytes": size}
+
+
+def _top(profiler: Any, cuda: bool) -> list[Figures]:
+    """The 15 kernels (on a CPU: operations) that took the most time of their own."""
+    kind = "self_device_time_total" if cuda else "self_cpu_time_total"
+    averages = [event for event in profiler.key_averages() if not cuda or _is_kernel(event)]
+    total = sum(getattr(event, kind) for event in averages) or 1
+    averages.sort(key=lambda event: -getattr(event, kind))
+    return [
+        {"name": event.key[:120], "calls": event.count, "milliseconds": getattr(event, kind) / 1000,
+         "share": getattr(event, kind) / total}
+        for event in averages[:15]
+    ]  # fmt: skip
+
+
+def _spans(profiler: Any) -> Iterator[tuple[float, float]]:
+    """(start, end) of what ran on the GPU, in microseconds."""
+    for event in profiler.events():
+        if _is_kernel(event):
+            yield event.time_range.start, event.time_range.end
+
+
+def _is_kernel(event: Any) -> bool:
+    """Of the GPU, and no range that only names what kernels are for."""
+    return event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+
+
+def idle_share(spans: Iterable[tuple[float, float]]) -> float:
+    """The share of the time between the first start and the last end in which no span is."""
+    busy, end, first = 0.0, None, None
+    for start, stop in sorted(spans):
+        if end is None or first is None:
+            first = end = start
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    if first is None or end is None or end == first:
+        return 0.0
+    return 1.0 - busy / (end - first)
