@@ -31,6 +31,7 @@ class Backend:
 
     def __init__(self, config: RunConfig, world: World) -> None:
         self.world = world
+        self._linear = torch.nn.functional.linear
         self.accelerator = _make_accelerator(config, world)
         self.ranks = ProcessRanks(timedelta(seconds=config.parallel.timeout_s))
         seen = (self.accelerator.process_index, self.accelerator.num_processes, self.ranks.world_size)
@@ -84,6 +85,7 @@ class Backend:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         forget_deepspeed()
+        torch.nn.functional.linear = self._linear  # ZeRO-3 puts its own there, for every model in the process
 
 
 def peak_memory(device: torch.device) -> int:
