@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from vitscale import world
 from vitscale.bench.gpu_suite import correctness
 from vitscale.bench.gpu_suite.cases import Setting
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("single_rank")]
 
 
 def setting(folder: Path) -> Setting:
     far = time.monotonic() + 3600
     return Setting("cuda", folder, folder, far, frozenset(), {}, folder / "lines.jsonl")
-
-
-@pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
-    """A single rank's; taken away again for the tests that start processes."""
-    before = dict(os.environ)
-    world.enter()
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.mark.parametrize("name", correctness.cases(setting(Path())))

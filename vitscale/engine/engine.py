@@ -84,11 +84,14 @@ class Engine:
             group["lr"] = lr
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         metric_sums: dict[str, torch.Tensor] = {}
-        for number, inputs in enumerate(micro_batches):
-            output = self._forward_backward(inputs, last=number == self.accumulation - 1)
+        left = self.accumulation
+        for inputs in micro_batches:  # not by enumerate: it keeps the inputs while the next ones are prepared
+            left -= 1
+            output = self._forward_backward(inputs, last=left == 0)
             loss_sum += output.loss.detach()
             for name, value in output.metrics.items():
                 metric_sums[name] = metric_sums.get(name, 0.0) + value.detach().double()
+            del inputs, output
         norm, applied = self._update()
         if self.ema and applied:
             self.ema.update()
