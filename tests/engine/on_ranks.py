@@ -15,7 +15,7 @@ from vitscale.checkpoint.store import open_checkpoint, save_checkpoint
 from vitscale.config.schema import Model, Objective, Optimizer, Parallel, RunConfig, Train
 from vitscale.engine import backend
 from vitscale.engine.engine import Engine, Inputs, load_weights
-from vitscale.models.auto import build_model, initialize
+from vitscale.models.auto import new_model
 from vitscale.world import World, read_world
 
 BATCH, LR, EMA_DECAY = 8, 2e-3, 0.5
@@ -38,9 +38,7 @@ def run_config(stage: int = 0, ranks: int = 1, **train: Any) -> RunConfig:
 
 def start_model(config: RunConfig, frozen: Sequence[str] = ()) -> nn.Module:
     """frozen: how the names of parameters that are not trained begin."""
-    with torch.device("meta"):
-        model = build_model(config)
-    initialize(model, seed=0)
+    model = new_model(config, seed=0)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(tuple(frozen)))
     return model

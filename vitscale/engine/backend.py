@@ -59,8 +59,7 @@ class Backend:
         if config.train.gradient_checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         if config.train.compile:
-            for block in model.blocks():  # type: ignore[operator]
-                block.compile(dynamic=False)  # encoder and decoder have each one length, not one dynamic one
+            model.compile_blocks()  # type: ignore[operator]
         model.train()
         torch.use_deterministic_algorithms(config.train.deterministic)
         if self.device.type == "cuda":

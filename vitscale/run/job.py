@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from vitscale import __version__
 from vitscale.augment.feed import DeviceFeed
 from vitscale.augment.pipeline import Augment
@@ -29,7 +27,7 @@ from vitscale.errors import VitscaleError
 from vitscale.evaluation.figures import draw_curves
 from vitscale.export.checkpoint import export_run
 from vitscale.launch.snapshot import code_version, commit
-from vitscale.models.auto import build_model, initialize, model_keys
+from vitscale.models.auto import model_keys, new_model
 from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.run.session import Session, config_digest, open_session
 from vitscale.run.start import order_keys, say_changed_keys, start
@@ -105,10 +103,7 @@ class Job:
 
     def build(self, config: RunConfig) -> ViTPreTrainedModel:
         """The model on the CPU with its initial values, the same on every rank."""
-        with torch.device("meta"):  # `initialize` gives it memory; torch's own initial values are never drawn
-            model = build_model(config)
-        initialize(model, config.run.seed)
-        return model
+        return new_model(config, config.run.seed)
 
     def tasks(self, session: Session, engine: Engine, records: Records, meters: Meters) -> Sequence[PeriodicTask]:
         """What is done once in a while, in this order; a row is logged before its checkpoint is saved, or a
