@@ -16,7 +16,7 @@ from tests.augment.test_feed import Lender, feed_of
 from vitscale.config.schema import Log, RunConfig, Train
 from vitscale.engine.engine import Inputs, StepResult
 from vitscale.engine.guard import Diverged
-from vitscale.engine.loop import PeriodicTask, TrainingLoop, TrainState, every
+from vitscale.engine.loop import PeriodicTask, TrainingLoop, TrainState, every_n_steps
 from vitscale.engine.ranks import ProcessRanks
 from vitscale.engine.schedule import lr_at
 from vitscale.errors import DataError
@@ -124,7 +124,7 @@ def make_loop(total_steps: int, **parts: Any) -> tuple[TrainingLoop, list[str], 
             if name == "log":
                 rows.append(("metrics.jsonl", dict(row)))
 
-        return PeriodicTask(name, every(steps), run, at_stop)
+        return PeriodicTask(name, every_n_steps(steps), run, at_stop)
 
     loop = TrainingLoop(
         engine=Engine(events, **parts.get("engine_parts", {})),  # type: ignore[arg-type]
@@ -247,7 +247,7 @@ def test_the_epoch_is_that_of_the_first_micro_batch() -> None:
 def test_rates_and_shares_of_time_of_a_row() -> None:
     loop, _, _ = make_loop(2, feed=feed_of(Lender()))
     rows: list[dict[str, Any]] = []
-    loop.tasks = (PeriodicTask("tracking", every(1), lambda state, row: rows.append(row | loop.meters.read())),)
+    loop.tasks = (PeriodicTask("tracking", every_n_steps(1), lambda state, row: rows.append(row | loop.meters.read())),)
     assert loop.run()
     assert len(rows) == 2
     for row in rows:

@@ -30,7 +30,7 @@ def _exchange(ranks: ProcessRanks) -> dict[str, Any]:
         "gathered": ranks.gather({"rank": rank}),
         "collected": ranks.collect([rank] * rank),
         "sums": ranks.sum(dict(sorted(values.items(), reverse=rank % 2 == 1))),  # the names in any order
-        "report": report.over(ranks),
+        "report": report.reduced(ranks),
         "bytes": ranks.broadcast(b"index of rank 0" if rank == 0 else None),
         "nothing": ranks.broadcast(b"" if rank == 0 else None),
     }
