@@ -34,7 +34,7 @@ class StepResult:
     """What one optimizer step gave, on this rank."""
 
     loss: float  # mean over this rank's samples
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # likewise
     grad_norm: float  # of the global gradient before clipping; inf or nan where it was not finite
     applied: bool  # False: the gradient was not finite and the weights are as before
 

@@ -68,13 +68,12 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class StepReport:
-    """What one step gave: on one rank, or by `reduced` on all ranks together."""
+class StepReport(StepResult):
+    """What one step gave: on one rank, or by `reduced` on all ranks together.
 
-    loss: float  # mean over the samples
-    metrics: dict[str, float]  # means over the samples
-    grad_norm: float  # of the global gradient before clipping, on every rank the same
-    applied: bool  # False: the gradient was not finite and the weights are as before; on every rank the same
+    `grad_norm` and `applied` are the same on every rank.
+    """
+
     bad: dict[str, int]  # replaced samples by cause; every cause there is
     stop: bool  # whether any rank was asked to stop
 
@@ -178,14 +177,7 @@ class TrainingLoop:
     def _report(self, result: StepResult, consumed: Sequence[Consumed]) -> StepReport:
         """What the step gave on this rank."""
         bad = Counter(replaced.cause for micro_batch in consumed for replaced in micro_batch.replaced)
-        return StepReport(
-            loss=result.loss,
-            metrics=result.metrics,
-            grad_norm=result.grad_norm,
-            applied=result.applied,
-            bad={cause: bad[cause] for cause in self.causes},
-            stop=self.stop.requested(),
-        )
+        return StepReport(**vars(result), bad={cause: bad[cause] for cause in self.causes}, stop=self.stop.requested())
 
     def _record(self, report: StepReport, consumed: Sequence[Consumed]) -> None:
         """The rows that a step leaves beside metrics.jsonl: its samples' names, its replaced samples."""
