@@ -59,7 +59,7 @@ def test_ranks_of_different_runs_are_an_error(tmp_path: Path, differs: str) -> N
         require(TwoRanks(differs))
 
 
-def test_configs_are_told_apart_by_any_key() -> None:
+def test_configs_differ_in_their_digest() -> None:
     digest = session.config_digest(CONFIG)
     assert len(digest) == 16
     assert digest == session.config_digest(replace(CONFIG))

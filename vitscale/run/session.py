@@ -70,7 +70,7 @@ def open_session(config: RunConfig, world: World, folder: RunFolder) -> Session:
 
 
 def config_digest(config: RunConfig) -> str:
-    """16 hex digits that tell one resolved config from another."""
+    """16 hex digits: a hash of the resolved config."""
     return hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
 
 
@@ -99,17 +99,17 @@ def _require_agreement(
     config: RunConfig, ranks: ProcessRanks, folder: RunFolder, index: ShardIndex, decoder: str
 ) -> None:
     """All ranks must have the same folder, config, data and code, or they would train different runs."""
-    here = {
+    own = {
         "run folder": f"held by {folder.holder()}",
         "config": config_digest(config),
         "index": index.digest,
         "decoder": decoder,
         "version of vitscale": __version__,
     }
-    for rank, there in enumerate(ranks.gather(here)):
-        for what, value in there.items():
-            if value != here[what]:
+    for rank, other in enumerate(ranks.gather(own)):
+        for what, value in other.items():
+            if value != own[what]:
                 raise LaunchError(
-                    f"rank {rank} has another {what} ({value}) than rank {ranks.rank} ({here[what]}): "
+                    f"rank {rank} has another {what} ({value}) than rank {ranks.rank} ({own[what]}): "
                     "start all ranks with one command on one shared folder"
                 )
