@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vitscale.augment.operations import CropResize, Drawn, ModelInputs, Normalize, Operation, RaggedBatch
 from vitscale.config import schema
+from vitscale.config.check import pair
 
 _ALIGNMENT = 64  # bytes; what vectorized loads of any type want
 
@@ -37,6 +38,13 @@ class Augment:
             CropResize(image_size, num_channels, augment.flip if train else 0.0),
             Normalize.of(augment.mean, augment.std, num_channels, device),
         ]
+
+    @classmethod
+    def of(cls, config: schema.RunConfig, device: str, train: bool) -> Augment:
+        """A run's: in training with labels where the objective needs them."""
+        labels = train and config.objective.needs_labels
+        size, channels = pair(config.model.image_size), config.model.num_channels
+        return cls(config.augment, size, channels, device, train=train, labels=labels)
 
     @torch.no_grad()
     def __call__(self, batch: RaggedBatch) -> ModelInputs:

@@ -115,7 +115,7 @@ def _batches(index: ShardIndex, config: RunConfig, world: World, bad: SampleGuar
     Others stand in for bad samples, which are counted in `bad`, and bounded as in training.
     """
     size = pair(config.model.image_size)
-    augment = Augment(config.augment, size, config.model.num_channels, world.device, train=False)
+    augment = Augment.of(config, world.device, train=False)
     batch = min(config.evaluation.batch, index.total)
     loader = Loader(
         index=index,

@@ -238,16 +238,8 @@ def _loader(session: Session, samples: int) -> Loader:
 
 
 def _feed(session: Session, loader: Loader) -> DeviceFeed[Batch]:
-    config, device = session.config, session.backend.device
-    augment = Augment(
-        config.augment,
-        pair(config.model.image_size),
-        config.model.num_channels,
-        str(device),
-        train=True,
-        labels=config.objective.needs_labels,
-    )
-    return DeviceFeed(loader, augment, device)
+    device = session.backend.device
+    return DeviceFeed(loader, Augment.of(session.config, str(device), train=True), device)
 
 
 def _save(session: Session, engine: Engine, state: TrainState) -> None:
