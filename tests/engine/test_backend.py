@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -61,3 +62,18 @@ def test_no_micro_batch_is_kept_while_the_next_one_is_prepared(stage: int) -> No
 
         training.engine.step(micro_batches(), LR)
     assert alive == [0, 0]
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_loss_and_metrics_of_a_step_are_means_over_its_micro_batches(stage: int) -> None:
+    outputs: list[Any] = []
+    with Training(config(stage), World()) as training:
+        training.engine.module.register_forward_hook(lambda module, given, output: outputs.append(output))
+        inputs = [batch(training.config, number, training.backend.device) for number in (0, 1)]
+        result = training.engine.step(inputs, LR)
+    one, other = outputs
+    assert result.loss == pytest.approx(float(one.loss + other.loss) / 2)
+    assert result.metrics == pytest.approx(
+        {name: float(one.metrics[name] + other.metrics[name]) / 2 for name in one.metrics}
+    )
+    assert len(result.metrics) > 1
