@@ -101,6 +101,13 @@ def assert_near(checkpoint: Checkpoint, kind: str, expected: dict[str, np.ndarra
         np.testing.assert_allclose(checkpoint.whole(kind, name), values, rtol=1e-4, atol=2e-5, err_msg=name)
 
 
+def written_by_rank(checkpoint: Checkpoint, kind: str, ranks: int) -> list[int]:
+    """Elements of a kind that each rank wrote."""
+    manifest = json.loads((checkpoint.folder / "manifest.json").read_text())
+    pieces = [piece for tensor in manifest["tensors"] if tensor["kind"] == kind for piece in tensor["pieces"]]
+    return [sum(count for file, _, count in pieces if file == rank) for rank in range(ranks)]
+
+
 # ---- saving
 
 
@@ -109,6 +116,14 @@ def test_no_later_step_changes_a_snapshot(world: World, stage: int, ranks: int, 
     for case in (by_rank["plain"] for by_rank in world(stage, ranks, precision).by_rank):
         assert case["unchanged"]
         assert case["moved"], "the steps after it changed nothing: there was nothing to see"
+
+
+@in_fp32
+def test_ranks_write_even_parts(world: World, stage: int, ranks: int, precision: str) -> None:
+    """Of DDP's weights, which all ranks have, to an element; ZeRO's partitions may end in padding."""
+    counts = written_by_rank(world(stage, ranks, precision).saved("plain"), "param", ranks)
+    assert sum(counts) == sum(p.numel() for p in start_model(run_config()).parameters())
+    assert max(counts) - min(counts) <= (1 if stage == 0 else sum(counts) // 10)
 
 
 # ---- frozen parameters
@@ -123,9 +138,7 @@ def test_frozen_parameters_stay_and_are_saved_exactly(world: World, stage: int, 
     assert {name for kind, name in checkpoint.tensors if kind != "frozen"}.isdisjoint(at_start)
     for name, values in at_start.items():
         np.testing.assert_array_equal(checkpoint.whole("frozen", name), values.detach().numpy(), err_msg=name)
-    manifest = json.loads((checkpoint.folder / "manifest.json").read_text())
-    pieces = [piece for tensor in manifest["tensors"] if tensor["kind"] == "frozen" for piece in tensor["pieces"]]
-    counts = [sum(count for file, _, count in pieces if file == rank) for rank in range(ranks)]
+    counts = written_by_rank(checkpoint, "frozen", ranks)
     assert max(counts) - min(counts) <= 1
     assert sum(counts) == sum(p.numel() for p in at_start.values())
 
