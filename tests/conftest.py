@@ -10,7 +10,7 @@ import pytest
 
 from tests.integration.worlds import Launcher
 from tests.torchvision_ops import DeclareOperators
-from vitscale.world import read_world
+from vitscale.world import enter, read_world
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run several processes on few cores
 sys.meta_path.insert(0, DeclareOperators())
@@ -43,3 +43,18 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     started = Launcher(tmp_path_factory.mktemp("logs"))
     yield started
     started.close()
+
+
+@pytest.fixture
+def environment() -> Iterator[None]:
+    """os.environ is restored: processes of later tests must not inherit what `world.enter` sets."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def single_rank(environment: None) -> None:
+    """The environment of a run of one rank."""
+    enter()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,8 @@ from vitscale.config.load import dump_config, load_config
 from vitscale.data.index import ShardIndex
 from vitscale.run_folder import BAD_INPUT, DONE, RunFolder
 
+pytestmark = pytest.mark.usefixtures("environment")
+
 VERBS = ("pretrain", "config", "pack", "index", "evaluate", "stop", "sync")
 VERBS += ("convert", "predict", "features", "inspect", "export", "bench")
 MODEL = """\
@@ -32,15 +32,6 @@ data: {train: "shards/*.tar"}
 train: {steps: 4}
 tracking: {mlflow: false}
 """
-
-
-@pytest.fixture(autouse=True)
-def _environment_as_it_was() -> Iterator[None]:
-    """Verbs set what libraries read (world.enter); other tests' processes must not inherit it."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture

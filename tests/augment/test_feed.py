@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -138,15 +138,18 @@ def test_seconds_are_those_of_the_loader_and_of_the_augmentation(ahead: int) -> 
 class Queued:
     """In place of a GPU's streams: what is queued on either passes when the test says so.
 
-    A mark is [seconds at which it passed or None, what it is for].
+    A mark is [seconds at which it passed or None].
     """
 
     def __init__(self) -> None:
-        self.now, self.marks, self.waited, self.handed = 0.0, [], [], []
-        self.is_ahead = False
+        self.now, self.marks, self.waited, self.handed, self.pinned = 0.0, [], [], [], []
+        self.is_ahead = self.is_closed = False
 
-    def ahead(self) -> Any:
-        return nullcontext()
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        self.is_ahead = True
+        yield
+        self.is_ahead = False
 
     def mark(self) -> list[Any]:
         self.marks.append([None])
@@ -173,10 +176,10 @@ class Queued:
         self.handed.append((ready, list(tensors)))
 
     def pin(self, number: int, memory: np.ndarray) -> None:
-        pass
+        self.pinned.append((number, memory))
 
     def close(self) -> None:
-        self.run()
+        self.is_closed = True
 
 
 def test_memories_are_out_until_the_device_has_passed_them() -> None:
@@ -206,6 +209,8 @@ def test_what_the_device_has_not_reached_is_counted_later() -> None:
     feed._streams = streams = Queued()
     next(feed)
     assert feed.read_seconds() == {"data": 0, "augment": 0}
+    streams.run(until=1)  # a span has begun
+    assert feed.read_seconds() == {"data": 0, "augment": 0}
     streams.run(seconds=1.0)  # a second from mark to mark
     assert feed.read_seconds() == {"data": 2, "augment": 1}  # for the loader, and for the batch's tensors
     assert feed.read_seconds() == {"data": 0, "augment": 0}
@@ -219,3 +224,23 @@ def test_tensors_are_handed_over_once_they_are_taken() -> None:
     fed = next(feed)
     ((_, tensors),) = streams.handed
     assert {id(tensor) for tensor in tensors} == {id(tensor) for tensor in fed.inputs.values()}
+
+
+def test_a_batch_is_augmented_on_the_other_stream_from_pinned_memory() -> None:
+    """And the feed's end is that of the streams, with their pins."""
+    lender = Lender()
+    with feed_of(lender) as feed:
+        feed._streams = streams = Queued()
+        calls: list[tuple[bool, int]] = []
+
+        def augmenting(batch: SimpleNamespace) -> Any:
+            ((number, memory),) = streams.pinned
+            assert memory is lender.memory(batch)[1]
+            calls.append((streams.is_ahead, number))
+            return augment()(batch)
+
+        feed._augment = augmenting  # type: ignore[assignment]
+        next(feed)
+        assert calls == [(True, 0)]
+        assert not streams.is_closed
+    assert streams.is_closed

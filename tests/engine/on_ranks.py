@@ -1,4 +1,4 @@
-"""What tests have ranks do: engines over a tiny classifier, without shards, reader or run folder."""
+"""Cases that ranks run: engines of a tiny classifier, without shards, reader or run folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vitscale.checkpoint.store import open_checkpoint, save_checkpoint
 from vitscale.config.schema import Model, Objective, Optimizer, Parallel, RunConfig, Train
 from vitscale.engine import backend
 from vitscale.engine.engine import Engine, Inputs, load_weights
-from vitscale.models.auto import build_model, initialize
+from vitscale.models.auto import new_model
 from vitscale.world import World, read_world
 
 BATCH, LR, EMA_DECAY = 8, 2e-3, 0.5
@@ -38,9 +38,7 @@ def run_config(stage: int = 0, ranks: int = 1, **train: Any) -> RunConfig:
 
 def start_model(config: RunConfig, frozen: Sequence[str] = ()) -> nn.Module:
     """frozen: how the names of parameters that are not trained begin."""
-    with torch.device("meta"):
-        model = build_model(config)
-    initialize(model, seed=0)
+    model = new_model(config, seed=0)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(tuple(frozen)))
     return model
@@ -104,19 +102,19 @@ class Rank:
         engine.warm_up(images(0, 0, self.micro))
         return engine
 
-    def losses(self, engine: Engine, first: int, last: int, spoiled: int | None = None) -> list[float]:
-        """Take the steps first to last - 1; each's loss over all ranks. `spoiled`: a step with NaN for pixels."""
-        taken = []
+    def losses(self, engine: Engine, first: int, last: int, nan_at: int | None = None) -> list[float]:
+        """Take steps [first, last); the loss of each over all ranks. `nan_at`: a step whose pixels are NaN."""
+        losses = []
         for step in range(first, last):
-            loss = engine.step(self._micro_batches(step, step == spoiled), LR).loss
-            taken.append(self.ranks.sum({"loss": loss})["loss"] / self.world.world_size)
-        return taken
+            loss = engine.step(self._micro_batches(step, step == nan_at), LR).loss
+            losses.append(self.ranks.sum({"loss": loss})["loss"] / self.world.world_size)
+        return losses
 
-    def _micro_batches(self, step: int, spoiled: bool) -> Iterator[Inputs]:
+    def _micro_batches(self, step: int, nan: bool) -> Iterator[Inputs]:
         share = BATCH // self.world.world_size
         for first in range(self.world.rank * share, (self.world.rank + 1) * share, self.micro):
             inputs = dict(images(step, first, first + self.micro))
-            if spoiled:
+            if nan:
                 inputs["pixel_values"] = inputs["pixel_values"] * float("nan")
             yield inputs
 
@@ -124,8 +122,8 @@ class Rank:
         state = {"adam_step": engine.adam_step}
         return save_checkpoint(folder, step, engine.snapshot(), state, self.ranks, keep=10)
 
-    def stopped(self, folder: Path, **options: Any) -> dict[str, Any]:
-        """A run with a checkpoint in its middle and at its end, and one that goes on from the middle."""
+    def resumed(self, folder: Path, **options: Any) -> dict[str, Any]:
+        """A run with checkpoints in its middle and at its end, and one resumed from the middle."""
         engine = self.engine(**options)
         losses = self.losses(engine, 0, STOP)
         saved = self.save(engine, folder, STOP)
@@ -136,31 +134,31 @@ class Rank:
         return {"losses": losses, "resumed": resumed, "same": _same(engine.snapshot(), again.snapshot())}
 
 
-def every_case(stage: int, folder: str, **train: Any) -> dict[str, Any]:
-    """What one rank saw in each of the cases below; checkpoints of each lie in a folder of its name."""
+def all_cases(stage: int, folder: str, **train: Any) -> dict[str, Any]:
+    """One rank's results of the cases below, by name; the checkpoints of each are in a folder of that name."""
     rank = Rank(stage, **train)
     scales = layer_scales(start_model(rank.config))
     cases: dict[str, Callable[[Rank, Path], dict[str, Any]]] = {
         "plain": plain,
         "evaluated": evaluated,
-        "spoiled": spoiled,
-        "scaled": functools.partial(Rank.stopped, lr_scales=scales, undecayed=TOKENS),
-        "frozen": functools.partial(Rank.stopped, frozen=FROZEN),
+        "skipped": skipped,
+        "scaled": functools.partial(Rank.resumed, lr_scales=scales, undecayed=TOKENS),
+        "frozen": functools.partial(Rank.resumed, frozen=FROZEN),
     }
     return {name: case(rank, Path(folder) / name) for name, case in cases.items()}
 
 
 def plain(rank: Rank, folder: Path) -> dict[str, Any]:
-    """Never evaluated. A snapshot is taken in its middle, and looked at in the end."""
+    """Never evaluated. A snapshot of its middle is compared with itself at the end."""
     engine = rank.engine()
     losses = rank.losses(engine, 0, STOP)
-    taken = engine.snapshot()
-    kept = [piece.values.copy() for piece in taken]
+    snapshot = engine.snapshot()
+    copies = [piece.values.copy() for piece in snapshot]
     losses += rank.losses(engine, STOP, STEPS)
     rank.save(engine, folder, STEPS)
-    untouched = all(np.array_equal(piece.values, values) for piece, values in zip(taken, kept, strict=True))
-    moved = [not np.array_equal(a.values, b.values) for a, b in zip(taken, engine.snapshot(), strict=True)]
-    return {"losses": losses, "untouched": untouched, "moved": all(moved)}
+    unchanged = all(np.array_equal(piece.values, values) for piece, values in zip(snapshot, copies, strict=True))
+    moved = [not np.array_equal(a.values, b.values) for a, b in zip(snapshot, engine.snapshot(), strict=True)]
+    return {"losses": losses, "unchanged": unchanged, "moved": all(moved)}
 
 
 def evaluated(rank: Rank, folder: Path) -> dict[str, Any]:
@@ -186,19 +184,19 @@ def evaluated(rank: Rank, folder: Path) -> dict[str, Any]:
     return {"losses": losses, "sums": sums}
 
 
-def spoiled(rank: Rank, folder: Path) -> dict[str, Any]:
+def skipped(rank: Rank, folder: Path) -> dict[str, Any]:
     """A step that is not applied between two checkpoints."""
     engine = rank.engine()
     rank.losses(engine, 0, 1)
     before = engine.snapshot()
-    rank.losses(engine, 1, 2, spoiled=1)
+    rank.losses(engine, 1, 2, nan_at=1)
     return {"same": _same(before, engine.snapshot())}
 
 
 def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
     """Whether two snapshots are equal, bit by bit."""
-    mine, theirs = ({(p.kind, p.name, p.start): p.values for p in pieces} for pieces in (one, other))
-    return mine.keys() == theirs.keys() and all(np.array_equal(mine[key], theirs[key]) for key in mine)
+    first, second = ({(p.kind, p.name, p.start): p.values for p in pieces} for pieces in (one, other))
+    return first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
 
 
 def by_plain_torch(
@@ -207,7 +205,7 @@ def by_plain_torch(
     frozen: Sequence[str] = (),
     undecayed: Sequence[str] = (),
 ) -> tuple[list[float], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Losses, weights and their average after the steps, by torch's AdamW with a group for each parameter."""
+    """Losses, and weights and their average after the steps, by torch's AdamW with a group for each parameter."""
     model = start_model(config, frozen)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [

@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from vitscale import world
 from vitscale.bench.gpu_suite.correctness import small_config
-from vitscale.bench.gpu_suite.training import Training
+from vitscale.bench.gpu_suite.training import LR, Training, batch
 from vitscale.config.schema import Parallel, RunConfig
+from vitscale.engine.engine import Inputs
+from vitscale.world import World
 
-
-@pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
-    """A single rank's; taken away again for the tests that start processes."""
-    before = dict(os.environ)
-    world.enter()
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+pytestmark = pytest.mark.usefixtures("single_rank")
 
 
 def config(stage: int, deterministic: bool = False) -> RunConfig:
+    """Two micro-batches a step."""
     small = small_config("multitask")
-    return replace(
-        small, parallel=Parallel(zero_stage=stage), train=replace(small.train, deterministic=deterministic)
-    )
+    train = replace(small.train, micro_batch=4, deterministic=deterministic)
+    return replace(small, parallel=Parallel(zero_stage=stage), train=train)
 
 
 def test_a_backend_leaves_nothing_to_the_next_one() -> None:
     """Of another stage: accelerate and DeepSpeed keep theirs in the process."""
     losses, linear = [], torch.nn.functional.linear
     for stage in (0, 3, 0, 2):
-        with Training(config(stage), world.World()) as training:
+        with Training(config(stage), World()) as training:
             assert training.engine.stage == stage
             assert (type(training.engine.model).__name__ == "DeepSpeedEngine") == (stage > 0)
             losses.append(training.steps(0, 2))
@@ -48,6 +43,38 @@ def test_a_backend_leaves_nothing_to_the_next_one() -> None:
 
 def test_deterministic_algorithms_are_the_configs() -> None:
     for asked in (True, False):
-        with Training(config(0, deterministic=asked), world.World()):
+        with Training(config(0, deterministic=asked), World()):
             assert torch.are_deterministic_algorithms_enabled() == asked
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_no_micro_batch_is_kept_while_the_next_one_is_prepared(stage: int) -> None:
+    alive: list[int] = []
+    with Training(config(stage), World()) as training:
+
+        def micro_batches() -> Iterator[Inputs]:
+            for number in range(training.engine.accumulation):
+                inputs = batch(training.config, number, training.backend.device)
+                tensors = [weakref.ref(tensor) for tensor in inputs.values()]
+                yield inputs
+                del inputs
+                alive.append(sum(tensor() is not None for tensor in tensors))
+
+        training.engine.step(micro_batches(), LR)
+    assert alive == [0, 0]
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_loss_and_metrics_of_a_step_are_means_over_its_micro_batches(stage: int) -> None:
+    outputs: list[Any] = []
+    with Training(config(stage), World()) as training:
+        training.engine.module.register_forward_hook(lambda module, given, output: outputs.append(output))
+        inputs = [batch(training.config, number, training.backend.device) for number in (0, 1)]
+        result = training.engine.step(inputs, LR)
+    one, other = outputs
+    assert result.loss == pytest.approx(float(one.loss + other.loss) / 2)
+    assert result.metrics == pytest.approx(
+        {name: float(one.metrics[name] + other.metrics[name]) / 2 for name in one.metrics}
+    )
+    assert len(result.metrics) > 1

@@ -15,6 +15,7 @@ from vitscale.errors import CheckpointError
 
 def model(frozen: Iterable[str] = (), width: int = 3) -> nn.Module:
     made = nn.Sequential(nn.Linear(width, 3), nn.BatchNorm1d(3))
+    made.register_buffer("table", torch.arange(3), persistent=False)  # is recomputed, not saved
     for name, parameter in made.named_parameters():
         parameter.requires_grad_(name not in frozen)
     return made
@@ -24,7 +25,7 @@ def saved(folder: Path, frozen: Iterable[str]) -> tuple[Checkpoint, nn.Module]:
     source = model(frozen)
     source[1].running_mean.fill_(7.0)
     tensors = {("param" if p.requires_grad else "frozen", name): p for name, p in source.named_parameters()}
-    tensors |= {("buffer", name): buffer for name, buffer in source.named_buffers()}
+    tensors |= {("buffer", name): buffer for name, buffer in source.named_buffers() if name != "table"}
     pieces = [
         Piece(kind, name, tuple(tensor.shape), 0, tensor.detach().reshape(-1).numpy())
         for (kind, name), tensor in tensors.items()

@@ -1,4 +1,4 @@
-"""The loop's story, told by an engine and a feed that write down when they are called."""
+"""The order of calls in the loop, recorded by an engine and a feed, and the rows that it writes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from tests.augment.test_feed import Lender, feed_of
 from vitscale.config.schema import Log, RunConfig, Train
 from vitscale.engine.engine import Inputs, StepResult
 from vitscale.engine.guard import Diverged
-from vitscale.engine.loop import PeriodicTask, StepReport, TrainingLoop, TrainState, every
+from vitscale.engine.loop import PeriodicTask, TrainingLoop, TrainState, every_n_steps
 from vitscale.engine.ranks import ProcessRanks
+from vitscale.engine.schedule import lr_at
 from vitscale.errors import DataError
 from vitscale.tracking.meters import Meters
 
@@ -45,7 +46,7 @@ class Batch:
 
     @property
     def epoch(self) -> int:
-        return self.number // 4
+        return self.number // 3
 
 
 class Feed:
@@ -64,6 +65,7 @@ class Feed:
         self.events.append("run ahead")
 
     def read_seconds(self) -> dict[str, float]:
+        self.events.append("read seconds")
         return {"data": 0.0}
 
 
@@ -75,25 +77,23 @@ class Engine:
     accumulation: int = 2
     broken: tuple[int, ...] = ()
     ranks: ProcessRanks = field(default_factory=lambda: ProcessRanks(timedelta(seconds=1)))
-    steps: int = 0
-    tensors: list[weakref.ref[torch.Tensor]] = field(default_factory=list)  # all inputs that it was given
-    alive: list[int] = field(default_factory=list)  # how many of them were still there after each step's last backward
+    lrs: list[float] = field(default_factory=list)  # of each step
+    tensors: list[weakref.ref[torch.Tensor]] = field(default_factory=list)  # of all inputs that it was given
 
     def warm_up(self, inputs: Inputs) -> None:
         self.events.append("warm up 0")
 
     def step(self, micro_batches: Iterable[Inputs], lr: float) -> StepResult:
-        self.steps += 1
+        self.lrs.append(lr)
         losses = []
         for inputs in micro_batches:
             number = float(inputs["number"]) if "number" in inputs else 0.0
             self.events.append(f"forward {number:.0f}")
             losses.append(number)
             self.tensors += [weakref.ref(tensor) for tensor in inputs.values()]
-        del inputs
-        self.alive.append(sum(tensor() is not None for tensor in self.tensors))
+            del inputs
         self.events.append("update")
-        return StepResult(sum(losses) / len(losses), {"accuracy": 0.5}, 1.0, self.steps not in self.broken)
+        return StepResult(sum(losses) / len(losses), {"accuracy": 0.5}, 1.0, len(self.lrs) not in self.broken)
 
 
 @dataclass
@@ -124,7 +124,7 @@ def make_loop(total_steps: int, **parts: Any) -> tuple[TrainingLoop, list[str], 
             if name == "log":
                 rows.append(("metrics.jsonl", dict(row)))
 
-        return PeriodicTask(name, every(steps), run, at_stop)
+        return PeriodicTask(name, every_n_steps(steps), run, at_stop)
 
     loop = TrainingLoop(
         engine=Engine(events, **parts.get("engine_parts", {})),  # type: ignore[arg-type]
@@ -145,7 +145,8 @@ def test_a_step_from_top_to_bottom() -> None:
     loop, events, rows = make_loop(1)
     assert loop.run()
     assert events == [
-        *("batch 0", "warm up 0", "forward 0", "run ahead", "batch 1", "forward 1", "run ahead", "update"),
+        *("batch 0", "warm up 0", "read seconds"),  # the wait for the first batch is not counted
+        *("forward 0", "run ahead", "batch 1", "forward 1", "run ahead", "update", "read seconds"),
         *("evaluate 1", "log 1", "save 1"),  # the last step is always due
     ]
     (_, row) = rows[0]
@@ -165,17 +166,19 @@ def test_tasks_are_done_when_due_in_their_order() -> None:
     ]
 
 
-def test_a_wish_to_stop_saves_and_leaves() -> None:
+def test_a_request_to_stop_saves_and_ends_the_loop() -> None:
     loop, events, _ = make_loop(100, stop_at=5)
     assert not loop.run()
     assert (loop.state.step, loop.state.samples) == (5, 20)
-    assert events[-2:] == ["log 5", "save 5"]
+    assert events[-3:] == ["read seconds", "log 5", "save 5"]
 
 
 def test_a_resumed_run_goes_on_with_its_counts() -> None:
     state = TrainState(step=3, samples=12, epoch=0, skipped=1, bad={"label": 2})
     loop, _, rows = make_loop(4, state=state, bad=[1])
     assert loop.run()
+    assert isinstance(loop.engine, Engine)
+    assert loop.engine.lrs == [lr_at(3, 4, loop.config)]
     assert state == TrainState(step=4, samples=16, epoch=0, skipped=1, bad={"label": 2, "undecodable": 1})
     assert rows[0] == ("quarantine.jsonl", {"step": 4, "slot": 0, "cause": "undecodable"})
     assert (rows[1][1]["skipped_steps"], rows[1][1]["bad_samples"]) == (1, 3)
@@ -204,24 +207,28 @@ def test_guards_end_the_run_after_their_rows_are_written() -> None:
         loop.run()
     assert [row["step"] for file, row in rows if file == "quarantine.jsonl"] == [1, 1, 2, 2]
     loop, events, rows = make_loop(9, engine_parts={"broken": (2, 3)}, max_skipped_steps=2)
-    with pytest.raises(Diverged):
+    with pytest.raises(Diverged, match="step 3: "):
         loop.run()
     assert [row["step"] for file, row in rows if file == "skipped.jsonl"] == [2, 3]
     assert "log 3" not in events
 
 
-def test_a_report_over_one_rank_is_itself() -> None:
-    report = StepReport(0.25, {"accuracy": 0.5}, 2.0, True, {"label": 1, "undecodable": 0}, False)
-    assert report.over(ProcessRanks(timedelta(seconds=1))) == report
-
-
 def test_no_batch_is_kept_beyond_its_step() -> None:
-    loop, _, _ = make_loop(3, feed=feed_of(Lender()))
-    assert loop.run()
-    engine = loop.engine
+    """Nor beyond its backward: when the next one is prepared, its memory is free."""
+    feed = feed_of(Lender())
+    loop, _, _ = make_loop(3, feed=feed)
+    engine, run_ahead = loop.engine, feed.run_ahead
     assert isinstance(engine, Engine)
+    alive: list[int] = []
+
+    def count_and_run_ahead() -> None:
+        alive.append(sum(tensor() is not None for tensor in engine.tensors))
+        run_ahead()
+
+    feed.run_ahead = count_and_run_ahead  # type: ignore[method-assign]
+    assert loop.run()
     assert len(engine.tensors) == 3 * 2 * 3  # steps, micro-batches; pixels, keys and labels
-    assert engine.alive == [0, 0, 0]
+    assert alive == [0] * 6
 
 
 def test_an_error_of_the_next_batch_does_not_end_this_step() -> None:
@@ -231,12 +238,20 @@ def test_an_error_of_the_next_batch_does_not_end_this_step() -> None:
     assert events.count("update") == len([row for file, row in rows if file == "metrics.jsonl"]) == 2
 
 
-def test_a_row_tells_what_the_feed_took() -> None:
+def test_the_epoch_is_that_of_the_first_micro_batch() -> None:
+    loop, _, rows = make_loop(3)
+    assert loop.run()
+    assert [row["epoch"] for _, row in rows] == [0, 0, 1]  # of batches 0, 2 and 4; batch 3 begins epoch 1
+
+
+def test_rates_and_shares_of_time_of_a_row() -> None:
     loop, _, _ = make_loop(2, feed=feed_of(Lender()))
     rows: list[dict[str, Any]] = []
-    loop.tasks = (PeriodicTask("log", every(1), lambda state, row: rows.append(row | loop.meters.read())),)
+    loop.tasks = (PeriodicTask("tracking", every_n_steps(1), lambda state, row: rows.append(row | loop.meters.read())),)
     assert loop.run()
     assert len(rows) == 2
     for row in rows:
+        assert row["images_per_second"] > 0
         assert 0 < row["augment_share"] < 1
         assert 0 <= row["data_share"] < 1
+    assert rows[1].keys() - rows[0].keys() == {"tracking_share"}  # by the task's name

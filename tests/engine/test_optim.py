@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -51,45 +53,56 @@ def test_a_scale_of_no_parameter() -> None:
         make_optimizer(nn.Linear(4, 3), Optimizer(), fused=False, lr_scales={"heads": 0.5})
 
 
-@given(st.lists(st.tuples(st.integers(1, 5), st.sampled_from([0.5, 1.0, None])), min_size=1, max_size=8), st.randoms())
-def test_runs_are_the_scales_of_every_element(parts: list[tuple[int, float | None]], chance: object) -> None:
-    """Each element of a flat lies in one run with its parameter's scale; there are as few runs as may be."""
-    flat = torch.zeros(sum(count for count, _ in parts) + 3)  # and padding, which is nobody's
+PARTS = st.tuples(st.integers(1, 5), st.sampled_from([0.5, 1.0, None]), st.sampled_from([0, 0, 3]))
+
+
+@given(st.lists(PARTS, min_size=1, max_size=8), st.randoms())
+def test_runs_are_the_scales_of_every_element(parts: list[tuple[int, float | None, int]], chance: object) -> None:
+    """Each element of a flat is in one run with its parameter's scale, padding in none; no two runs could be one."""
+    flat = torch.zeros(sum(count + padding for count, _, padding in parts))
     fragments, expected = [], []
-    for number, (count, _) in enumerate(parts):
+    for number, (count, scale, padding) in enumerate(parts):
         fragments.append(Fragment(f"p{number}", (count,), 0, flat, len(expected), count))
-        expected += [parts[number][1] or 1.0] * count
+        expected += [scale or 1.0] * count + [None] * padding
     chance.shuffle(fragments)  # type: ignore[attr-defined]
-    scales = {f"p{number}": scale for number, (_, scale) in enumerate(parts) if scale is not None}
+    scales = {f"p{number}": scale for number, (_, scale, _) in enumerate(parts) if scale is not None}
     runs = scaled_runs(fragments, scales)
-    if set(expected) == {1.0}:
+    if not {*expected} - {1.0, None}:
         assert runs == {}
         return
-    covered = [run.scale for run in runs[flat] for _ in range(run.count)]
+    covered: list[float | None] = [None] * len(expected)
+    for run in runs[flat]:
+        assert covered[run.start : run.start + run.count] == [None] * run.count
+        covered[run.start : run.start + run.count] = [run.scale] * run.count
     assert covered == expected
-    assert [run.start for run in runs[flat]] == [sum(r.count for r in runs[flat][:n]) for n in range(len(runs[flat]))]
-    assert all(one.scale != next_.scale for one, next_ in zip(runs[flat], runs[flat][1:], strict=False))
+    for one, other in itertools.pairwise(runs[flat]):
+        assert one.scale != other.scale or one.start + one.count < other.start
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_flat_steps_as_its_parameters_would(device: str) -> None:
-    """Two parameters and padding in one tensor, each at its own rate: as in two tensors, and one step counted."""
+    """Two parameters and padding in one tensor, each at its own rate: as in two tensors, and one step counted.
+
+    A tensor without runs is stepped whole, one without a gradient not at all.
+    """
     torch.manual_seed(0)
     values, gradients = torch.randn(8, device=device), [torch.randn(8, device=device) for _ in range(3)]
     apart = [nn.Parameter(values[:3].clone()), nn.Parameter(values[3:6].clone())]
-    rates = {"lr": 0.1, "weight_decay": 0.3, "fused": device == "cuda"}
+    rates = {"lr": 0.1, "weight_decay": 0.3, "betas": (0.6, 0.8), "eps": 0.1, "fused": device == "cuda"}
     expected = torch.optim.AdamW([{"params": [apart[0]]}, {"params": [apart[1]], "lr": 0.1 * 0.25}], **rates)
-    flat = nn.Parameter(values.clone())
-    optimizer = ScaledAdamW([{"params": [flat]}], **rates)
-    fill_state(optimizer, [flat], fused=rates["fused"])
+    flat, whole, still = nn.Parameter(values.clone()), nn.Parameter(values[:3].clone()), nn.Parameter(values.clone())
+    optimizer = ScaledAdamW([{"params": [flat, whole, still]}], **rates)
+    fill_state(optimizer, [flat, whole, still], fused=rates["fused"])
     optimizer.runs = {flat: [Run(1.0, 0, 3), Run(0.25, 3, 3)]}
     for gradient in gradients:
-        flat.grad, apart[0].grad, apart[1].grad = gradient, gradient[:3], gradient[3:6]
+        flat.grad, whole.grad, apart[0].grad, apart[1].grad = gradient, gradient[:3], gradient[:3], gradient[3:6]
         optimizer.step()
         expected.step()
     torch.testing.assert_close(flat[:6], torch.cat(apart), rtol=1e-6, atol=0)
     torch.testing.assert_close(flat[6:], values[6:], rtol=0, atol=0)
-    assert float(optimizer.state[flat]["step"]) == 3
+    torch.testing.assert_close(whole, apart[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(still, values, rtol=0, atol=0)
+    assert [float(optimizer.state[tensor]["step"]) for tensor in (flat, whole, still)] == [3, 3, 0]
 
 
 def test_state_made_by_hand_is_what_adamw_makes() -> None:

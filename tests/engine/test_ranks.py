@@ -1,4 +1,4 @@
-"""What the ranks tell each other, over the world's own gloo group and over a second one beside another backend."""
+"""What ranks exchange, over the world's own gloo group and over a second one beside another backend."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from vitscale.engine.loop import StepReport
 from vitscale.engine.ranks import ProcessRanks
 
 TIMEOUT = timedelta(seconds=60)
@@ -23,10 +24,13 @@ MIXED = "cpu:gloo"
 def _exchange(ranks: ProcessRanks) -> dict[str, Any]:
     rank, last = ranks.rank, ranks.world_size - 1
     ranks.barrier()
+    values = {"loss": 0.1 * (rank + 1), "stop": rank == last, "a": float(rank)}
+    report = StepReport(0.5 * rank, {"accuracy": rank % 2}, 2.0, True, {"label": rank, "decode": 0}, stop=rank == last)
     return {
         "gathered": ranks.gather({"rank": rank}),
         "collected": ranks.collect([rank] * rank),
-        "sums": ranks.sum({"loss": 0.1 * (rank + 1), "stop": rank == last, "a": float(rank)}),
+        "sums": ranks.sum(dict(sorted(values.items(), reverse=rank % 2 == 1))),  # the names in any order
+        "report": report.reduced(ranks),
         "bytes": ranks.broadcast(b"index of rank 0" if rank == 0 else None),
         "nothing": ranks.broadcast(b"" if rank == 0 else None),
     }
@@ -68,7 +72,11 @@ def test_exchanges_of_a_world(world_size: int, backend: str) -> None:
     loss = 0.0
     for rank in range(world_size):  # in the order of the ranks, to the last bit
         loss += 0.1 * (rank + 1)
+    of_all = StepReport(
+        0.5 * (world_size - 1) / 2, {"accuracy": 0.5}, 2.0, True, {"label": sum(range(world_size)), "decode": 0}, True
+    )
     for rank, _, answer in answers:
+        assert answer["report"] == of_all
         assert answer["gathered"] == [{"rank": other} for other in range(world_size)]
         assert answer["collected"] == ([[other] * other for other in range(world_size)] if rank == 0 else [])
         assert answer["sums"] == {"loss": loss, "stop": 1.0, "a": sum(range(world_size))}
@@ -82,6 +90,7 @@ def test_one_rank_needs_no_group() -> None:
         "gathered": [{"rank": 0}],
         "collected": [[]],
         "sums": {"loss": 0.1, "stop": True, "a": 0.0},
+        "report": StepReport(0.0, {"accuracy": 0}, 2.0, True, {"label": 0, "decode": 0}, stop=True),
         "bytes": b"index of rank 0",
         "nothing": b"",
     }

@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from vitscale import world
+from tests.bench.gpu_suite.stages import make_setting
 from vitscale.bench.gpu_suite import correctness
-from vitscale.bench.gpu_suite.cases import Setting
 
-pytestmark = pytest.mark.gpu
-
-
-def setting(folder: Path) -> Setting:
-    far = time.monotonic() + 3600
-    return Setting("cuda", folder, folder, far, frozenset(), {}, folder / "lines.jsonl")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("single_rank")]
 
 
-@pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
-    """A single rank's; taken away again for the tests that start processes."""
-    before = dict(os.environ)
-    world.enter()
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.mark.parametrize("name", correctness.cases(setting(Path())))
+@pytest.mark.parametrize("name", correctness.cases(make_setting(Path(), "cuda")))
 def test_against_the_cpu(name: str, tmp_path: Path) -> None:
-    correctness.cases(setting(tmp_path))[name]()
+    correctness.cases(make_setting(tmp_path, "cuda"))[name]()
 
 
 @pytest.mark.parametrize("name", ["ZeRO-0 deterministic", "ZeRO-2 deterministic"])
 def test_resume_is_bit_identical(name: str, tmp_path: Path) -> None:
-    assert correctness.resume_cases(setting(tmp_path))[name]()["equal"]
+    assert correctness.resume_cases(make_setting(tmp_path, "cuda"))[name]()["equal"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import CONFIG, make_shards
+from tests.integration.conftest import make_shards, write_config
 from tests.integration.worlds import ROOT, losses, rows
 
 pytestmark = pytest.mark.gpu
@@ -28,8 +28,8 @@ def gpu_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train(shards: Path, folder: Path, *overrides: str) -> Path:
-    (folder / "config.yaml").write_text(CONFIG.format(runs=folder / "runs", shards=f"{shards}/*.tar"))
-    command = [sys.executable, "-m", "vitscale.cli", "pretrain", str(folder / "config.yaml"), *overrides]
+    config = write_config(folder, shards, folder / "runs")
+    command = [sys.executable, "-m", "vitscale.cli", "pretrain", str(config), *overrides]
     done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "runs" / "run"

@@ -1,4 +1,4 @@
-"""Real worlds on real shards: 150 small photographs-like PNGs with labels, in 4 shards."""
+"""Real worlds on real shards: 150 small PNGs like photographs, with labels, in 4 shards."""
 
 from __future__ import annotations
 
@@ -48,6 +48,13 @@ def make_shards(folder: Path) -> Path:
     return folder / "shards"
 
 
+def write_config(folder: Path, shards: Path, runs: Path) -> Path:
+    """folder/config.yaml of a small run in the folder runs/run."""
+    path = folder / "config.yaml"
+    path.write_text(CONFIG.format(runs=runs, shards=f"{shards}/*.tar"))
+    return path
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shards(tmp_path_factory.mktemp("data"))
@@ -56,6 +63,4 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(shards: Path, tmp_path: Path) -> Path:
     """A config whose run folder is tmp_path/runs/run."""
-    path = tmp_path / "config.yaml"
-    path.write_text(CONFIG.format(runs=tmp_path / "runs", shards=f"{shards}/*.tar"))
-    return path
+    return write_config(tmp_path, shards, tmp_path / "runs")

@@ -16,11 +16,11 @@ DIAGONAL = {(2, 0, 2), (2, 1, 2), (1, 2, 2), (4, 2, 1), (2, 3, 2), (4, 3, 1), (4
 @pytest.fixture(scope="module")
 def reference(launcher: Launcher, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One rank, stage 0, no accumulation."""
-    from tests.integration.conftest import CONFIG
+    from tests.integration.conftest import write_config
 
     folder = tmp_path_factory.mktemp("reference")
-    (folder / "config.yaml").write_text(CONFIG.format(runs=folder, shards=f"{shards}/*.tar"))
-    launcher.run(["pretrain", str(folder / "config.yaml"), "train.micro_batch=16"])
+    config = write_config(folder, shards, folder)
+    launcher.run(["pretrain", str(config), "train.micro_batch=16"])
     return folder / "run"
 
 

@@ -20,11 +20,11 @@ def _argv(config: Path, *overrides: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def unbroken(launcher: Launcher, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    from tests.integration.conftest import CONFIG
+    from tests.integration.conftest import write_config
 
     folder = tmp_path_factory.mktemp("unbroken")
-    (folder / "config.yaml").write_text(CONFIG.format(runs=folder, shards=f"{shards}/*.tar"))
-    launcher.run(_argv(folder / "config.yaml"), 2)
+    config = write_config(folder, shards, folder)
+    launcher.run(_argv(config), 2)
     return losses(folder / "run")
 
 

@@ -53,11 +53,10 @@ def test_bf16_trains(launcher: Launcher, config: Path, tmp_path: Path) -> None:
 
 def write_golden(folder: Path) -> None:
     """Measure the golden losses anew, in an empty folder."""
-    from tests.integration.conftest import CONFIG, make_shards
+    from tests.integration.conftest import make_shards, write_config
 
     launcher = Launcher(folder)
-    config = folder / "config.yaml"
-    config.write_text(CONFIG.format(runs=folder, shards=f"{make_shards(folder)}/*.tar"))
+    config = write_config(folder, make_shards(folder), folder)
     golden = {}
     for name in OBJECTIVES:
         launcher.run(["pretrain", str(config), f"objective.name={name}", f"run.name={name}"])

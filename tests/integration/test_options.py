@@ -83,11 +83,11 @@ def test_lanes_that_are_not_written(launcher: Launcher, config: Path, tmp_path: 
 @pytest.fixture(scope="module")
 def source(launcher: Launcher, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished MAE run of one rank with checkpoints at steps 10 and 20."""
-    from tests.integration.conftest import CONFIG
+    from tests.integration.conftest import write_config
 
     folder = tmp_path_factory.mktemp("source")
-    (folder / "config.yaml").write_text(CONFIG.format(runs=folder, shards=f"{shards}/*.tar"))
-    launcher.run(["pretrain", str(folder / "config.yaml"), "checkpoint.every_steps=10"])
+    config = write_config(folder, shards, folder)
+    launcher.run(["pretrain", str(config), "checkpoint.every_steps=10"])
     return folder / "run"
 
 

@@ -149,7 +149,10 @@ def test_killed_between_the_last_checkpoint_and_the_end(launcher: Launcher, conf
 def test_done_run_says_so_and_goes_on_with_more_steps(launcher: Launcher, config: Path, tmp_path: Path) -> None:
     argv = _argv(config, 0, 1)
     launcher.run(argv)
+    summary = tmp_path / "runs" / "run" / "summary.json"
+    written = summary.stat().st_mtime_ns
     assert "done: step 60 of 60" in launcher.run(argv)
+    assert summary.stat().st_mtime_ns == written
     output = launcher.run([*argv, "train.steps=70"])
     assert "60 before, 70 now" in output
     assert sorted(losses(tmp_path / "runs" / "run")) == list(range(1, 71))

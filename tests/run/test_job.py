@@ -1,23 +1,104 @@
-"""A job before it runs."""
+"""A job before it runs, its periodic tasks, and what its end leaves in the folder."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch.distributed as dist
 
-from vitscale.config.schema import Data, Run, RunConfig, Source
-from vitscale.run.job import Job
+from vitscale.config.schema import Checkpoint, Data, Log, Run, RunConfig, Source
+from vitscale.engine.loop import TrainState
+from vitscale.errors import ConfigError
+from vitscale.run import job
+from vitscale.run.job import Job, run_locked
+from vitscale.run_folder import BAD_INPUT, DONE, FAILED, FolderInUse
+from vitscale.tracking.meters import Meters
 from vitscale.world import World
+
+
+def make_config(folder: Path, **sections: Any) -> RunConfig:
+    return dataclasses.replace(
+        RunConfig(), run=Run(dir=str(folder / "runs")), data=Data(train=(Source("/nowhere/*.tar"),)), **sections
+    )
 
 
 def test_making_a_job_does_no_io(tmp_path: Path) -> None:
     """Neither the run's folder nor shards nor a process group: all that begins with `run`."""
-    config = dataclasses.replace(
-        RunConfig(), run=Run(dir=str(tmp_path / "runs")), data=Data(train=(Source("/nowhere/*.tar"),))
-    )
-    job = Job(config, World(rank=1, world_size=2))
-    assert job.folder.path == tmp_path / "runs" / "run"
+    made = Job(make_config(tmp_path), World(rank=1, world_size=2))
+    assert made.folder.path == tmp_path / "runs" / "run"
     assert list(tmp_path.iterdir()) == []
     assert not dist.is_initialized()
+
+
+def test_rows_are_logged_and_synced_before_their_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(job, "_save", lambda session, engine, state: events.append(f"save {state.step}"))
+    records: Any = SimpleNamespace(log=lambda row: events.append("log"), sync=lambda: events.append("sync"))
+    config = make_config(tmp_path, log=Log(every_steps=2), checkpoint=Checkpoint(every_steps=3))
+    session: Any = SimpleNamespace(config=config)
+    engine: Any = None
+    tasks = Job(config, World()).tasks(session, engine, records, Meters())
+    for task in tasks:
+        task.run(TrainState(step=6), {})
+    assert events == ["log", "sync", "save 6"]
+    due = {task.name: [step for step in range(1, 7) if task.due(step)] for task in tasks}
+    assert due == {"tracking": [2, 4, 6], "save": [3, 6]}
+    assert [task.name for task in tasks if task.at_stop] == ["save"]
+
+
+# ---- the end of a run
+
+
+class Ending(Job):
+    """A job whose run ends as it is told."""
+
+    def __init__(self, folder: Path, end: Any, **world: Any) -> None:
+        super().__init__(make_config(folder), World(**world))
+        self.end = end
+
+    def run(self) -> int:
+        if isinstance(self.end, Exception):
+            raise self.end
+        return self.end()
+
+
+def test_the_first_rank_that_fails_says_why(tmp_path: Path) -> None:
+    error = ConfigError("model.x=1: must be 2")
+    with pytest.raises(ConfigError):
+        run_locked(Ending(tmp_path, error))
+    failed = Job(make_config(tmp_path), World()).folder
+    assert failed.read_exit() == {"code": BAD_INPUT, "step": None, "reason": "model.x=1: must be 2"}
+    assert not error.told, "its line is printed by this rank"
+    later = ConfigError("another rank is gone")
+    with pytest.raises(ConfigError):
+        run_locked(Ending(tmp_path, later, rank=1, world_size=2))
+    assert later.told, "nothing is printed"
+    assert run_locked(Ending(tmp_path, ConnectionError("closed"), rank=1, world_size=2)) == BAD_INPUT
+    assert failed.read_exit()["reason"] == "model.x=1: must be 2"
+
+
+def test_a_crash_is_raised_with_its_traceback(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_locked(Ending(tmp_path, ZeroDivisionError("by 0")))
+    exit_record = Job(make_config(tmp_path), World()).folder.read_exit()
+    assert exit_record == {"code": FAILED, "step": None, "reason": "ZeroDivisionError: by 0"}
+
+
+@pytest.mark.parametrize("supervised", [False, True])
+def test_what_an_earlier_start_left_is_cleared(tmp_path: Path, supervised: bool) -> None:
+    """By the launcher, where there is one: what comes after it has cleared both counts."""
+    folder = Job(make_config(tmp_path), World()).folder
+    folder.write_exit(FAILED, None, "earlier")
+    folder.stop.touch()
+
+    def look() -> int:
+        assert (folder.read_exit() is not None) == folder.stop.exists() == supervised
+        with pytest.raises(FolderInUse):
+            run_locked(Ending(tmp_path, lambda: DONE))
+        return DONE
+
+    assert run_locked(Ending(tmp_path, look, supervised=supervised)) == DONE

@@ -58,8 +58,8 @@ class Operation(Protocol):
         """On the host: the parameters of every sample, hashed from its key."""
 
     def apply(self, inputs: ModelInputs, drawn: Drawn, on_device: Mapping[str, Tensor]) -> ModelInputs:
-        """On the device, by the parameters there. What the host must decide (shapes, chunks) comes from
-        `drawn`, the same parameters as they were drawn: nothing is read back."""
+        """Apply the parameters `on_device`. `drawn` are the same parameters on the host, for what it decides
+        (shapes, chunks) without reading from the device."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the augmentation does to a batch: decoded bytes in, the model's inputs on the device out."""
+"""The augmentation of a batch: decoded bytes in, the model's inputs on the device out."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vitscale.augment.operations import CropResize, Drawn, ModelInputs, Normalize, Operation, RaggedBatch
 from vitscale.config import schema
+from vitscale.config.check import pair
 
 _ALIGNMENT = 64  # bytes; what vectorized loads of any type want
 
@@ -17,8 +18,9 @@ _ALIGNMENT = 64  # bytes; what vectorized loads of any type want
 class Augment:
     """Crop to the drawn box, flip (in training), resize, normalise; labels pass through where `labels`.
 
-    Every random choice is hashed from a sample's key, so it depends on nothing else. On a GPU a call
-    only queues work on the current stream: the batch's bytes are read until what it queued has passed.
+    Every random choice is a hash of the sample's key and depends on nothing else. On a GPU a call only
+    queues work on the current stream: the batch's bytes must stay until that work is done. image_size:
+    (height, width); train: with flips; labels: whether the inputs have the batch's labels.
     """
 
     def __init__(
@@ -37,6 +39,13 @@ class Augment:
             Normalize.of(augment.mean, augment.std, num_channels, device),
         ]
 
+    @classmethod
+    def of(cls, config: schema.RunConfig, device: str, train: bool) -> Augment:
+        """A run's: in training with labels where the objective needs them."""
+        labels = train and config.objective.needs_labels
+        size, channels = pair(config.model.image_size), config.model.num_channels
+        return cls(config.augment, size, channels, device, train=train, labels=labels)
+
     @torch.no_grad()
     def __call__(self, batch: RaggedBatch) -> ModelInputs:
         """`pixel_values` float32 [n, channels, height, width]: (pixel / 255 - mean) / std."""
@@ -54,13 +63,13 @@ def upload(groups: Sequence[Drawn], device: torch.device) -> list[dict[str, Tens
     """The arrays of all groups on the device by one copy: views of one buffer, each at an aligned place."""
     arrays = [array for group in groups for array in group.values()]
     starts = np.cumsum([0, *(-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays)]).tolist()
-    # Pinned memory that torch gave out is used again only once the copies from it have passed.
+    # torch reuses its pinned memory only once the copies from it are done.
     packed = torch.empty(starts.pop(), dtype=torch.uint8, pin_memory=device.type == "cuda")
     for start, array in zip(starts, arrays, strict=True):
         packed.numpy()[start : start + array.nbytes].view(array.dtype).reshape(array.shape)[...] = array
-    there = packed.to(device, non_blocking=True)
+    buffer = packed.to(device, non_blocking=True)
     views = iter(
-        there[start : start + array.nbytes].view(torch.from_numpy(array[:0]).dtype).view(array.shape)
+        buffer[start : start + array.nbytes].view(torch.from_numpy(array[:0]).dtype).view(array.shape)
         for start, array in zip(starts, arrays, strict=True)
     )
     return [{name: next(views) for name in group} for group in groups]

@@ -1,9 +1,9 @@
 """`vitscale bench step`: this project's training step beside transformers' and timm's, of MAE or classification.
 
-All have the same sizes, images, precision and AdamW, live in one process and take turns, so that what
-else the machine does falls on all. A step is forward, backward, AdamW and the clearing of gradients, on
-images that are there already. Ours is compiled block by block, as `train.compile` does it, a peer as a
-whole. Whoever cannot be built, compiled or held in memory is left out, and that is said.
+All have the same sizes, images, precision and AdamW, run in one process and take turns, so that other
+load of the machine affects all. A step is forward, backward, AdamW and the clearing of gradients, on
+images in the device's memory. Ours is compiled block by block, as `train.compile` does it, a peer as a
+whole. A contender that cannot be built or compiled or does not fit in memory is left out, with the reason.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from vitscale.models.vit import ViTPreTrainedModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OURS = "vitscale"
-# (library, compiled or not), the most telling first: the time may not do for all.
+# (library, compiled or not), the most important first: there may not be time for all.
 WITH_COMPILED = ((OURS, True), ("transformers", False), ("transformers", True), ("timm", True), (OURS, False))
 EAGER = ((OURS, False), ("transformers", False), ("timm", False))
 
@@ -85,9 +85,9 @@ def measure(
     note: Callable[[dict[str, Any]], None] = lambda result: None,
     most: int | None = None,
 ) -> dict[str, Any]:
-    """What `main` prints as JSON; `note` gets it as it stands after each contender; `most`: only the first so many.
+    """What `main` prints as JSON. note: called with the result so far after each contender; most: at most so many.
 
-    One contender after the other is prepared, and then all that are ready take turns anew.
+    Contenders are prepared one after the other; after each, all that are ready are measured again in turns.
     """
     options = _parser().parse_args(arguments)
     began, device = time.monotonic(), device_of(options.device)
@@ -111,7 +111,7 @@ def measure(
     for library, compiled in entered[:most]:
         name = f"{library} {'compiled' if compiled else 'eager'}"
         if time.monotonic() - began + longest[compiled] > options.seconds:
-            result["left_out"][name] = f"{options.seconds:.0f} s did not do for it"
+            result["left_out"][name] = f"no time left of {options.seconds:.0f} s"
             continue
         try:
             ready.append(_contender(name, builders[library], compiled, images, labels, options))
@@ -177,8 +177,7 @@ def _contender(
 
 def _compile(model: nn.Module) -> None:
     if isinstance(model, ViTPreTrainedModel):
-        for block in model.blocks():
-            block.compile(dynamic=False)
+        model.compile_blocks()
     else:
         model.compile()
 
@@ -195,7 +194,7 @@ def _loss(model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def _take_turns(contenders: Sequence[Contender], options: argparse.Namespace, device: torch.device) -> None:
-    """Measure all anew, so that every figure comes from the same rounds."""
+    """Measure all again, so that all figures are of the same rounds."""
     steps = options.steps or (10 if device.type == "cuda" else 1)
     for contender in contenders:
         contender.seconds.clear()

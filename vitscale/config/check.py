@@ -44,7 +44,7 @@ def accumulation(config: RunConfig, world: World) -> int:
 
 def lanes(config: RunConfig) -> int:
     """Parallel runs through an epoch's shards: as written, else the largest divisor of the global batch up to a
-    quarter of it and to 1024. Of the world it knows nothing, so that any number of ranks goes on with the same order.
+    quarter of it and to 1024. Independent of the world, so that a run resumes on any number of ranks in the same order.
     """
     written, batch = config.data.lanes, config.train.global_batch
     return written or _largest_divisor(batch, min(batch // 4, _MOST_LANES))
@@ -55,10 +55,10 @@ def _largest_divisor(number: int, most: int) -> int:
 
 
 def too_few_lanes(config: RunConfig, world: World) -> str | None:
-    """A warning where ranks exceed lanes: several then read each shard, each its part of every block.
+    """A warning if there are more ranks than lanes: several then read each shard, each its part of every block.
 
-    Nothing is said of ranks that do not divide the lanes: only the lanes at their borders are read by two,
-    fewer than there are ranks, so that shards are opened less than twice as often and no sample is read twice.
+    No warning for ranks that do not divide the lanes: only the lanes at their borders are read by two ranks,
+    fewer lanes than ranks, so that shards are opened less than twice as often and no sample is read twice.
     """
     ranks, here, window = world.world_size, lanes(config), config.data.window
     if ranks <= here:

@@ -27,9 +27,10 @@ from vitscale.world import World, forget_deepspeed
 
 
 class Backend:
-    """The process group and, after `wrap`, the engine that trains."""
+    """The process group, and by `wrap` the engine that trains."""
 
     def __init__(self, config: RunConfig, world: World) -> None:
+        """Join the process group. Raises LaunchError where accelerate sees other ranks than the launcher gave."""
         self.world = world
         self._linear = torch.nn.functional.linear
         self.accelerator = _make_accelerator(config, world)
@@ -54,14 +55,13 @@ class Backend:
     ) -> Engine:
         """Shard and compile `model` (initialized, on the CPU, equal on all ranks) for training.
 
-        What does not require a gradient is frozen. lr_scales: what a parameter's learning rate is multiplied
-        by, by name, 1 where it is missing; undecayed: names without weight decay beside biases and norms.
+        Parameters that do not require a gradient are frozen. lr_scales: factors of the learning rate by
+        parameter, 1 where a name is missing; undecayed: parameters without weight decay beside biases and norms.
         """
         if config.train.gradient_checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         if config.train.compile:
-            for block in model.blocks():  # type: ignore[operator]
-                block.compile(dynamic=False)  # encoder and decoder have each one length, not one dynamic one
+            model.compile_blocks()  # type: ignore[operator]
         model.train()
         torch.use_deterministic_algorithms(config.train.deterministic)
         if self.device.type == "cuda":
@@ -89,7 +89,7 @@ class Backend:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has held so far: of GPU memory by tensors, or on a CPU of RAM."""
+    """This process's peak memory so far, in bytes: of tensors on the GPU, or RAM on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

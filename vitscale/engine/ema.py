@@ -10,7 +10,7 @@ from vitscale.engine.zero_state import Fragment
 
 
 class Ema:
-    """fp32 averages beside the master weights, laid out as they are: ema = decay x ema + (1 - decay) x weights."""
+    """fp32 averages in the layout of the master weights: ema = decay x ema + (1 - decay) x weights."""
 
     def __init__(self, flats: Sequence[torch.Tensor], decay: float) -> None:
         """Start from the weights. flats: the tensors that the optimizer steps."""
@@ -20,7 +20,7 @@ class Ema:
         self._by_flat = dict(zip(flats, self._averages, strict=True))
 
     def update(self) -> None:
-        """Take one step's new weights in."""
+        """Average in the weights of a step that was applied."""
         torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay)
 
     def of(self, fragment: Fragment) -> torch.Tensor:
@@ -28,9 +28,9 @@ class Ema:
         return fragment.within(self._by_flat[fragment.flat])
 
     def exchange(self, fragments: Sequence[Fragment]) -> None:
-        """Put the averages where the master weights are and those here; a second time undoes it to the bit."""
+        """Exchange the averages and the master weights; a second call undoes it to the bit."""
         for fragment in fragments:
             weights, average = fragment.weights(), self.of(fragment)
-            kept = weights.clone()
+            copied = weights.clone()
             weights.copy_(average)
-            average.copy_(kept)
+            average.copy_(copied)

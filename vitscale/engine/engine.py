@@ -1,6 +1,6 @@
-"""A model under training, whatever wraps it: steps, evaluation, its state as pieces and back.
+"""A model in training, whatever wraps it: optimizer steps, evaluation, its state saved and restored.
 
-ddp.py and zero.py say how gradients come about and are applied; zero_state.py where the state lies.
+ddp.py and zero.py compute and apply gradients; zero_state.py knows where the state is.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class StepResult:
     """What one optimizer step gave, on this rank."""
 
     loss: float  # mean over this rank's samples
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # likewise
     grad_norm: float  # of the global gradient before clipping; inf or nan where it was not finite
     applied: bool  # False: the gradient was not finite and the weights are as before
 
 
 class Engine:
-    """A model under training: takes steps, is evaluated between them, gives its state as pieces and takes it back."""
+    """A model in training: optimizer steps, evaluation between them, snapshots of its state and their return."""
 
     stage: int
     model: nn.Module  # as wrapped
@@ -84,11 +84,14 @@ class Engine:
             group["lr"] = lr
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         metric_sums: dict[str, torch.Tensor] = {}
-        for number, inputs in enumerate(micro_batches):
-            output = self._forward_backward(inputs, last=number == self.accumulation - 1)
+        left = self.accumulation
+        for inputs in micro_batches:  # not by enumerate: it keeps the inputs while the next ones are prepared
+            left -= 1
+            output = self._forward_backward(inputs, last=left == 0)
             loss_sum += output.loss.detach()
             for name, value in output.metrics.items():
                 metric_sums[name] = metric_sums.get(name, 0.0) + value.detach().double()
+            del inputs, output
         norm, applied = self._update()
         if self.ema and applied:
             self.ema.update()
@@ -96,12 +99,12 @@ class Engine:
         return StepResult(float(loss_sum) / self.accumulation, metrics, norm, applied)
 
     def evaluate(self, batches: Iterable[Inputs], forwards: int, measure: Measure) -> dict[str, float]:
-        """What `measure(output, inputs)` gives (by name, tensors of one element), summed over the batches of all ranks.
+        """Sums by name of `measure(output, inputs)` (tensors of one element) over the batches of all ranks.
 
         A collective: every rank does exactly `forwards` forwards, since under ZeRO-3 all take part in each. A rank
-        whose batches end before that repeats its last one uncounted; each rank needs one at least. In evaluation
-        mode, without gradients, with the weights' moving average where there is one; training goes on afterwards as
-        if nothing had happened.
+        whose batches end before that repeats its last one, which is not counted again; each rank needs at least one.
+        In evaluation mode, without gradients, with the weights' moving average where there is one; the steps that
+        follow are the same bits as without it.
         """
         source, last = iter(batches), None
         sums: dict[str, torch.Tensor] = {}
@@ -132,7 +135,7 @@ class Engine:
             zero_state.spread_weights(self.optimizer, self.stage)
 
     def warm_up(self, inputs: Inputs) -> None:
-        """What the wrapper does differently in its first iteration, done and dropped."""
+        """A forward and backward with dropped gradients, where the wrapper's first iteration differs from others."""
 
     def _forward_backward(self, inputs: Inputs, last: bool) -> Any:
         raise NotImplementedError
@@ -147,7 +150,7 @@ class Engine:
         return max((int(state["step"]) for state in self.inner.state.values()), default=0)
 
     def snapshot(self) -> list[Piece]:
-        """What this rank writes of a checkpoint: copies on the CPU that no later step changes."""
+        """This rank's pieces of a checkpoint: fp32 copies on the CPU that no later step changes."""
         pieces = []
         for fragment in self._written():
             pieces.append(_piece("param", fragment, fragment.weights()))
@@ -168,11 +171,11 @@ class Engine:
         return zero_state.share(self.fragments, self.ranks.rank, self.ranks.world_size)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take master weights, Adam's state and the moving average from a checkpoint of any stage and world.
+        """Load master weights, Adam's state and the moving average from a checkpoint of any stage and world.
 
-        Where the checkpoint has no average, it starts from the weights.
-        `load_weights` must have put the weights into the module before it was wrapped: at bf16 the
-        low-precision copies are made from them.
+        Without an average in the checkpoint it starts from the weights. `load_weights` must have loaded the
+        module before it was wrapped: at bf16 the low-precision copies are made from it. Raises CheckpointError
+        for a tensor that is missing or damaged.
         """
         average = "ema" if checkpoint.shapes("ema") else "param"
         for fragment in self.fragments:
@@ -188,7 +191,7 @@ class Engine:
 
 
 def load_weights(module: nn.Module, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's weights and buffers into the plain module.
+    """Load a checkpoint's weights and buffers into the plain module.
 
     Raises CheckpointError where names, shapes or what is frozen (`requires_grad`) differ.
     """
@@ -212,9 +215,9 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def saved_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Buffers that belong to the state (fixed tables are recomputed instead)."""
-    kept = module.state_dict(keep_vars=True).keys()
-    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
+    """The persistent buffers; the others are fixed tables, which are recomputed."""
+    persistent = module.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in persistent}
 
 
 def _piece(kind: str, fragment: zero_state.Fragment, values: torch.Tensor) -> Piece:

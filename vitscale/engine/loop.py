@@ -1,7 +1,7 @@
 """The training loop: take a step, agree on it, then once in a while evaluate, log, save; stop if asked to.
 
-It knows of the model only that its forward returns a loss, of the data only that micro-batches come, and of
-what is done once in a while only when.
+All that it knows of the model is that its forward returns a loss, of the data that micro-batches come, and of
+the periodic tasks when they are due.
 """
 
 from __future__ import annotations
@@ -68,18 +68,17 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class StepReport:
-    """What one step gave: on one rank, or by `over` on all of them together."""
+class StepReport(StepResult):
+    """What one step gave: on one rank, or by `reduced` on all ranks together.
 
-    loss: float  # mean over the samples
-    metrics: dict[str, float]  # means over the samples
-    grad_norm: float  # of the global gradient before clipping, on every rank the same
-    applied: bool  # False: the gradient was not finite and the weights are as before; on every rank the same
+    `grad_norm` and `applied` are the same on every rank.
+    """
+
     bad: dict[str, int]  # replaced samples by cause; every cause there is
     stop: bool  # whether any rank was asked to stop
 
-    def over(self, ranks: ProcessRanks) -> StepReport:
-        """The report of all ranks, by one exchange."""
+    def reduced(self, ranks: ProcessRanks) -> StepReport:
+        """The report of all ranks, the same on each of them. A collective: one exchange."""
         metrics = {f"metric {name}": value for name, value in self.metrics.items()}
         bad = {f"bad {cause}": count for cause, count in self.bad.items()}
         sums = ranks.sum({"loss": self.loss, "stop": self.stop, **metrics, **bad})
@@ -102,14 +101,14 @@ class PeriodicTask:
     at_stop: bool = False  # also before the run stops at a step that is not the last
 
 
-def every(steps: int) -> Callable[[int], bool]:
-    """For `PeriodicTask.due`: once in so many steps."""
-    return lambda step: step % steps == 0
+def every_n_steps(n: int) -> Callable[[int], bool]:
+    """For `PeriodicTask.due`: at the multiples of n."""
+    return lambda step: step % n == 0
 
 
 @dataclass
 class TrainingLoop:
-    """The parts of training, and `run`, which puts them to work."""
+    """Training from `state` to `total_steps` with these parts."""
 
     engine: Engine
     feed: Feed
@@ -121,7 +120,7 @@ class TrainingLoop:
     causes: Sequence[str]  # why a sample can be bad
     stop: StopRequest
     meters: Meters
-    _waiting: list[MicroBatch] = field(default_factory=list, init=False)  # what the warm-up has seen and no step yet
+    _waiting: list[MicroBatch] = field(default_factory=list, init=False)  # of the warm-up; the first step takes it
 
     def run(self) -> bool:
         """Train from `state` to `total_steps`; True when it got there, False when asked to stop before.
@@ -138,7 +137,7 @@ class TrainingLoop:
         while state.step < self.total_steps:
             lr = lr_at(state.step, self.total_steps, self.config)
             result, consumed = self._step(lr)
-            report = self._report(result, consumed).over(self.engine.ranks)
+            report = self._report(result, consumed).reduced(self.engine.ranks)
             state.step += 1
             state.samples += batch
             state.epoch = consumed[0].epoch
@@ -178,14 +177,7 @@ class TrainingLoop:
     def _report(self, result: StepResult, consumed: Sequence[Consumed]) -> StepReport:
         """What the step gave on this rank."""
         bad = Counter(replaced.cause for micro_batch in consumed for replaced in micro_batch.replaced)
-        return StepReport(
-            loss=result.loss,
-            metrics=result.metrics,
-            grad_norm=result.grad_norm,
-            applied=result.applied,
-            bad={cause: bad[cause] for cause in self.causes},
-            stop=self.stop.requested(),
-        )
+        return StepReport(**vars(result), bad={cause: bad[cause] for cause in self.causes}, stop=self.stop.requested())
 
     def _record(self, report: StepReport, consumed: Sequence[Consumed]) -> None:
         """The rows that a step leaves beside metrics.jsonl: its samples' names, its replaced samples."""
@@ -196,8 +188,8 @@ class TrainingLoop:
             for file in files:
                 self.record(file, {"step": step, "sample_keys": names})
         if any(report.bad.values()):
-            mine = [asdict(replaced) for micro_batch in consumed for replaced in micro_batch.replaced]
-            for replaced in self._collect(mine):
+            local = [asdict(replaced) for micro_batch in consumed for replaced in micro_batch.replaced]
+            for replaced in self._collect(local):
                 self.record("quarantine.jsonl", {"step": step, **replaced})
 
     def _collect(self, items: list[Any]) -> list[Any]:
@@ -207,7 +199,7 @@ class TrainingLoop:
 
 @dataclass(frozen=True)
 class Consumed:
-    """What is kept of a micro-batch after its forward: not its tensors."""
+    """What a step's records need of a micro-batch after its forward: not its tensors."""
 
     names: Sequence[str]
     replaced: Sequence[Any]

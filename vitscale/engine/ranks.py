@@ -1,4 +1,4 @@
-"""What the ranks tell each other outside of gradients: small values, over gloo on the CPU."""
+"""Exchanges of small values between ranks, over gloo on the CPU; gradients go another way."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class ProcessRanks:
         if self.world_size == 1:
             return dict(values)
         names = sorted(values)
-        mine = torch.tensor([values[name] for name in names], dtype=torch.float64)
-        of_ranks = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(of_ranks, mine, group=self._group)
-        totals = torch.zeros_like(mine)
+        local = torch.tensor([values[name] for name in names], dtype=torch.float64)
+        of_ranks = [torch.empty_like(local) for _ in range(self.world_size)]
+        dist.all_gather(of_ranks, local, group=self._group)
+        totals = torch.zeros_like(local)
         for of_rank in of_ranks:
             totals += of_rank
         return dict(zip(names, totals.tolist(), strict=True))

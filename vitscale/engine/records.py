@@ -1,4 +1,4 @@
-"""What rank 0 writes down of a run while it trains: JSONL files, MLflow, the progress line."""
+"""What rank 0 records of a run in training: JSONL files, MLflow, the progress line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILES = ("metrics.jsonl", "trace.jsonl", "quarantine.jsonl", "skipped.jsonl", "e
 class Records:
     """A context from the start of training to the run's end; silent on every rank but 0.
 
-    `status` is what MLflow is told at its end: FINISHED, KILLED (stopped on request) or FAILED.
+    `status` goes to MLflow at its end: FINISHED, KILLED (stopped on request) or FAILED.
     """
 
     def __init__(

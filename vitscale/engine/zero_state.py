@@ -46,25 +46,25 @@ class Fragment:
 
 
 def share(fragments: Sequence[Fragment], rank: int, world_size: int) -> list[Fragment]:
-    """One rank's even part of fragments that all ranks hold."""
-    total, position, mine = sum(fragment.count for fragment in fragments), 0, []
+    """One rank's part of fragments that all ranks have; parts differ by at most one element."""
+    total, position, part = sum(fragment.count for fragment in fragments), 0, []
     first, last = total * rank // world_size, total * (rank + 1) // world_size
     for fragment in fragments:
         start, end = max(first - position, 0), min(last - position, fragment.count)
         if start < end:
-            mine.append(fragment.cut(start, end - start))
+            part.append(fragment.cut(start, end - start))
         position += fragment.count
-    return mine
+    return part
 
 
 def frozen_share(module: nn.Module, stage: int, rank: int, world_size: int) -> list[Fragment]:
-    """This rank's even part of the parameters that are not trained, as they are before the engine is made.
+    """This rank's part (see `share`) of the frozen parameters. To be called before the engine is made.
 
-    ZeRO keeps of these only its low-precision copies, so their fp32 values are copied here; at stage 0
-    they stay the module's own.
+    ZeRO keeps only low-precision copies of them, so their fp32 values are copied here; at stage 0 they
+    stay the module's own.
     """
-    mine = share(list(_whole(module, trained=False)), rank, world_size)
-    return mine if stage == 0 else [replace(run, flat=run.weights().clone(), offset=0) for run in mine]
+    part = share(list(_whole(module, trained=False)), rank, world_size)
+    return part if stage == 0 else [replace(run, flat=run.weights().clone(), offset=0) for run in part]
 
 
 def fragments(module: nn.Module, optimizer: Any, stage: int, rank: int) -> list[Fragment]:
@@ -95,7 +95,7 @@ def flats(optimizer: Any, stage: int) -> list[torch.Tensor]:
 
 
 def spread_weights(optimizer: Any, stage: int) -> None:
-    """Make the weights that forwards use those of the masters, on all ranks, as a step does. A collective."""
+    """Copy the master weights into those that forwards use, on all ranks, as a step does. A collective."""
     if stage in (1, 2):
         optimizer.update_lp_params()
     elif stage == 3:

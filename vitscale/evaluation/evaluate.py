@@ -27,7 +27,7 @@ from vitscale.evaluation.features import Features, extract, pixels, pooled
 from vitscale.evaluation.figures import draw_curves, draw_reconstructions, reconstruct
 from vitscale.evaluation.scores import score_features
 from vitscale.interop.pretrained import load_model
-from vitscale.models.auto import build_model, initialize
+from vitscale.models.auto import new_model
 from vitscale.run_folder import RunFolder, write_atomically
 from vitscale.tracking.jsonl import JsonlFile
 from vitscale.world import World
@@ -59,9 +59,7 @@ def evaluate(folder: RunFolder, world: World, overrides: Sequence[str] = ()) -> 
             f"evaluation.test is empty: figures are in {folder.figures}, but features are scored on held-out labelled "
             "shards, as `vitscale pack --held-out` makes them: add evaluation.test='FOLDER/test/*.tar'"
         )
-    untrained = build_model(config)
-    initialize(untrained, config.run.seed)
-    models = {"trained": model, "untrained": untrained.to(device)}
+    models = {"trained": model, "untrained": new_model(config, config.run.seed).to(device)}
     encoders = {name: pooled(each.get_submodule("vit")) for name, each in models.items()} | {"pixels": pixels()}
     bad = {name: SampleGuard(config.data.max_bad_fraction, {}) for name in ("train", "test")}
     label, indexed = config.data.label, None if evaluation.train else config.data.index
@@ -117,7 +115,7 @@ def _batches(index: ShardIndex, config: RunConfig, world: World, bad: SampleGuar
     Others stand in for bad samples, which are counted in `bad`, and bounded as in training.
     """
     size = pair(config.model.image_size)
-    augment = Augment(config.augment, size, config.model.num_channels, world.device, train=False)
+    augment = Augment.of(config, world.device, train=False)
     batch = min(config.evaluation.batch, index.total)
     loader = Loader(
         index=index,

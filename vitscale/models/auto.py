@@ -100,6 +100,14 @@ def build_model(config: RunConfig) -> ViTPreTrainedModel:
     return OBJECTIVES[config.objective.name](vit_config(config))
 
 
+def new_model(config: RunConfig, seed: int) -> ViTPreTrainedModel:
+    """The model of a run at its initial values, on the CPU; torch's own initial values are never drawn."""
+    with torch.device("meta"):
+        model = build_model(config)
+    initialize(model, seed)
+    return model
+
+
 @torch.no_grad()
 def initialize(model: ViTPreTrainedModel, seed: int, only: Container[str] | None = None) -> None:
     """Fill every parameter (or `only` those), on the CPU, from a generator of its own seeded by (seed, its name).

@@ -201,6 +201,11 @@ class ViTPreTrainedModel(PretrainedMixin, nn.Module):
         """Every transformer block, a decoder's too."""
         return [layer for module in self.modules() if isinstance(module, ViTEncoder) for layer in module.layers]
 
+    def compile_blocks(self) -> None:
+        """torch.compile for each block; encoder and decoder have one length each, so shapes are static."""
+        for block in self.blocks():
+            block.compile(dynamic=False)
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Trade time for memory: blocks run again in backward instead of keeping their insides.
 

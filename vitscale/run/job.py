@@ -1,4 +1,4 @@
-"""Where the parts meet: a run from its shards to its trained weights."""
+"""A run from its shards to its trained weights: the parts of the package put together."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
-
-import torch
 
 from vitscale import __version__
 from vitscale.augment.feed import DeviceFeed
@@ -23,13 +21,13 @@ from vitscale.data.header import CAUSES
 from vitscale.data.loader import Loader
 from vitscale.engine.backend import peak_memory
 from vitscale.engine.engine import Engine
-from vitscale.engine.loop import PeriodicTask, TrainingLoop, TrainState, every
+from vitscale.engine.loop import PeriodicTask, TrainingLoop, TrainState, every_n_steps
 from vitscale.engine.records import Records
 from vitscale.errors import VitscaleError
 from vitscale.evaluation.figures import draw_curves
 from vitscale.export.checkpoint import export_run
 from vitscale.launch.snapshot import code_version, commit
-from vitscale.models.auto import build_model, initialize, model_keys
+from vitscale.models.auto import model_keys, new_model
 from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.run.session import Session, config_digest, open_session
 from vitscale.run.start import order_keys, say_changed_keys, start
@@ -40,13 +38,16 @@ from vitscale.world import World
 
 
 def pretrain(config: RunConfig, world: World) -> int:
-    """Train, or go on where this run stopped; the exit code (DONE or STOPPED)."""
+    """Train, or resume where this run stopped; the exit code (DONE or STOPPED).
+
+    Raises VitscaleError where the user can mend the cause.
+    """
     check_config(config, world)
-    return run_held(Job(config, world))
+    return run_locked(Job(config, world))
 
 
-def run_held(job: Job) -> int:
-    """Run a job in its folder, which no other run may use meanwhile, and leave there how it ended."""
+def run_locked(job: Job) -> int:
+    """Run a job with its folder locked against other runs; exit.json there says how it ended."""
     folder, world = job.folder, job.world
     with contextlib.ExitStack() as stack:
         if world.is_main:
@@ -66,13 +67,13 @@ def run_held(job: Job) -> int:
             exit_record = None if first else folder.read_exit()
             if exit_record is None:
                 raise
-            return int(exit_record["code"])  # another rank failed first: its peers' closed connections are no news
+            return int(exit_record["code"])  # another rank failed first, and this one because of it
 
 
 class Job:
-    """One start of a run: pretraining, and the story of every other kind. Making it does no I/O.
+    """One start of a run: pretraining, and what other kinds of run share with it. Making it does no I/O.
 
-    Another kind of run overrides what it does otherwise: `build`, `tasks`, `finish`.
+    Another kind of run overrides `build`, `tasks` or `finish`.
     """
 
     def __init__(self, config: RunConfig, world: World) -> None:
@@ -80,7 +81,7 @@ class Job:
         self.folder = RunFolder.at(config.run.dir, config.run.name)
 
     def run(self) -> int:
-        """From the ranks' meeting to their parting; DONE, or STOPPED with a checkpoint."""
+        """From joining the process group to leaving it; DONE, or STOPPED with a checkpoint saved."""
         session = open_session(self.config, self.world, self.folder)
         model = self.build(session.config)
         parameters = model.num_parameters()  # ZeRO-3 leaves none of them whole
@@ -105,14 +106,13 @@ class Job:
 
     def build(self, config: RunConfig) -> ViTPreTrainedModel:
         """The model on the CPU with its initial values, the same on every rank."""
-        with torch.device("meta"):  # `initialize` gives it memory; torch's own initial values are never drawn
-            model = build_model(config)
-        initialize(model, config.run.seed)
-        return model
+        return new_model(config, config.run.seed)
 
     def tasks(self, session: Session, engine: Engine, records: Records, meters: Meters) -> Sequence[PeriodicTask]:
-        """What is done once in a while, in this order; a row is logged before its checkpoint is saved, or a
-        kill between them would lose the row."""
+        """What is done once in a while, in this order.
+
+        A row is logged before its checkpoint is saved, or a kill between them would lose the row.
+        """
         config = session.config
 
         def log(state: TrainState, row: dict[str, Any]) -> None:
@@ -123,12 +123,12 @@ class Job:
             _save(session, engine, state)
 
         return (
-            PeriodicTask("tracking", every(config.log.every_steps), log),
-            PeriodicTask("save", every(config.checkpoint.every_steps), save, at_stop=True),
+            PeriodicTask("tracking", every_n_steps(config.log.every_steps), log),
+            PeriodicTask("save", every_n_steps(config.checkpoint.every_steps), save, at_stop=True),
         )
 
     def finish(self, session: Session, state: TrainState, parameters: int) -> None:
-        """At the end, by rank 0: the model as others open it, the loss curve, a summary."""
+        """Rank 0 writes the model folder, the loss curve and summary.json. A collective."""
         peaks = session.ranks.gather(peak_memory(session.backend.device))
         if not session.world.is_main:
             return
@@ -165,7 +165,7 @@ class Job:
         state: TrainState,
         records: Records,
     ) -> bool:
-        """Whether training got to its end; else it was asked to stop before."""
+        """Whether training reached its end; False where it was asked to stop before."""
         config = session.config
         say_changed_keys(session)
         if session.world.is_main:
@@ -194,14 +194,14 @@ class Job:
         return Records(session.folder, session.config, session.world, session.total_steps, state.step, tags)
 
     def _is_finished(self, session: Session, state: TrainState) -> bool:
-        """Whether an earlier start has got as far as its summary, which is written last; rank 0 looks."""
+        """Whether an earlier start wrote the summary, which comes last; rank 0 looks. A collective."""
         finished = False
         if session.world.is_main and self.folder.summary.exists() and self.folder.model.exists():
             finished = json.loads(self.folder.summary.read_text(encoding="utf-8")).get("steps") == state.step
         return session.ranks.gather(finished)[0]
 
     def _describe(self, session: Session, model: ViTPreTrainedModel, parameters: int) -> None:
-        """What is about to run, for the terminal."""
+        """Print what is about to run."""
         config, world, order, say = session.config, session.world, session.order, session.say
         say(f"run: {session.folder.path} (vitscale {__version__})")
         say(f"model: {type(model).__name__}, {parameters:,} parameters")
@@ -238,16 +238,8 @@ def _loader(session: Session, samples: int) -> Loader:
 
 
 def _feed(session: Session, loader: Loader) -> DeviceFeed[Batch]:
-    config, device = session.config, session.backend.device
-    augment = Augment(
-        config.augment,
-        pair(config.model.image_size),
-        config.model.num_channels,
-        str(device),
-        train=True,
-        labels=config.objective.needs_labels,
-    )
-    return DeviceFeed(loader, augment, device)
+    device = session.backend.device
+    return DeviceFeed(loader, Augment.of(session.config, str(device), train=True), device)
 
 
 def _save(session: Session, engine: Engine, state: TrainState) -> None:

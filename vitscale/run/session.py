@@ -25,7 +25,7 @@ from vitscale.world import World
 class Session:
     """One start of a run, its ranks joined and its data found."""
 
-    config: RunConfig  # with what the data told: the classes' names
+    config: RunConfig  # with the classes' names, where they lie beside the shards
     world: World
     folder: RunFolder
     backend: Backend
@@ -40,6 +40,7 @@ class Session:
 
     @property
     def total_steps(self) -> int:
+        """Optimizer steps of the run: train.steps, or those in train.epochs."""
         train = self.config.train
         return train.steps or max(1, int((train.epochs or 0) * self.order.batches_per_epoch))
 
@@ -50,11 +51,11 @@ class Session:
 
 
 def open_session(config: RunConfig, world: World, folder: RunFolder) -> Session:
-    """Join the ranks, open the index once for all of them, and see that all mean the same run.
+    """Join the ranks, open the index once for all of them, and check that all are of the same run.
 
     Raises ConfigError, DataError or LaunchError.
     """
-    # Rank 0 opens the index before it joins the others: a missing shard is told at once.
+    # Rank 0 opens the index before it joins the others, so that a missing shard is an error at once.
     opened = _open_index(config, folder) if world.is_main else None
     backend = Backend(config, world)
     packed = backend.ranks.broadcast(opened.to_bytes() if opened else None)
@@ -69,7 +70,7 @@ def open_session(config: RunConfig, world: World, folder: RunFolder) -> Session:
 
 
 def config_digest(config: RunConfig) -> str:
-    """16 hex digits that tell one resolved config from another."""
+    """16 hex digits: a hash of the resolved config."""
     return hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
 
 
@@ -98,17 +99,17 @@ def _require_agreement(
     config: RunConfig, ranks: ProcessRanks, folder: RunFolder, index: ShardIndex, decoder: str
 ) -> None:
     """All ranks must have the same folder, config, data and code, or they would train different runs."""
-    here = {
+    own = {
         "run folder": f"held by {folder.holder()}",
         "config": config_digest(config),
         "index": index.digest,
         "decoder": decoder,
         "version of vitscale": __version__,
     }
-    for rank, there in enumerate(ranks.gather(here)):
-        for what, value in there.items():
-            if value != here[what]:
+    for rank, other in enumerate(ranks.gather(own)):
+        for what, value in other.items():
+            if value != own[what]:
                 raise LaunchError(
-                    f"rank {rank} has another {what} ({value}) than rank {ranks.rank} ({here[what]}): "
+                    f"rank {rank} has another {what} ({value}) than rank {ranks.rank} ({own[what]}): "
                     "start all ranks with one command on one shared folder"
                 )

@@ -1,4 +1,4 @@
-"""Where a run starts from, and what must be as it was for it to go on."""
+"""Where a run starts from, and what must not have changed for it to resume."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from vitscale.tracking.outbox import flat_params
 
 
 def start(session: Session, model: ViTPreTrainedModel) -> tuple[Checkpoint | None, TrainState]:
-    """Put the weights that the run starts from into `model`: its newest good checkpoint's > those of
-    checkpoint.resume_from > those of model.init_from > its own as they are. Also the checkpoint, where there is one.
+    """Load the weights that the run starts from into `model`; the checkpoint that they are of, if any, and the state.
 
-    A collective. Raises CheckpointError for a checkpoint that this run cannot go on from.
+    They are of the first of these that is there: the run's newest good checkpoint, checkpoint.resume_from,
+    model.init_from; else `model` stays as it is. A collective. Raises CheckpointError for a checkpoint that this
+    run cannot resume from.
     """
     config = session.config
     checkpoint = open_newest(session.folder.checkpoints, session.ranks, session.say)
@@ -34,7 +35,7 @@ def start(session: Session, model: ViTPreTrainedModel) -> tuple[Checkpoint | Non
         session.say(f"start: {checkpoint.folder}, step {checkpoint.state['step']} of {session.total_steps}")
         _require_same_order(session, checkpoint)
         _require_same_model(session, checkpoint)
-        _say_what_changed(session, checkpoint)
+        _say_changes(session, checkpoint)
         load_weights(model, checkpoint)
         return checkpoint, TrainState(**{item.name: checkpoint.state[item.name] for item in fields(TrainState)})
     if config.model.init_from:
@@ -80,7 +81,7 @@ def _require_same_model(session: Session, checkpoint: Checkpoint) -> None:
         )
 
 
-def _say_what_changed(session: Session, checkpoint: Checkpoint) -> None:
+def _say_changes(session: Session, checkpoint: Checkpoint) -> None:
     saved, total, decoder = checkpoint.state, session.total_steps, session.decoder
     if saved["total_steps"] != total:  # also where other data made the epochs longer
         session.say(f"steps: {saved['total_steps']} before, {total} now; lr follows the new total")
@@ -89,16 +90,16 @@ def _say_what_changed(session: Session, checkpoint: Checkpoint) -> None:
 
 
 def say_changed_keys(session: Session) -> None:
-    """The config keys that differ from those of the run's last start."""
+    """Print the config keys that differ from those of the run's last start."""
     path = session.folder.config
     if not session.world.is_main or not path.exists():
         return
     try:
         last = load_config(path)
-    except ConfigError as error:  # written by another version: news, but no reason to stop
+    except ConfigError as error:  # written by another version: reported, but no reason to stop
         session.say(f"config: the one of the last start cannot be compared: {error}")
         return
     before, now = flat_params(as_dict(last)), flat_params(as_dict(session.config))
     for key, value in now.items():
-        if before.get(key) != value and key not in ("train.steps", "train.epochs"):  # told as the new total
+        if before.get(key) != value and key not in ("train.steps", "train.epochs"):  # reported as the new total
             session.say(f"config: {key} was {before.get(key)}, is {value}")

@@ -1,4 +1,4 @@
-"""Small stages for the runner's tests: each a way in which a real one can go."""
+"""Small stages for the runner's tests, each of which passes or fails in another way."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 from vitscale.bench.gpu_suite.cases import Cases, Figures, Setting, Unable
+
+
+def make_setting(folder: Path, device: str = "cpu", **earlier: Any) -> Setting:
+    """Of a stage's process whose files are in `folder`; earlier: figures of the stages before."""
+    return Setting(device, folder, folder, time.monotonic() + 3600, frozenset(), earlier, folder / "lines.jsonl")
 
 
 def passing(setting: Setting) -> Cases:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.bench.gpu_suite.stages import make_setting
 from vitscale.bench.gpu_suite import gpu_tests, steps
 from vitscale.bench.gpu_suite.__main__ import STAGES
-from vitscale.bench.gpu_suite.cases import Mismatch, Setting, Unable
+from vitscale.bench.gpu_suite.cases import Mismatch, Unable
 from vitscale.bench.gpu_suite.pretraining import _agree
-
-
-def setting() -> Setting:
-    return Setting("cuda", Path(), Path(), time.monotonic() + 60, frozenset(), {}, Path())
 
 
 def test_first_losses_of_the_zero_stages_must_agree() -> None:
@@ -27,7 +23,7 @@ def test_first_losses_of_the_zero_stages_must_agree() -> None:
 
 
 def test_every_size_is_measured_before_peers_are_compiled() -> None:
-    names = list(steps.cases(setting()))
+    names = list(steps.cases(make_setting(Path(), "cuda")))
     first = ["mae L", "classification L", "mae B", "classification B", "mae H", "classification H"]
     assert names == [*first, *(f"{name}, all" for name in first)]
 
@@ -47,7 +43,7 @@ def test_without_pytest_its_stage_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     """As in a .venv that is only for runs."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Unable, match="pytest is not installed"):
-        gpu_tests.cases(setting())["pytest"]()
+        gpu_tests.cases(make_setting(Path(), "cuda"))["pytest"]()
 
 
 def test_the_first_stages_fit_the_budget() -> None:

@@ -1,0 +1,113 @@
+"""What the ranks of a run must agree on, and where a run can resume from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vitscale.config.check import lanes
+from vitscale.config.load import dump_config
+from vitscale.config.schema import Data, RunConfig, Train
+from vitscale.data.index import ShardIndex
+from vitscale.data.order import Order
+from vitscale.errors import CheckpointError, LaunchError
+from vitscale.run import session, start
+from vitscale.run.session import Session
+from vitscale.run_folder import RunFolder
+from vitscale.world import World
+
+CONFIG = RunConfig(train=Train(global_batch=8, micro_batch=8, steps=10), data=Data(lanes=2, window=16))
+
+
+def index(samples: int = 25) -> ShardIndex:
+    counts = np.array([samples, 20])
+    return ShardIndex(("/d/a.tar", "/d/b.tar"), ("a", "b"), counts, counts * 1000, (None, None), counts)
+
+
+def make_session(folder: Path, config: RunConfig = CONFIG, samples: int = 25, decoder: str = "pillow") -> Session:
+    """Of one rank, without a process group."""
+    shards = index(samples)
+    order = Order(shards.samples, config.run.seed, config.train.global_batch, lanes(config), config.data.window)
+    nothing: Any = None
+    return Session(config, World(), RunFolder(folder), nothing, nothing, shards, order, decoder)
+
+
+class TwoRanks:
+    """What rank 0 gathers where rank 1 has another value under `differs`."""
+
+    rank = 0
+
+    def __init__(self, differs: str | None) -> None:
+        self.differs = differs
+
+    def gather(self, value: dict[str, str]) -> list[dict[str, str]]:
+        return [value, value if self.differs is None else value | {self.differs: "another"}]
+
+
+@pytest.mark.parametrize("differs", ["run folder", "config", "index", "decoder", "version of vitscale"])
+def test_ranks_of_different_runs_are_an_error(tmp_path: Path, differs: str) -> None:
+    def require(ranks: Any) -> None:
+        session._require_agreement(CONFIG, ranks, RunFolder(tmp_path), index(), "pillow")
+
+    require(TwoRanks(None))
+    with pytest.raises(LaunchError, match=rf"rank 1 has another {differs} \(another\) than rank 0"):
+        require(TwoRanks(differs))
+
+
+def test_configs_differ_in_their_digest() -> None:
+    digest = session.config_digest(CONFIG)
+    assert len(digest) == 16
+    assert digest == session.config_digest(replace(CONFIG))
+    assert digest != session.config_digest(replace(CONFIG, optimizer=replace(CONFIG.optimizer, lr=0.5)))
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(3, 15), (0.5, 2), (0.01, 1)])
+def test_epochs_are_whole_steps_and_at_least_one(tmp_path: Path, epochs: float, steps: int) -> None:
+    of_epochs = replace(CONFIG, train=replace(CONFIG.train, steps=None, epochs=epochs))
+    assert make_session(tmp_path, of_epochs).order.batches_per_epoch == 5
+    assert make_session(tmp_path, of_epochs).total_steps == steps
+    assert make_session(tmp_path).total_steps == 10
+
+
+@pytest.mark.parametrize(("key", "changed", "samples"), [
+    ("run.seed", replace(CONFIG, run=replace(CONFIG.run, seed=1)), 25),
+    ("train.global_batch", replace(CONFIG, train=replace(CONFIG.train, global_batch=16)), 25),
+    ("data.lanes", replace(CONFIG, data=replace(CONFIG.data, lanes=4)), 25),
+    ("data.window", replace(CONFIG, data=replace(CONFIG.data, window=32)), 25),
+    ("the index", CONFIG, 26),
+])  # fmt: skip
+def test_a_checkpoint_of_another_order_is_refused(tmp_path: Path, key: str, changed: RunConfig, samples: int) -> None:
+    saved: Any = SimpleNamespace(folder=tmp_path, state={"order": start.order_keys(make_session(tmp_path))})
+    start._require_same_order(make_session(tmp_path), saved)
+    with pytest.raises(CheckpointError, match=f"was saved with {key}="):
+        start._require_same_order(make_session(tmp_path, changed, samples), saved)
+
+
+def test_other_steps_and_another_decoder_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved: Any = SimpleNamespace(state={"total_steps": 10, "decoder": "pillow"})
+    start._say_changes(make_session(tmp_path), saved)
+    assert capsys.readouterr().out == ""
+    longer = replace(CONFIG, train=replace(CONFIG.train, steps=12))
+    start._say_changes(make_session(tmp_path, longer, decoder="simplejpeg"), saved)
+    steps, decoder = capsys.readouterr().out.splitlines()
+    assert steps.startswith("steps: 10 before, 12 now")
+    assert decoder.startswith("decoder: pillow before, simplejpeg now")
+
+
+def test_changed_keys_are_reported_once_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start.say_changed_keys(make_session(tmp_path))  # the first start
+    (tmp_path / "config.yaml").write_text(dump_config(CONFIG))
+    start.say_changed_keys(make_session(tmp_path))
+    assert capsys.readouterr().out == ""
+    changed = replace(CONFIG, train=replace(CONFIG.train, steps=12), optimizer=replace(CONFIG.optimizer, lr=0.5))
+    start.say_changed_keys(make_session(tmp_path, changed))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"config: optimizer.lr was {CONFIG.optimizer.lr}, is 0.5"]  # steps have a line of their own
+    (tmp_path / "config.yaml").write_text("model: {no_such_key: 1}\n")
+    start.say_changed_keys(make_session(tmp_path))
+    assert "config: the one of the last start cannot be compared: " in capsys.readouterr().out
