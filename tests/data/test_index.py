@@ -312,6 +312,24 @@ def test_an_index_goes_to_other_ranks(tmp_path: Path) -> None:
     assert ShardIndex.from_bytes(odd.to_bytes()).paths == odd.paths
 
 
+@pytest.mark.parametrize("read_only", [False, True])
+def test_names_that_are_no_utf_8(tmp_path: Path, capsys: pytest.CaptureFixture[str], read_only: bool) -> None:
+    """Opened and kept like others; the names that go into files of text are text."""
+    folder = Path(os.fsdecode(bytes(tmp_path) + b"/100% \xfe"))
+    folder.mkdir()
+    write_tar(tmp_path / "a.tar", [("1.jpg", b"x")]).rename(folder / os.fsdecode(b"a b%41 \xff.tar"))
+    store = CountingFiles(read_only=str(folder) if read_only else None)
+    sources = (Source(f"{tmp_path}/100*/*.tar"),)
+    index = open_index(sources, None, tmp_path / "run", store=store)
+    assert index.names == ("a b%41 \\udcff",)
+    there = ShardIndex.from_bytes(index.to_bytes())
+    assert (there.paths, there.digest) == (index.paths, index.digest)
+    second = CountingFiles(read_only=store.read_only)
+    assert open_index(sources, None, tmp_path / "run", store=second).table(0, "cls").key(0) == "1"
+    assert not second.headers
+    assert not capsys.readouterr().err
+
+
 def test_labels_are_looked_for_in_the_table(folder: Path) -> None:
     store = CountingFiles()
     require_labels(replace(opened(folder), store=store), "cls")

@@ -204,9 +204,12 @@ def _joined(columns: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """File names without .tar; where two are the same, all with their folders below the common one."""
+    """File names without .tar; where two are the same, all with their folders below the common one.
+
+    Bytes that are no UTF-8 are written as \\udc80 to \\udcff: names go into files of text.
+    """
     names = [path[path.rfind("/") + 1 :].removesuffix(".tar") for path in paths]
     if len(set(names)) < len(names):
         above = os.path.commonpath([os.path.abspath(path) for path in paths])
         names = [os.path.relpath(os.path.abspath(path), above).removesuffix(".tar") for path in paths]
-    return names
+    return "\0".join(names).encode(errors="backslashreplace").decode().split("\0")

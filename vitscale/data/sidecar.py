@@ -139,7 +139,7 @@ def _tell(line: str) -> None:
 
 def spare_name(folder: str, ending: str) -> str:
     """What stands for a folder of shards in the run's folder."""
-    return f"index-{hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:8]}{ending}"
+    return f"index-{hashlib.sha256(os.fsencode(os.path.abspath(folder))).hexdigest()[:8]}{ending}"
 
 
 def count_samples(sidecar: Sidecar, shards: Sequence[Shard], say: Report = report) -> list[int]:
