@@ -46,6 +46,13 @@ def test_patterns(folder: Path) -> None:
     assert expand([Source(f"file:{paths[1]}"), Source(f"file://{paths[0]}")]) == [paths[1], paths[0]]
 
 
+def test_what_is_kept_beside_shards_is_none_of_them(folder: Path) -> None:
+    """A start leaves an index and tables there; the next start's pattern may match these too."""
+    for _ in range(2):
+        assert opened(folder, "*").names == ("s000", "s001", "s002")
+        assert sorted(os.listdir(folder))[:2] == ["index.json", "index.tables"]
+
+
 @pytest.mark.parametrize(
     "pattern, word",
     [
@@ -119,6 +126,16 @@ def test_another_tools_index_is_left_alone(folder: Path) -> None:
     assert ShardIndex.load(kept).total == 10
 
 
+def test_where_no_index_can_be_kept_it_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder.parent / "full").touch()
+    sources = (Source(f"{folder}/*.tar"),)
+    index = open_index(sources, None, folder.parent / "full", store=CountingFiles(read_only=f"{folder}/index.json"))
+    assert index.total == 10
+    told = capsys.readouterr().err
+    assert told.startswith(f"{folder}/index.json: the index cannot be kept ([Errno ")
+    assert told.count("\n") == 1
+
+
 def test_an_index_file_by_name(folder: Path) -> None:
     path = folder.parent / "index.json"
     build_index(expand([Source(f"{folder}/*.tar")])).save(path)
@@ -129,7 +146,11 @@ def test_an_index_file_by_name(folder: Path) -> None:
     write_tar(folder / "s000.tar", [("a.jpg", bytes(20000))])
     with pytest.raises(DataError, match=r"s000.tar: has \d+ bytes, data.index=.* says \d+"):
         opened(folder, "s00[0-2].tar", str(path))
-    for text in ("", "[]", "{}", '{"format": "vitscale-index-1", "shards": [{"name": "a.tar", "samples": -1}]}'):
+    no_row = '{"format": "vitscale-index-1", "shards": [%s]}'
+    for text in (
+        "", "[]", "{}", "[" * 100_000, no_row % "5", no_row % '{"name": "a.tar", "samples": -1}',
+        no_row % '{"name": 5, "samples": 1, "bytes": 1}',
+    ):  # fmt: skip
         path.write_text(text)
         with pytest.raises(DataError, match=r"data\.index"):
             opened(folder, "*.tar", str(path))

@@ -184,6 +184,14 @@ def test_where_shards_cannot_be_written_the_runs_folder_keeps_the_tables(folder:
     assert index.total == 10
 
 
+def test_a_shard_with_a_long_name_has_a_table_too(folder: Path) -> None:
+    name = "x" * 236 + ".tar"
+    for path in folder.iterdir():
+        path.rename(folder / name)
+    opened(folder)
+    assert os.listdir(folder / FOLDER) == [f"{name}.cls.table"]
+
+
 def test_where_nothing_can_be_written_it_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     index = replace(opened(folder), spare=())
     (folder / FOLDER / "s000.tar.cls.table").unlink()

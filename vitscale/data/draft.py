@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vitscale.data.index_file import Rows, read_rows, write_rows
-from vitscale.data.sidecar import Shard, Sidecar, count_samples, spare_name
+from vitscale.data.sidecar import Shard, Sidecar, count_samples, report, spare_name
 from vitscale.data.store import FileStat, LocalFiles, Store
 from vitscale.errors import DataError
 
@@ -159,11 +159,14 @@ class _FolderFiles:
         there = [row for row in others.values() if _exists(store, row[0])]
         paths, samples, size, sha256, modified = zip(*sorted([*ours, *there]), strict=True)
         rows = Rows(paths, np.array(samples), np.array(size), sha256, np.array(modified))
-        if not _exists(store, beside) or self._is_ours():
-            with contextlib.suppress(OSError):
-                write_rows(store, beside, rows)
+        others_own = _exists(store, beside) and not self._is_ours()
+        for place in [self._spare] if others_own else [self._beside, self._spare]:
+            try:
+                write_rows(*place, rows)
                 return
-        write_rows(*self._spare, rows)
+            except OSError as error:
+                why = error
+        report(f"{beside}: the index cannot be kept ({why}), so its shards are looked at again at the next start")
 
     def _is_ours(self) -> bool:
         try:

@@ -36,7 +36,7 @@ def read_rows(store: Store, path: str) -> Iterator[Rows]:
             yield _rows(entries, os.path.dirname(path))
     except OSError as error:
         raise DataError(f"data.index={path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"data.index={path}: is no index as `vitscale index` makes it: {error!r}") from None
 
 

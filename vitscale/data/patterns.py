@@ -15,6 +15,7 @@ from vitscale.errors import DataError
 
 _MOST_SHARDS = 10_000_000
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
+_KEPT = ("/index.json", "/index.tables")  # what we keep beside shards; a pattern's * means none of it
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
 
 
@@ -52,7 +53,7 @@ def _expand(pattern: str, store: Store) -> list[str]:
         return names
     paths: list[str] = []
     for name in names:
-        found = store.list(name) if glob.has_magic(name) else [name]
+        found = [path for path in store.list(name) if not path.endswith(_KEPT)] if glob.has_magic(name) else [name]
         if not found:
             which = "" if name == pattern else f" ({name})"
             raise DataError(f"shards {pattern!r}: no such file{which}; check the path and the brace range")

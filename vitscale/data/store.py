@@ -86,16 +86,16 @@ class LocalFiles:
         return data
 
     def write(self, path: str, data: bytes) -> None:
-        folder, name = os.path.split(path)
+        folder = os.path.dirname(path)
         os.makedirs(folder or ".", exist_ok=True)
-        draft = os.path.join(folder, f".{name}.{uuid.uuid4().hex}")  # many nodes may write at once
+        temporary = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")  # many nodes may write at once
         try:
-            with open(draft, "xb") as stream:
+            with open(temporary, "xb") as stream:
                 stream.write(data)
-            os.replace(draft, path)
+            os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(draft)
+                os.unlink(temporary)
             raise
         self._files.forget(path)
 
