@@ -156,6 +156,26 @@ def test_an_index_file_by_name(folder: Path) -> None:
             opened(folder, "*.tar", str(path))
 
 
+def test_an_index_file_serves_links_to_its_shards(folder: Path) -> None:
+    """A folder of links is how a part of the shards is chosen."""
+    opened(folder)
+    (folder.parent / "chosen").mkdir()
+    for name in ("s000.tar", "s002.tar"):
+        (folder.parent / "chosen" / name).symlink_to(f"../shards/{name}")
+    assert opened(folder.parent / "chosen", "*.tar", str(folder / "index.json")).samples.tolist() == [3, 2]
+
+
+def test_relative_patterns_mean_the_same_to_all_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = folder.parent / "[x]{y}"
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    index = open_index((Source("../shards/s*.tar"),), None, folder.parent / "run")
+    monkeypatch.chdir("/")
+    there = ShardIndex.from_bytes(index.to_bytes())
+    assert [len(there.table(i, "cls")) for i in range(3)] == [3, 5, 2]
+    assert (there.paths, there.digest) == (index.paths, index.digest)
+
+
 def test_bad_shards_are_told_at_the_start(folder: Path) -> None:
     data = (folder / "s001.tar").read_bytes()
     (folder / "s001.tar").write_bytes(data[: len(data) // 2])

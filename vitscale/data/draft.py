@@ -81,6 +81,17 @@ class Draft:
 
     def take_from_file(self, index_path: str) -> None:
         """Every shard's row from the file that data.index names. DataError where one is missing or other."""
+        self._take_rows(index_path)
+        left = np.flatnonzero(self.samples == 0).tolist()
+        if left:  # links to shards that have rows?
+            self._places = {os.path.realpath(self.paths[i]): i for i in left} | self._places
+            self._take_rows(index_path)
+        for i in np.flatnonzero(self.samples == 0)[:1].tolist():
+            raise DataError(
+                f"data.index={index_path}: has no row for {self.paths[i]}; make it again with `vitscale index`"
+            )
+
+    def _take_rows(self, index_path: str) -> None:
         for rows in read_rows(self.store, index_path):
             places = self.places(rows)
             ours = np.flatnonzero(places >= 0)
@@ -91,10 +102,6 @@ class Draft:
                     f"{rows.bytes[ours[i]]}; bring the shard back or make the index again with `vitscale index`"
                 )
             self.take(rows, ours, places)
-        for i in np.flatnonzero(self.samples == 0)[:1].tolist():
-            raise DataError(
-                f"data.index={index_path}: has no row for {self.paths[i]}; make it again with `vitscale index`"
-            )
 
     def take_from_folder(self, folder: str, sidecar: Sidecar, spare: str) -> None:
         """The rows of a folder's shards: from its index.json where they are not stale, or another tool's

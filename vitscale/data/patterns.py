@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import math
+import os
 import re
 from collections.abc import Iterable
 
@@ -20,13 +21,15 @@ _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
 
 
 def expand(sources: Iterable[Source], store: Store | None = None) -> list[str]:
-    """Paths of local shards: brace ranges expanded as webdataset does, then wildcards, sorted.
+    """Absolute paths of local shards: brace ranges expanded as webdataset does, then wildcards, sorted.
 
     DataError for wildcards that match nothing and for any scheme but file:. Whether a file that is named without
     wildcards is there, its stat will tell.
     """
     store = store or LocalFiles()
-    paths = [path for source in sources for path in _expand(source.pattern, store)]
+    here = os.path.join(os.getcwd(), "")  # other ranks get these paths, and may have another working directory
+    found = (path for source in sources for path in _expand(source.pattern, store))
+    paths = [path if path.startswith("/") else here + path for path in found]
     if not paths:
         raise DataError("data.train is empty: give a pattern of shards, say data.train=/data/train-{0000..0099}.tar")
     return paths
