@@ -212,4 +212,5 @@ def _names(paths: Sequence[str]) -> list[str]:
     if len(set(names)) < len(names):
         above = os.path.commonpath([os.path.abspath(path) for path in paths])
         names = [os.path.relpath(os.path.abspath(path), above).removesuffix(".tar") for path in paths]
-    return "\0".join(names).encode(errors="backslashreplace").decode().split("\0")
+    text = "\0".join(names)
+    return names if text.isascii() else text.encode(errors="backslashreplace").decode().split("\0")

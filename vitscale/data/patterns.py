@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Iterable
+from itertools import chain
 
 import braceexpand
 
@@ -28,7 +29,7 @@ def expand(sources: Iterable[Source], store: Store | None = None) -> list[str]:
     """
     store = store or LocalFiles()
     here = os.path.join(os.getcwd(), "")  # other ranks get these paths, and may have another working directory
-    found = (path for source in sources for path in _expand(source.pattern, store))
+    found = chain.from_iterable(_expand(source.pattern, store) for source in sources)
     paths = [path if path.startswith("/") else here + path for path in found]
     if not paths:
         raise DataError("data.train is empty: give a pattern of shards, say data.train=/data/train-{0000..0099}.tar")
