@@ -30,7 +30,8 @@ _FIRST_READ = 1 << 18  # bytes; most tables are smaller
 _NEXT_READ = 1 << 22
 _THREADS = 16  # of a process that makes many tables
 _WORTH_A_PROCESS = 256 << 20  # bytes of shards
-_TICK_NS = 20_000_000  # no kernel's file times are coarser
+_TICK_NS = 20_000_000  # no kernel's file times are coarser,
+_WHOLE_SECONDS_NS = 2_000_000_000  # but those of some file systems are: they keep whole seconds, or every other one
 _REPORT_EVERY_S = 10.0
 _MOST_TOLD = 20
 _told = itertools.count()
@@ -68,7 +69,7 @@ class Sidecar:
             kept = self._kept(store, path, shard)
             if kept is not None:
                 return kept
-        _outlast(shard.stat)
+        _wait_for_next_tick(shard.stat)
         made = tables.make_table(scan_shard(shard.path, self.store, self.label, shard.stat), shard.stat, self.label)
         if shard.samples not in (None, len(made)):
             raise DataError(
@@ -121,11 +122,15 @@ class Sidecar:
         _tell(f"{path}: its table cannot be kept ({why}), so its headers are read again at the next start")
 
 
-def _outlast(stat: FileStat) -> None:
-    """Wait until a file that is written to from now on gets another time than it has, or no one would see it."""
+def _wait_for_next_tick(stat: FileStat) -> None:
+    """Wait until a file that is written to from now on gets another time than it has, or no one would see it.
+
+    By this machine's clock: where a file server's differs, what is written as soon may stay unseen.
+    """
+    tick = _TICK_NS if stat.modified % 1_000_000_000 else _WHOLE_SECONDS_NS
     age = time.time_ns() - stat.modified
-    if 0 <= age < _TICK_NS:
-        time.sleep((_TICK_NS - age) / 1e9)
+    if 0 <= age < tick:
+        time.sleep((tick - age) / 1e9)
 
 
 def _tell(line: str) -> None:
