@@ -338,11 +338,11 @@ def test_a_file_that_is_cut_or_damaged_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_index_goes_to_other_ranks(tmp_path: Path) -> None:
-    index = replace(many(tmp_path / "shards", 500), spare=("/a", "/b"))
+    index = replace(many(tmp_path / "shards", 500), fallback_folders=("/a", "/b"))
     data, store = index.to_bytes(), CountingFiles()
     there = ShardIndex.from_bytes(data, store)
     assert equal(there, index)
-    assert there.spare == ("/a", "/b")
+    assert there.fallback_folders == ("/a", "/b")
     assert there.store is store
     assert not store.stats
     assert len(data) < 60 * 500

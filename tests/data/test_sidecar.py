@@ -37,8 +37,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _told_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sidecar, "_told", itertools.count())
+def _no_reports_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sidecar, "_reports", itertools.count())
 
 
 def opened(folder: Path, store: CountingFiles | None = None, label: str = "cls") -> ShardIndex:
@@ -187,6 +187,18 @@ def test_where_shards_cannot_be_written_the_runs_folder_keeps_the_tables(folder:
     assert index.total == 10
 
 
+def test_an_old_table_beside_a_shard_does_not_hide_the_one_in_the_runs_folder(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened(folder)
+    os.utime(folder / "s001.tar", ns=(1, 1))
+    for headers in (2 * 5 + 1, 0):
+        store = CountingFiles(read_only=str(folder))
+        assert opened(folder, store).table(1, "cls").key(0) == "10"
+        assert len(store.headers) == headers
+    assert capsys.readouterr().err.count("another state") == 1, "not at the second start"
+
+
 def test_a_shard_with_a_long_name_has_a_table_too(folder: Path) -> None:
     name = "x" * 236 + ".tar"
     for path in folder.iterdir():
@@ -196,7 +208,7 @@ def test_a_shard_with_a_long_name_has_a_table_too(folder: Path) -> None:
 
 
 def test_where_nothing_can_be_written_it_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    index = replace(opened(folder), spare=())
+    index = replace(opened(folder), fallback_folders=())
     (folder / FOLDER / "s000.tar.cls.table").unlink()
     index = replace(index, store=CountingFiles(read_only=str(folder)))
     assert len(index.table(0, "cls")) == 3
@@ -219,7 +231,7 @@ def test_many_make_the_same_table_at_once(folder: Path) -> None:
         keys = list(pool.map(one, range(8)))
     assert keys == [["10", "11", "12", "13", "14"]] * 8
     assert len(from_bytes(path.read_bytes())) == 5
-    assert len(os.listdir(folder / FOLDER)) == 3, "no drafts are left"
+    assert len(os.listdir(folder / FOLDER)) == 3, "no temporary files are left"
 
 
 @pytest.mark.parametrize("worth_a_process", [1, 1 << 40])

@@ -68,7 +68,7 @@ def _entries(store: Store, path: str) -> Iterator[list[Any]]:
             rows, end, begun = rest.rpartition(_NEXT)
             try:
                 yield json.loads(b"[" + rows + b"}]") if end else []
-            except ValueError:  # rows laid out otherwise, or no JSON at all: told below
+            except ValueError:  # rows laid out otherwise, or no JSON at all: seen below
                 rest += piece
                 break
             rest = begun + piece

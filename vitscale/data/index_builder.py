@@ -1,4 +1,4 @@
-"""An index while it is made: what its shards' stores, index files and tables say of them."""
+"""How an index is built: from what the store, index files and tables say of its shards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vitscale.data.index_file import Rows, read_rows, write_rows
-from vitscale.data.sidecar import Shard, Sidecar, count_samples, report, spare_name
+from vitscale.data.sidecar import Shard, Sidecar, count_samples, fallback_name, report
 from vitscale.data.store import FileStat, LocalFiles, Store
 from vitscale.errors import DataError
 
@@ -26,8 +26,8 @@ _PART = 512  # paths that a thread takes at once
 _PIECE = 8 << 20  # bytes read at once for a hash
 
 
-class Draft:
-    """An index while its samples are counted: paths, sizes and times are known."""
+class IndexBuilder:
+    """An index whose shards' paths, sizes and times are known, while their samples are counted."""
 
     def __init__(self, paths: Sequence[str], store: Store) -> None:
         """DataError for a shard that is not there, and for one that is named twice."""
@@ -103,10 +103,11 @@ class Draft:
                 )
             self.take(rows, ours, places)
 
-    def take_from_folder(self, folder: str, sidecar: Sidecar, spare: str) -> None:
+    def take_from_folder(self, folder: str, sidecar: Sidecar, fallback: str) -> None:
         """The rows of a folder's shards: from its index.json where they are not stale, or another tool's
-        declarations; the others are counted. What was not in index.json is kept there, or else in `spare`."""
-        files = _FolderFiles(folder, self.store, spare)
+        declarations; the others are counted. What was not in index.json is written there, or else in a file of the
+        folder `fallback`."""
+        files = _FolderFiles(folder, self.store, fallback)
         outdated: dict[int, tuple[int, int, str | None]] = {}  # place -> samples, bytes, sha256
         for rows in files.rows():
             places = self.places(rows)
@@ -145,29 +146,29 @@ class Draft:
 class _FolderFiles:
     """The index.json of a folder of shards, and what stands for it where it is another tool's or cannot be written."""
 
-    def __init__(self, folder: str, store: Store, spare: str) -> None:
+    def __init__(self, folder: str, store: Store, fallback: str) -> None:
         self._beside = (store, os.path.join(folder, "index.json"))
-        self._spare = (LocalFiles(), os.path.join(spare, spare_name(folder, ".json")))
+        self._fallback = (LocalFiles(), os.path.join(fallback, fallback_name(folder, ".json")))
 
     def rows(self) -> Iterator[Rows]:
         """Rows of both; none where there is no file, or from where it is not ours on."""
-        for store, path in (self._spare, self._beside):
+        for store, path in (self._fallback, self._beside):
             with contextlib.suppress(DataError):
                 yield from read_rows(store, path)
 
-    def save(self, places: np.ndarray, draft: Draft) -> None:
-        """The draft's rows at these places, and the rows of shards that it does not have, while they exist."""
-        (store, beside), all_rows = self._beside, draft.rows
+    def save(self, places: np.ndarray, builder: IndexBuilder) -> None:
+        """The builder's rows at these places, and the rows of shards that it does not have, while they exist."""
+        (store, beside), all_rows = self._beside, builder.rows
         ours = [tuple(column[i] for column in all_rows) for i in places.tolist()]
         others: dict[str, Any] = {}
         for rows in self.rows():
-            missing = draft.places(rows) < 0
+            missing = builder.places(rows) < 0
             others |= {row[0]: row for row, kept in zip(zip(*rows, strict=True), missing.tolist(), strict=True) if kept}
         there = [row for row in others.values() if _exists(store, row[0])]
         paths, samples, size, sha256, modified = zip(*sorted([*ours, *there]), strict=True)
         rows = Rows(paths, np.array(samples), np.array(size), sha256, np.array(modified))
         others_own = _exists(store, beside) and not self._is_ours()
-        for place in [self._spare] if others_own else [self._beside, self._spare]:
+        for place in [self._fallback] if others_own else [self._beside, self._fallback]:
             try:
                 write_rows(*place, rows)
                 return
