@@ -14,6 +14,7 @@ import pytest
 from tests.data.makers import write_shards, write_tar
 from tests.data.stores import CountingFiles
 from vitscale.config.schema import Source
+from vitscale.data import index_builder
 from vitscale.data.index import ShardIndex, build_index, open_index, require_labels
 from vitscale.data.patterns import expand
 from vitscale.data.store import FileStat, LocalFiles
@@ -124,6 +125,30 @@ def test_another_tools_index_is_left_alone(folder: Path) -> None:
     assert (folder / "index.json").read_text() == '{"version": 2, "shards": []}'
     (kept,) = (folder.parent / "run").iterdir()
     assert ShardIndex.load(kept).total == 10
+
+
+def test_shards_in_many_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are counted at once, not a folder after the other; only folders that changed are searched."""
+    for name in "abcde":
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "s.tar", [("1.jpg", b"x")])
+    counted: list[int] = []
+    count_samples = index_builder.count_samples
+    monkeypatch.setattr(
+        index_builder,
+        "count_samples",
+        lambda sidecar, shards: (counted.append(len(shards)), count_samples(sidecar, shards))[1],
+    )
+    sources, listed = (Source(f"{tmp_path}/?/s.tar"),), []
+    store = CountingFiles()
+    store.list = lambda pattern: listed.append(pattern) or LocalFiles.list(store, pattern)  # type: ignore[method-assign]
+    assert open_index(sources, None, tmp_path / "run", store=store).total == 5
+    assert (counted, len(listed)) == ([5], 6)
+    listed.clear()
+    os.utime(tmp_path / "c" / "s.tar", ns=(1, 1))
+    assert open_index(sources, None, tmp_path / "run", store=store).total == 5
+    assert (counted, len(listed)) == ([5, 1], 2)
+    assert all((tmp_path / name / "index.json").exists() for name in "abcde")
 
 
 def test_where_no_index_can_be_kept_it_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

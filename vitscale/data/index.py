@@ -168,8 +168,7 @@ def open_index(
     if index_path is not None:
         builder.take_from_file(index_path)
         return ShardIndex.of(builder.rows, store, (os.path.dirname(os.path.abspath(index_path)), fallback))
-    for folder in builder.folders:
-        builder.take_from_folder(folder, Sidecar(store, label, (fallback,)), fallback)
+    builder.take_from_folders(Sidecar(store, label, (fallback,)), fallback)
     return ShardIndex.of(builder.rows, store, (fallback,))
 
 

@@ -53,7 +53,7 @@ class IndexBuilder:
         """The places of each folder's shards."""
         folders: dict[str, list[int]] = {folder: [] for folder in self.folders}
         for i, path in enumerate(self.paths):
-            folders[path[: path.rfind("/") + 1]].append(i)
+            folders[_folder(path)].append(i)
         return folders
 
     def places(self, rows: Rows) -> np.ndarray:
@@ -103,12 +103,33 @@ class IndexBuilder:
                 )
             self.take(rows, ours, places)
 
-    def take_from_folder(self, folder: str, sidecar: Sidecar, fallback: str) -> None:
-        """The rows of a folder's shards: from its index.json where they are not stale, or another tool's
-        declarations; the others are counted. What was not in index.json is written there, or else in a file of the
-        folder `fallback`."""
-        files = _FolderFiles(folder, self.store, fallback)
-        outdated: dict[int, tuple[int, int, str | None]] = {}  # place -> samples, bytes, sha256
+    def take_from_folders(self, sidecar: Sidecar, fallback: str) -> None:
+        """Every shard's row: from its folder's index.json where it is not stale, or another tool's declaration; the
+        others are counted. What was not in an index.json is written there, or else in a file of the folder `fallback`.
+        """
+        files = {folder: _FolderFiles(folder, self.store, fallback) for folder in self.folders}
+        outdated: dict[int, tuple[int, int, str | None]] = {}
+        for each in files.values():
+            outdated |= self._take_fresh(each)
+        stale = np.flatnonzero(self.samples == 0).tolist()
+        if not stale:
+            return
+        changed = sorted({_folder(self.paths[i]) for i in stale})
+        declared = {folder: _declared(self.store, folder) for folder in changed}
+        for i in stale:
+            self.samples[i] = declared[_folder(self.paths[i])].get(os.path.basename(self.paths[i]), 0)
+        self.count(np.flatnonzero(self.samples == 0).tolist(), sidecar)
+        for i in outdated.keys() & set(stale):  # a packer's sha256 stays while size and count do
+            samples, size, sha256 = outdated[i]
+            if (samples, size) == (self.samples[i], self.bytes[i]):
+                self.sha256[i] = sha256
+        rows = list(zip(*self.rows, strict=True))
+        for folder in changed:
+            files[folder].save([rows[i] for i in self.by_folder[folder]], self)
+
+    def _take_fresh(self, files: _FolderFiles) -> dict[int, tuple[int, int, str | None]]:
+        """Take a folder's rows that are not stale; of the others, place -> (samples, bytes, sha256)."""
+        outdated = {}
         for rows in files.rows():
             places = self.places(rows)
             ours = np.flatnonzero(places >= 0)
@@ -117,20 +138,7 @@ class IndexBuilder:
             self.take(rows, ours[fresh], places[fresh])
             for row, place in zip(ours[~fresh].tolist(), places[~fresh].tolist(), strict=True):
                 outdated[place] = int(rows.samples[row]), int(rows.bytes[row]), rows.sha256[row]
-        if self.samples.all():
-            return
-        inside = np.array(self.by_folder[folder])
-        stale = inside[self.samples[inside] == 0]
-        declared = _declared(self.store, folder)
-        for place in stale.tolist():
-            self.samples[place] = declared.get(os.path.basename(self.paths[place]), 0)
-        self.count(stale[self.samples[stale] == 0].tolist(), sidecar)
-        for place in outdated.keys() & set(stale.tolist()):  # a packer's sha256 stays while size and count do
-            samples, size, sha256 = outdated[place]
-            if (samples, size) == (self.samples[place], self.bytes[place]):
-                self.sha256[place] = sha256
-        if len(stale):
-            files.save(inside, self)
+        return outdated
 
     def count(self, places: Iterable[int], sidecar: Sidecar) -> None:
         """Count the samples of these shards by their tables."""
@@ -156,10 +164,9 @@ class _FolderFiles:
             with contextlib.suppress(DataError):
                 yield from read_rows(store, path)
 
-    def save(self, places: np.ndarray, builder: IndexBuilder) -> None:
-        """The builder's rows at these places, and the rows of shards that it does not have, while they exist."""
-        (store, beside), all_rows = self._beside, builder.rows
-        ours = [tuple(column[i] for column in all_rows) for i in places.tolist()]
+    def save(self, ours: list[tuple[Any, ...]], builder: IndexBuilder) -> None:
+        """These rows of the builder, and the rows of shards that it does not have, while they exist."""
+        store, beside = self._beside
         others: dict[str, Any] = {}
         for rows in self.rows():
             missing = builder.places(rows) < 0
@@ -228,6 +235,11 @@ def _stats(store: Store, paths: Sequence[str]) -> np.ndarray:
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
     return stats.reshape(-1, 2).T
+
+
+def _folder(path: str) -> str:
+    """A path's folder, "" or with a slash at the end."""
+    return path[: path.rfind("/") + 1]
 
 
 def _real(folder: str) -> str:
