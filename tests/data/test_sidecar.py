@@ -256,6 +256,19 @@ def test_all_tables_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch, worth
         index.complete_tables("cls", lines.append)
 
 
+def test_nodes_begin_at_different_shards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sidecar, "_THREADS", 1)
+    begun = set()
+    for node in range(12):
+        monkeypatch.setattr("socket.gethostname", lambda node=node: f"node-{node}")
+        store = CountingFiles()
+        assert opened(folder, store).samples.tolist() == [3, 5, 2]
+        begun.add(next(iter(store.headers))[0])
+        for path in [folder / "index.json", *(folder / FOLDER).iterdir()]:
+            path.unlink()
+    assert len(begun) == 3
+
+
 def test_tables_to_come_are_fetched_in_the_background(folder: Path) -> None:
     (folder / "sizes.json").write_text('{"s000.tar": 3, "s001.tar": 5, "s002.tar": 2}')
     store = CountingFiles()

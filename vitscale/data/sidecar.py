@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import socket
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -147,7 +149,12 @@ def fallback_name(folder: str, ending: str) -> str:
 
 
 def count_samples(sidecar: Sidecar, shards: Sequence[Shard], say: Report = report) -> list[int]:
-    """How many samples each shard holds, their tables made in parallel, with a line every few seconds."""
+    """How many samples each shard holds, their tables made in parallel, with a line every few seconds.
+
+    Nodes that start at once begin at different shards, so that each finds tables that others have made.
+    """
+    first = zlib.crc32(socket.gethostname().encode()) % max(1, len(shards))
+    shards = [*shards[first:], *shards[:first]]
     size = sum(shard.stat.bytes for shard in shards)
     workers = max(1, min(len(os.sched_getaffinity(0)), len(shards), size // _WORTH_A_PROCESS))
     part = max(1, min(_THREADS * 4, len(shards) // (workers * 4)))
@@ -163,4 +170,4 @@ def count_samples(sidecar: Sidecar, shards: Sequence[Shard], say: Report = repor
                 reported = now
                 left = (now - started) * (len(shards) / len(counts) - 1)
                 say(f"tables: {len(counts):,} of {len(shards):,} shards, {sum(counts):,} samples, {left:.0f} s left")
-    return counts
+    return counts[len(counts) - first :] + counts[: len(counts) - first]
