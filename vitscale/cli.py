@@ -70,7 +70,7 @@ def _index(arguments: argparse.Namespace) -> int:
     if not out.parent.is_dir():  # an error now, not after all shards were read
         raise VitscaleError(f"--out {out}: there is no folder {out.parent}; make it or name another")
     paths = expand(tuple(Source(pattern) for pattern in arguments.patterns))
-    index = build_index(paths, label=arguments.label, spare=(os.path.abspath(out.parent),))
+    index = build_index(paths, label=arguments.label, fallback_folders=(os.path.abspath(out.parent),))
     try:
         index.save(out)
     except OSError as error:

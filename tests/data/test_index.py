@@ -14,6 +14,7 @@ import pytest
 from tests.data.makers import write_shards, write_tar
 from tests.data.stores import CountingFiles
 from vitscale.config.schema import Source
+from vitscale.data import index_builder
 from vitscale.data.index import ShardIndex, build_index, open_index, require_labels
 from vitscale.data.patterns import expand
 from vitscale.data.store import FileStat, LocalFiles
@@ -44,6 +45,13 @@ def test_patterns(folder: Path) -> None:
     for pattern in ("*.tar", "s{000..002}.tar", "s00[0-2].tar", "s{000,001,002}.tar", "s00{0..2}.t?r"):
         assert expand([Source(f"{folder}/{pattern}")]) == paths
     assert expand([Source(f"file:{paths[1]}"), Source(f"file://{paths[0]}")]) == [paths[1], paths[0]]
+
+
+def test_what_is_kept_beside_shards_is_none_of_them(folder: Path) -> None:
+    """A start leaves an index and tables there; the next start's pattern may match these too."""
+    for _ in range(2):
+        assert opened(folder, "*").names == ("s000", "s001", "s002")
+        assert sorted(os.listdir(folder))[:2] == ["index.json", "index.tables"]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +127,40 @@ def test_another_tools_index_is_left_alone(folder: Path) -> None:
     assert ShardIndex.load(kept).total == 10
 
 
+def test_shards_in_many_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are counted at once, not a folder after the other; only folders that changed are searched."""
+    for name in "abcde":
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "s.tar", [("1.jpg", b"x")])
+    counted: list[int] = []
+    count_samples = index_builder.count_samples
+    monkeypatch.setattr(
+        index_builder,
+        "count_samples",
+        lambda sidecar, shards: (counted.append(len(shards)), count_samples(sidecar, shards))[1],
+    )
+    sources, listed = (Source(f"{tmp_path}/?/s.tar"),), []
+    store = CountingFiles()
+    store.list = lambda pattern: listed.append(pattern) or LocalFiles.list(store, pattern)  # type: ignore[method-assign]
+    assert open_index(sources, None, tmp_path / "run", store=store).total == 5
+    assert (counted, len(listed)) == ([5], 6)
+    listed.clear()
+    os.utime(tmp_path / "c" / "s.tar", ns=(1, 1))
+    assert open_index(sources, None, tmp_path / "run", store=store).total == 5
+    assert (counted, len(listed)) == ([5, 1], 2)
+    assert all((tmp_path / name / "index.json").exists() for name in "abcde")
+
+
+def test_where_no_index_can_be_kept_it_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder.parent / "full").touch()
+    sources = (Source(f"{folder}/*.tar"),)
+    index = open_index(sources, None, folder.parent / "full", store=CountingFiles(read_only=f"{folder}/index.json"))
+    assert index.total == 10
+    told = capsys.readouterr().err
+    assert told.startswith(f"{folder}/index.json: the index cannot be kept ([Errno ")
+    assert told.count("\n") == 1
+
+
 def test_an_index_file_by_name(folder: Path) -> None:
     path = folder.parent / "index.json"
     build_index(expand([Source(f"{folder}/*.tar")])).save(path)
@@ -129,10 +171,34 @@ def test_an_index_file_by_name(folder: Path) -> None:
     write_tar(folder / "s000.tar", [("a.jpg", bytes(20000))])
     with pytest.raises(DataError, match=r"s000.tar: has \d+ bytes, data.index=.* says \d+"):
         opened(folder, "s00[0-2].tar", str(path))
-    for text in ("", "[]", "{}", '{"format": "vitscale-index-1", "shards": [{"name": "a.tar", "samples": -1}]}'):
+    no_row = '{"format": "vitscale-index-1", "shards": [%s]}'
+    for text in (
+        "", "[]", "{}", "[" * 100_000, no_row % "5", no_row % '{"name": "a.tar", "samples": -1}',
+        no_row % '{"name": 5, "samples": 1, "bytes": 1}',
+    ):  # fmt: skip
         path.write_text(text)
         with pytest.raises(DataError, match=r"data\.index"):
             opened(folder, "*.tar", str(path))
+
+
+def test_an_index_file_serves_links_to_its_shards(folder: Path) -> None:
+    """A folder of links is how a part of the shards is chosen."""
+    opened(folder)
+    (folder.parent / "chosen").mkdir()
+    for name in ("s000.tar", "s002.tar"):
+        (folder.parent / "chosen" / name).symlink_to(f"../shards/{name}")
+    assert opened(folder.parent / "chosen", "*.tar", str(folder / "index.json")).samples.tolist() == [3, 2]
+
+
+def test_relative_patterns_mean_the_same_to_all_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = folder.parent / "[x]{y}"
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    index = open_index((Source("../shards/s*.tar"),), None, folder.parent / "run")
+    monkeypatch.chdir("/")
+    there = ShardIndex.from_bytes(index.to_bytes())
+    assert [len(there.table(i, "cls")) for i in range(3)] == [3, 5, 2]
+    assert (there.paths, there.digest) == (index.paths, index.digest)
 
 
 def test_bad_shards_are_told_at_the_start(folder: Path) -> None:
@@ -297,11 +363,11 @@ def test_a_file_that_is_cut_or_damaged_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_index_goes_to_other_ranks(tmp_path: Path) -> None:
-    index = replace(many(tmp_path / "shards", 500), spare=("/a", "/b"))
+    index = replace(many(tmp_path / "shards", 500), fallback_folders=("/a", "/b"))
     data, store = index.to_bytes(), CountingFiles()
     there = ShardIndex.from_bytes(data, store)
     assert equal(there, index)
-    assert there.spare == ("/a", "/b")
+    assert there.fallback_folders == ("/a", "/b")
     assert there.store is store
     assert not store.stats
     assert len(data) < 60 * 500
@@ -310,6 +376,24 @@ def test_an_index_goes_to_other_ranks(tmp_path: Path) -> None:
             ShardIndex.from_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     odd = replace(index, paths=(*index.paths[:-1], f"{tmp_path}/odd \udcff\n.tar"))
     assert ShardIndex.from_bytes(odd.to_bytes()).paths == odd.paths
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_names_that_are_no_utf_8(tmp_path: Path, capsys: pytest.CaptureFixture[str], read_only: bool) -> None:
+    """Opened and kept like others; the names that go into files of text are text."""
+    folder = Path(os.fsdecode(bytes(tmp_path) + b"/100% \xfe"))
+    folder.mkdir()
+    write_tar(tmp_path / "a.tar", [("1.jpg", b"x")]).rename(folder / os.fsdecode(b"a b%41 \xff.tar"))
+    store = CountingFiles(read_only=str(folder) if read_only else None)
+    sources = (Source(f"{tmp_path}/100*/*.tar"),)
+    index = open_index(sources, None, tmp_path / "run", store=store)
+    assert index.names == ("a b%41 \\udcff",)
+    there = ShardIndex.from_bytes(index.to_bytes())
+    assert (there.paths, there.digest) == (index.paths, index.digest)
+    second = CountingFiles(read_only=store.read_only)
+    assert open_index(sources, None, tmp_path / "run", store=second).table(0, "cls").key(0) == "1"
+    assert not second.headers
+    assert not capsys.readouterr().err
 
 
 def test_labels_are_looked_for_in_the_table(folder: Path) -> None:

@@ -102,6 +102,15 @@ def test_a_start_in_the_middle_goes_on_as_if_never_stopped(index: ShardIndex) ->
         assert rows(take(8 - step, index, micro=16, start=step * 16)) == rows(whole[step:])
 
 
+def test_what_the_reader_reports_may_name_any_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = Path(os.fsdecode(bytes(tmp_path) + b"/\xff"))
+    folder.mkdir()
+    index = write_shards(folder, [20])
+    (folder / "index.tables" / "s000.tar.cls.table").write_bytes(b"")
+    assert len(take(1, index, micro=16)[0]) == 16
+    assert "udcff/index.tables/s000.tar.cls.table: is no table" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("out", [1, 2, 3])
 def test_pixels_stay_until_they_are_released(index: ShardIndex, out: int) -> None:
     """With as many batches out as there are memories, too."""

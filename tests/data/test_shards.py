@@ -15,6 +15,7 @@ from vitscale.config.schema import Source
 from vitscale.data.assemble import Assembler, Plan
 from vitscale.data.crop import RandomCrop
 from vitscale.data.index import ShardIndex, open_index
+from vitscale.data.loader import fetched_ahead
 from vitscale.data.order import Order
 
 SHARDS, SAMPLES = 200, 4  # samples a shard
@@ -43,20 +44,23 @@ class Pixels:
         return self.array
 
 
-def assembler(index: ShardIndex, rank: int = 0, ranks: int = 1) -> tuple[Assembler, Order]:
-    order, block = Order(index.samples, 7, BATCH, LANES, WINDOW), WINDOW // LANES
+def assembler(
+    index: ShardIndex, rank: int = 0, ranks: int = 1, lanes: int = LANES, window: int = WINDOW
+) -> tuple[Assembler, Order]:
+    order = Order(index.samples, 7, BATCH, lanes, window)
+    ahead, table_samples = fetched_ahead(order, SAMPLES, BATCH, ranks)
     plan = Plan(
         index=index, order=order, crop=RandomCrop((0.2, 1.0), (0.75, 4 / 3)), decoder="simplejpeg", channels=3,
         background=255, max_pixels=10**6, image_size=None, label="cls", needs_labels=True, num_labels=10, seed=7,
         global_batch=BATCH, micro_batch=BATCH // ranks, rank=rank, ranks=ranks, first_batch=0, threads=2, prefetch=2,
-        table_samples=LANES // ranks * (4 * block + 3 * SAMPLES), ahead=block + SAMPLES,
+        table_samples=table_samples, ahead=ahead,
     )  # fmt: skip
     return Assembler(plan), order
 
 
-def run(folder: Path, batches: int, rank: int = 0, ranks: int = 1, store: CountingFiles | None = None) -> CountingFiles:
+def run(folder: Path, batches: int, rank: int = 0, ranks: int = 1) -> CountingFiles:
     """A start: the index opened, some batches put together."""
-    store = store or CountingFiles()
+    store = CountingFiles()
     index = open_index((Source(f"{folder}/*.tar"),), None, folder.parent / "run", store=store)
     made, _ = assembler(index, rank, ranks)
     for number in range(batches):
@@ -86,14 +90,17 @@ def test_no_header_is_read_twice_where_counts_are_declared(folder: Path, unseen:
     assert not run(folder, EPOCH).headers
 
 
-def test_no_header_is_read_while_a_step_waits(folder: Path, unseen: None) -> None:
+@pytest.mark.parametrize("lanes, window", [(LANES, WINDOW), (LANES, 1), (1, 1), (16, 16), (2, 100)])
+def test_no_header_is_read_while_a_step_waits(folder: Path, unseen: None, lanes: int, window: int) -> None:
     """After the first batch, whoever takes samples finds their tables there, as long as fetching keeps up."""
     (folder / "sizes.json").write_text("{" + ", ".join(f'"s{i:03d}.tar": {SAMPLES}' for i in range(SHARDS)) + "}")
     store = CountingFiles()
-    made, order = assembler(open_index((Source(f"{folder}/*.tar"),), None, folder.parent / "run", store=store))
+    index = open_index((Source(f"{folder}/*.tar"),), None, folder.parent / "run", store=store)
+    made, order = assembler(index, lanes=lanes, window=window)
+    ahead, _ = fetched_ahead(order, SAMPLES, BATCH, 1)
     for number in range(EPOCH + 5):
         made.assemble(number, Pixels())
-        _wait_for(folder, order.shards_ahead(number, 0, BATCH, WINDOW // LANES + SAMPLES))
+        _wait_for(folder, order.shards_ahead(number, 0, BATCH, ahead))
         if number == 0:
             store.readers.clear()
     assert store.readers

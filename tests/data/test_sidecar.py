@@ -37,8 +37,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _told_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sidecar, "_told", itertools.count())
+def _no_reports_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sidecar, "_reports", itertools.count())
 
 
 def opened(folder: Path, store: CountingFiles | None = None, label: str = "cls") -> ShardIndex:
@@ -147,8 +147,9 @@ def test_a_shard_of_the_same_size_but_a_later_time_is_scanned_again(folder: Path
     assert table.key(0) == "x0"
 
 
-def test_a_shard_just_written_is_left_to_settle(tmp_path: Path) -> None:
-    """File times tick every few milliseconds: what is written after the scan must get a later one."""
+@pytest.mark.parametrize("whole_seconds, tick", [(False, 20_000_000), (True, 2_000_000_000)])
+def test_a_shard_just_written_is_left_to_settle(tmp_path: Path, whole_seconds: bool, tick: int) -> None:
+    """File times tick every few milliseconds, or seconds: what is written after the scan must get a later one."""
 
     class Timed(CountingFiles):
         first = 0
@@ -159,9 +160,11 @@ def test_a_shard_just_written_is_left_to_settle(tmp_path: Path) -> None:
             return super().read(path, start, count)
 
     path, store = write_tar(tmp_path / "a.tar", [("1.jpg", b"x")]), Timed()
-    os.utime(path)
+    now = time.time_ns()
+    modified = now - now % 1_000_000_000 if whole_seconds else now | 1
+    os.utime(path, ns=(modified, modified))
     open_index((Source(str(path)),), None, tmp_path / "run", store=store)
-    assert store.first - os.stat(path).st_mtime_ns >= 20_000_000
+    assert store.first - modified >= tick
 
 
 def test_a_count_that_the_index_denies_is_looked_at_again(folder: Path) -> None:
@@ -184,8 +187,28 @@ def test_where_shards_cannot_be_written_the_runs_folder_keeps_the_tables(folder:
     assert index.total == 10
 
 
+def test_an_old_table_beside_a_shard_does_not_hide_the_one_in_the_runs_folder(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened(folder)
+    os.utime(folder / "s001.tar", ns=(1, 1))
+    for headers in (2 * 5 + 1, 0):
+        store = CountingFiles(read_only=str(folder))
+        assert opened(folder, store).table(1, "cls").key(0) == "10"
+        assert len(store.headers) == headers
+    assert capsys.readouterr().err.count("another state") == 1, "not at the second start"
+
+
+def test_a_shard_with_a_long_name_has_a_table_too(folder: Path) -> None:
+    name = "x" * 236 + ".tar"
+    for path in folder.iterdir():
+        path.rename(folder / name)
+    opened(folder)
+    assert os.listdir(folder / FOLDER) == [f"{name}.cls.table"]
+
+
 def test_where_nothing_can_be_written_it_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    index = replace(opened(folder), spare=())
+    index = replace(opened(folder), fallback_folders=())
     (folder / FOLDER / "s000.tar.cls.table").unlink()
     index = replace(index, store=CountingFiles(read_only=str(folder)))
     assert len(index.table(0, "cls")) == 3
@@ -208,7 +231,7 @@ def test_many_make_the_same_table_at_once(folder: Path) -> None:
         keys = list(pool.map(one, range(8)))
     assert keys == [["10", "11", "12", "13", "14"]] * 8
     assert len(from_bytes(path.read_bytes())) == 5
-    assert len(os.listdir(folder / FOLDER)) == 3, "no drafts are left"
+    assert len(os.listdir(folder / FOLDER)) == 3, "no temporary files are left"
 
 
 @pytest.mark.parametrize("worth_a_process", [1, 1 << 40])
@@ -231,6 +254,19 @@ def test_all_tables_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch, worth
     (folder / "s001.tar").write_bytes(b"")
     with pytest.raises(DataError, match=r"s001\.tar: has 0 bytes, the index says"):
         index.complete_tables("cls", lines.append)
+
+
+def test_nodes_begin_at_different_shards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sidecar, "_THREADS", 1)
+    begun = set()
+    for node in range(12):
+        monkeypatch.setattr("socket.gethostname", lambda node=node: f"node-{node}")
+        store = CountingFiles()
+        assert opened(folder, store).samples.tolist() == [3, 5, 2]
+        begun.add(next(iter(store.headers))[0])
+        for path in [folder / "index.json", *(folder / FOLDER).iterdir()]:
+            path.unlink()
+    assert len(begun) == 3
 
 
 def test_tables_to_come_are_fetched_in_the_background(folder: Path) -> None:

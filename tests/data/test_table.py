@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.data.makers import write_tar
 from vitscale.data.store import FileStat, LocalFiles
 from vitscale.data.table import IMAGE_KINDS, SampleTable, from_bytes, make_table, to_bytes, whole_length
-from vitscale.data.tar import scan_shard
+from vitscale.data.tar import OffsetTable, scan_shard
 
 MEMBERS = [
     ("a/ü.jpg", b"image 1"), ("a/ü.cls", b"7"),
@@ -92,6 +92,29 @@ def test_a_table_is_small(tmp_path: Path) -> None:
     ]
     table = table_of(write_tar(tmp_path / "a.tar", members))
     assert len(to_bytes(table)) < 20 * len(table), "of which 8 bytes are hash"
+    for each in (table, from_bytes(to_bytes(table))):
+        columns = [value for value in vars(each).values() if isinstance(value, np.ndarray)]
+        assert sum(column.nbytes for column in columns) + len(each.keys) + len(each.labels) <= 45 * len(table)
+
+
+@pytest.mark.parametrize("size", [1, 1 << 7, 1 << 31, 1 << 40])
+def test_columns_hold_what_they_must(size: int) -> None:
+    """A shard of no images and no labels but one of each, behind it or of that size."""
+    scanned = OffsetTable(
+        keys=["a", "b", "c"], first=np.array([0, 1, 3, 4]), kinds=["txt", "jpg", "cls"],
+        kind=np.array([0, 1, 2, 0], dtype=np.int32), offsets=np.array([512, 1024, size, 1536]),
+        sizes=np.array([1, size, size, 1]), small={},
+    )  # fmt: skip
+    table = make_table(scanned, FileStat(1 << 41, 0), "cls")
+    for each in (table, from_bytes(to_bytes(table))):
+        assert each.image_kind.tolist() == [-1, 0, -1]
+        assert each.image_offset.tolist() == [0, 1024, 0]
+        assert each.image_bytes.tolist() == [0, size, 0]
+        assert each.label_offset.tolist() == [0, size, 0]
+        assert each.label_bytes.tolist() == [-1, size, -1]
+        assert each.key_hash.dtype == np.int64
+    nothing = make_table(scanned, FileStat(1 << 41, 0), "none")
+    assert from_bytes(to_bytes(nothing)).label_bytes.tolist() == [-1, -1, -1]
 
 
 def test_every_flipped_byte_and_every_cut_is_seen(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vitscale.config.schema import Source
-from vitscale.data.draft import Draft, stat_all
+from vitscale.data.index_builder import IndexBuilder, stat_all
 from vitscale.data.index_file import Rows, read_rows, write_rows
 from vitscale.data.patterns import expand
 from vitscale.data.sidecar import Report, Shard, Sidecar, count_samples, report
@@ -39,13 +39,20 @@ class ShardIndex:
     sha256: tuple[str | None, ...]
     modified: np.ndarray  # int64 [shards], nanoseconds; tells a stale row
     store: Store = field(default_factory=LocalFiles)
-    spare: tuple[str, ...] = ()  # folders for the tables of shards whose own folder cannot be written
+    fallback_folders: tuple[str, ...] = ()  # for the tables of shards whose own folder cannot be written
 
     @staticmethod
-    def of(rows: Rows, store: Store, spare: tuple[str, ...] = ()) -> ShardIndex:
+    def of(rows: Rows, store: Store, fallback_folders: tuple[str, ...] = ()) -> ShardIndex:
         paths = tuple(rows.paths)
         return ShardIndex(
-            paths, tuple(_names(paths)), rows.samples, rows.bytes, tuple(rows.sha256), rows.modified, store, spare
+            paths=paths,
+            names=tuple(_names(paths)),
+            samples=rows.samples,
+            bytes=rows.bytes,
+            sha256=tuple(rows.sha256),
+            modified=rows.modified,
+            store=store,
+            fallback_folders=fallback_folders,
         )
 
     @property
@@ -86,7 +93,7 @@ class ShardIndex:
         """The index for other ranks, which `from_bytes` reads."""
         columns = np.stack([self.samples, self.bytes, self.modified]).astype("<i8")
         packer = zlib.compressobj(1)
-        parts = [packer.compress(_line([len(self.paths), self.spare])), packer.compress(columns.tobytes())]
+        parts = [packer.compress(_line([len(self.paths), self.fallback_folders])), packer.compress(columns.tobytes())]
         for start in range(0, len(self.paths), _SENT):
             some = slice(start, start + _SENT)
             parts.append(packer.compress(_line([self.paths[some], self.sha256[some]])))
@@ -99,7 +106,7 @@ class ShardIndex:
         if hashlib.sha256(data[32:]).digest() != data[:32]:
             raise DataError("the index of the shards came damaged from rank 0; start the run again")
         content = io.BytesIO(zlib.decompress(memoryview(data)[32:]))
-        count, spare = json.loads(content.readline())
+        count, fallbacks = json.loads(content.readline())
         samples, size, modified = np.frombuffer(content.read(count * 24), "<i8").reshape(3, -1).astype(np.int64)
         paths: list[str] = []
         sha256: list[str | None] = []
@@ -107,7 +114,7 @@ class ShardIndex:
             some_paths, some_sha256 = json.loads(line)
             paths += some_paths
             sha256 += some_sha256
-        return ShardIndex.of(Rows(paths, samples, size, sha256, modified), store or LocalFiles(), tuple(spare))
+        return ShardIndex.of(Rows(paths, samples, size, sha256, modified), store or LocalFiles(), tuple(fallbacks))
 
     def table(self, shard: int, label: str) -> SampleTable:
         """The table of a shard, with the labels of extension `label`. DataError where it is not what the index says."""
@@ -116,7 +123,7 @@ class ShardIndex:
             stat = self.store.stat(path)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}; the index names it") from None
-        return Sidecar(self.store, label, self.spare).table(self._checked(shard, stat))
+        return Sidecar(self.store, label, self.fallback_folders).table(self._checked(shard, stat))
 
     def complete_tables(self, label: str, say: Report = report) -> None:
         """Make the tables that are missing, in parallel: for a job that needs every row before its first step.
@@ -125,7 +132,7 @@ class ShardIndex:
         """
         stats = stat_all(self.store, self.paths).T.tolist()
         shards = [self._checked(shard, FileStat(*stat)) for shard, stat in enumerate(stats)]
-        count_samples(Sidecar(self.store, label, self.spare), shards, say)
+        count_samples(Sidecar(self.store, label, self.fallback_folders), shards, say)
 
     def _checked(self, shard: int, stat: FileStat) -> Shard:
         """A shard as it is now, which must be what was counted."""
@@ -156,14 +163,13 @@ def open_index(
     if len({source.weight for source in sources}) > 1:
         raise DataError("data.train: weights are not supported yet: every shard is read once an epoch; leave them out")
     store = store or LocalFiles()
-    draft = Draft(expand(sources, store), store)
-    spare = os.path.abspath(cache)
+    builder = IndexBuilder(expand(sources, store), store)
+    fallback = os.path.abspath(cache)
     if index_path is not None:
-        draft.take_from_file(index_path)
-        return ShardIndex.of(draft.rows, store, (os.path.dirname(os.path.abspath(index_path)), spare))
-    for folder in draft.folders:
-        draft.take_from_folder(folder, Sidecar(store, label, (spare,)), spare)
-    return ShardIndex.of(draft.rows, store, (spare,))
+        builder.take_from_file(index_path)
+        return ShardIndex.of(builder.rows, store, (os.path.dirname(os.path.abspath(index_path)), fallback))
+    builder.take_from_folders(Sidecar(store, label, (fallback,)), fallback)
+    return ShardIndex.of(builder.rows, store, (fallback,))
 
 
 def build_index(
@@ -171,20 +177,20 @@ def build_index(
     sha256: Sequence[str] | None = None,
     *,
     label: str = "cls",
-    spare: tuple[str, ...] = (),
+    fallback_folders: tuple[str, ...] = (),
 ) -> ShardIndex:
     """Count every shard by its table, made where there is none, and read it whole for its sha256 unless given."""
-    draft = Draft(paths, LocalFiles())
-    draft.count(range(len(paths)), Sidecar(draft.store, label, spare))
+    builder = IndexBuilder(paths, LocalFiles())
+    builder.count(range(len(paths)), Sidecar(builder.store, label, fallback_folders))
     if sha256 is None:
-        draft.hash()
+        builder.hash()
     else:
-        draft.sha256[:] = sha256
-    return ShardIndex.of(draft.rows, draft.store, spare)
+        builder.sha256[:] = sha256
+    return ShardIndex.of(builder.rows, builder.store, fallback_folders)
 
 
 def require_labels(index: ShardIndex, label: str) -> None:
-    """DataError when no sample of the first shard has a label: told at the start, not after an hour."""
+    """DataError when no sample of the first shard has a label: at the start, not after an hour."""
     table = index.table(0, label)
     if label not in table.extensions:
         kinds = ", ".join(sorted(table.extensions))
@@ -204,9 +210,13 @@ def _joined(columns: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """File names without .tar; where two are the same, all with their folders below the common one."""
+    """File names without .tar; where two are the same, all with their folders below the common one.
+
+    Bytes that are no UTF-8 are written as \\udc80 to \\udcff: names go into files of text.
+    """
     names = [path[path.rfind("/") + 1 :].removesuffix(".tar") for path in paths]
     if len(set(names)) < len(names):
         above = os.path.commonpath([os.path.abspath(path) for path in paths])
         names = [os.path.relpath(os.path.abspath(path), above).removesuffix(".tar") for path in paths]
-    return names
+    text = "\0".join(names)
+    return names if text.isascii() else text.encode(errors="backslashreplace").decode().split("\0")

@@ -36,7 +36,7 @@ def read_rows(store: Store, path: str) -> Iterator[Rows]:
             yield _rows(entries, os.path.dirname(path))
     except OSError as error:
         raise DataError(f"data.index={path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"data.index={path}: is no index as `vitscale index` makes it: {error!r}") from None
 
 
@@ -68,7 +68,7 @@ def _entries(store: Store, path: str) -> Iterator[list[Any]]:
             rows, end, begun = rest.rpartition(_NEXT)
             try:
                 yield json.loads(b"[" + rows + b"}]") if end else []
-            except ValueError:  # rows laid out otherwise, or no JSON at all: told below
+            except ValueError:  # rows laid out otherwise, or no JSON at all: seen below
                 rest += piece
                 break
             rest = begun + piece

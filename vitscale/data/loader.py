@@ -38,6 +38,16 @@ _ENVIRONMENT = {
 }
 
 
+def fetched_ahead(order: SampleOrder, largest: int, global_batch: int, ranks: int) -> tuple[int, int]:
+    """How many samples of a lane are ahead of a batch when the tables of their shards are fetched, and how many
+    samples' tables a rank keeps. largest: samples of the largest shard."""
+    share = global_batch // order.lanes  # of a lane in a batch
+    ahead = max(order.block, share) + min(largest, _BATCHES_AHEAD * share)
+    lanes = -(-order.lanes // ranks) + (order.lanes % ranks > 0)
+    # A batch starts and what is ahead ends inside a block, and shards reach over both ends.
+    return ahead, lanes * (3 * order.block + share + ahead + 2 * largest)
+
+
 class Loader:
     """An iterator over this rank's micro-batches, endless for an Order.
 
@@ -72,9 +82,7 @@ class Loader:
         assert global_batch % (micro_batch * world.world_size) == 0
         if needs_labels and world.is_main:
             require_labels(index, data.label)
-        largest = int(index.samples.max())
-        ahead = order.block + min(largest, _BATCHES_AHEAD * global_batch // order.lanes)
-        lanes = -(-order.lanes // world.world_size) + (order.lanes % world.world_size > 0)
+        ahead, table_samples = fetched_ahead(order, int(index.samples.max()), global_batch, world.world_size)
         self.decoder = choose_decoder(data.decode)  # what data.decode=auto has become, for the run's record
         self._plan = Plan(
             index=index, order=order, crop=crop, decoder=self.decoder, channels=num_channels,
@@ -82,8 +90,7 @@ class Loader:
             needs_labels=needs_labels, num_labels=num_labels, seed=seed, global_batch=global_batch,
             micro_batch=micro_batch, rank=world.rank, ranks=world.world_size, first_batch=start // global_batch,
             threads=data.threads or world.cores_per_rank, prefetch=data.prefetch,
-            # What a lane reads lies in two blocks, what is ahead ends in another, and shards reach over both ends.
-            table_samples=lanes * (3 * order.block + ahead + 2 * largest), ahead=ahead,
+            table_samples=table_samples, ahead=ahead,
         )  # fmt: skip
         self._number = 0  # of the micro-batch to give out next
         self._lent: dict[int, Batch] = {}  # what was given out and not released, by memory

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import glob
 import math
+import os
 import re
 from collections.abc import Iterable
+from itertools import chain
 
 import braceexpand
 
@@ -15,17 +17,20 @@ from vitscale.errors import DataError
 
 _MOST_SHARDS = 10_000_000
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
+_KEPT = ("/index.json", "/index.tables")  # what we keep beside shards; a pattern's * means none of it
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
 
 
 def expand(sources: Iterable[Source], store: Store | None = None) -> list[str]:
-    """Paths of local shards: brace ranges expanded as webdataset does, then wildcards, sorted.
+    """Absolute paths of local shards: brace ranges expanded as webdataset does, then wildcards, sorted.
 
     DataError for wildcards that match nothing and for any scheme but file:. Whether a file that is named without
     wildcards is there, its stat will tell.
     """
     store = store or LocalFiles()
-    paths = [path for source in sources for path in _expand(source.pattern, store)]
+    here = os.path.join(os.getcwd(), "")  # other ranks get these paths, and may have another working directory
+    found = chain.from_iterable(_expand(source.pattern, store) for source in sources)
+    paths = [path if path.startswith("/") else here + path for path in found]
     if not paths:
         raise DataError("data.train is empty: give a pattern of shards, say data.train=/data/train-{0000..0099}.tar")
     return paths
@@ -52,7 +57,7 @@ def _expand(pattern: str, store: Store) -> list[str]:
         return names
     paths: list[str] = []
     for name in names:
-        found = store.list(name) if glob.has_magic(name) else [name]
+        found = [path for path in store.list(name) if not path.endswith(_KEPT)] if glob.has_magic(name) else [name]
         if not found:
             which = "" if name == pattern else f" ({name})"
             raise DataError(f"shards {pattern!r}: no such file{which}; check the path and the brace range")

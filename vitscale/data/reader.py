@@ -97,7 +97,7 @@ def _serve(results: int, parent: int, memories: list[SharedMemory]) -> None:
 
 def _quiet() -> None:
     """Send what C libraries print (nvImageCodec, libtiff: a line for each bad image) nowhere; Python's own stays."""
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")  # as Python's own
     faulthandler.enable(sys.stderr)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)

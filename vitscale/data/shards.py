@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
 
+from vitscale.data.cache import LruCache
 from vitscale.data.index import ShardIndex
-from vitscale.data.recent import Recent
 from vitscale.data.table import SampleTable
 from vitscale.errors import DataError
 
@@ -33,7 +33,7 @@ class Shards:
     def __init__(self, index: ShardIndex, label: str, table_samples: int) -> None:
         """label: extension of the member with the label; table_samples: how many samples' tables are kept."""
         self._index, self._label = index, label
-        self._tables: Recent[int, SampleTable] = Recent(self._table, table_samples, len)
+        self._tables: LruCache[int, SampleTable] = LruCache(self._table, table_samples, len)
         self._ahead: frozenset[int] = frozenset()
         self._ahead_changes = Lock()
         self._fetching = ThreadPoolExecutor(_FETCHING, thread_name_prefix="tables")
@@ -41,7 +41,7 @@ class Shards:
     def fetch(self, shards: Iterable[int]) -> None:
         """In the background, fetch the tables of the shards to come, unless the call before asked for them too.
 
-        What cannot be fetched is told by the `read` that needs it.
+        A table that cannot be fetched is an error only for the `read` that needs it.
         """
         with self._ahead_changes:
             before, wanted = self._ahead, list(shards)

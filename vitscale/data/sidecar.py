@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import socket
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,10 +32,11 @@ _FIRST_READ = 1 << 18  # bytes; most tables are smaller
 _NEXT_READ = 1 << 22
 _THREADS = 16  # of a process that makes many tables
 _WORTH_A_PROCESS = 256 << 20  # bytes of shards
-_TICK_NS = 20_000_000  # no kernel's file times are coarser
+_TICK_NS = 20_000_000  # no kernel's file times are coarser,
+_WHOLE_SECONDS_NS = 2_000_000_000  # but those of some file systems are: they keep whole seconds, or every other one
 _REPORT_EVERY_S = 10.0
-_MOST_TOLD = 20
-_told = itertools.count()
+_MOST_REPORTS = 20
+_reports = itertools.count()
 Report = Callable[[str], None]
 
 
@@ -57,25 +60,33 @@ class Sidecar:
 
     store: Store
     label: str
-    spare: tuple[str, ...]  # local folders for tables that cannot lie beside their shards, first the preferred
+    fallback_folders: tuple[str, ...]  # local, for tables that cannot lie beside their shards; the first is preferred
 
     def table(self, shard: Shard) -> SampleTable:
         """From its file where that holds, else by a scan that leaves one.
 
         DataError where the shard is damaged, or does not hold the samples that it must.
         """
+        wrong = []
         for store, path in self._places(shard.path):
-            kept = self._kept(store, path, shard)
-            if kept is not None:
-                return kept
-        _outlast(shard.stat)
+            try:
+                return self._load(store, path, shard)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                wrong.append(f"{path}: cannot be read ({error.strerror})")
+            except ValueError as error:
+                wrong.append(f"{path}: {error}")
+        for what in wrong:
+            _report_few(f"{what}; the table is made again from {shard.path}")
+        _wait_for_next_tick(shard.stat)
         made = tables.make_table(scan_shard(shard.path, self.store, self.label, shard.stat), shard.stat, self.label)
         if shard.samples not in (None, len(made)):
             raise DataError(
                 f"{shard.path}: holds {len(made)} samples, the index says {shard.samples}; "
                 "make a new index (vitscale index) for a new run, or bring the old shard back"
             )
-        self._keep(shard.path, made)
+        self._save(shard.path, made)
         return made
 
     def count(self, shards: Sequence[Shard]) -> list[int]:
@@ -87,30 +98,21 @@ class Sidecar:
         folder, name = os.path.split(path)
         name = f"{name}.{quote(self.label, safe='')}.table"
         yield self.store, os.path.join(folder, FOLDER, name)
-        for spare in self.spare:
-            yield LocalFiles(), os.path.join(spare, spare_name(folder, ".tables"), name)
+        for fallback in self.fallback_folders:
+            yield LocalFiles(), os.path.join(fallback, fallback_name(folder, ".tables"), name)
 
-    def _kept(self, store: Store, path: str, shard: Shard) -> SampleTable | None:
-        """The table in a file, if there is one that holds."""
-        try:
-            data = store.read(path, 0, _FIRST_READ)
-            whole = tables.whole_length(data)
-            while len(data) < whole and (more := store.read(path, len(data), _NEXT_READ)):
-                data += more
-            found = tables.from_bytes(data)
-            if found.label != self.label or found.shard != shard.stat or shard.samples not in (None, len(found)):
-                raise ValueError("is of another state of the shard")
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            _tell(f"{path}: cannot be read ({error.strerror}); the table is made again from {shard.path}")
-            return None
-        except ValueError as error:
-            _tell(f"{path}: {error}; the table is made again from {shard.path}")
-            return None
-        return found
+    def _load(self, store: Store, path: str, shard: Shard) -> SampleTable:
+        """The table in a file. OSError or ValueError where there is none, or none of the shard as it is."""
+        data = store.read(path, 0, _FIRST_READ)
+        whole = tables.whole_length(data)
+        while len(data) < whole and (more := store.read(path, len(data), _NEXT_READ)):
+            data += more
+        table = tables.from_bytes(data)
+        if table.label != self.label or table.shard != shard.stat or shard.samples not in (None, len(table)):
+            raise ValueError("is of another state of the shard")
+        return table
 
-    def _keep(self, path: str, made: SampleTable) -> None:
+    def _save(self, path: str, made: SampleTable) -> None:
         data = tables.to_bytes(made)
         for store, place in self._places(path):
             try:
@@ -118,45 +120,54 @@ class Sidecar:
                 return
             except OSError as error:
                 why = error
-        _tell(f"{path}: its table cannot be kept ({why}), so its headers are read again at the next start")
+        _report_few(f"{path}: its table cannot be kept ({why}), so its headers are read again at the next start")
 
 
-def _outlast(stat: FileStat) -> None:
-    """Wait until a file that is written to from now on gets another time than it has, or no one would see it."""
+def _wait_for_next_tick(stat: FileStat) -> None:
+    """Wait until a file that is written to from now on gets another time than it has, or no one would see it.
+
+    By this machine's clock: where a file server's differs, what is written as soon may stay unseen.
+    """
+    tick = _TICK_NS if stat.modified % 1_000_000_000 else _WHOLE_SECONDS_NS
     age = time.time_ns() - stat.modified
-    if 0 <= age < _TICK_NS:
-        time.sleep((_TICK_NS - age) / 1e9)
+    if 0 <= age < tick:
+        time.sleep((tick - age) / 1e9)
 
 
-def _tell(line: str) -> None:
-    """Report a line of which there may be one a shard: the first ones, for this process."""
-    number = next(_told)
-    if number < _MOST_TOLD:
+def _report_few(line: str) -> None:
+    """Report a line of which there may be one a shard: the first ones of this process."""
+    number = next(_reports)
+    if number < _MOST_REPORTS:
         report(line)
-    elif number == _MOST_TOLD:
-        report("tables: more of them are made again or not kept; what is wrong is as told above")
+    elif number == _MOST_REPORTS:
+        report("tables: more of them are made again or not kept, for reasons as above")
 
 
-def spare_name(folder: str, ending: str) -> str:
+def fallback_name(folder: str, ending: str) -> str:
     """What stands for a folder of shards in the run's folder."""
-    return f"index-{hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:8]}{ending}"
+    return f"index-{hashlib.sha256(os.fsencode(os.path.abspath(folder))).hexdigest()[:8]}{ending}"
 
 
 def count_samples(sidecar: Sidecar, shards: Sequence[Shard], say: Report = report) -> list[int]:
-    """How many samples each shard holds, their tables made in parallel, with a line every few seconds."""
+    """How many samples each shard holds, their tables made in parallel, with a line every few seconds.
+
+    Nodes that start at once begin at different shards, so that each finds tables that others have made.
+    """
+    first = zlib.crc32(socket.gethostname().encode()) % max(1, len(shards))
+    shards = [*shards[first:], *shards[:first]]
     size = sum(shard.stat.bytes for shard in shards)
     workers = max(1, min(len(os.sched_getaffinity(0)), len(shards), size // _WORTH_A_PROCESS))
     part = max(1, min(_THREADS * 4, len(shards) // (workers * 4)))
     parts = [shards[start : start + part] for start in range(0, len(shards), part)]
     counts: list[int] = []
-    started = told = time.monotonic()
+    started = reported = time.monotonic()
     pool: Executor = ProcessPoolExecutor(workers, get_context("fork")) if workers > 1 else ThreadPoolExecutor(1)
     with pool:
         for some in pool.map(sidecar.count, parts):
             counts += some
             now = time.monotonic()
-            if now - told >= _REPORT_EVERY_S:
-                told = now
+            if now - reported >= _REPORT_EVERY_S:
+                reported = now
                 left = (now - started) * (len(shards) / len(counts) - 1)
                 say(f"tables: {len(counts):,} of {len(shards):,} shards, {sum(counts):,} samples, {left:.0f} s left")
-    return counts
+    return counts[len(counts) - first :] + counts[: len(counts) - first]

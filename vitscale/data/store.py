@@ -10,7 +10,7 @@ import uuid
 from functools import partial
 from typing import NamedTuple, Protocol
 
-from vitscale.data.recent import Recent
+from vitscale.data.cache import LruCache
 
 _OPEN_FILES = 256
 Paths = list[str]
@@ -47,14 +47,14 @@ class Store(Protocol):
         ...
 
 
-_made = partial(tuple.__new__, FileStat)  # half the time of FileStat(...): many shards are asked at a start
+_file_stat = partial(tuple.__new__, FileStat)  # in half the time of FileStat(...): a start asks for many shards
 
 
 class LocalFiles:
     """Files of this machine or a mounted file system; those read most recently stay open."""
 
     def __init__(self) -> None:
-        self._files: Recent[str, _File] = Recent(_File, _OPEN_FILES, lambda _: 1)
+        self._files: LruCache[str, _File] = LruCache(_File, _OPEN_FILES, lambda _: 1)
 
     def __reduce__(self) -> tuple[type[LocalFiles], tuple[()]]:
         return type(self), ()  # open files do not travel
@@ -67,41 +67,41 @@ class LocalFiles:
             names = fnmatch.filter(os.listdir(folder), name)
         except OSError:
             return []
-        if name[0] in "*?[":  # what is hidden is named by a dot alone
-            names = [found for found in names if found[0] != "."]
+        if name[0] in "*?[":  # hidden files match only a pattern that starts with a dot
+            names = [each for each in names if each[0] != "."]
         before = folder if folder.endswith("/") else f"{folder}/"
-        return [before + found for found in sorted(names)]
+        return [before + each for each in sorted(names)]
 
     def stat(self, path: str) -> FileStat:
         """Bytes read after it are of the file that it measured, also where another one took its place."""
-        found = os.stat(path)
+        stat = os.stat(path)
         self._files.forget(path)
-        return _made((found.st_size, found.st_mtime_ns))
+        return _file_stat((stat.st_size, stat.st_mtime_ns))
 
     def read(self, path: str, start: int, count: int) -> bytes:
-        file = self._files.get(path)  # held until it is read: another thread may let go of it
+        file = self._files.get(path)  # referenced until it is read, or another thread's eviction would close it
         data = os.pread(file.descriptor, count, start)
         while len(data) < count and (more := os.pread(file.descriptor, count - len(data), start + len(data))):
             data += more
         return data
 
     def write(self, path: str, data: bytes) -> None:
-        folder, name = os.path.split(path)
+        folder = os.path.dirname(path)
         os.makedirs(folder or ".", exist_ok=True)
-        draft = os.path.join(folder, f".{name}.{uuid.uuid4().hex}")  # many nodes may write at once
+        temporary = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")  # many nodes may write at once
         try:
-            with open(draft, "xb") as stream:
+            with open(temporary, "xb") as stream:
                 stream.write(data)
-            os.replace(draft, path)
+            os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(draft)
+                os.unlink(temporary)
             raise
         self._files.forget(path)
 
 
 class _File:
-    """An open file that closes when the last thread lets go of it."""
+    """An open file that closes with the last reference to it."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

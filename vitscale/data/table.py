@@ -28,12 +28,13 @@ HEAD_BYTES = len(_MAGIC) + _LENGTHS.size
 
 @dataclass(frozen=True, eq=False)
 class SampleTable:
-    """The samples of one shard in their order. All columns are int64 [samples]."""
+    """The samples of one shard in their order. Columns are [samples], each in the smallest signed type that holds it:
+    a rank of a thousand lanes keeps tens of millions of rows."""
 
     shard: FileStat  # of the file that it was made from
     label: str  # the extension of the members with labels
     extensions: tuple[str, ...]  # all that the shard has
-    key_hash: np.ndarray  # blake2b of the key in UTF-8, 8 bytes, little-endian
+    key_hash: np.ndarray  # int64, blake2b of the key in UTF-8, 8 bytes, little-endian
     key_end: np.ndarray  # where each key ends in `keys`
     image_kind: np.ndarray  # place in IMAGE_KINDS; -1: no image
     image_offset: np.ndarray  # of the bytes in the shard, 0 where there is no image
@@ -76,16 +77,21 @@ def make_table(scanned: OffsetTable, shard: FileStat, label: str) -> SampleTable
         label=label,
         extensions=tuple(scanned.kinds),
         key_hash=np.frombuffer(hashes, dtype="<i8"),
-        key_end=np.cumsum([len(key) for key in keys]),
-        image_kind=image_kind,
-        image_offset=image_offset,
-        image_bytes=image_bytes,
-        label_offset=label_offset,
-        label_bytes=np.where(has_label < 0, -1, label_bytes),
-        label_end=np.cumsum([len(text) for text in labels]),
+        key_end=_narrow(np.cumsum([len(key) for key in keys])),
+        image_kind=_narrow(image_kind),
+        image_offset=_narrow(image_offset),
+        image_bytes=_narrow(image_bytes),
+        label_offset=_narrow(label_offset),
+        label_bytes=_narrow(np.where(has_label < 0, -1, label_bytes)),
+        label_end=_narrow(np.cumsum([len(text) for text in labels])),
         keys=b"".join(keys),
         labels=b"".join(labels),
     )
+
+
+def _narrow(column: np.ndarray) -> np.ndarray:
+    """A column of -1 and more, in the smallest signed type that holds it."""
+    return column.astype(np.min_scalar_type(-2 - int(column.max())))
 
 
 def _first_of(scanned: OffsetTable, number: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -144,7 +150,7 @@ def from_bytes(data: bytes) -> SampleTable:
     for name in _COLUMNS:
         planes = np.frombuffer(content, np.uint8, samples * 8, at).reshape(8, samples)
         column = np.ascontiguousarray(planes.T).view("<i8")[:, 0]
-        columns[name] = np.cumsum(column) if name in _ASCENDING else column
+        columns[name] = column if name == "key_hash" else _narrow(np.cumsum(column) if name in _ASCENDING else column)
         at += samples * 8
     keys_end = at + int(columns["key_end"][-1])
     return SampleTable(

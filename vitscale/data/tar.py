@@ -74,7 +74,7 @@ class _Scan:
     length: int  # bytes of the file
     position: int = 0  # of the next header
     block: bytes = b""  # what lies after the header read last
-    long_name: bytes | None = None  # told by an extended header for the member that follows
+    long_name: bytes | None = None  # from an extended header, for the member that follows
     long_size: int | None = None
     keys: list[str] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)

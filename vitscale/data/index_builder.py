@@ -1,4 +1,4 @@
-"""An index while it is made: what its shards' stores, index files and tables say of them."""
+"""How an index is built: from what the store, index files and tables say of its shards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vitscale.data.index_file import Rows, read_rows, write_rows
-from vitscale.data.sidecar import Shard, Sidecar, count_samples, spare_name
+from vitscale.data.sidecar import Shard, Sidecar, count_samples, fallback_name, report
 from vitscale.data.store import FileStat, LocalFiles, Store
 from vitscale.errors import DataError
 
@@ -26,8 +26,8 @@ _PART = 512  # paths that a thread takes at once
 _PIECE = 8 << 20  # bytes read at once for a hash
 
 
-class Draft:
-    """An index while its samples are counted: paths, sizes and times are known."""
+class IndexBuilder:
+    """An index whose shards' paths, sizes and times are known, while their samples are counted."""
 
     def __init__(self, paths: Sequence[str], store: Store) -> None:
         """DataError for a shard that is not there, and for one that is named twice."""
@@ -53,7 +53,7 @@ class Draft:
         """The places of each folder's shards."""
         folders: dict[str, list[int]] = {folder: [] for folder in self.folders}
         for i, path in enumerate(self.paths):
-            folders[path[: path.rfind("/") + 1]].append(i)
+            folders[_folder(path)].append(i)
         return folders
 
     def places(self, rows: Rows) -> np.ndarray:
@@ -81,6 +81,17 @@ class Draft:
 
     def take_from_file(self, index_path: str) -> None:
         """Every shard's row from the file that data.index names. DataError where one is missing or other."""
+        self._take_rows(index_path)
+        left = np.flatnonzero(self.samples == 0).tolist()
+        if left:  # links to shards that have rows?
+            self._places = {os.path.realpath(self.paths[i]): i for i in left} | self._places
+            self._take_rows(index_path)
+        for i in np.flatnonzero(self.samples == 0)[:1].tolist():
+            raise DataError(
+                f"data.index={index_path}: has no row for {self.paths[i]}; make it again with `vitscale index`"
+            )
+
+    def _take_rows(self, index_path: str) -> None:
         for rows in read_rows(self.store, index_path):
             places = self.places(rows)
             ours = np.flatnonzero(places >= 0)
@@ -91,16 +102,34 @@ class Draft:
                     f"{rows.bytes[ours[i]]}; bring the shard back or make the index again with `vitscale index`"
                 )
             self.take(rows, ours, places)
-        for i in np.flatnonzero(self.samples == 0)[:1].tolist():
-            raise DataError(
-                f"data.index={index_path}: has no row for {self.paths[i]}; make it again with `vitscale index`"
-            )
 
-    def take_from_folder(self, folder: str, sidecar: Sidecar, spare: str) -> None:
-        """The rows of a folder's shards: from its index.json where they are not stale, or another tool's
-        declarations; the others are counted. What was not in index.json is kept there, or else in `spare`."""
-        files = _FolderFiles(folder, self.store, spare)
-        outdated: dict[int, tuple[int, int, str | None]] = {}  # place -> samples, bytes, sha256
+    def take_from_folders(self, sidecar: Sidecar, fallback: str) -> None:
+        """Every shard's row: from its folder's index.json where it is not stale, or another tool's declaration; the
+        others are counted. What was not in an index.json is written there, or else in a file of the folder `fallback`.
+        """
+        files = {folder: _FolderFiles(folder, self.store, fallback) for folder in self.folders}
+        outdated: dict[int, tuple[int, int, str | None]] = {}
+        for each in files.values():
+            outdated |= self._take_fresh(each)
+        stale = np.flatnonzero(self.samples == 0).tolist()
+        if not stale:
+            return
+        changed = sorted({_folder(self.paths[i]) for i in stale})
+        declared = {folder: _declared(self.store, folder) for folder in changed}
+        for i in stale:
+            self.samples[i] = declared[_folder(self.paths[i])].get(os.path.basename(self.paths[i]), 0)
+        self.count(np.flatnonzero(self.samples == 0).tolist(), sidecar)
+        for i in outdated.keys() & set(stale):  # a packer's sha256 stays while size and count do
+            samples, size, sha256 = outdated[i]
+            if (samples, size) == (self.samples[i], self.bytes[i]):
+                self.sha256[i] = sha256
+        rows = list(zip(*self.rows, strict=True))
+        for folder in changed:
+            files[folder].save([rows[i] for i in self.by_folder[folder]], self)
+
+    def _take_fresh(self, files: _FolderFiles) -> dict[int, tuple[int, int, str | None]]:
+        """Take a folder's rows that are not stale; of the others, place -> (samples, bytes, sha256)."""
+        outdated = {}
         for rows in files.rows():
             places = self.places(rows)
             ours = np.flatnonzero(places >= 0)
@@ -109,20 +138,7 @@ class Draft:
             self.take(rows, ours[fresh], places[fresh])
             for row, place in zip(ours[~fresh].tolist(), places[~fresh].tolist(), strict=True):
                 outdated[place] = int(rows.samples[row]), int(rows.bytes[row]), rows.sha256[row]
-        if self.samples.all():
-            return
-        inside = np.array(self.by_folder[folder])
-        stale = inside[self.samples[inside] == 0]
-        declared = _declared(self.store, folder)
-        for place in stale.tolist():
-            self.samples[place] = declared.get(os.path.basename(self.paths[place]), 0)
-        self.count(stale[self.samples[stale] == 0].tolist(), sidecar)
-        for place in outdated.keys() & set(stale.tolist()):  # a packer's sha256 stays while size and count do
-            samples, size, sha256 = outdated[place]
-            if (samples, size) == (self.samples[place], self.bytes[place]):
-                self.sha256[place] = sha256
-        if len(stale):
-            files.save(inside, self)
+        return outdated
 
     def count(self, places: Iterable[int], sidecar: Sidecar) -> None:
         """Count the samples of these shards by their tables."""
@@ -138,32 +154,34 @@ class Draft:
 class _FolderFiles:
     """The index.json of a folder of shards, and what stands for it where it is another tool's or cannot be written."""
 
-    def __init__(self, folder: str, store: Store, spare: str) -> None:
+    def __init__(self, folder: str, store: Store, fallback: str) -> None:
         self._beside = (store, os.path.join(folder, "index.json"))
-        self._spare = (LocalFiles(), os.path.join(spare, spare_name(folder, ".json")))
+        self._fallback = (LocalFiles(), os.path.join(fallback, fallback_name(folder, ".json")))
 
     def rows(self) -> Iterator[Rows]:
         """Rows of both; none where there is no file, or from where it is not ours on."""
-        for store, path in (self._spare, self._beside):
+        for store, path in (self._fallback, self._beside):
             with contextlib.suppress(DataError):
                 yield from read_rows(store, path)
 
-    def save(self, places: np.ndarray, draft: Draft) -> None:
-        """The draft's rows at these places, and the rows of shards that it does not have, while they exist."""
-        (store, beside), all_rows = self._beside, draft.rows
-        ours = [tuple(column[i] for column in all_rows) for i in places.tolist()]
+    def save(self, ours: list[tuple[Any, ...]], builder: IndexBuilder) -> None:
+        """These rows of the builder, and the rows of shards that it does not have, while they exist."""
+        store, beside = self._beside
         others: dict[str, Any] = {}
         for rows in self.rows():
-            missing = draft.places(rows) < 0
+            missing = builder.places(rows) < 0
             others |= {row[0]: row for row, kept in zip(zip(*rows, strict=True), missing.tolist(), strict=True) if kept}
         there = [row for row in others.values() if _exists(store, row[0])]
         paths, samples, size, sha256, modified = zip(*sorted([*ours, *there]), strict=True)
         rows = Rows(paths, np.array(samples), np.array(size), sha256, np.array(modified))
-        if not _exists(store, beside) or self._is_ours():
-            with contextlib.suppress(OSError):
-                write_rows(store, beside, rows)
+        others_own = _exists(store, beside) and not self._is_ours()
+        for place in [self._fallback] if others_own else [self._beside, self._fallback]:
+            try:
+                write_rows(*place, rows)
                 return
-        write_rows(*self._spare, rows)
+            except OSError as error:
+                why = error
+        report(f"{beside}: the index cannot be kept ({why}), so its shards are looked at again at the next start")
 
     def _is_ours(self) -> bool:
         try:
@@ -217,6 +235,11 @@ def _stats(store: Store, paths: Sequence[str]) -> np.ndarray:
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
     return stats.reshape(-1, 2).T
+
+
+def _folder(path: str) -> str:
+    """A path's folder, "" or with a slash at the end."""
+    return path[: path.rfind("/") + 1]
 
 
 def _real(folder: str) -> str:
