@@ -177,8 +177,7 @@ def _contender(
 
 def _compile(model: nn.Module) -> None:
     if isinstance(model, ViTPreTrainedModel):
-        for block in model.blocks():
-            block.compile(dynamic=False)
+        model.compile_blocks()
     else:
         model.compile()
 

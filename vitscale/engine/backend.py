@@ -59,8 +59,11 @@ class Backend:
         if config.train.gradient_checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         if config.train.compile:
-            for block in model.blocks():  # type: ignore[operator]
-                block.compile(dynamic=False)  # encoder and decoder have each one length, not one dynamic one
+            # DDP's buckets would cut every block in pieces; as a block is small, reduction overlaps backward anyway.
+            torch._dynamo.config.optimize_ddp = False
+            model.compile_blocks()  # type: ignore[operator]
+        if config.parallel.zero_stage == 3:
+            _fetch_by_block(model)
         model.train()
         torch.use_deterministic_algorithms(config.train.deterministic)
         if self.device.type == "cuda":
@@ -84,6 +87,19 @@ class Backend:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         forget_deepspeed()
+
+
+def _fetch_by_block(model: nn.Module) -> None:
+    """Let ZeRO-3 gather and reduce a block as a whole: fewer and larger exchanges, and a graph of all of it.
+
+    Not where parameters are frozen: DeepSpeed takes a block's gradients once that of its input is there, and
+    without one too early.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        for block in model.blocks():  # type: ignore[operator]
+            set_z3_leaf_module(block, True)
 
 
 def peak_memory(device: torch.device) -> int:

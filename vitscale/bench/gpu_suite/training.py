@@ -53,8 +53,7 @@ def gradients(
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, as in a run
     model = new_model(config).to(device).train()
     if compiled:
-        for block in model.blocks():
-            block.compile(dynamic=False)
+        model.compile_blocks()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         loss = model(**batch(config, 0, device)).loss
     loss.backward()
