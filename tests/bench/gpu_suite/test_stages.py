@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import time
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from vitscale.bench.gpu_suite.cases import Mismatch, Setting, Unable
 from vitscale.bench.gpu_suite.pretraining import _agree
 
 
-def setting() -> Setting:
-    return Setting("cuda", Path(), Path(), time.monotonic() + 60, frozenset(), {}, Path())
+def setting(lines: Path = Path()) -> Setting:
+    return Setting("cuda", Path(), Path(), time.monotonic() + 60, frozenset(), {}, lines)
 
 
 def test_first_losses_of_the_zero_stages_must_agree() -> None:
@@ -48,6 +49,22 @@ def test_without_pytest_its_stage_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Unable, match="pytest is not installed"):
         gpu_tests.cases(setting())["pytest"]()
+
+
+@pytest.mark.parametrize("outcomes", [["SKIPPED", "SKIPPED"], ["SKIPPED", "PASSED"]])
+def test_tests_that_all_were_skipped_are_no_pass(
+    outcomes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("\n".join(["#!/bin/sh", *(f"echo tests/test_a.py::test_b {one}" for one in outcomes)]))
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    run = gpu_tests.cases(setting(tmp_path / "lines"))["pytest"]
+    if "PASSED" in outcomes:
+        assert run()["text"] == "1 passed, 1 skipped"
+    else:
+        with pytest.raises(Unable, match="no test could run: 2 were skipped"):
+            run()
 
 
 def test_the_first_stages_fit_the_budget() -> None:

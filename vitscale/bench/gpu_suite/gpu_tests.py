@@ -48,4 +48,6 @@ def _pytest(setting: Setting) -> Figures:
                 figures["failed"].append(broken[1])
     if process.returncode not in (0, _NOTHING_SELECTED):
         raise Mismatch(f"pytest ended with {process.returncode}: {', '.join(figures['failed']) or 'see log.txt'}")
+    if not counts["PASSED"]:
+        raise Unable(f"no test could run: {counts['SKIPPED']} were skipped; log.txt has the reasons")
     return figures
