@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from vitscale import world
 from vitscale.bench.gpu_suite import correctness
@@ -23,12 +24,14 @@ def setting(folder: Path) -> Setting:
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
-    """A single rank's; taken away again for the tests that start processes."""
+    """A single rank's; taken away again for the tests that start processes, as torch's modes are for all others."""
     before = dict(os.environ)
     world.enter()
     yield
     os.environ.clear()
     os.environ.update(before)
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("name", correctness.cases(setting(Path())))

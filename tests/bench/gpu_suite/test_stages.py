@@ -51,6 +51,14 @@ def test_without_pytest_its_stage_says_so(monkeypatch: pytest.MonkeyPatch) -> No
         gpu_tests.cases(setting())["pytest"]()
 
 
+def test_every_test_that_needs_a_gpu_is_run() -> None:
+    tests = Path(__file__).parents[2]
+    marked = {path for path in tests.rglob("*.py") if "pytest.mark.gpu" in path.read_text()} - {Path(__file__)}
+    places = [tests.parent / place for place in gpu_tests.PLACES]
+    assert len(marked) > 4
+    assert [path for path in marked if not any(path.is_relative_to(place) for place in places)] == []
+
+
 @pytest.mark.parametrize("outcomes", [["SKIPPED", "SKIPPED"], ["SKIPPED", "PASSED"]])
 def test_tests_that_all_were_skipped_are_no_pass(
     outcomes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -51,6 +51,7 @@ def gradients(
 ) -> tuple[float, dict[str, Tensor]]:
     """The loss of one micro-batch and the gradient of every parameter, fp32 on the CPU."""
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, as in a run
+    torch.set_float32_matmul_precision("highest")
     model = new_model(config).to(device).train()
     if compiled:
         model.compile_blocks()
