@@ -144,6 +144,7 @@ def zero_config(config: RunConfig, world: World) -> dict[str, Any]:
         "overlap_comm": world.device == "cuda",
         "contiguous_gradients": True,
         "reduce_scatter": True,
+        "use_multi_rank_bucket_allreduce": True,  # else the host waits for the whole GPU before each reduction
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         "stage3_prefetch_bucket_size": bucket,
