@@ -31,6 +31,7 @@ class Backend:
 
     def __init__(self, config: RunConfig, world: World) -> None:
         self.world = world
+        self._linear = torch.nn.functional.linear  # ZeRO-3 puts another in its place
         self.accelerator = _make_accelerator(config, world)
         self.ranks = ProcessRanks(timedelta(seconds=config.parallel.timeout_s))
         seen = (self.accelerator.process_index, self.accelerator.num_processes, self.ranks.world_size)
@@ -87,6 +88,7 @@ class Backend:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         forget_deepspeed()
+        torch.nn.functional.linear = self._linear
 
 
 def _fetch_by_block(model: nn.Module) -> None:
@@ -150,6 +152,9 @@ def zero_config(config: RunConfig, world: World) -> dict[str, Any]:
         "stage3_prefetch_bucket_size": bucket,
         "stage3_param_persistence_threshold": 100_000,
         "sub_group_size": 1_000_000_000,
+        # Keeps eager layers from saving the weights that were gathered. Compiled blocks save none, and with it torch
+        # would compile every block anew.
+        "memory_efficient_linear": not config.train.compile,
     }
     if config.parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": world.device == "cuda"}
