@@ -20,7 +20,7 @@ TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A process that no launcher started, on a machine without a GPU; what `enter` sets is taken back."""
     monkeypatch.setattr(os, "environ", {**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-    for name in (*TORCHRUN, "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
+    for name in (*TORCHRUN, "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR", "TORCHINDUCTOR_COMPILE_THREADS"):
         monkeypatch.delitem(os.environ, name, raising=False)
     return monkeypatch
 
@@ -70,6 +70,14 @@ def test_enter_sets_what_libraries_read(environment: pytest.MonkeyPatch) -> None
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
     assert enter() == World()  # what it set means the same to the next who reads
+
+
+@pytest.mark.parametrize(("per_node", "threads"), [("1", "32"), ("8", "16")])
+def test_compiling_processes_are_shared_out(environment: pytest.MonkeyPatch, per_node: str, threads: str) -> None:
+    environment.setattr(os, "sched_getaffinity", lambda _: range(128))
+    os.environ.update(TORCHRUN, LOCAL_RANK="0", LOCAL_WORLD_SIZE=per_node)
+    enter()
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == threads
 
 
 def test_enter_leaves_the_users_values(environment: pytest.MonkeyPatch) -> None:

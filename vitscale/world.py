@@ -74,6 +74,8 @@ def enter() -> World:
         # What train.deterministic needs of cuBLAS before its first call; of Hopper's workspace it is the default size.
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "OMP_NUM_THREADS": str(world.cores_per_rank),
+        # Every rank would start a compiling process for each core of the node, up to 32.
+        "TORCHINDUCTOR_COMPILE_THREADS": str(min(32, world.cores_per_rank)),
     }
     if world.device == "cpu":
         defaults["DS_ACCELERATOR"] = "cpu"

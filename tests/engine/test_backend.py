@@ -15,16 +15,15 @@ from vitscale.bench.gpu_suite.correctness import small_config
 from vitscale.bench.gpu_suite.training import LR, Training, batch
 from vitscale.config.schema import Parallel, RunConfig
 from vitscale.engine.engine import Inputs
+from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.world import World
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
 
-def config(stage: int, deterministic: bool = False) -> RunConfig:
-    """Two micro-batches a step."""
-    small = small_config("multitask")
-    train = replace(small.train, micro_batch=4, deterministic=deterministic)
-    return replace(small, parallel=Parallel(zero_stage=stage), train=train)
+def config(stage: int, objective: str = "multitask", **train: Any) -> RunConfig:
+    small = small_config(objective)
+    return replace(small, parallel=Parallel(zero_stage=stage), train=replace(small.train, **train))
 
 
 def test_a_backend_leaves_nothing_to_the_next_one() -> None:
@@ -51,7 +50,7 @@ def test_deterministic_algorithms_are_the_configs() -> None:
 @pytest.mark.parametrize("stage", [0, 2])
 def test_no_micro_batch_is_kept_while_the_next_one_is_prepared(stage: int) -> None:
     alive: list[int] = []
-    with Training(config(stage), World()) as training:
+    with Training(config(stage, micro_batch=4), World()) as training:
 
         def micro_batches() -> Iterator[Inputs]:
             for number in range(training.engine.accumulation):
@@ -68,7 +67,7 @@ def test_no_micro_batch_is_kept_while_the_next_one_is_prepared(stage: int) -> No
 @pytest.mark.parametrize("stage", [0, 2])
 def test_loss_and_metrics_of_a_step_are_means_over_its_micro_batches(stage: int) -> None:
     outputs: list[Any] = []
-    with Training(config(stage), World()) as training:
+    with Training(config(stage, micro_batch=4), World()) as training:
         training.engine.module.register_forward_hook(lambda module, given, output: outputs.append(output))
         inputs = [batch(training.config, number, training.backend.device) for number in (0, 1)]
         result = training.engine.step(inputs, LR)
@@ -78,3 +77,24 @@ def test_loss_and_metrics_of_a_step_are_means_over_its_micro_batches(stage: int)
         {name: float(one.metrics[name] + other.metrics[name]) / 2 for name in one.metrics}
     )
     assert len(result.metrics) > 1
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_blocks_compile_whole(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph for the encoder's blocks, one for the decoder's: DDP's buckets and ZeRO-3's hooks cut none."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compile_blocks = ViTPreTrainedModel.compile_blocks
+    monkeypatch.setattr(ViTPreTrainedModel, "compile_blocks", lambda model: compile_blocks(model, backend=backend))
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
+    torch.compiler.reset()
+    losses = []
+    for compiled in (False, True):
+        with Training(config(stage, "mae", compile=compiled), World()) as training:
+            losses.append(training.steps(0, 2))
+    assert len(graphs) == 2
+    assert losses[0] == losses[1]

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.bench.gpu_suite.stages import make_setting
 from vitscale.bench.gpu_suite import correctness
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("single_rank")]
+
+
+@pytest.fixture(autouse=True)
+def torch_modes() -> Iterator[None]:
+    """As they are for all other tests."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("name", correctness.cases(make_setting(Path(), "cuda")))

@@ -147,8 +147,7 @@ def test_blocks_compile_whole(options: dict[str, Any]) -> None:
     model = tiny(ViTForMaskedImageModeling, drop_path_rate=0.5, num_hidden_layers=2, **options)
     batch = inputs(model)
     expected = gradients(model, batch, model)
-    for block in model.blocks():
-        block.compile(backend="aot_eager", fullgraph=True)
+    model.compile_blocks(backend="aot_eager", fullgraph=True)
     found = gradients(model, batch, model)
     assert graphs()[0] > 0
     assert graphs()[1] == 0
@@ -164,7 +163,7 @@ def test_blocks_compiled_under_autocast_keep_the_residual_stream_in_float32() ->
         for block in model.blocks():
             block.register_forward_pre_hook(lambda _, args: dtypes.append(args[0].dtype))
             block.register_forward_hook(lambda *given: dtypes.append(given[2].dtype))
-            block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+        model.compile_blocks(backend="aot_eager", fullgraph=True)
         loss = model(**batch).loss
     loss.backward()
     assert graphs()[0] > 0

@@ -32,7 +32,7 @@ class Backend:
     def __init__(self, config: RunConfig, world: World) -> None:
         """Join the process group. Raises LaunchError where accelerate sees other ranks than the launcher gave."""
         self.world = world
-        self._linear = torch.nn.functional.linear
+        self._linear = torch.nn.functional.linear  # ZeRO-3 puts another in its place
         self.accelerator = _make_accelerator(config, world)
         self.ranks = ProcessRanks(timedelta(seconds=config.parallel.timeout_s))
         seen = (self.accelerator.process_index, self.accelerator.num_processes, self.ranks.world_size)
@@ -61,7 +61,11 @@ class Backend:
         if config.train.gradient_checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         if config.train.compile:
+            # DDP's buckets would cut every block in pieces; as a block is small, reduction overlaps backward anyway.
+            torch._dynamo.config.optimize_ddp = False
             model.compile_blocks()  # type: ignore[operator]
+        if config.parallel.zero_stage == 3:
+            _fetch_by_block(model)
         model.train()
         torch.use_deterministic_algorithms(config.train.deterministic)
         if self.device.type == "cuda":
@@ -85,7 +89,20 @@ class Backend:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         forget_deepspeed()
-        torch.nn.functional.linear = self._linear  # ZeRO-3 puts its own there, for every model in the process
+        torch.nn.functional.linear = self._linear
+
+
+def _fetch_by_block(model: nn.Module) -> None:
+    """Let ZeRO-3 gather and reduce a block as a whole: fewer and larger exchanges, and a graph of all of it.
+
+    Not where parameters are frozen: DeepSpeed takes a block's gradients once that of its input is there, and
+    without one too early.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        for block in model.blocks():  # type: ignore[operator]
+            set_z3_leaf_module(block, True)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -130,11 +147,15 @@ def zero_config(config: RunConfig, world: World) -> dict[str, Any]:
         "overlap_comm": world.device == "cuda",
         "contiguous_gradients": True,
         "reduce_scatter": True,
+        "use_multi_rank_bucket_allreduce": True,  # else the host waits for the whole GPU before each reduction
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         "stage3_prefetch_bucket_size": bucket,
         "stage3_param_persistence_threshold": 100_000,
         "sub_group_size": 1_000_000_000,
+        # Keeps eager layers from saving the weights that were gathered. Compiled blocks save none, and with it torch
+        # would compile every block anew.
+        "memory_efficient_linear": not config.train.compile,
     }
     if config.parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": world.device == "cuda"}

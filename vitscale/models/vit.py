@@ -201,10 +201,14 @@ class ViTPreTrainedModel(PretrainedMixin, nn.Module):
         """Every transformer block, a decoder's too."""
         return [layer for module in self.modules() if isinstance(module, ViTEncoder) for layer in module.layers]
 
-    def compile_blocks(self) -> None:
-        """torch.compile for each block; encoder and decoder have one length each, so shapes are static."""
+    def compile_blocks(self, **options: Any) -> None:
+        """torch.compile of every block's forward; `options`: of torch.compile.
+
+        The blocks of an encoder share one graph, those of a decoder another, each of one length. What is hooked
+        around a block stays outside: ZeRO-3's hooks fetch weights, which would break the graph.
+        """
         for block in self.blocks():
-            block.compile(dynamic=False)
+            block.forward = torch.compile(block.forward, dynamic=False, **options)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Trade time for memory: blocks run again in backward instead of keeping their insides.

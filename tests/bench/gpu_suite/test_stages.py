@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,30 @@ def test_without_pytest_its_stage_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Unable, match="pytest is not installed"):
         gpu_tests.cases(make_setting(Path(), "cuda"))["pytest"]()
+
+
+def test_every_test_that_needs_a_gpu_is_run() -> None:
+    tests = Path(__file__).parents[2]
+    marked = {path for path in tests.rglob("*.py") if "pytest.mark.gpu" in path.read_text()} - {Path(__file__)}
+    places = [tests.parent / place for place in gpu_tests.PLACES]
+    assert len(marked) > 4
+    assert [path for path in marked if not any(path.is_relative_to(place) for place in places)] == []
+
+
+@pytest.mark.parametrize("outcomes", [["SKIPPED", "SKIPPED"], ["SKIPPED", "PASSED"]])
+def test_tests_that_all_were_skipped_are_no_pass(
+    outcomes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("\n".join(["#!/bin/sh", *(f"echo tests/test_a.py::test_b {one}" for one in outcomes)]))
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    run = gpu_tests.cases(make_setting(tmp_path, "cuda"))["pytest"]
+    if "PASSED" in outcomes:
+        assert run()["text"] == "1 passed, 1 skipped"
+    else:
+        with pytest.raises(Unable, match="no test could run: 2 were skipped"):
+            run()
 
 
 def test_the_first_stages_fit_the_budget() -> None:

@@ -51,10 +51,10 @@ def gradients(
 ) -> tuple[float, dict[str, Tensor]]:
     """The loss of one micro-batch and the gradient of every parameter, fp32 on the CPU."""
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, as in a run
+    torch.set_float32_matmul_precision("highest")
     model = new_model(config).to(device).train()
     if compiled:
-        for block in model.blocks():
-            block.compile(dynamic=False)
+        model.compile_blocks()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         loss = model(**batch(config, 0, device)).loss
     loss.backward()
