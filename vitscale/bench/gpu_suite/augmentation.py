@@ -6,8 +6,9 @@ from functools import partial
 
 import torch
 
+from vitscale.augment.pipeline import Augment
 from vitscale.bench.gpu_suite.cases import Cases, Figures, Mismatch, Setting
-from vitscale.bench.gpu_suite.photographs import make_augment, open_loader, photographs
+from vitscale.bench.gpu_suite.photographs import open_loader, photographs
 from vitscale.bench.measuring import median_seconds
 from vitscale.config.schema import RunConfig, Train
 
@@ -26,7 +27,7 @@ def _compare(precision: str, setting: Setting) -> Figures:
     torch.set_float32_matmul_precision(precision)
     with open_loader(photographs(setting), config) as loader:
         batch = next(loader)
-        on_cpu, on_device = (make_augment(config, kind) for kind in ("cpu", device.type))
+        on_cpu, on_device = (Augment.of(config, kind, train=True) for kind in ("cpu", device.type))
         expected, found = on_cpu(batch).pixel_values, on_device(batch).pixel_values.cpu()
         apart = ((found - expected) * std * 255).abs()
         seconds = median_seconds(lambda: on_device(batch), device)

@@ -44,7 +44,7 @@ def _pytest(setting: Setting) -> Figures:
                     figures["failed"].append(outcome[1])
                 figures["text"] = ", ".join(f"{count} {name.lower()}" for name, count in counts.items() if count)
                 setting.note(figures)
-            elif broken := _UNCOLLECTED.match(line):
+            elif (broken := _UNCOLLECTED.match(line)) and broken[1] not in figures["failed"]:
                 figures["failed"].append(broken[1])
     if process.returncode not in (0, _NOTHING_SELECTED):
         raise Mismatch(f"pytest ended with {process.returncode}: {', '.join(figures['failed']) or 'see log.txt'}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from vitscale.augment.pipeline import Augment
 from vitscale.bench.gpu_suite.cases import Setting
 from vitscale.bench.loader import photograph_shards
 from vitscale.config.check import lanes, pair
@@ -45,7 +44,3 @@ def open_loader(folder: Path, config: RunConfig) -> Loader:
         start=0,
         image_size=pair(config.model.image_size),
     )
-
-
-def make_augment(config: RunConfig, device: str) -> Augment:
-    return Augment(config.augment, pair(config.model.image_size), config.model.num_channels, device, train=True)

@@ -11,15 +11,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from vitscale.augment.feed import DeviceFeed
+from vitscale.augment.pipeline import Augment
 from vitscale.bench.gpu_suite.cases import Cases, Figures, Mismatch, Setting
 from vitscale.bench.gpu_suite.correctness import small_config
-from vitscale.bench.gpu_suite.photographs import make_augment, open_loader, photographs
-from vitscale.bench.gpu_suite.training import LR, new_model
+from vitscale.bench.gpu_suite.photographs import open_loader, photographs
+from vitscale.bench.gpu_suite.training import LR
 from vitscale.bench.measuring import synchronize
 from vitscale.config.presets import preset
 from vitscale.config.schema import Model, Objective, RunConfig, Train
 from vitscale.engine.backend import Backend
 from vitscale.engine.engine import Inputs
+from vitscale.models.auto import new_model
 from vitscale.world import World
 
 STEPS, WARM = 5, 4
@@ -44,8 +46,8 @@ def _profile(setting: Setting) -> Figures:
     folder = photographs(setting)  # by forks, so before there is anything on a GPU
     backend = Backend(config, World(device=setting.device))
     try:
-        engine = backend.wrap(new_model(config), config)
-        augment = make_augment(config, setting.device)
+        engine = backend.wrap(new_model(config, config.run.seed), config)
+        augment = Augment.of(config, setting.device, train=True)
         with open_loader(folder, config) as loader, DeviceFeed(loader, augment, backend.device) as feed:
             for _ in range(WARM):
                 engine.step(_micro_batch(feed), LR)

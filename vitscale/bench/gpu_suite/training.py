@@ -19,20 +19,11 @@ from vitscale.config.schema import RunConfig
 from vitscale.engine.backend import Backend
 from vitscale.engine.engine import load_weights
 from vitscale.engine.optim import make_optimizer
-from vitscale.models.auto import build_model, initialize
-from vitscale.models.vit import ViTPreTrainedModel
+from vitscale.models.auto import new_model
 from vitscale.world import World
 
 LR = 1e-3
 Weights = Mapping[str, np.ndarray]  # flat, fp32, by parameter
-
-
-def new_model(config: RunConfig) -> ViTPreTrainedModel:
-    """The model of a run at its initial values, on the CPU."""
-    with torch.device("meta"):
-        model = build_model(config)
-    initialize(model, seed=0)
-    return model
 
 
 def batch(config: RunConfig, number: int, device: torch.device) -> dict[str, Tensor]:
@@ -52,7 +43,7 @@ def gradients(
     """The loss of one micro-batch and the gradient of every parameter, fp32 on the CPU."""
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, as in a run
     torch.set_float32_matmul_precision("highest")
-    model = new_model(config).to(device).train()
+    model = new_model(config, config.run.seed).to(device).train()
     if compiled:
         model.compile_blocks()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -78,7 +69,7 @@ def gradient_distances(found: Mapping[str, Tensor], expected: Mapping[str, Tenso
 
 def reference(config: RunConfig, steps: int) -> tuple[list[float], Weights, Weights]:
     """The same training by plain torch in fp32 on the CPU: losses, weights at its start and at its end."""
-    model, cpu = new_model(config).train(), torch.device("cpu")
+    model, cpu = new_model(config, config.run.seed).train(), torch.device("cpu")
     start = _weights(model)
     optimizer = make_optimizer(model, config.optimizer, fused=False)
     for group in optimizer.param_groups:
@@ -114,7 +105,7 @@ class Training:
     def __init__(self, config: RunConfig, world: World, checkpoint: Path | None = None) -> None:
         self.config = config
         self.backend = Backend(config, world)
-        model = new_model(config)
+        model = new_model(config, config.run.seed)
         opened = None if checkpoint is None else open_checkpoint(checkpoint, self.backend.ranks)
         if opened is not None:
             load_weights(model, opened)
