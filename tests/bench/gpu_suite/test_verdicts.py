@@ -165,14 +165,14 @@ def test_augmentation_is_compared_in_units_of_255(
 
     differences = iter((0.0, apart))
 
-    def augment(config: Any, device: str) -> Any:
+    def augment(config: Any, device: str, train: bool) -> Any:
         std = torch.tensor(config.augment.std).view(-1, 1, 1)
         values = torch.zeros(2, 3, 4, 4) + next(differences) / 255 / std
         return lambda batch: SimpleNamespace(pixel_values=values)
 
     monkeypatch.setattr(augmentation, "photographs", lambda setting: tmp_path)
     monkeypatch.setattr(augmentation, "open_loader", loader)
-    monkeypatch.setattr(augmentation, "make_augment", augment)
+    monkeypatch.setattr(augmentation.Augment, "of", augment)
     case = augmentation.cases(make_setting(tmp_path))["matrix products highest"]
     if passes:
         assert case()["largest_difference"] == pytest.approx(apart, rel=1e-3)
