@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     for register in (conversion.register, inference.register, inspection.register, export.register):
         register(verb)
     added = verb("bench", _bench, "measure this project beside its peers")
-    added.add_argument("what", choices=("loader", "step", "model"))
+    added.add_argument("what", choices=("loader", "step", "model", "startup"))
     added.add_argument("rest", nargs=argparse.REMAINDER, help="options of that benchmark (--help lists them)")
     return parser
 

@@ -59,7 +59,8 @@ def batch_of(number: int) -> SimpleNamespace:
     batch = a_batch(4, ids=np.arange(4, dtype=np.int64) + 4 * number)
     names = tuple(f"s/{i}" for i in batch.labels)
     replaced = (Replacement(0, "s", "1", "label", "no number"),) * (number % 2)
-    return SimpleNamespace(**vars(batch), number=number, names=names, replaced=replaced, epochs=np.full(4, number // 3))
+    return SimpleNamespace(**vars(batch), number=number, names=names, replaced=replaced, sample_ids=batch.sample_keys,
+                           repeats=np.arange(4), epochs=np.full(4, number // 3))  # fmt: skip
 
 
 def augment(device: str = "cpu", labels: bool = True) -> Augment:
@@ -91,6 +92,7 @@ def test_gives_the_loaders_batches_in_order(ahead: int) -> None:
     for number, fed in enumerate(given):
         batch = batch_of(number)
         assert (fed.names, fed.replaced, fed.epoch) == (batch.names, batch.replaced, batch.epochs[0])
+        assert (fed.sample_ids.tolist(), fed.repeats.tolist()) == (batch.sample_ids.tolist(), batch.repeats.tolist())
         expected = augment()(batch).inputs()
         assert fed.inputs.keys() == expected.keys() == {"pixel_values", "sample_key", "labels"}
         assert all(torch.equal(fed.inputs[name], expected[name]) for name in expected)

@@ -200,12 +200,14 @@ def test_images_may_grow_from_batch_to_batch(tmp_path: Path) -> None:
 def test_sequential_order_ends(index: ShardIndex) -> None:
     order = SequentialOrder(index.samples, 16)
     with loader(index, order=order, crop=CenterCrop(0.875), micro=4, ranks=2, rank=1) as batches:
-        names = []
+        names, repeats = [], []
         for batch in batches:
             names += batch.names
+            repeats += batch.repeats.tolist()
             batches.release(batch)
     positions = [step * 16 + 8 + i for step in range(5) for i in range(8)]
     assert [int(name.split("/")[1]) for name in names] == [p % 70 for p in positions]
+    assert repeats == [p // 70 for p in positions]  # what fills up the last batch is not counted again
 
 
 def test_what_a_rank_draws_does_not_depend_on_threads(index: ShardIndex) -> None:

@@ -185,6 +185,8 @@ def test_sequential_order_is_the_index_and_then_repeats(counts: list[int], size:
     assert ids[: sum(counts)] == sorted(all_ids(counts))
     assert ids[sum(counts) :] == (ids[: sum(counts)] * size)[: len(ids) - sum(counts)]
     assert len(ids) - sum(counts) < size
+    repeats = np.concatenate([order.refs(batch, 0, size).repeats for batch in range(order.batches_per_epoch)])
+    assert sorted(id for id, repeat in zip(ids, repeats, strict=True) if repeat == 0) == sorted(all_ids(counts))
     assert order.candidates(0, 0).ids.tolist() == ids[1 : sum(counts)][:SUBSTITUTES]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -60,13 +61,13 @@ def images(step: int, first: int, last: int) -> Inputs:
     return {"pixel_values": pixels[first:last], "labels": labels[first:last], "sample_key": keys[first:last]}
 
 
-def held_out(rank: int) -> list[Inputs]:
+def held_out(rank: int) -> list[SimpleNamespace]:
     """What a rank evaluates on: the higher the rank, the more batches."""
-    return [images(100 + 10 * rank + number, 0, 2) for number in range(rank + 1)]
+    return [SimpleNamespace(inputs=images(100 + 10 * rank + number, 0, 2)) for number in range(rank + 1)]
 
 
-def scores(output: Any, inputs: Inputs) -> dict[str, torch.Tensor]:
-    labels = inputs["labels"]
+def scores(output: Any, batch: SimpleNamespace) -> dict[str, torch.Tensor]:
+    labels = batch.inputs["labels"]
     correct = (output.logits.argmax(dim=-1) == labels).sum()
     return {"loss": output.loss * len(labels), "correct": correct, "seen": torch.tensor(len(labels))}
 
@@ -164,14 +165,16 @@ def plain(rank: Rank, folder: Path) -> dict[str, Any]:
 def evaluated(rank: Rank, folder: Path) -> dict[str, Any]:
     """Evaluated before the first step, in the middle, where it also is saved, and at the end."""
     engine = rank.engine()
-    forwards: list[bool] = []
-    engine.module.register_forward_hook(lambda module, *_: forwards.append(module.training))
+    forwards: list[tuple[bool, bool]] = []  # (in training mode, with gradients)
+    engine.module.register_forward_hook(
+        lambda module, *_: forwards.append((module.training, torch.is_grad_enabled()))
+    )
     count = rank.world.world_size + 1  # even the rank with the most batches has one forward to repeat
 
     def evaluate() -> dict[str, float]:
         before = len(forwards)
         result = engine.evaluate(held_out(rank.world.rank), count, scores)
-        assert forwards[before:] == [False] * count
+        assert forwards[before:] == [(False, False)] * count
         return result
 
     sums = [evaluate()]

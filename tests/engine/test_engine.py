@@ -200,8 +200,8 @@ def test_evaluation_sums_over_ranks_by_the_average(world: World, stage: int, ran
             for name, parameter in model.named_parameters():
                 parameter.copy_(torch.from_numpy(saved.whole("ema", name)))
             expected = dict.fromkeys(("correct", "loss", "seen"), 0.0)
-            for inputs in itertools.chain(*map(held_out, range(ranks))):
-                for name, value in scores(model(**inputs), inputs).items():
+            for batch in itertools.chain(*map(held_out, range(ranks))):
+                for name, value in scores(model(**batch.inputs), batch).items():
                     expected[name] += float(value)
         for by_rank in results.by_rank:
             sums = by_rank["evaluated"]["sums"][when]

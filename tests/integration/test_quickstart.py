@@ -136,6 +136,7 @@ def test_same_command_is_done_and_more_steps_go_on(quickstart: QuickStart, launc
 
     output = launcher.run(quickstart.pretrain_argv(8), ranks=2)
     assert "step_00000006" in output
+    assert "Warning" not in output
     assert list(losses(quickstart.run)) == list(range(1, 9))
     assert rows(quickstart.run)[:6] == [json.loads(line) for line in before["metrics.jsonl"].splitlines()]
     assert json.loads((quickstart.run / "summary.json").read_text())["steps"] == 8

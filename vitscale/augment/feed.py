@@ -27,6 +27,10 @@ class NamedBatch(RaggedBatch, Protocol):
     @property
     def replaced(self) -> Sequence[Any]: ...
     @property
+    def sample_ids(self) -> np.ndarray: ...
+    @property
+    def repeats(self) -> np.ndarray: ...
+    @property
     def epochs(self) -> np.ndarray: ...
 
 
@@ -53,6 +57,8 @@ class FedBatch:
     names: tuple[str, ...]  # "shard/key" of each sample
     replaced: Sequence[Any]  # the bad samples that others stand in for
     epoch: int  # of its first sample
+    sample_ids: np.ndarray  # int64 [n]
+    repeats: np.ndarray  # int64 [n]; an evaluation counts a sample where it is 0
 
 
 class DeviceFeed(Generic[B]):
@@ -139,7 +145,8 @@ class DeviceFeed(Generic[B]):
         self._spans["augment"].append((began, ready))
         self._lent.append((batch, ready))
         self._release()
-        return FedBatch(inputs, batch.names, batch.replaced, int(batch.epochs[0])), ready
+        epoch = int(batch.epochs[0])
+        return FedBatch(inputs, batch.names, batch.replaced, epoch, batch.sample_ids, batch.repeats), ready
 
     def _release(self) -> None:
         """Give back the batches that the device is done with."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import re
 import statistics
@@ -88,3 +89,18 @@ def peak_rate(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
             return peak, f"a {known}'s dense bf16, measured"
     side = 8192 if device.type == "cuda" else 2048
     return matrix_rate(device, dtype, side), f"a {side} x {side} matrix product in this run"
+
+
+def reset_peak_memory() -> int:
+    """Bytes of RAM that this process holds now; `memory_status("VmHWM")` is its peak from here on."""
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed is not counted
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (man 5 proc)
+    return memory_status("VmRSS")
+
+
+def memory_status(key: str) -> int:
+    """Bytes that /proc/self/status gives for a key, VmRSS or VmHWM."""
+    found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None, f"no {key} in /proc/self/status"
+    return int(found[1]) * 1024

@@ -9,23 +9,29 @@ whole. A contender that cannot be built or compiled or does not fit in memory is
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
-import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitscale.bench.measuring import device_name, device_of, in_turn, peak_rate, seconds, transformers
+from vitscale.bench.measuring import (
+    device_name,
+    device_of,
+    in_turn,
+    memory_status,
+    peak_rate,
+    reset_peak_memory,
+    seconds,
+    transformers,
+)
 from vitscale.bench.model import CLASSES, classifiers
 from vitscale.config.check import pair
 from vitscale.config.presets import preset
@@ -210,20 +216,11 @@ def _start_memory(device: torch.device) -> int:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed counts for no one
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (man 5 proc)
-    return _status("VmRSS")
+    return reset_peak_memory()
 
 
 def _peak_memory(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None, f"no {key} in /proc/self/status"
-    return int(found[1]) * 1024
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory_status("VmHWM")
 
 
 def _describe(options: argparse.Namespace, run: RunConfig, device: torch.device) -> dict[str, Any]:

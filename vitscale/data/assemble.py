@@ -177,6 +177,7 @@ class _Filling:
         self._offsets = np.zeros(count, dtype=np.int64)
         self._labels = np.zeros(count, dtype=np.int64)
         self._epochs = np.zeros(count, dtype=np.int64)
+        self._repeats = np.zeros(count, dtype=np.int64)
         self._ids = np.zeros(count, dtype=np.int64)
         self._keys = np.zeros(count, dtype=np.int64)
         self._shapes = np.zeros((count, 2), dtype=np.int32)
@@ -200,6 +201,7 @@ class _Filling:
         self._offsets[at] = starts
         self._shapes[at] = shapes
         self._epochs[at] = refs.epochs
+        self._repeats[at] = refs.repeats
         self._ids[at] = refs.ids
         self._keys[at] = keys
         self._boxes[at] = np.array([region.box for region in regions]).reshape(-1, 4)
@@ -225,6 +227,7 @@ class _Filling:
             sample_ids=self._ids,
             sample_keys=self._keys,
             names=tuple(self._names),
+            repeats=self._repeats,
             epochs=self._epochs,
             replaced=replaced,
         )

@@ -14,7 +14,7 @@ class Replacement:
     slot: int  # in the global batch
     shard: str
     key: str
-    cause: str  # one of decode.CAUSES
+    cause: str  # one of header.CAUSES
     reason: str
 
 
@@ -35,6 +35,7 @@ class Batch:
     sample_ids: np.ndarray  # int64 [n]: shard << 32 | place in the shard
     sample_keys: np.ndarray  # int64 [n]: Refs.keys, what all of a sample's random choices are drawn from
     names: tuple[str, ...]  # "shard/key"
+    repeats: np.ndarray  # int64 [n]: which view of the sample in its epoch; above 0 in what fills up an evaluation
     epochs: np.ndarray  # int64 [n]
     replaced: tuple[Replacement, ...]
 

@@ -206,7 +206,7 @@ def _ranks_between(ends: np.ndarray, first: np.ndarray, last: np.ndarray) -> tup
 
 
 class SequentialOrder:
-    """Each sample once, in the index's order, for evaluation; the last batch is filled up by repeating."""
+    """Each sample once, in the index's order, for evaluation; the last batch is filled up by repeats of the first."""
 
     epochs: int | None = 1
     lanes = 1
@@ -234,7 +234,7 @@ class SequentialOrder:
         return np.fromiter(dict.fromkeys((ranks % len(self._ends)).tolist()), dtype=np.int64)
 
     def _at(self, positions: np.ndarray) -> Refs:
-        positions = positions % self._total
+        repeats, positions = np.divmod(positions, self._total)
         shard = np.searchsorted(self._ends, positions, side="right")
         starts = np.concatenate([[0], self._ends[:-1]])
-        return Refs.of_epoch(0, (shard << 32) | (positions - starts[shard]))
+        return Refs(np.zeros_like(positions), (shard << 32) | (positions - starts[shard]), repeats)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +26,18 @@ from vitscale.errors import CheckpointError
 from vitscale.world import World
 
 Inputs = Mapping[str, torch.Tensor]
-Measure = Callable[[Any, Inputs], Mapping[str, torch.Tensor]]
+
+
+class HasInputs(Protocol):
+    """A micro-batch, whatever else it carries (ids, names)."""
+
+    @property
+    def inputs(self) -> Inputs:
+        """The model's keyword arguments, on the device."""
+
+
+T = TypeVar("T", bound=HasInputs)
+Measure = Callable[[Any, T], Mapping[str, torch.Tensor]]  # (the model's output, the micro-batch)
 
 
 @dataclass(frozen=True)
@@ -98,8 +109,8 @@ class Engine:
         metrics = {name: float(value) / self.accumulation for name, value in metric_sums.items()}
         return StepResult(float(loss_sum) / self.accumulation, metrics, norm, applied)
 
-    def evaluate(self, batches: Iterable[Inputs], forwards: int, measure: Measure) -> dict[str, float]:
-        """Sums by name of `measure(output, inputs)` (tensors of one element) over the batches of all ranks.
+    def evaluate(self, batches: Iterable[T], forwards: int, measure: Measure[T]) -> dict[str, float]:
+        """Sums by name of `measure(output, batch)` (tensors of one element) over the batches of all ranks.
 
         A collective: every rank does exactly `forwards` forwards, since under ZeRO-3 all take part in each. A rank
         whose batches end before that repeats its last one, which is not counted again; each rank needs at least one.
@@ -113,7 +124,7 @@ class Engine:
                 fresh = next(source, None)
                 last = last if fresh is None else fresh
                 assert last is not None, "a rank without a batch cannot take part in an evaluation"
-                output = self.model(**last)
+                output = self.model(**last.inputs)
                 for name, value in ({} if fresh is None else measure(output, last)).items():
                     sums[name] = sums.get(name, 0.0) + value.detach().double()
         return self.ranks.sum({name: float(value) for name, value in sums.items()})

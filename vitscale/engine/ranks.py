@@ -69,7 +69,7 @@ class ProcessRanks:
         dist.broadcast(size, src=0, group=self._group)
         content = torch.empty(int(size), dtype=torch.uint8)
         if data is not None:
-            content.copy_(torch.from_numpy(np.frombuffer(data, dtype=np.uint8)))
+            content.copy_(torch.tensor(np.frombuffer(data, dtype=np.uint8)))
         dist.broadcast(content, src=0, group=self._group)
         return content.numpy().tobytes()
 

@@ -15,7 +15,6 @@ from vitscale.checkpoint.store import Checkpoint, save_checkpoint
 from vitscale.config.check import check_config, has_classes, pair, too_few_lanes
 from vitscale.config.load import dump_config
 from vitscale.config.schema import RunConfig
-from vitscale.data.batch import Batch
 from vitscale.data.crop import RandomCrop
 from vitscale.data.header import CAUSES
 from vitscale.data.loader import Loader
@@ -108,6 +107,33 @@ class Job:
         """The model on the CPU with its initial values, the same on every rank."""
         return new_model(config, config.run.seed)
 
+    def engine(self, session: Session, model: ViTPreTrainedModel) -> Engine:
+        """The engine that trains `model`. See Backend.wrap for learning rates by parameter, and what is not decayed."""
+        return session.backend.wrap(model, session.config)
+
+    def loader(self, session: Session, samples: int) -> Loader:
+        """This rank's training batches after so many global samples."""
+        config = session.config
+        return Loader(
+            index=session.index,
+            order=session.order,
+            crop=RandomCrop(config.augment.crop_scale, config.augment.crop_ratio),
+            data=config.data,
+            num_channels=config.model.num_channels,
+            seed=config.run.seed,
+            world=session.world,
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
+            start=samples,
+            needs_labels=config.objective.needs_labels,
+            num_labels=config.model.num_labels if has_classes(config) else None,
+            image_size=pair(config.model.image_size),
+        )
+
+    def augment(self, session: Session) -> Augment:
+        """What makes a training batch the model's inputs."""
+        return Augment.of(session.config, str(session.backend.device), train=True)
+
     def tasks(self, session: Session, engine: Engine, records: Records, meters: Meters) -> Sequence[PeriodicTask]:
         """What is done once in a while, in this order.
 
@@ -170,11 +196,14 @@ class Job:
         say_changed_keys(session)
         if session.world.is_main:
             write_atomically(session.folder.config, dump_config(config))
-        engine = session.backend.wrap(model, config)
+        engine = self.engine(session, model)
         if checkpoint is not None:
             engine.restore(checkpoint)
-        meters = Meters()
-        with _loader(session, state.samples) as loader, _feed(session, loader) as feed:
+        meters, augment = Meters(), self.augment(session)
+        with (
+            self.loader(session, state.samples) as loader,
+            DeviceFeed(loader, augment, session.backend.device) as feed,
+        ):
             loop = TrainingLoop(
                 engine=engine,
                 feed=feed,
@@ -216,30 +245,6 @@ class Job:
         )
         if warning := too_few_lanes(config, world):
             say(f"warning: {warning}")
-
-
-def _loader(session: Session, samples: int) -> Loader:
-    config = session.config
-    return Loader(
-        index=session.index,
-        order=session.order,
-        crop=RandomCrop(config.augment.crop_scale, config.augment.crop_ratio),
-        data=config.data,
-        num_channels=config.model.num_channels,
-        seed=config.run.seed,
-        world=session.world,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        start=samples,
-        needs_labels=config.objective.needs_labels,
-        num_labels=config.model.num_labels if has_classes(config) else None,
-        image_size=pair(config.model.image_size),
-    )
-
-
-def _feed(session: Session, loader: Loader) -> DeviceFeed[Batch]:
-    device = session.backend.device
-    return DeviceFeed(loader, Augment.of(session.config, str(device), train=True), device)
 
 
 def _save(session: Session, engine: Engine, state: TrainState) -> None:

@@ -62,9 +62,9 @@ def open_session(config: RunConfig, world: World, folder: RunFolder) -> Session:
     # Not before: a rank that waits in C++ for the others could not answer a TERM.
     stop = StopRequest(folder.path, looks=world.local_rank == 0, clears=world.is_main)
     index = opened or ShardIndex.from_bytes(packed)
-    config = _with_class_names(config, index)
     decoder = choose_decoder(config.data.decode)
     _require_agreement(config, backend.ranks, folder, index, decoder)
+    config = _with_class_names(config, backend.ranks, index)
     order = Order(index.samples, config.run.seed, config.train.global_batch, lanes(config), config.data.window)
     return Session(config, world, folder, backend, stop, index, order, decoder)
 
@@ -84,12 +84,12 @@ def _open_index(config: RunConfig, folder: RunFolder) -> ShardIndex:
     return index
 
 
-def _with_class_names(config: RunConfig, index: ShardIndex) -> RunConfig:
-    """The config, and in it the names of classes that have none, where they lie beside the shards."""
+def _with_class_names(config: RunConfig, ranks: ProcessRanks, index: ShardIndex) -> RunConfig:
+    """The config, and in it the names of classes that have none, where they lie beside the shards; rank 0 looks."""
     model = config.model
     if not has_classes(config) or not config.objective.needs_labels or model.id2label is not None:
         return config
-    names = class_names(index.paths)
+    names = ranks.gather(class_names(index.paths) if ranks.rank == 0 else None)[0]
     if names is None or len(names) != model.num_labels:
         return config
     return replace(config, model=replace(model, id2label=tuple(names)))

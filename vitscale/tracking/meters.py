@@ -15,19 +15,22 @@ class Meters:
         self._clock = clock
         self._began = clock()
         self._images = self._steps = 0
+        self._between_steps = 0.0
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
     def measure(self, what: str) -> Iterator[None]:
-        """Count the time inside as spent on `what`: save, tracking, evaluation, ..."""
+        """Count the time inside as spent on `what` (save, tracking, evaluation, ...) between steps."""
         began = self._clock()
         try:
             yield
         finally:
-            self.add({what: self._clock() - began})
+            elapsed = self._clock() - began
+            self._between_steps += elapsed
+            self.add({what: elapsed})
 
     def add(self, seconds: Mapping[str, float]) -> None:
-        """Count seconds that were measured elsewhere, by what they were spent on."""
+        """Count seconds of steps that were measured elsewhere, by what they were spent on."""
         for what, spent in seconds.items():
             self._seconds[what] += spent
 
@@ -37,12 +40,12 @@ class Meters:
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """images_per_second, step_seconds (saving left out) and WHAT_share of all since the last call."""
+        """images_per_second, step_seconds (of steps alone) and WHAT_share of all the time since the last call."""
         now = self._clock()
         elapsed = max(now - self._began, 1e-9)
         row = {"images_per_second": self._images / elapsed,
-               "step_seconds": (elapsed - self._seconds["save"]) / max(self._steps, 1)}
+               "step_seconds": (elapsed - self._between_steps) / max(self._steps, 1)}
         row |= {f"{what}_share": seconds / elapsed for what, seconds in sorted(self._seconds.items())}
-        self._began, self._images, self._steps = now, 0, 0
+        self._began, self._between_steps, self._images, self._steps = now, 0.0, 0, 0
         self._seconds = defaultdict(float, dict.fromkeys(self._seconds, 0.0))  # every row has the same columns
         return row
