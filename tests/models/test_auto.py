@@ -156,6 +156,15 @@ def test_every_key_of_the_model_section_arrives(objective: str) -> None:
     assert config.to_dict()["label2id"] == {"cat": 0, "dog": 1}
 
 
+def test_a_run_says_that_its_labels_are_classes() -> None:
+    """Else soft labels in floating point would be told to be of many classes each."""
+    for said in (None, "single_label_classification"):
+        config = vit_config(run_config("classification", num_labels=3, problem_type=said))
+        assert config.problem_type == "single_label_classification"
+    for said in (None, "regression"):
+        assert vit_config(run_config("classification", num_labels=1, problem_type=said)).problem_type == said
+
+
 def test_activations_are_those_of_the_schema() -> None:
     assert tuple(ACTIVATIONS) == schema.ACTIVATIONS
 

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 from tests.models.shapes import TINY, inputs, tiny
+from vitscale import rng
+from vitscale.augment.operations import Drawn, ModelInputs, RaggedBatch
+from vitscale.augment.pipeline import Augment
+from vitscale.config.schema import Model, Objective, RunConfig, Train
 from vitscale.errors import DataError
+from vitscale.models.auto import new_model
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
-from vitscale.models.losses import classification_loss, masked_l1, problem_type
+from vitscale.models.losses import classification_loss, label_cross_entropy, label_metrics, masked_l1, problem_type
 from vitscale.models.multitask import ViTForMultitaskPreTraining
 
 N = 6
@@ -55,17 +65,114 @@ def test_whole_numbers_may_be_quantities() -> None:
 
 
 @pytest.mark.parametrize(("keys", "shape", "told"), [
-    ({"num_labels": 5}, (N, 1), r"\(6, 1\): must be \(6,\) for single_label"),
-    ({"num_labels": 5}, (N - 1,), r"\(5,\): must be \(6,\) for single_label"),
+    ({"num_labels": 5}, (N, 1), r"\(6, 1\) and torch.int64: must be whole numbers \(6,\) or, .* for single_label"),
+    ({"num_labels": 5}, (N - 1,), r"\(5,\) and .*: must be whole numbers \(6,\) or, .* for single_label"),
     ({"num_labels": 5, "problem_type": MULTI}, (N,), r"must be \(6, 5\) for multi_label"),
     ({"num_labels": 5, "problem_type": REGRESSION}, (N,), r"must be \(6, 5\) for regression"),
     ({"num_labels": 1}, (N, 2), r"must be \(6, 1\) or \(6,\) for regression"),
+    ({"num_labels": 5, "problem_type": SINGLE}, (N, 5), r"\(6, 5\) and torch.int64: .* probabilities \(6, 5\)"),
 ])  # fmt: skip
 def test_labels_of_another_shape_are_told(keys: dict[str, Any], shape: tuple[int, ...], told: str) -> None:
     """transformers would broadcast some of them into a loss of nothing."""
     config = ViTConfig(**TINY, **keys)
     with pytest.raises(DataError, match=told):
         classification_loss(config, torch.zeros(N, config.num_labels), torch.zeros(shape, dtype=torch.int64))
+
+
+def soft_labels() -> Tensor:
+    """Two classes a sample, float32 [N, 5], the first with a share of 0.75."""
+    classes = torch.arange(N)
+    return 0.75 * F.one_hot(classes % 5, 5).float() + 0.25 * F.one_hot((classes + 2) % 5, 5).float()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_soft_labels_by_hand(smoothing: float, dtype: torch.dtype) -> None:
+    config = ViTConfig(num_labels=5, problem_type=SINGLE, label_smoothing=smoothing)
+    logits, labels = torch.randn(N, 5, generator=torch.Generator().manual_seed(0)), soft_labels()
+    expected = -((1 - smoothing) * labels + smoothing / 5).mul(logits.log_softmax(-1)).sum(-1).mean()
+    ours = classification_loss(config, logits, labels.to(dtype))
+    assert torch.equal(ours, F.cross_entropy(logits, labels, label_smoothing=smoothing))
+    assert torch.allclose(ours, expected, rtol=1e-6)
+    assert torch.equal(label_cross_entropy(logits, labels.to(dtype), smoothing), ours)
+    unsaid = ViTConfig(num_labels=5, label_smoothing=smoothing)  # told from the labels, as transformers does
+    assert classification_loss(unsaid, logits, labels) == F.binary_cross_entropy_with_logits(logits, labels)
+
+
+def test_soft_labels_of_one_class_are_that_class() -> None:
+    logits, classes = torch.randn(N, 5, generator=torch.Generator().manual_seed(0)), torch.arange(N) % 5
+    one_hot = F.one_hot(classes, 5).float()
+    for smoothing in (0.0, 0.1):
+        hard, soft = (label_cross_entropy(logits, labels, smoothing) for labels in (classes, one_hot))
+        assert torch.allclose(hard, soft, rtol=1e-6)
+    assert label_metrics(logits, one_hot) == label_metrics(logits, classes)
+
+
+def test_metrics_of_soft_labels_take_the_likeliest_class() -> None:
+    logits = F.one_hot(torch.tensor([0, 1, 2, 0, 0, 2]), 5).float()  # three firsts, then 0, 0 (second: 1) and 2 (2)
+    assert label_metrics(logits, soft_labels()) == {"correct": 0.5, "labelled": 1.0}
+    model = tiny(ViTForImageClassification, problem_type=SINGLE)
+    output = model(inputs(model)["pixel_values"], soft_labels())
+    assert output.metrics["accuracy"] == label_metrics(output.logits, soft_labels())["correct"]
+    unsaid = tiny(ViTForImageClassification)  # of many classes each: no single one is correct
+    assert unsaid(inputs(unsaid)["pixel_values"], soft_labels()).metrics == {}
+
+
+@pytest.mark.parametrize(("labels", "told"), [
+    (torch.zeros(N, 4), r"\(6, 4\) and .*: must be whole numbers \(6,\) or, .* probabilities \(6, 5\)"),
+    (torch.zeros(N), r"\(6,\) and torch.float32: must be whole numbers"),
+    (torch.zeros(N - 1, dtype=torch.int64), r"\(5,\) and .*: must be whole numbers \(6,\)"),
+])  # fmt: skip
+def test_soft_labels_of_another_shape_are_told(labels: Tensor, told: str) -> None:
+    logits = torch.zeros(N, 5)
+    with pytest.raises(DataError, match=told):
+        label_cross_entropy(logits, labels, 0.0)
+    with pytest.raises(DataError, match=told):
+        classification_loss(ViTConfig(num_labels=5, problem_type=SINGLE), logits, labels)
+
+
+@dataclass(frozen=True)
+class MixPairs:
+    """The smallest mixup: sample s has 0.75 of its own and 0.25 of sample s xor 1."""
+
+    classes: int
+
+    def draw(self, batch: RaggedBatch) -> Drawn:
+        return {"partner": np.arange(len(batch.sample_keys)) ^ 1}
+
+    def apply(self, inputs: ModelInputs, drawn: Drawn, on_device: Mapping[str, Tensor]) -> ModelInputs:
+        pixels, labels = inputs.pixel_values, F.one_hot(inputs.labels, self.classes).float()
+        mixed = (each.lerp(each[on_device["partner"]], 0.25) for each in (pixels, labels))
+        return ModelInputs(next(mixed), inputs.sample_key, next(mixed))
+
+
+@pytest.mark.parametrize("objective", ["classification", "multitask"])
+def test_labels_mixed_by_an_operation_arrive_in_the_loss(objective: str) -> None:
+    """As mixup will: a run's augmentation with one operation more, and the run's model as it is."""
+    count = 4
+    config = RunConfig(
+        model=Model(**TINY, num_labels=5, num_channels=3), objective=Objective(objective), train=Train(steps=1)
+    )
+    augment = Augment.of(config, "cpu", train=True)
+    augment.operations.append(MixPairs(5))
+    batch = SimpleNamespace(
+        pixels=np.repeat(np.array([0, 255, 40, 160], np.uint8), 16 * 16 * 3),  # unlike, as their logits must be
+        offsets=np.arange(count) * 16 * 16 * 3,
+        heights=np.full(count, 16, np.int32),
+        widths=np.full(count, 16, np.int32),
+        channels=3,
+        boxes=np.tile(np.array([[0, 0, 16, 16]], np.float32), (count, 1)),
+        labels=np.array([1, 4, 0, 2]),
+        sample_keys=rng.sample_key(0, 0, np.arange(count)),
+    )
+    model = new_model(config, seed=0)
+    model.classifier.weight.data *= 100  # else all classes are about as likely, and mixing changes little
+    output = model(**augment(batch).inputs())
+    own, partner = (F.cross_entropy(output.logits, torch.tensor(each)) for each in ([1, 4, 0, 2], [4, 1, 2, 0]))
+    told = output.loss if objective == "classification" else output.metrics["classification_loss"]
+    assert torch.allclose(told, 0.75 * own + 0.25 * partner, rtol=1e-5)
+    assert not torch.allclose(told, own, rtol=1e-3)
+    assert output.metrics.keys() >= ({"accuracy"} if objective == "classification" else {"correct", "labelled"})
 
 
 def test_a_loss_of_ones_own() -> None:

@@ -40,8 +40,9 @@ def test_a_training_step(model_class: type[ViTPreTrainedModel], options: dict[st
 
 
 @pytest.mark.parametrize("keys", [
-    {"problem_type": "multi_label_classification"}, {"num_labels": 1}, {"label_smoothing": 0.1},
-], ids=lambda keys: next(iter(keys)))  # fmt: skip
+    {"problem_type": "multi_label_classification"}, {"problem_type": "single_label_classification"},
+    {"num_labels": 1}, {"label_smoothing": 0.1},
+], ids=["multi_label", "soft", "regression", "smoothed"])  # fmt: skip
 def test_other_losses(keys: dict[str, Any]) -> None:
     model, batch = on_meta(ViTForImageClassification, **keys)
     if "label_smoothing" not in keys:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitscale import rng
-from vitscale.config.check import mask_patch, pair
+from vitscale.config.check import has_classes, mask_patch, pair
 from vitscale.config.schema import MAE, RunConfig
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import OPTIONS, ViTConfig
@@ -60,6 +60,8 @@ def vit_config(config: RunConfig) -> ViTConfig:
         keys |= {**_values(objective.simmim), "mask_patch": mask_patch(config), "encoder_stride": model.patch_size}
     if objective.name == "classification":
         keys["fc_norm"] = model.fc_norm
+        if has_classes(config):  # said, since mixed labels in floating point would be told to be of many classes
+            keys["problem_type"] = "single_label_classification"
     if objective.name == "multitask":
         keys |= _values(objective.multitask)
     return ViTConfig(**keys)

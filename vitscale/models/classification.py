@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vitscale.models import flops
 from vitscale.models.configuration import ViTConfig
-from vitscale.models.losses import Loss, classification_loss, label_metrics, problem_type
+from vitscale.models.losses import Loss, are_classes, classification_loss, label_metrics, problem_type
 from vitscale.models.outputs import ClassificationOutput, can_return_tuple
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 
@@ -45,7 +45,7 @@ class ViTForImageClassification(ViTPreTrainedModel):
         if labels is not None:
             config = self.config
             value = classification_loss(config, logits, labels) if loss is None else loss(logits.float(), labels)
-            if labels.ndim == 1 and problem_type(config, labels) == "single_label_classification":
+            if are_classes(logits, labels) and problem_type(config, labels) == "single_label_classification":
                 metrics = {"accuracy": label_metrics(logits, labels)["correct"]}
         return ClassificationOutput(
             loss=value,

@@ -45,40 +45,65 @@ def classification_loss(config: ViTConfig, logits: Tensor, labels: Tensor) -> Te
     """The loss of `logits` [n, num_labels] by problem type.
 
     regression: mean squared error, `labels` like logits or, of one number, [n];
-    single_label_classification: cross-entropy with config.label_smoothing, labels whole numbers [n];
+    single_label_classification: cross-entropy with config.label_smoothing, labels whole numbers [n] or,
+    where the config says this problem_type, also probabilities [n, num_labels] in floating point;
     multi_label_classification: binary cross-entropy, labels like logits, each in [0, 1].
     Raises DataError for labels of another shape.
     """
     kind = problem_type(config, labels)
+    if kind == "single_label_classification":
+        _check_classes(logits, labels)
+        targets = labels.float() if labels.is_floating_point() else labels.long()
+        return F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
     n, classes = logits.shape
-    shapes: list[tuple[int, ...]] = [(n,)] if kind == "single_label_classification" else [(n, classes)]
-    if kind == "regression" and classes == 1:
-        shapes.append((n,))
+    shapes = [(n, classes), (n,)] if kind == "regression" and classes == 1 else [(n, classes)]
     if tuple(labels.shape) not in shapes:
         raise DataError(
             f"labels of shape {tuple(labels.shape)}: must be {' or '.join(str(shape) for shape in shapes)} for "
             f"{kind} of num_labels={classes}; problem_type of the config says which it is"
         )
-    if kind == "single_label_classification":
-        return F.cross_entropy(logits.float(), labels.long(), label_smoothing=config.label_smoothing)
     if kind == "regression":
         return F.mse_loss(logits.float().view(labels.shape), labels.float())
     return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
 
 
-def label_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Cross-entropy of int64 `labels` [n], summed over the labelled and divided by n.
+def are_classes(logits: Tensor, labels: Tensor) -> bool:
+    """Whether `labels` are whole numbers [n] or, in floating point, probabilities like `logits`, [n, classes]."""
+    return labels.shape == (logits.shape if labels.is_floating_point() else logits.shape[:1])
 
-    A label of -1 is absent. It is not divided by the number that are present, so that the mean over
-    micro-batches and ranks does not depend on how the samples fell into them.
+
+def _check_classes(logits: Tensor, labels: Tensor) -> None:
+    if not are_classes(logits, labels):
+        n, classes = logits.shape
+        raise DataError(
+            f"labels of shape {tuple(labels.shape)} and {labels.dtype}: must be whole numbers ({n},) or, in floating "
+            f"point, probabilities ({n}, {classes}) for single_label_classification; problem_type of the config says "
+            "which it is"
+        )
+
+
+def label_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """Cross-entropy of `labels`, whole numbers [n] or probabilities [n, classes], summed and divided by n.
+
+    A whole number of -1 is absent and adds nothing; with probabilities no sample is absent. It is not divided
+    by the number that are present, so that the mean over micro-batches and ranks does not depend on how the
+    samples fell into them. Raises DataError for labels of another shape.
     """
-    present = labels >= 0
-    each = F.cross_entropy(logits.float(), labels.clamp(min=0), reduction="none", label_smoothing=label_smoothing)
+    _check_classes(logits, labels)
+    if labels.is_floating_point():
+        return F.cross_entropy(logits.float(), labels.float(), label_smoothing=label_smoothing)
+    present, classes = labels >= 0, labels.long().clamp(min=0)
+    each = F.cross_entropy(logits.float(), classes, reduction="none", label_smoothing=label_smoothing)
     return torch.where(present, each, 0.0).sum() / len(labels)
 
 
 def label_metrics(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """`correct` and `labelled`, as shares of the micro-batch: their means over batches can be divided."""
-    present = labels >= 0
-    correct = present & (logits.detach().argmax(-1) == labels)
+    """`correct` and `labelled`, as shares of the micro-batch: their means over batches can be divided.
+
+    `labels` as in `label_cross_entropy`. With probabilities the likeliest class is the correct one, so that a
+    run's rows have the same columns with mixed images; a mixed image's other class counts as wrong.
+    """
+    classes = labels.argmax(-1) if labels.is_floating_point() else labels
+    present = classes >= 0
+    correct = present & (logits.detach().argmax(-1) == classes)
     return {"correct": correct.float().mean(), "labelled": present.float().mean()}

@@ -36,9 +36,10 @@ class ViTForMultitaskPreTraining(MaskedImageModel):
         loss: Loss | None = None,
         **options: Any,
     ) -> MultitaskOutput:
-        """`pixel_values`: [n, channels, height, width]; `labels`: int64 [n], -1 where a sample has none;
-        `loss`: one of your own for the labels instead of cross-entropy, called with (logits in float32, all
-        labels); `bool_masked_pos`, `sample_key`, `options`: see ViTForMaskedImageModeling."""
+        """`pixel_values`: [n, channels, height, width]; `labels`: int64 [n], -1 where a sample has none, or
+        probabilities [n, num_labels]; `loss`: one of your own for the labels instead of cross-entropy, called
+        with (logits in float32, all labels); `bool_masked_pos`, `sample_key`, `options`: see
+        ViTForMaskedImageModeling."""
         if self.training and labels is None:
             raise DataError(f"{type(self).__name__} needs labels to train: int64, one a sample, -1 where there is none")
         bool_masked_pos = self.hidden(pixel_values, bool_masked_pos, sample_key)
