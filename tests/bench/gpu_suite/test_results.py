@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.bench.gpu_suite.stages import make_setting, passing, unable
 from tests.bench.gpu_suite.test_runner import Run, case_states, run, stage, written
-from vitscale.bench.gpu_suite.cases import Cases, Setting, Stage
+from vitscale.bench.gpu_suite.cases import Cases, Figures, Setting, Stage
 from vitscale.bench.gpu_suite.results import Results
 from vitscale.bench.gpu_suite.runner import _Watch
 from vitscale.errors import VitscaleError
@@ -38,6 +39,16 @@ def repaired(setting: Setting) -> Cases:
     if not (setting.out.parent / "repaired").exists():
         raise ImportError("No module named 'tape'")
     return passing(setting)
+
+
+def timed(setting: Setting) -> Cases:
+    """What each case has of its time."""
+
+    def tell() -> Figures:
+        time.sleep(0.5)
+        return {"left": setting.seconds_left()}
+
+    return dict.fromkeys(("one", "two"), tell)
 
 
 @pytest.fixture
@@ -81,6 +92,13 @@ def test_a_process_that_ends_without_a_word_is_a_failure(run: Run) -> None:
 
 def test_a_stage_passes_where_some_of_its_cases_can_run(run: Run) -> None:
     assert run(own("a", "partly")).state("a") == "passed"
+
+
+@pytest.mark.parametrize(("limit", "case_limit"), [(5000, 1000), (1000, 5000)])
+def test_a_case_knows_when_it_will_be_ended(run: Run, limit: float, case_limit: float) -> None:
+    results = run(Stage("a", "timed", f"{__name__}:timed", limit, case_limit, 0), budget=9000)
+    left = [case["figures"]["left"] for case in results.stage("a")["cases"].values()]
+    assert all(800 < seconds <= 999.5 for seconds in left)
 
 
 def test_later_stages_see_what_passed_alone(run: Run) -> None:
