@@ -8,6 +8,8 @@
 set -eu
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 [ $# -eq 1 ] || fail "needs one argument, the folder of the results: bash launch/gpu_suite.sh OUT" 2
+[[ ${BUDGET_S:=480} =~ ^[1-9][0-9]{0,8}$ ]] ||
+    fail "BUDGET_S=$BUDGET_S: must be a whole number of seconds, 1 to 999999999; leave it out for 480" 2
 out=$1
 case $out in /*) ;; *) out=$PWD/$out ;; esac
 has_cuda() { "$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }
@@ -43,4 +45,4 @@ else
 fi
 cd "$ROOT"
 exec "$PYTHON" -m vitscale.bench.gpu_suite "$out" --device "${DEVICE:-cuda}" ${STAGES:+--stages "$STAGES"} \
-    --budget "$((${BUDGET_S:-480} - SECONDS))"
+    --budget "$((BUDGET_S - SECONDS))"

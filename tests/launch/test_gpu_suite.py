@@ -82,6 +82,9 @@ def test_the_rehearsal_passes_and_leaves_what_is_said(tree: Path, venv: str, tmp
 @pytest.mark.parametrize(("arguments", "environment", "message"), [
     ([], {}, "needs one argument, the folder of the results"),
     (["out"], {"DEVICE": "tpu"}, "DEVICE=tpu: must be cuda or cpu"),
+    (["out"], {"DEVICE": "cpu", "BUDGET_S": "abc"}, "BUDGET_S=abc: must be a whole number of seconds, 1 to"),
+    (["out"], {"DEVICE": "cpu", "BUDGET_S": "12.5"}, "BUDGET_S=12.5: must be a whole number of seconds, 1 to"),
+    (["out"], {"DEVICE": "cpu", "BUDGET_S": "010"}, "leave it out for 480"),
     (["out"], {"DEVICE": "cpu", "STAGES": "a,x"}, "STAGES='a,x': must be of a,b,c,d,e,f,g,h, with commas"),
 ])  # fmt: skip
 def test_a_wrong_call_is_told_in_a_line(
