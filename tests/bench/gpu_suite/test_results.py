@@ -126,6 +126,22 @@ def test_reasons_are_gone_once_a_stage_has_run(run: Run, tmp_path: Path) -> None
     assert second.stage("a")["seconds"] > seconds, "those of all calls"
 
 
+def test_many_cases_together_stay_within_the_files_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is too much is left out, what came before stays; a small case still fits."""
+    monkeypatch.setattr("vitscale.bench.gpu_suite.results.MOST_RESULTS", 10_000)
+    results = Results(tmp_path, "cpu", [stage("a", "passing")])
+    for number in range(20):
+        results.settle("a", f"case {number}", state="passed", figures={"numbers": [0] * 200})
+    results.settle("a", "small", state="passed", figures={"text": "well"})
+    results.write()
+    kept = [bool(figures.get("numbers")) for figures in results.figures()["a"].values()]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0]
+    assert "bytes of figures are too many for results.json" in results.summary()
+    dropped = kept.count(False)
+    assert (tmp_path / "results.json").stat().st_size < 10_000 + 300 * dropped
+
+
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text(json.dumps({}))
     with pytest.raises(VitscaleError, match=r"OUT=.*file/out: cannot be made \(.*\); name a folder of your own"):
