@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.gpu_suite.stages import make_setting, passing, unable
-from tests.bench.gpu_suite.test_runner import Run, case_states, run, stage, written
+from tests.bench.gpu_suite.test_runner import LONG, SHORT, Run, case_states, run, stage, written
 from vitscale.bench.gpu_suite.cases import Cases, Figures, Setting, Stage
 from vitscale.bench.gpu_suite.results import Results
 from vitscale.bench.gpu_suite.runner import _Watch
@@ -20,7 +20,7 @@ __all__ = ["run"]  # the fixture
 
 
 def own(letter: str, name: str) -> Stage:
-    return Stage(letter, name, f"{__name__}:{name}", 30, 20, 0)
+    return Stage(letter, name, f"{__name__}:{name}", LONG, LONG, 0)
 
 
 def vanishing(setting: Setting) -> Cases:
@@ -108,19 +108,19 @@ def test_later_stages_see_what_passed_alone(run: Run) -> None:
 
 
 def test_the_budget_cuts_a_stage_short_of_its_limit(run: Run) -> None:
-    results = run(stage("a", "hanging"), stage("b", "passing", least=0.1), budget=1)
+    results = run(stage("a", "hanging"), stage("b", "passing", least=0.1), budget=SHORT)
     assert case_states(results, "a") == {"before": "passed", "hangs": "cut"}
     assert results.stage("a")["cases"]["hangs"]["seconds"] > 0
     assert results.state("b") == "not run"
 
 
 def test_reasons_are_gone_once_a_stage_has_run(run: Run, tmp_path: Path) -> None:
-    stages = (own("a", "repaired"), stage("b", "passing", least=10))
-    first = run(*stages, budget=5)
+    stages = (own("a", "repaired"), stage("b", "passing", least=2 * LONG))
+    first = run(*stages)
     assert (first.stage("a")["error"], first.stage("b")["left"]) != (None, None)
     seconds = first.stage("a")["seconds"]
     (tmp_path / "repaired").touch()
-    second = run(*stages)
+    second = run(*stages, budget=3 * LONG)
     assert [second.state(letter) for letter in "ab"] == ["passed"] * 2
     assert written(tmp_path)["a"]["error"] is written(tmp_path)["b"]["left"] is None
     assert second.stage("a")["seconds"] > seconds, "those of all calls"
