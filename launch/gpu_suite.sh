@@ -8,13 +8,15 @@
 set -eu
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 [ $# -eq 1 ] || fail "needs one argument, the folder of the results: bash launch/gpu_suite.sh OUT" 2
+[[ ${BUDGET_S:=480} =~ ^[1-9][0-9]{0,8}$ ]] ||
+    fail "BUDGET_S=$BUDGET_S: must be a whole number of seconds, 1 to 999999999; leave it out for 480" 2
 out=$1
 case $out in /*) ;; *) out=$PWD/$out ;; esac
 has_cuda() { "$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }
 
-# The wheels in a folder of their own, which Python looks into first.
+# The wheels in a folder of their own, which Python looks into first. pip decides whether they fit this Python.
 use_wheels() {
-    local wheels=${WHEELS:-$ROOT/.wheels} files target
+    local wheels=${WHEELS:-$ROOT/.wheels} files target problem
     files=("$wheels"/*.whl)
     if [ ! -e "${files[0]}" ]; then
         [ -z "${WHEELS:-}" ] || fail "WHEELS=$WHEELS: holds no wheels; 'bash launch/gpu_wheels.sh $WHEELS' fetches them" 2
@@ -23,8 +25,15 @@ use_wheels() {
     target=${TMPDIR:-/tmp}/vitscale-wheels-$(printf '%s\n' "$PYTHON" "${files[@]##*/}" | cksum | cut -d ' ' -f 1)
     if [ ! -e "$target/installed" ]; then
         rm -rf "$target"
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --target "$target" "${files[@]}" ||
-            fail "pip could not install the wheels of $wheels"
+        if ! problem=$("$PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --no-deps \
+            --target "$target" "${files[@]}" 2>&1); then
+            problem=${problem##*$'\n'}
+            [[ $problem == *"not a supported wheel"* ]] || fail "pip could not install the wheels of $wheels: $problem"
+            [ -z "${WHEELS:-}" ] ||
+                fail "WHEELS=$WHEELS: must fit $PYTHON; name wheels that do, or leave it out ($problem)" 2
+            say "$wheels is passed over: its wheels do not fit $PYTHON ($problem)"
+            return 0
+        fi
         touch "$target/installed"
     fi
     export PYTHONPATH=$target:$PYTHONPATH
@@ -43,4 +52,4 @@ else
 fi
 cd "$ROOT"
 exec "$PYTHON" -m vitscale.bench.gpu_suite "$out" --device "${DEVICE:-cuda}" ${STAGES:+--stages "$STAGES"} \
-    --budget "$((${BUDGET_S:-480} - SECONDS))"
+    --budget "$((BUDGET_S - SECONDS))"

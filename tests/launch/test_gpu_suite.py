@@ -20,18 +20,19 @@ FAKE_PYTHON = """\
 echo "$@" >>{folder}/asked
 case "$*" in
     "-c import sys, torch"*) exit {sees} ;;
-    "-m pip install"*) while [ "$1" != --target ]; do shift; done; mkdir -p "$2" ;;
+    "-m pip install"*) {install} ;;
     "-m pip download"*) truncate -s {size} "$5/downloaded-1-py3-none-any.whl" ;;
     "-m pip wheel"*) truncate -s 1000 "$5/built-1-py3-none-any.whl" ;;
     "-m vitscale"*) echo "PYTHONPATH=$PYTHONPATH" ;;
 esac
 """
+INSTALL = 'while [ "$1" != --target ]; do shift; done; mkdir -p "$2"'
 
 
-def fake_python(folder: Path, name: str = "python3", sees: int = 0, size: int = 0) -> str:
+def fake_python(folder: Path, name: str = "python3", sees: int = 0, size: int = 0, install: str = INSTALL) -> str:
     """A PATH that begins with `folder`, where it is; what it is asked for is in folder/asked."""
     folder.mkdir(parents=True)
-    (folder / name).write_text(FAKE_PYTHON.format(folder=folder, sees=sees, size=size))
+    (folder / name).write_text(FAKE_PYTHON.format(folder=folder, sees=sees, size=size, install=install))
     (folder / name).chmod(0o755)
     return f"{folder}:/usr/bin:/bin"
 
@@ -82,6 +83,9 @@ def test_the_rehearsal_passes_and_leaves_what_is_said(tree: Path, venv: str, tmp
 @pytest.mark.parametrize(("arguments", "environment", "message"), [
     ([], {}, "needs one argument, the folder of the results"),
     (["out"], {"DEVICE": "tpu"}, "DEVICE=tpu: must be cuda or cpu"),
+    (["out"], {"DEVICE": "cpu", "BUDGET_S": "abc"}, "BUDGET_S=abc: must be a whole number of seconds, 1 to"),
+    (["out"], {"DEVICE": "cpu", "BUDGET_S": "12.5"}, "BUDGET_S=12.5: must be a whole number of seconds, 1 to"),
+    (["out"], {"DEVICE": "cpu", "BUDGET_S": "010"}, "leave it out for 480"),
     (["out"], {"DEVICE": "cpu", "STAGES": "a,x"}, "STAGES='a,x': must be of a,b,c,d,e,f,g,h, with commas"),
 ])  # fmt: skip
 def test_a_wrong_call_is_told_in_a_line(
@@ -135,6 +139,39 @@ def test_a_folder_without_wheels_is_told(tmp_path: Path) -> None:
     done = run(["bash", str(SUITE), "out"], cwd=tmp_path, path=fake_python(tmp_path / "bin"), **options)
     assert done.returncode == 2
     assert "holds no wheels" in done.stderr
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_wheels_for_another_python_are_not_used(named: bool, tmp_path: Path) -> None:
+    """This Python's own pip says so."""
+    path = fake_python(tmp_path / "bin", install=f'exec {sys.executable} "$@"')
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    (tmp_path / ".wheels").mkdir()
+    (tmp_path / ".wheels" / "one-1-cp27-cp27m-win32.whl").touch()
+    options = {"TMPDIR": str(tmp_path), "VITSCALE_VENV": str(tmp_path / "none")}
+    options |= {"WHEELS": str(tmp_path / ".wheels")} if named else {}
+    done = run(["bash", str(tmp_path / "launch" / "gpu_suite.sh"), "out"], cwd=tmp_path, path=path, **options)
+    reason = "(ERROR: one-1-cp27-cp27m-win32.whl is not a supported wheel on this platform.)"
+    python = tmp_path / "bin" / "python3"
+    if named:
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert f"WHEELS={tmp_path}/.wheels: must fit {python}; name wheels that do" in line
+    else:
+        assert (done.returncode, done.stderr) == (0, "")
+        line, environment = done.stdout.splitlines()
+        assert line == f"{tmp_path}/.wheels is passed over: its wheels do not fit {python} {reason}"
+        assert environment == f"PYTHONPATH={tmp_path}"
+    assert line.endswith(reason)
+
+
+def test_a_pip_that_fails_is_told(tmp_path: Path) -> None:
+    (tmp_path / "one-1-py3-none-any.whl").touch()
+    path = fake_python(tmp_path / "bin", install="printf 'a warning\ndisk full\n' >&2; exit 1")
+    options = {"WHEELS": str(tmp_path), "TMPDIR": str(tmp_path), "VITSCALE_VENV": str(tmp_path / "none")}
+    done = run(["bash", str(SUITE), "out"], cwd=tmp_path, path=path, **options)
+    assert done.returncode == 1
+    assert done.stderr == f"gpu_suite.sh: pip could not install the wheels of {tmp_path}: disk full\n"
 
 
 def test_wheels_are_for_the_machine_that_lacks_them(tmp_path: Path) -> None:

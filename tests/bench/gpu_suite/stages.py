@@ -89,8 +89,11 @@ def mended(setting: Setting) -> Cases:
 
 
 def slow(setting: Setting) -> Cases:
+    """Far too slow until it is mended."""
+
     def run() -> Figures:
-        time.sleep(1.2)
+        if not (setting.out.parent / "mended").exists():
+            time.sleep(600)
         return {}
 
     return {"first": _counted(setting, "first"), "slow": run, "last": _counted(setting, "last")}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.bench.gpu_suite.stages import make_setting, passing, unable
-from tests.bench.gpu_suite.test_runner import Run, case_states, run, stage, written
-from vitscale.bench.gpu_suite.cases import Cases, Setting, Stage
+from tests.bench.gpu_suite.test_runner import LONG, SHORT, Run, case_states, run, stage, written
+from vitscale.bench.gpu_suite.cases import Cases, Figures, Setting, Stage
 from vitscale.bench.gpu_suite.results import Results
 from vitscale.bench.gpu_suite.runner import _Watch
 from vitscale.errors import VitscaleError
@@ -19,7 +20,7 @@ __all__ = ["run"]  # the fixture
 
 
 def own(letter: str, name: str) -> Stage:
-    return Stage(letter, name, f"{__name__}:{name}", 30, 20, 0)
+    return Stage(letter, name, f"{__name__}:{name}", LONG, LONG, 0)
 
 
 def vanishing(setting: Setting) -> Cases:
@@ -38,6 +39,16 @@ def repaired(setting: Setting) -> Cases:
     if not (setting.out.parent / "repaired").exists():
         raise ImportError("No module named 'tape'")
     return passing(setting)
+
+
+def timed(setting: Setting) -> Cases:
+    """What each case has of its time."""
+
+    def tell() -> Figures:
+        time.sleep(0.5)
+        return {"left": setting.seconds_left()}
+
+    return dict.fromkeys(("one", "two"), tell)
 
 
 @pytest.fixture
@@ -83,6 +94,13 @@ def test_a_stage_passes_where_some_of_its_cases_can_run(run: Run) -> None:
     assert run(own("a", "partly")).state("a") == "passed"
 
 
+@pytest.mark.parametrize(("limit", "case_limit"), [(5000, 1000), (1000, 5000)])
+def test_a_case_knows_when_it_will_be_ended(run: Run, limit: float, case_limit: float) -> None:
+    results = run(Stage("a", "timed", f"{__name__}:timed", limit, case_limit, 0), budget=9000)
+    left = [case["figures"]["left"] for case in results.stage("a")["cases"].values()]
+    assert all(800 < seconds <= 999.5 for seconds in left)
+
+
 def test_later_stages_see_what_passed_alone(run: Run) -> None:
     results = run(stage("a", "failing"), own("b", "seeing"))
     assert results.figures()["b"]["sees"] == {"text": "{'after': {'text': 'after is well'}}"}
@@ -90,22 +108,38 @@ def test_later_stages_see_what_passed_alone(run: Run) -> None:
 
 
 def test_the_budget_cuts_a_stage_short_of_its_limit(run: Run) -> None:
-    results = run(stage("a", "hanging"), stage("b", "passing", least=0.1), budget=1)
+    results = run(stage("a", "hanging"), stage("b", "passing", least=0.1), budget=SHORT)
     assert case_states(results, "a") == {"before": "passed", "hangs": "cut"}
     assert results.stage("a")["cases"]["hangs"]["seconds"] > 0
     assert results.state("b") == "not run"
 
 
 def test_reasons_are_gone_once_a_stage_has_run(run: Run, tmp_path: Path) -> None:
-    stages = (own("a", "repaired"), stage("b", "passing", least=10))
-    first = run(*stages, budget=5)
+    stages = (own("a", "repaired"), stage("b", "passing", least=2 * LONG))
+    first = run(*stages)
     assert (first.stage("a")["error"], first.stage("b")["left"]) != (None, None)
     seconds = first.stage("a")["seconds"]
     (tmp_path / "repaired").touch()
-    second = run(*stages)
+    second = run(*stages, budget=3 * LONG)
     assert [second.state(letter) for letter in "ab"] == ["passed"] * 2
     assert written(tmp_path)["a"]["error"] is written(tmp_path)["b"]["left"] is None
     assert second.stage("a")["seconds"] > seconds, "those of all calls"
+
+
+def test_many_cases_together_stay_within_the_files_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is too much is left out, what came before stays; a small case still fits."""
+    monkeypatch.setattr("vitscale.bench.gpu_suite.results.MOST_RESULTS", 10_000)
+    results = Results(tmp_path, "cpu", [stage("a", "passing")])
+    for number in range(20):
+        results.settle("a", f"case {number}", state="passed", figures={"numbers": [0] * 200})
+    results.settle("a", "small", state="passed", figures={"text": "well"})
+    results.write()
+    kept = [bool(figures.get("numbers")) for figures in results.figures()["a"].values()]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0]
+    assert "bytes of figures are too many for results.json" in results.summary()
+    dropped = kept.count(False)
+    assert (tmp_path / "results.json").stat().st_size < 10_000 + 300 * dropped
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,6 +152,21 @@ def test_a_step_without_ours_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(steps.step, "measure", lambda arguments, note, most: result)
     with pytest.raises(Mismatch, match=r"no model of ours could be measured: .*out of memory"):
         steps.cases(make_setting(tmp_path))["mae Ti"]()
+
+
+def test_contenders_end_before_their_case_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def measure(arguments: list[str], note: Any, most: Any) -> dict[str, Any]:
+        asked.extend(arguments)
+        return {"contenders": {}, "left_out": {}}
+
+    monkeypatch.setattr(steps.step, "measure", measure)
+    setting = make_setting(tmp_path)
+    setting.case_deadline = time.monotonic() + 200
+    with pytest.raises(Mismatch):
+        steps.cases(setting)["mae Ti"]()
+    assert 100 < float(asked[asked.index("--seconds") + 1]) <= 160
 
 
 @pytest.mark.parametrize(("apart", "passes"), [(0.005, True), (0.02, False), (float("nan"), False)])

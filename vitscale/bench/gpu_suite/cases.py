@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -46,7 +47,7 @@ class Stage:
     least_s: float  # it is not begun with less
 
 
-@dataclass(frozen=True)
+@dataclass
 class Setting:
     """What a stage's process is told."""
 
@@ -57,13 +58,15 @@ class Setting:
     settled: frozenset[str]  # cases that are not to be run
     earlier: Mapping[str, Mapping[str, Figures]]  # figures by stage and case, so far
     lines: Path  # the file that `emit` writes to
+    case_deadline: float = math.inf  # of the case that is going on
 
     @property
     def tiny(self) -> bool:
         return self.device == "cpu"
 
     def seconds_left(self) -> float:
-        return self.deadline - time.monotonic()
+        """Until the case that is going on is ended: its own limit is reached, or that of the stage or the budget."""
+        return min(self.deadline, self.case_deadline) - time.monotonic()
 
     def emit(self, **line: Any) -> None:
         """Hand a line to the runner."""
@@ -103,14 +106,15 @@ def serve(stage: Stage, setting: Setting, log: Path) -> None:
         return
     setting.emit(expected=list(cases))
     for name, case in cases.items():
-        if name not in setting.settled and not _run(name, case, setting):
+        if name not in setting.settled and not _run(name, case, stage.case_limit_s, setting):
             return
     setting.emit(finished=True)
 
 
-def _run(name: str, case: Callable[[], Figures], setting: Setting) -> bool:
+def _run(name: str, case: Callable[[], Figures], limit_s: float, setting: Setting) -> bool:
     """Run one case; False where it failed."""
     began = time.monotonic()
+    setting.case_deadline = began + limit_s
     print(f"== {name}")
     setting.emit(begun=name)
     state, figures, error = "passed", None, None

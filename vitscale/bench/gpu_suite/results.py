@@ -15,6 +15,7 @@ from vitscale.run_folder import write_atomically
 FORMAT = "vitscale-gpu-suite-1"
 SETTLED = ("passed", "cannot")  # states that are not tried again
 MOST_FIGURES = 1 << 20  # bytes of a case's figures
+MOST_RESULTS = 12 << 20  # bytes of results.json with them; names and errors, which are short, may go beyond
 MOST_LOG = 8 << 20  # bytes of log.txt
 MOST_STAGE_LOG = 256 << 10  # bytes of a stage's part of it
 
@@ -87,16 +88,20 @@ class Results:
     def settle(self, letter: str, name: str, **case: Any) -> str:
         """Keep the outcome of a case; its line for the terminal."""
         case = {"state": None, "seconds": 0.0, "figures": None, "error": None} | case
-        size = len(json.dumps(case["figures"]))
-        if size > MOST_FIGURES:
-            case["figures"] = {"text": f"{size} bytes of figures are too many for results.json"}
         self.stage(letter)["cases"][name] = case
+        size = len(json.dumps(case["figures"]))
+        if size > MOST_FIGURES or len(self._as_json()) > MOST_RESULTS:
+            case["figures"] = {"text": f"{size} bytes of figures are too many for results.json"}
         return f"{letter}  {name}: {case['state']}, {case['seconds']:.1f} s  {_text(case)}"
 
     def write(self) -> None:
         """Write results.json and summary.txt."""
-        write_atomically(self._file, json.dumps(self.content, indent=1) + "\n")
+        write_atomically(self._file, self._as_json())
         write_atomically(self.out / "summary.txt", self.summary())
+
+    def _as_json(self) -> str:
+        """In ASCII: as many bytes as characters."""
+        return json.dumps(self.content, indent=1) + "\n"
 
     def add_log(self, letter: str, text: bytes) -> None:
         """Append what a stage printed, of both only the end if they are long."""
