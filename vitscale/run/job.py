@@ -72,7 +72,7 @@ def run_locked(job: Job) -> int:
 class Job:
     """One start of a run: pretraining, and what other kinds of run share with it. Making it does no I/O.
 
-    Another kind of run overrides `build`, `tasks` or `finish`.
+    Another kind of run overrides some of `build`, `engine`, `loader`, `augment`, `tasks` and `finish`.
     """
 
     def __init__(self, config: RunConfig, world: World) -> None:
