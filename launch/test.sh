@@ -17,5 +17,6 @@ if ! command -v slurmctld >/dev/null && [ "$(id -u)" -eq 0 ] && command -v apt-g
 fi
 
 "$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check vitscale tests
 "$PYTHON" -m mypy
 "$PYTHON" -m pytest "$@"

@@ -160,7 +160,7 @@ def images(folder: Path, *classes: str) -> Path:
 
 def labelled(index: ShardIndex) -> int:
     """Samples with a label."""
-    from vitscale.data.tar import scan_shard
+    from vitscale.files.tar import scan_shard
 
     tables = [scan_shard(path) for path in index.paths]
     return sum("cls" in table.members(place) for table in tables for place in range(len(table.keys)))

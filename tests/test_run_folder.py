@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from vitscale.errors import LaunchError
-from vitscale.run_folder import RunFolder, write_atomically
+from vitscale.files.atomic import write_atomically
+from vitscale.run_folder import RunFolder
 
 
 def _hold(path: Path) -> None:

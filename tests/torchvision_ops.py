@@ -22,9 +22,7 @@ _NAMES = re.compile(r"torchvision::(\w+)|register_meta\(\"(\w+)\"")
 class DeclareOperators(MetaPathFinder):
     """Waits for the first import of torchvision and declares its operators just before."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name == "torchvision":
             sys.meta_path.remove(self)
             found = importlib.util.find_spec("torchvision")

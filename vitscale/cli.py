@@ -7,7 +7,6 @@ Verbs import what they need when they run, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import os
 import re
@@ -23,6 +22,7 @@ from vitscale.export import command as export
 from vitscale.inference import command as inference
 from vitscale.inspection import command as inspection
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, FolderInUse, RunFolder
+from vitscale.text import did_you_mean
 
 if TYPE_CHECKING:
     from vitscale.config.schema import RunConfig
@@ -122,6 +122,12 @@ def _sync(arguments: argparse.Namespace) -> int:
     return DONE if sync(folder.path, config) else 1
 
 
+def _export_run(source: Path, out: Path | None) -> Path:
+    from vitscale.run.export import export_run
+
+    return export_run(source, out)
+
+
 def _bench(arguments: argparse.Namespace) -> int:
     world.enter()
     return importlib.import_module(f"vitscale.bench.{arguments.what}").main(arguments.rest)
@@ -170,8 +176,9 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("run", metavar="RUN_FOLDER")
     added = verb("sync", _sync, "send what MLflow has missed")
     added.add_argument("run", metavar="RUN_FOLDER")
-    for register in (conversion.register, inference.register, inspection.register, export.register):
+    for register in (conversion.register, inference.register, inspection.register):
         register(verb)
+    export.register(verb, _export_run)
     added = verb("bench", _bench, "measure this project beside its peers")
     added.add_argument("what", choices=("loader", "step", "model", "startup"))
     added.add_argument("rest", nargs=argparse.REMAINDER, help="options of that benchmark (--help lists them)")
@@ -204,8 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _nearest(option: str, parser: argparse.ArgumentParser) -> str:
-    close = difflib.get_close_matches(option.split("=")[0], re.findall(r"--[\w-]+", parser.format_usage()), 1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return did_you_mean(option.split("=")[0], re.findall(r"--[\w-]+", parser.format_usage()))
 
 
 def _here() -> world.World:

@@ -14,11 +14,10 @@ from vitscale.errors import ConfigError
 RUN = "--preset Ti --batch 1 --rounds 2 --device cpu --peak 0.5"
 
 
-@pytest.mark.parametrize(("objective", "peers"), [("mae", {"transformers eager"}),
-                                                  ("classification", {"transformers eager", "timm eager"})])
-def test_measures_all_and_ends_with_json(
-    objective: str, peers: set[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(
+    ("objective", "peers"), [("mae", {"transformers eager"}), ("classification", {"transformers eager", "timm eager"})]
+)
+def test_measures_all_and_ends_with_json(objective: str, peers: set[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert step.main([*RUN.split(), "--objective", objective]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["peak_tflops"] == 0.5

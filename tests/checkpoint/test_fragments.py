@@ -55,15 +55,18 @@ def pieces_of(*runs: tuple[int, int], shape=(2, 5), dtype="float32"):
     return [Piece("param", "w", shape, first, np.zeros(last - first, dtype)) for first, last in runs]
 
 
-@pytest.mark.parametrize(("tables", "says"), [
-    ([pieces_of((0, 4)), pieces_of((5, 10))], r"param w \[2, 5\]: nothing holds elements 4 to 4"),
-    ([pieces_of((0, 4)), pieces_of((4, 9))], "nothing holds elements 9 to 9"),
-    ([pieces_of((1, 10))], "nothing holds elements 0 to 0"),
-    ([pieces_of((0, 6)), pieces_of((4, 10))], "more than one piece holds elements 4 to 5"),
-    ([pieces_of((0, 10)), pieces_of((0, 10))], "more than one piece holds elements 0 to 9"),
-    ([pieces_of((0, 5)), pieces_of((5, 10), dtype="float64")], "float64"),
-    ([pieces_of((0, 5)), pieces_of((5, 10), shape=(10,))], r"\(10,\)"),
-])
+@pytest.mark.parametrize(
+    ("tables", "says"),
+    [
+        ([pieces_of((0, 4)), pieces_of((5, 10))], r"param w \[2, 5\]: nothing holds elements 4 to 4"),
+        ([pieces_of((0, 4)), pieces_of((4, 9))], "nothing holds elements 9 to 9"),
+        ([pieces_of((1, 10))], "nothing holds elements 0 to 0"),
+        ([pieces_of((0, 6)), pieces_of((4, 10))], "more than one piece holds elements 4 to 5"),
+        ([pieces_of((0, 10)), pieces_of((0, 10))], "more than one piece holds elements 0 to 9"),
+        ([pieces_of((0, 5)), pieces_of((5, 10), dtype="float64")], "float64"),
+        ([pieces_of((0, 5)), pieces_of((5, 10), shape=(10,))], r"\(10,\)"),
+    ],
+)
 def test_pieces_that_are_no_whole_tensor_are_named(tables, says):
     with pytest.raises(AssertionError, match=says):
         join_tables([table(pieces) for pieces in tables])

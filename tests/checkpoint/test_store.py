@@ -20,8 +20,11 @@ SHAPES = {"encoder.weight": (7, 11), "encoder.bias": (7,), "scale": (), "none": 
 def tensors(step: int) -> dict[tuple[str, str], np.ndarray]:
     """A small training state whose values tell the step."""
     draw = np.random.default_rng(step)
-    state = {(kind, name): draw.standard_normal(shape).astype(np.float32) for kind in ("param", "exp_avg")
-             for name, shape in SHAPES.items()}
+    state = {
+        (kind, name): draw.standard_normal(shape).astype(np.float32)
+        for kind in ("param", "exp_avg")
+        for name, shape in SHAPES.items()
+    }
     return state | {("buffer", "positions"): np.arange(5) + step}
 
 
@@ -39,8 +42,15 @@ def share(step: int, rank: int, world: int) -> list[Piece]:
 def save(root, step, keep=3, report=None, ranks=None):
     ranks = ranks or SoleRank()
     pieces = share(step, ranks.rank, ranks.world_size)
-    return save_checkpoint(root, step, pieces, {"samples": step * 256, "loss": 0.1 + step}, ranks, keep,
-                           **({"report": report} if report else {}))
+    return save_checkpoint(
+        root,
+        step,
+        pieces,
+        {"samples": step * 256, "loss": 0.1 + step},
+        ranks,
+        keep,
+        **({"report": report} if report else {}),
+    )
 
 
 def assert_holds(checkpoint, step):
@@ -130,8 +140,10 @@ def other_samples(folder):
 
 BREAKS = {
     "flipped bit": (lambda f: flip(f / "state-00001.safetensors", -3), "state-00001.safetensors has sha256 .* written"),
-    "hole": (lambda f: (f / "state-00000.safetensors").write_bytes(
-        bytes((f / "state-00000.safetensors").stat().st_size)), "state-00000.safetensors has sha256"),
+    "hole": (
+        lambda f: (f / "state-00000.safetensors").write_bytes(bytes((f / "state-00000.safetensors").stat().st_size)),
+        "state-00000.safetensors has sha256",
+    ),
     "cut file": (lambda f: cut(f / "state-00001.safetensors", 100), "state-00001.safetensors has 100 bytes, [0-9]+"),
     "missing file": (lambda f: (f / "state-00000.safetensors").unlink(), "state-00000.safetensors is missing"),
     "swapped files": (swap, "state-0000[01].safetensors has"),

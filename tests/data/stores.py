@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
-from vitscale.data.store import FileStat, LocalFiles
-from vitscale.data.tar import BLOCK
+from vitscale.files.store import FileStat, LocalFiles
+from vitscale.files.tar import BLOCK
 
 HEADER = 2 * BLOCK  # bytes that a scan reads at each header; no image of these tests has as many
 

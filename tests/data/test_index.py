@@ -17,8 +17,8 @@ from vitscale.config.schema import Source
 from vitscale.data import index_builder
 from vitscale.data.index import ShardIndex, build_index, open_index, require_labels
 from vitscale.data.patterns import expand
-from vitscale.data.store import FileStat, LocalFiles
 from vitscale.errors import DataError
+from vitscale.files.store import FileStat, LocalFiles
 
 
 @pytest.fixture

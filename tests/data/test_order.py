@@ -191,9 +191,7 @@ def test_sequential_order_is_the_index_and_then_repeats(counts: list[int], size:
 
 
 @settings(deadline=None, max_examples=30)
-@given(
-    st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 12), st.integers(0, 20), st.integers(0, 60)
-)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 12), st.integers(0, 20), st.integers(0, 60))
 def test_sequential_shards_ahead_are_those_that_come(counts: list[int], size: int, batch: int, samples: int) -> None:
     order = SequentialOrder(np.array(counts), size)
     batch %= order.batches_per_epoch

@@ -14,8 +14,8 @@ from tests.data.makers import photo
 from vitscale.data.digits import write_digits
 from vitscale.data.index import ShardIndex
 from vitscale.data.pack import pack
-from vitscale.data.tar import scan_shard
 from vitscale.errors import DataError
+from vitscale.files.tar import scan_shard
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vitscale.data.store import FileStat, LocalFiles
+from vitscale.files.store import FileStat, LocalFiles
 
 
 def test_a_file_is_listed_measured_and_read_in_ranges(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.makers import write_tar
-from vitscale.data.store import FileStat, LocalFiles
-from vitscale.data.table import IMAGE_KINDS, SampleTable, from_bytes, make_table, to_bytes, whole_length
-from vitscale.data.tar import OffsetTable, scan_shard
+from vitscale.data.table import SampleTable, from_bytes, make_table, to_bytes, whole_length
+from vitscale.files.header import IMAGE_KINDS
+from vitscale.files.store import FileStat, LocalFiles
+from vitscale.files.tar import OffsetTable, scan_shard
 
 MEMBERS = [
     ("a/ü.jpg", b"image 1"), ("a/ü.cls", b"7"),

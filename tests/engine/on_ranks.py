@@ -166,9 +166,7 @@ def evaluated(rank: Rank, folder: Path) -> dict[str, Any]:
     """Evaluated before the first step, in the middle, where it also is saved, and at the end."""
     engine = rank.engine()
     forwards: list[tuple[bool, bool]] = []  # (in training mode, with gradients)
-    engine.module.register_forward_hook(
-        lambda module, *_: forwards.append((module.training, torch.is_grad_enabled()))
-    )
+    engine.module.register_forward_hook(lambda module, *_: forwards.append((module.training, torch.is_grad_enabled())))
     count = rank.world.world_size + 1  # even the rank with the most batches has one forward to repeat
 
     def evaluate() -> dict[str, float]:

@@ -20,9 +20,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize(("objective", "stage"), [("mae", 3), ("simmim", 2), ("classification", 3), ("multitask", 1)])
-def test_ranks_and_stages_agree(
-    launcher: Launcher, config: Path, tmp_path: Path, objective: str, stage: int
-) -> None:
+def test_ranks_and_stages_agree(launcher: Launcher, config: Path, tmp_path: Path, objective: str, stage: int) -> None:
     argv = ["pretrain", str(config), *OPTIONS, f"objective.name={objective}"]
     if objective == "classification":
         argv.append("model.fc_norm=true")

@@ -49,8 +49,6 @@ def test_bf16_trains(launcher: Launcher, config: Path, tmp_path: Path) -> None:
         assert rows(run)[-1]["skipped_steps"] == 0
 
 
-
-
 def write_golden(folder: Path) -> None:
     """Measure the golden losses anew, in an empty folder."""
     from tests.integration.conftest import make_shards, write_config

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import vitscale
 from tests.models.shapes import DECODER, TINY, TRAINABLE, tiny_keys
-from vitscale.config.check import pair
+from vitscale.config.model_rules import pair
 from vitscale.errors import ConfigError
 from vitscale.interop.loading import LoadReport
 from vitscale.interop.pretrained import load_model, save_model

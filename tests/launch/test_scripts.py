@@ -144,8 +144,11 @@ def test_a_broken_environment_is_made_anew(fake: Callable[..., tuple[str, Path]]
 
 
 def test_a_relative_environment_is_the_callers(tmp_path: Path) -> None:
-    done = run(["bash", "-c", f'. "{ROOT}/launch/environment.sh"; cd /; echo "$VENV $VITSCALE_VENV $ROOT"'],
-               cwd=tmp_path, VITSCALE_VENV="mine")
+    done = run(
+        ["bash", "-c", f'. "{ROOT}/launch/environment.sh"; cd /; echo "$VENV $VITSCALE_VENV $ROOT"'],
+        cwd=tmp_path,
+        VITSCALE_VENV="mine",
+    )
     assert done.stdout.split() == [f"{tmp_path}/mine", f"{tmp_path}/mine", str(ROOT)]
 
 

@@ -31,9 +31,18 @@ def test_every_float_comes_back_to_the_bit(tmp_path_factory, value):
         assert math.copysign(1, read) == math.copysign(1, value) or math.isnan(value)
 
 
-@pytest.mark.parametrize(("value", "number"), [
-    (3, 3.0), ("Infinity", math.inf), ("-Infinity", -math.inf), (True, None), ("3", None), (None, None), ([1], None),
-])
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        (3, 3.0),
+        ("Infinity", math.inf),
+        ("-Infinity", -math.inf),
+        (True, None),
+        ("3", None),
+        (None, None),
+        ([1], None),
+    ],
+)
 def test_as_number(value, number):
     assert as_number(value) == number
 

@@ -16,12 +16,28 @@ def test_shares_and_speed_between_two_reads():
         with meters.measure(what):
             now += seconds
     row = meters.read()
-    assert row == pytest.approx({"images_per_second": 4 * 256 / 8, "step_seconds": 1.5, "data_share": 2 / 8,
-                                 "step_share": 4 / 8, "save_share": 1.5 / 8, "evaluation_share": 0.5 / 8})
+    assert row == pytest.approx(
+        {
+            "images_per_second": 4 * 256 / 8,
+            "step_seconds": 1.5,
+            "data_share": 2 / 8,
+            "step_share": 4 / 8,
+            "save_share": 1.5 / 8,
+            "evaluation_share": 0.5 / 8,
+        }
+    )
     now += 2.0
     meters.count(100)
-    assert meters.read() == pytest.approx({"images_per_second": 50, "step_seconds": 2.0, "data_share": 0,
-                                           "step_share": 0, "save_share": 0, "evaluation_share": 0})
+    assert meters.read() == pytest.approx(
+        {
+            "images_per_second": 50,
+            "step_seconds": 2.0,
+            "data_share": 0,
+            "step_share": 0,
+            "save_share": 0,
+            "evaluation_share": 0,
+        }
+    )
 
 
 def test_time_is_counted_when_the_work_fails():

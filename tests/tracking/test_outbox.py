@@ -44,17 +44,25 @@ def test_a_torn_outbox_is_a_new_one(tmp_path):
     assert len(Outbox(tmp_path, {}).key) == 32
 
 
-@pytest.mark.parametrize(("text", "safe"), [
-    ("https://me:pa55@host:5000/x", "https://***@host:5000/x"),
-    ("at https://me:p@ss@host/x and postgresql://u:p@db/y!", "at https://***@host/x and postgresql://***@db/y!"),
-    ("http://host/a@b", "http://host/a@b"),
-    ("sqlite:////tmp/a@b.db", "sqlite:////tmp/a@b.db"),
-])
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("https://me:pa55@host:5000/x", "https://***@host:5000/x"),
+        ("at https://me:p@ss@host/x and postgresql://u:p@db/y!", "at https://***@host/x and postgresql://***@db/y!"),
+        ("http://host/a@b", "http://host/a@b"),
+        ("sqlite:////tmp/a@b.db", "sqlite:////tmp/a@b.db"),
+    ],
+)
 def test_redact(text, safe):
     assert redact(text) == safe
 
 
 def test_flat_params():
     config = {"a": {"b": 1, "c": [0.9, 0.95], "d": None}, "uri": "http://u:p@h", "sources": [{"pattern": "x"}]}
-    assert flat_params(config) == {"a.b": "1", "a.c": "[0.9, 0.95]", "a.d": "null", "uri": "http://***@h",
-                                   "sources": '[{"pattern": "x"}]'}
+    assert flat_params(config) == {
+        "a.b": "1",
+        "a.c": "[0.9, 0.95]",
+        "a.d": "null",
+        "uri": "http://***@h",
+        "sources": '[{"pattern": "x"}]',
+    }

@@ -54,8 +54,9 @@ def test_the_terminal_and_the_exit_stay_the_runs(tmp_path: Path, server: Server,
     command = [sys.executable, "-c", PROGRAM, str(tmp_path), server.uri, relay.uri]
     environment = os.environ | {"MLFLOW_HTTP_REQUEST_TIMEOUT": "500"}  # whoever waited for an answer would be missed
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[2], text=True, stdin=pipe,
-                               stdout=pipe, stderr=pipe)
+    process = subprocess.Popen(
+        command, env=environment, cwd=Path(__file__).parents[2], text=True, stdin=pipe, stdout=pipe, stderr=pipe
+    )
     until(lambda: relay.accepted > 0, seconds=120)
     began = time.monotonic()
     shown, complained = process.communicate(timeout=120)

@@ -41,8 +41,16 @@ def test_rewritten_in_place_on_a_terminal():
     assert shown.decode() == f"\r{TEXT}\x1b[K\r{second}\x1b[K\r\nsaved\r\n\r{TEXT}\x1b[K\r\n"
 
 
-@pytest.mark.parametrize(("seconds", "text"), [
-    (None, "?"), (0.4, "0s"), (59.6, "1m00s"), (425, "7m05s"), (12_000, "3h20m"), (187_200, "2d04h"),
-])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "?"),
+        (0.4, "0s"),
+        (59.6, "1m00s"),
+        (425, "7m05s"),
+        (12_000, "3h20m"),
+        (187_200, "2d04h"),
+    ],
+)
 def test_duration(seconds, text):
     assert duration(seconds) == text

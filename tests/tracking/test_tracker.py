@@ -97,8 +97,12 @@ def test_the_machine_is_sampled_once_the_server_answered(run_folder, monkeypatch
     tracker = Tracker(run_folder, settings)
     tracker.start()
     uri = tracking_uri(run_folder, settings)
-    until(lambda: (run_folder / "mlflow_run_id").exists()
-          and len(curve(run_folder, uri, "system/cpu_utilization_percentage")) >= 3)
+    until(
+        lambda: (
+            (run_folder / "mlflow_run_id").exists()
+            and len(curve(run_folder, uri, "system/cpu_utilization_percentage")) >= 3
+        )
+    )
     assert tracker.finish("FINISHED", 30)
     memory = curve(run_folder, uri, "system/process_memory_usage_megabytes")
     assert all(value > 10 for _, value, _ in memory)

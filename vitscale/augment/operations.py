@@ -76,9 +76,7 @@ class CropResize:
         return plan(batch.offsets, batch.heights, batch.widths, self.channels, batch.boxes, flips, self.size)
 
     def apply(self, inputs: ModelInputs, drawn: Drawn, on_device: Mapping[str, Tensor]) -> ModelInputs:
-        return replace(
-            inputs, pixel_values=resample(inputs.pixel_values, self.channels, self.size, drawn, on_device)
-        )
+        return replace(inputs, pixel_values=resample(inputs.pixel_values, self.channels, self.size, drawn, on_device))
 
 
 @dataclass(frozen=True)

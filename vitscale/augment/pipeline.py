@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitscale.augment.operations import CropResize, Drawn, ModelInputs, Normalize, Operation, RaggedBatch
 from vitscale.config import schema
-from vitscale.config.check import pair
+from vitscale.config.model_rules import pair
 
 _ALIGNMENT = 64  # bytes; what vectorized loads of any type want
 

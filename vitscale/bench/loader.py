@@ -31,11 +31,11 @@ from vitscale.config.schema import Augment as AugmentConfig
 from vitscale.config.schema import Data
 from vitscale.data.batch import Batch
 from vitscale.data.crop import RandomCrop
-from vitscale.data.decode import choose_decoder
 from vitscale.data.index import ShardIndex
 from vitscale.data.loader import Loader
 from vitscale.data.order import Order
 from vitscale.data.pack import PackedSample, write_shards
+from vitscale.files.decode import choose_decoder
 from vitscale.world import World
 
 SIZE = (375, 500)  # height, width

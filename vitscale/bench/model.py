@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitscale.bench.measuring import device_name, device_of, in_turn, seconds, transformers
-from vitscale.config.check import pair
+from vitscale.config.model_rules import pair
 from vitscale.config.presets import preset
 from vitscale.errors import ConfigError
 from vitscale.models.auto import initialize

@@ -33,7 +33,7 @@ from vitscale.bench.measuring import (
     transformers,
 )
 from vitscale.bench.model import CLASSES, classifiers
-from vitscale.config.check import pair
+from vitscale.config.model_rules import pair
 from vitscale.config.presets import preset
 from vitscale.config.schema import Model, Objective, Optimizer, RunConfig
 from vitscale.engine.optim import make_optimizer
@@ -268,8 +268,10 @@ def _print(result: dict[str, Any]) -> None:
     print("{objective} ViT-{preset}, batch {batch}, {precision}, on {device}".format(**result))
     for name, measured in result["contenders"].items():
         ratio = "" if measured["ratio"] is None else f"   ratio {measured['ratio']:.3f}"
-        print(f"{name:>22} {measured['images_per_second']:10.1f} images/s   {measured['utilization']:6.1%} of peak"
-              f"   {measured['peak_memory_mib']:8.0f} MiB   ready after {measured['preparation_seconds']:.0f} s{ratio}")
+        print(
+            f"{name:>22} {measured['images_per_second']:10.1f} images/s   {measured['utilization']:6.1%} of peak"
+            f"   {measured['peak_memory_mib']:8.0f} MiB   ready after {measured['preparation_seconds']:.0f} s{ratio}"
+        )
     for name, reason in result["left_out"].items():
         print(f"{name} is left out: {reason}")
     print("ratios to the fastest peer; peak {peak_tflops:.2f} TFLOP/s ({peak_source}); {gflop_per_image:.1f} GFLOP an "

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-NAMED_AT_MOST = 5  # names in one message
+from vitscale.text import listed
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,23 @@ class TensorRecord:
         return prod(self.shape)
 
     def as_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "name": self.name, "shape": list(self.shape), "dtype": self.dtype,
-                "pieces": [[piece.file, piece.start, piece.count] for piece in self.pieces]}
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "pieces": [[piece.file, piece.start, piece.count] for piece in self.pieces],
+        }
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> TensorRecord:
-        return TensorRecord(content["kind"], content["name"], tuple(content["shape"]), content["dtype"],
-                            tuple(Location(*piece) for piece in content["pieces"]))
+        return TensorRecord(
+            content["kind"],
+            content["name"],
+            tuple(content["shape"]),
+            content["dtype"],
+            tuple(Location(*piece) for piece in content["pieces"]),
+        )
 
     def covering(self, start: int, count: int) -> Iterator[tuple[Location, int, int]]:
         """The pieces that hold elements [start, start + count), with the part of each: first, last (exclusive)."""
@@ -84,8 +94,9 @@ def entry_name(kind: str, name: str, start: int) -> str:
 
 def write_pieces(path: Path, pieces: Sequence[Piece]) -> None:
     """Write the pieces of one rank as one safetensors file; raises OSError or SafetensorError."""
-    save_file({entry_name(p.kind, p.name, p.start): np.ascontiguousarray(p.values) for p in pieces if p.values.size},
-              path)
+    save_file(
+        {entry_name(p.kind, p.name, p.start): np.ascontiguousarray(p.values) for p in pieces if p.values.size}, path
+    )
 
 
 def table(pieces: Iterable[Piece]) -> list[list[Any]]:
@@ -109,8 +120,10 @@ def join_tables(tables: Sequence[list[list[Any]]]) -> list[TensorRecord]:
             found.setdefault((kind, name), [])
             if count:
                 found[kind, name].append(Location(file, start, count))
-    records = [TensorRecord(*key, *meant[key], tuple(sorted(found[key], key=lambda piece: piece.start)))
-               for key in sorted(meant)]
+    records = [
+        TensorRecord(*key, *meant[key], tuple(sorted(found[key], key=lambda piece: piece.start)))
+        for key in sorted(meant)
+    ]
     wrong += [fault for record in records if (fault := _gap_or_overlap(record))]
     assert not wrong, f"pieces do not make up whole tensors: {listed(wrong)}"
     return records
@@ -150,9 +163,3 @@ class PieceReader:
         if file not in self._opened:
             self._opened[file] = safe_open(self._paths[file], framework="numpy")
         return self._opened[file]
-
-
-def listed(names: Sequence[str]) -> str:
-    """A few of the names, and how many there are besides."""
-    rest = len(names) - NAMED_AT_MOST
-    return ", ".join(names[:NAMED_AT_MOST]) + (f" and {rest} more" if rest > 0 else "")

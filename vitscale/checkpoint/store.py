@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from vitscale.checkpoint.fragments import Piece, PieceReader, TensorRecord, join_tables, listed, table, write_pieces
+from vitscale.checkpoint.fragments import Piece, PieceReader, TensorRecord, join_tables, table, write_pieces
 from vitscale.errors import CheckpointError
+from vitscale.files.atomic import flush_to_disk, sha256_of
+from vitscale.text import listed, to_stderr
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -30,13 +30,25 @@ _READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)  # of 
 
 T = TypeVar("T")
 
+
 def _pass(point: str) -> None:
     """Nothing: outside of tests no one looks on."""
 
 
 # Called with a point's name as a save gets there, so that a test can end the process at each of them.
-POINTS = ("state_begun", "state_written", "state_synced", "agreed", "manifest_written", "manifest_synced", "old_moved",
-          "renamed", "root_synced", "retiring", "retired")
+POINTS = (
+    "state_begun",
+    "state_written",
+    "state_synced",
+    "agreed",
+    "manifest_written",
+    "manifest_synced",
+    "old_moved",
+    "renamed",
+    "root_synced",
+    "retiring",
+    "retired",
+)
 on_progress: Callable[[str], None] = _pass
 
 
@@ -85,12 +97,15 @@ def checkpoint_folders(root: Path) -> list[Path]:
 # ---- saving
 
 
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def save_checkpoint(root: Path, step: int, pieces: Iterable[Piece], state: dict[str, Any], ranks: Ranks, keep: int,
-                    report: Callable[[str], None] = _to_stderr) -> Path:
+def save_checkpoint(
+    root: Path,
+    step: int,
+    pieces: Iterable[Piece],
+    state: dict[str, Any],
+    ranks: Ranks,
+    keep: int,
+    report: Callable[[str], None] = to_stderr,
+) -> Path:
     """Save what the ranks hold as `root/step_XXXXXXXX`, then keep the newest `keep` checkpoints.
 
     A collective. `pieces`: this rank's; together they give each element of each tensor once (asserted).
@@ -128,8 +143,9 @@ def _agreed(ranks: Ranks, target: Path, work: Callable[[], T]) -> list[T]:
     outcomes = ranks.gather([_reason(failure) if failure else None, result])
     faults = [f"rank {rank}: {fault}" for rank, (fault, _) in enumerate(outcomes) if fault]
     if faults:
-        raise CheckpointError(f"{target}: the checkpoint could not be written ({listed(faults)}); "
-                              "the ones before it are untouched") from failure
+        raise CheckpointError(
+            f"{target}: the checkpoint could not be written ({listed(faults)}); the ones before it are untouched"
+        ) from failure
     return [value for _, value in outcomes]
 
 
@@ -151,8 +167,10 @@ def _prepare(root: Path, temporary: Path, needed: int) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     free = shutil.disk_usage(root).free
     if needed > free:
-        raise CheckpointError(f"it needs {needed / 1e9:.2f} GB and {root} has {free / 1e9:.2f} GB free: "
-                              "make room or lower checkpoint.keep")
+        raise CheckpointError(
+            f"it needs {needed / 1e9:.2f} GB and {root} has {free / 1e9:.2f} GB free: "
+            "make room or lower checkpoint.keep"
+        )
     temporary.mkdir()
 
 
@@ -162,9 +180,9 @@ def _write_state(temporary: Path, rank: int, pieces: Sequence[Piece]) -> dict[st
     on_progress("state_begun")
     write_pieces(path, pieces)
     on_progress("state_written")
-    _sync(path)
+    flush_to_disk(path)
     on_progress("state_synced")
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _publish(temporary: Path, target: Path, manifest: dict[str, Any], tables: Sequence[list[list[Any]]]) -> None:
@@ -173,13 +191,14 @@ def _publish(temporary: Path, target: Path, manifest: dict[str, Any], tables: Se
     for file in manifest["files"]:
         path = temporary / file["name"]
         if not path.exists() or path.stat().st_size != file["bytes"]:
-            raise CheckpointError(f"{path} is not as its rank wrote it; {target.parent} must lie on a file system "
-                                  "that all nodes share")
+            raise CheckpointError(
+                f"{path} is not as its rank wrote it; {target.parent} must lie on a file system that all nodes share"
+            )
     path = temporary / MANIFEST
     path.write_text(_render(manifest), encoding="utf-8")
     on_progress("manifest_written")
-    _sync(path)
-    _sync(temporary)
+    flush_to_disk(path)
+    flush_to_disk(temporary)
     on_progress("manifest_synced")
     if target.exists():  # this step again: it was found broken, or was saved before
         old = target.with_name(f".old-{target.name}")
@@ -188,7 +207,7 @@ def _publish(temporary: Path, target: Path, manifest: dict[str, Any], tables: Se
         on_progress("old_moved")
     temporary.rename(target)
     on_progress("renamed")
-    _sync(target.parent)
+    flush_to_disk(target.parent)
     on_progress("root_synced")
 
 
@@ -215,19 +234,6 @@ def _retire(root: Path, step: int, keep: int, report: Callable[[str], None]) -> 
         on_progress("retired")
     except OSError as error:
         report(f"{root}: an old checkpoint could not be removed ({error}); remove it by hand")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # ---- the manifest
@@ -262,8 +268,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except _READ_ERRORS as error:
         raise ValueError(f"{MANIFEST} is no whole manifest ({error})") from None
     if version != FORMAT:
-        raise ValueError(f"{MANIFEST} has format {version!r}, this vitscale reads format {FORMAT}: "
-                         "use the vitscale that wrote it")
+        raise ValueError(
+            f"{MANIFEST} has format {version!r}, this vitscale reads format {FORMAT}: use the vitscale that wrote it"
+        )
     expected, found = manifest.get("sha256"), _own_digest(manifest)
     if expected != found:
         raise ValueError(f"{MANIFEST} does not match its own sha256 ({_short(found)}, says {_short(expected)})")
@@ -309,15 +316,23 @@ class Checkpoint:
     def require(self, shapes: dict[str, tuple[int, ...]], *kinds: str) -> None:
         """Raise CheckpointError unless the names and shapes of these kinds together are exactly these."""
         saved = self.shapes(*kinds)
-        differing = [f"{name} (saved {list(saved[name])}, here {list(shape)})"
-                     for name, shape in shapes.items() if name in saved and saved[name] != tuple(shape)]
-        groups = {"missing": [name for name in shapes if name not in saved],
-                  "not known here": [name for name in saved if name not in shapes], "of another shape": differing}
+        differing = [
+            f"{name} (saved {list(saved[name])}, here {list(shape)})"
+            for name, shape in shapes.items()
+            if name in saved and saved[name] != tuple(shape)
+        ]
+        groups = {
+            "missing": [name for name in shapes if name not in saved],
+            "not known here": [name for name in saved if name not in shapes],
+            "of another shape": differing,
+        }
         faults = [f"{len(names)} {what}: {listed(names)}" for what, names in groups.items() if names]
         if faults:
-            raise CheckpointError(f"{self.folder}: its {'/'.join(kinds)} tensors are of another model: "
-                                  f"{'; '.join(faults)}; give the model.* keys that it was made with, "
-                                  "or another run.name")
+            raise CheckpointError(
+                f"{self.folder}: its {'/'.join(kinds)} tensors are of another model: "
+                f"{'; '.join(faults)}; give the model.* keys that it was made with, "
+                "or another run.name"
+            )
 
     def _record(self, kind: str, name: str) -> TensorRecord:
         if (kind, name) not in self._records:
@@ -344,8 +359,10 @@ def open_newest(root: Path, ranks: Ranks, report: Callable[[str], None]) -> Chec
         if ranks.rank == 0:
             report(f"{folder}: is not usable ({listed(faults)}); trying the one before it")
     if names:
-        raise CheckpointError(f"{root}: none of its {len(names)} checkpoints can be used (reasons above); "
-                              "restore one, or start over under another run.name")
+        raise CheckpointError(
+            f"{root}: none of its {len(names)} checkpoints can be used (reasons above); "
+            "restore one, or start over under another run.name"
+        )
     return None
 
 
@@ -383,6 +400,6 @@ def _file_faults(folder: Path, file: dict[str, Any]) -> list[str]:
         return [f"{name} is missing"]
     if (size := path.stat().st_size) != file["bytes"]:
         return [f"{name} has {size} bytes, {file['bytes']} were written"]
-    if (digest := _sha256(path)) != file["sha256"]:
+    if (digest := sha256_of(path)) != file["sha256"]:
         return [f"{name} has sha256 {_short(digest)}, {_short(file['sha256'])} was written: its bytes have changed"]
     return []

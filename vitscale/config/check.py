@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 
+from vitscale.config.model_rules import pair
 from vitscale.config.schema import Model, RunConfig
 from vitscale.errors import ConfigError
 from vitscale.world import World
 
 _MOST_LANES = 1024  # each lane's shards are open at once, and an epoch drops up to a sample a lane
-
-
-def pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of a size that may be one number."""
-    return (value, value) if isinstance(value, int) else value
 
 
 def grid(model: Model) -> tuple[int, int]:

@@ -41,8 +41,12 @@ class Run:
     seed: int = 0  # every random choice is a hash of this, the epoch, the sample and the purpose
 
     def __post_init__(self) -> None:
-        _require(bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
-                 "run.name", self.name, "a folder's name, without '/'")
+        _require(
+            bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
+            "run.name",
+            self.name,
+            "a folder's name, without '/'",
+        )
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from vitscale.interop.image_processing import PROCESSOR, ViTImageProcessor, proc
 from vitscale.interop.keymaps import places
 from vitscale.interop.pretrained import load_model, write_model
 from vitscale.interop.sources import CONFIG, locate
-from vitscale.interop.strict import listed
 from vitscale.interop.weight_files import MAX_SHARD_SIZE
 from vitscale.models.multitask import ViTForMultitaskPreTraining
 from vitscale.models.positions import fixed_positions
 from vitscale.models.vit import ViTPreTrainedModel
+from vitscale.text import listed
 
 # Of the largest number in an output: what float32 and another order of sums leave, with a margin.
 TOLERANCE = 1e-4

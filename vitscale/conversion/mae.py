@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitscale.config.check import pair
+from vitscale.config.model_rules import pair
 from vitscale.conversion.vision_transformer import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -31,12 +31,12 @@ from vitscale.conversion.vision_transformer import (
 )
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.interop.image_processing import ViTImageProcessor
-from vitscale.interop.strict import listed
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
 from vitscale.models.positions import is_table, sincos_table
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
+from vitscale.text import listed
 
 EPS = 1e-6  # of every layer norm in models_mae.py and models_vit.py
 # Heads by width, of the models in models_mae.py and models_vit.py.

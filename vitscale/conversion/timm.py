@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitscale.config.check import pair
+from vitscale.config.model_rules import pair
 from vitscale.conversion.timm_architectures import EVA, VIT, arguments_of
 from vitscale.conversion.timm_inputs import input_content, processor_of
 from vitscale.conversion.timm_said import require_said

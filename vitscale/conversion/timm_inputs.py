@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from vitscale.config.check import pair
+from vitscale.config.model_rules import pair
 from vitscale.conversion.vision_transformer import IMAGENET_MEAN, IMAGENET_STD
 from vitscale.errors import ConfigError
 from vitscale.interop.image_processing import RESAMPLE, ViTImageProcessor

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vitscale.config.check import pair
+from vitscale.config.model_rules import pair
 from vitscale.conversion.timm_architectures import EVA
 from vitscale.errors import ConfigError
 from vitscale.interop.sources import CONFIG

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitscale.config.check import pair
+from vitscale.config.model_rules import pair
 from vitscale.conversion.vision_transformer import mlp_ratio, read_pth, tables_of
 from vitscale.errors import CheckpointError
 from vitscale.interop.config_files import read_json

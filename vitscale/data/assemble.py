@@ -13,12 +13,13 @@ import numpy as np
 
 from vitscale.data.batch import Batch, Replacement
 from vitscale.data.crop import CenterCrop, RandomCrop
-from vitscale.data.decode import Decoder, Job
-from vitscale.data.header import BadSample, Header, read_header
 from vitscale.data.index import ShardIndex
 from vitscale.data.order import Refs, SampleOrder
-from vitscale.data.shards import LARGEST_MEMBER, RawSample, Shards
+from vitscale.data.shards import RawSample, Shards
 from vitscale.errors import DataError
+from vitscale.files.decode import Decoder, Job
+from vitscale.files.header import BadSample, Header, read_header
+from vitscale.files.tar import LARGEST_MEMBER
 
 _CHUNK = 8  # samples that a thread takes at once
 _LABEL = re.compile(rb"\s*(\d{1,18})\s*")

@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image
 
 from vitscale import rng
-from vitscale.data.classes import CLASSES
 from vitscale.data.index import ShardIndex
 from vitscale.data.pack import PackedSample, make_empty, write_shards
 from vitscale.errors import DataError, VitscaleError
+from vitscale.files.classes import CLASSES
 
 TEST_IMAGES = 360
 _SHARD_SAMPLES = 200

@@ -20,9 +20,9 @@ from vitscale.data.index_builder import IndexBuilder, stat_all
 from vitscale.data.index_file import Rows, read_rows, write_rows
 from vitscale.data.patterns import expand
 from vitscale.data.sidecar import Report, Shard, Sidecar, count_samples, report
-from vitscale.data.store import FileStat, LocalFiles, Store
 from vitscale.data.table import SampleTable
 from vitscale.errors import DataError
+from vitscale.files.store import FileStat, LocalFiles, Store
 
 Packed = bytes
 _SENT = 1000  # shards, packed at once

@@ -18,8 +18,8 @@ import numpy as np
 
 from vitscale.data.index_file import Rows, read_rows, write_rows
 from vitscale.data.sidecar import Shard, Sidecar, count_samples, fallback_name, report
-from vitscale.data.store import FileStat, LocalFiles, Store
 from vitscale.errors import DataError
+from vitscale.files.store import FileStat, LocalFiles, Store
 
 Result = TypeVar("Result")
 _THREADS = 16  # a file system far away answers many questions at once

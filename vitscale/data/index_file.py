@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vitscale.data.store import Store
 from vitscale.errors import DataError
+from vitscale.files.store import Store
 
 FORMAT = "vitscale-index-1"
 _HEAD = f'{{"format": "{FORMAT}", "shards": [\n'.encode()

@@ -18,12 +18,12 @@ from vitscale.config import schema
 from vitscale.data.assemble import Plan
 from vitscale.data.batch import Batch
 from vitscale.data.crop import CenterCrop, RandomCrop
-from vitscale.data.decode import choose_decoder
 from vitscale.data.index import ShardIndex, require_labels
 from vitscale.data.order import SampleOrder
 from vitscale.data.reader import IGNORED_SIGNALS
 from vitscale.data.wire import FREE, Failed, Filled, SharedMemory, receive, send
 from vitscale.errors import DataError
+from vitscale.files.decode import choose_decoder
 from vitscale.world import World, child_environment
 
 _BATCHES_AHEAD = 64  # time to scan a shard on a slow file system before its first sample is due

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vitscale.data.classes import CLASSES
 from vitscale.data.index import ShardIndex, build_index
-from vitscale.data.table import IMAGE_KINDS
 from vitscale.errors import DataError
+from vitscale.files.atomic import replaced
+from vitscale.files.classes import CLASSES
+from vitscale.files.header import IMAGE_KINDS
 
 Report = Callable[[str], None]
 
@@ -121,15 +122,11 @@ def write_shards(
 
 def _write_shard(path: Path, samples: Iterable[PackedSample]) -> str:
     """Write one shard; its sha256 in hex. It appears under its name only when whole."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
+    with replaced(path) as draft, open(draft, "wb") as file:
         hashed = _Hashed(file)
         with _tar_writer(hashed) as writer:
             for sample in samples:
                 writer.write(sample.members())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
     return hashed.digest.hexdigest()
 
 

@@ -12,8 +12,8 @@ from itertools import chain
 import braceexpand
 
 from vitscale.config.schema import Source
-from vitscale.data.store import LocalFiles, Store
 from vitscale.errors import DataError
+from vitscale.files.store import LocalFiles, Store
 
 _MOST_SHARDS = 10_000_000
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")

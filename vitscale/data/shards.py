@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
 
-from vitscale.data.cache import LruCache
 from vitscale.data.index import ShardIndex
 from vitscale.data.table import SampleTable
 from vitscale.errors import DataError
+from vitscale.files.cache import LruCache
+from vitscale.files.tar import LARGEST_MEMBER
 
-LARGEST_MEMBER = 256 << 20  # bytes; a larger image is a bad sample, not read
 _FETCHING = 8  # tables at once
 
 

@@ -22,10 +22,10 @@ from multiprocessing import get_context
 from urllib.parse import quote
 
 from vitscale.data import table as tables
-from vitscale.data.store import FileStat, LocalFiles, Store
 from vitscale.data.table import SampleTable
-from vitscale.data.tar import scan_shard
 from vitscale.errors import DataError
+from vitscale.files.store import FileStat, LocalFiles, Store
+from vitscale.files.tar import scan_shard
 
 FOLDER = "index.tables"
 _FIRST_READ = 1 << 18  # bytes; most tables are smaller

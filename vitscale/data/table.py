@@ -13,10 +13,10 @@ from hashlib import blake2b
 
 import numpy as np
 
-from vitscale.data.store import FileStat
-from vitscale.data.tar import OffsetTable
+from vitscale.files.header import IMAGE_KINDS
+from vitscale.files.store import FileStat
+from vitscale.files.tar import OffsetTable
 
-IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif")
 _MAGIC = b"vitscale-table-1\n"
 _LENGTHS = struct.Struct("<QI")  # bytes of the whole, bytes of the header
 _DIGEST_BYTES = 16

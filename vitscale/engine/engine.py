@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vitscale.checkpoint.fragments import Piece, listed
+from vitscale.checkpoint.fragments import Piece
 from vitscale.checkpoint.store import Checkpoint
 from vitscale.config.check import accumulation
 from vitscale.config.schema import RunConfig
@@ -23,6 +23,7 @@ from vitscale.engine.ema import Ema
 from vitscale.engine.optim import ScaledAdamW, fill_state, make_optimizer, scaled_runs
 from vitscale.engine.ranks import ProcessRanks
 from vitscale.errors import CheckpointError
+from vitscale.text import listed
 from vitscale.world import World
 
 Inputs = Mapping[str, torch.Tensor]

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from vitscale.augment.pipeline import Augment
-from vitscale.config.check import pair
 from vitscale.config.load import load_config
+from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig
 from vitscale.data.crop import CenterCrop
 from vitscale.data.index import ShardIndex, open_index, require_labels
@@ -26,9 +26,10 @@ from vitscale.errors import CheckpointError, ConfigError
 from vitscale.evaluation.features import Features, extract, pixels, pooled
 from vitscale.evaluation.figures import draw_curves, draw_reconstructions, reconstruct
 from vitscale.evaluation.scores import score_features
+from vitscale.files.atomic import write_atomically
 from vitscale.interop.pretrained import load_model
 from vitscale.models.auto import new_model
-from vitscale.run_folder import RunFolder, write_atomically
+from vitscale.run_folder import RunFolder
 from vitscale.tracking.jsonl import JsonlFile
 from vitscale.world import World
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vitscale.errors import CheckpointError
-from vitscale.inference.table import aligned
+from vitscale.text import aligned
 
 Runner = Callable[[Tensor], tuple[Tensor, ...]]  # pixels [n, channels, height, width] -> outputs, each [n, ...]
 Labelled = tuple[Tensor, Tensor | None]  # pixels, and int64 labels [n] where they are known

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from vitscale import world
@@ -14,11 +15,13 @@ from vitscale.run_folder import DONE
 FORMATS = {"hf": "", "onnx": ".onnx", "torch-export": ".pt2"}
 QUANTIZERS = {"dynamic": "onnx", "static": "onnx", "int8-weights": "torch-export"}
 PRUNABLE = ("heads", "mlp")
+ExportRun = Callable[[Path, Path | None], Path]  # a run's or a checkpoint's folder, where to -> the model folder
 
 
-def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    """Add the verb `export`."""
-    added = verb("export", export, "a checkpoint as a model folder; a model as ONNX or torch.export, quantized, pruned")
+def register(verb: Callable[..., argparse.ArgumentParser], export_run: ExportRun) -> None:
+    """Add the verb `export`. export_run: what makes a model folder of a run's checkpoint."""
+    text = "a checkpoint as a model folder; a model as ONNX or torch.export, quantized, pruned"
+    added = verb("export", partial(export, export_run=export_run), text)
     added.add_argument(
         "source", metavar="MODEL",
         help="a model folder, a run's folder, or a name on the hub; without --format and --prune a run's folder or a "
@@ -49,7 +52,7 @@ def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
     )  # fmt: skip
 
 
-def export(arguments: argparse.Namespace) -> int:
+def export(arguments: argparse.Namespace, export_run: ExportRun) -> int:
     """Export, print what came out, and where it lies."""
     world.enter()
     prunings = _prunings(arguments)
@@ -58,8 +61,6 @@ def export(arguments: argparse.Namespace) -> int:
             f"--quantize {arguments.quantize}: is for --format {QUANTIZERS[arguments.quantize]}, not {arguments.format}"
         )
     if arguments.format == "hf" and not prunings:
-        from vitscale.export.checkpoint import export_run
-
         _refuse(arguments, "dynamic_size", "calibrate", "images", "labelled")
         print(export_run(Path(arguments.source), Path(arguments.out) if arguments.out else None))
         return DONE

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vitscale.config.check import pair
+from vitscale.config.model_rules import pair
 from vitscale.errors import ConfigError
 from vitscale.export.agreement import Labelled, Row, Runner, Variant, as_table, compare, latencies
 from vitscale.export.images import Images

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from vitscale.data.classes import CLASSES, class_names
-from vitscale.data.tar import scan_shard
 from vitscale.errors import DataError
 from vitscale.export.agreement import Labelled
+from vitscale.files.classes import CLASSES, class_names
+from vitscale.files.tar import scan_shard
 from vitscale.inference.images import Found, batches, find
 from vitscale.inference.progress import Tally
 from vitscale.interop.image_processing import ViTImageProcessor

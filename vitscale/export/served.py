@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from vitscale.config.check import pair
+from vitscale.config.model_rules import pair
 from vitscale.models.vit import ViTPreTrainedModel
 
 INPUT = "pixel_values"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx
 
-from vitscale.config.check import pair
+from vitscale.config.model_rules import pair
 from vitscale.export.served import INPUT, LEAST_PATCHES, Served
 
 OPSETS = range(9, 21)  # of TensorRT 10.0; later ones take later opsets too

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from vitscale.errors import CheckpointError, ConfigError, DataError
+from vitscale.files.atomic import write_atomically
 from vitscale.inference.images import Entry, Found, ImageBatch
 from vitscale.inference.progress import Tally
 from vitscale.interop.config_files import read_json
-from vitscale.run_folder import write_atomically
 
 MANIFEST = "features.json"
 VERSION = "vitscale-features-1"

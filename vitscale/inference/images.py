@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscale.data.shards import LARGEST_MEMBER
-from vitscale.data.table import IMAGE_KINDS
-from vitscale.data.tar import scan_shard
 from vitscale.errors import DataError, VitscaleError
+from vitscale.files.header import IMAGE_KINDS
+from vitscale.files.tar import LARGEST_MEMBER, scan_shard
 from vitscale.interop.image_arrays import decode
 from vitscale.interop.image_processing import ViTImageProcessor
 

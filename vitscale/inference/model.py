@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitscale.config.check import pair
+from vitscale.config.model_rules import pair
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.interop.image_processing import AutoImageProcessor, ViTImageProcessor
 from vitscale.interop.pretrained import load_model
@@ -30,8 +30,7 @@ class Loaded:
         if not finite.all():
             name = names[int(finite.int().argmin())]
             raise CheckpointError(
-                f"{self.source}: gives NaN or infinity for {name}: its weights are damaged, or "
-                "these pixels too large"
+                f"{self.source}: gives NaN or infinity for {name}: its weights are damaged, or these pixels too large"
             )
 
 

@@ -7,7 +7,7 @@ from typing import TextIO
 
 from vitscale.inference.images import ImageBatch
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED
-from vitscale.tracking.progress import TerminalLine
+from vitscale.text import TerminalLine
 
 
 class Tally(TerminalLine):

@@ -15,7 +15,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from vitscale.config.check import pair
+from vitscale.config.model_rules import pair
 from vitscale.models.vit import ViTPreTrainedModel
 
 ATTENDED, OPACITY = (0.88, 0.17, 0.03), 0.85  # an orange that few images have, and its opacity at the scale's end

@@ -29,7 +29,10 @@ def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added.add_argument("--depth", type=_levels, default=None, metavar="N", help="levels of the tree (default: all)")
     added.add_argument("--gradients", action="store_true", help="gradient norms by layer, of one backward of its loss")
     added.add_argument(
-        "--images", nargs="+", default=None, metavar="IMAGES",
+        "--images",
+        nargs="+",
+        default=None,
+        metavar="IMAGES",
         help="for --gradients: files, folders, patterns, shards (default: 8 images of random numbers)",
     )
     added.add_argument(
@@ -93,7 +96,7 @@ def _tree(model: ViTPreTrainedModel, depth: int | None) -> None:
 def _gradients(model: ViTPreTrainedModel, folder: Path, arguments: argparse.Namespace) -> None:
     import torch
 
-    from vitscale.config.check import pair
+    from vitscale.config.model_rules import pair
     from vitscale.inspection.gradients import as_table, draw, gradient_norms
 
     if arguments.images:

@@ -14,9 +14,9 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from vitscale.errors import ConfigError
-from vitscale.inference.table import aligned
 from vitscale.models.losses import problem_type
 from vitscale.models.vit import ViTLayer, ViTModel, ViTPreTrainedModel
+from vitscale.text import aligned
 
 ATTENTION, MLP, REST = "#1f5fa8", "#b4551e", "#8a8a8a"
 _PART_OF = {"layernorm_before": "attention", "layer_scale_before": "attention", "attention": "attention"}

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitscale.config.check import pair
-from vitscale.inference.table import aligned
+from vitscale.config.model_rules import pair
 from vitscale.models.vit import ViTPreTrainedModel
+from vitscale.text import aligned
 
 Shape = tuple[int, ...]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any
 
 import vitscale
 from vitscale.errors import CheckpointError, ConfigError
+from vitscale.files.atomic import write_atomically
 from vitscale.interop.sources import CONFIG, locate
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.mae import ViTMAEConfig
-from vitscale.run_folder import write_atomically
+from vitscale.text import did_you_mean
 
 CONFIGS: dict[str, type[ViTConfig]] = {each.model_type: each for each in (ViTConfig, ViTMAEConfig)}
 MODEL_TYPES = tuple(prefix + name for prefix in ("", "vitscale_") for name in CONFIGS)
@@ -101,9 +101,8 @@ def overridden(config: ViTConfig, overrides: dict[str, Any]) -> ViTConfig:
     keys = {item.name: getattr(config, item.name) for item in fields(config)}
     for name in overrides:
         if name not in keys:
-            near = difflib.get_close_matches(name.removeprefix("torch_"), [*keys, "dtype", "token", "revision"], 1)
-            mean = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{name}={overrides[name]!r}: {type(config).__name__} has no such key{mean}")
+            near = did_you_mean(name.removeprefix("torch_"), [*keys, "dtype", "token", "revision"])
+            raise ConfigError(f"{name}={overrides[name]!r}: {type(config).__name__} has no such key{near}")
     names, count = overrides.get("id2label"), overrides.get("num_labels")
     if isinstance(names, dict) and count not in (None, len(names)):
         raise ConfigError(f"num_labels={count}: must be {len(names)}, the number of names in id2label; leave it out")

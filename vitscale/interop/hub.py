@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from vitscale.errors import CheckpointError
 from vitscale.interop.image_processing import PROCESSOR
 from vitscale.interop.sources import CONFIG
 from vitscale.interop.weight_files import INDEX, KINDS, PICKLE, WEIGHTS, is_weights, shards_of
+from vitscale.text import did_you_mean
 
 FAILURES = (OSError, HTTPError, HFValidationError, EntryNotFoundError)  # all that the two calls raise for a user
 CARD = "README.md"
@@ -143,7 +143,7 @@ class _Repository:
         """The model in the cache whose name is most like this one."""
         cache = Path(self.options["cache_dir"] or constants.HF_HUB_CACHE)
         names = [path.name.removeprefix("models--").replace("--", "/") for path in cache.glob("models--*")]
-        return _did_you_mean(self.name, [name for name in names if name != self.name])
+        return did_you_mean(self.name, [name for name in names if name != self.name])
 
     def _revisions(self) -> str:
         try:
@@ -151,7 +151,7 @@ class _Repository:
         except FAILURES:
             return ""
         names = [ref.name for ref in [*refs.branches, *refs.tags]]
-        return _did_you_mean(str(self.revision), names) or f"; it has {', '.join(names[:10])}"
+        return did_you_mean(str(self.revision), names) or f"; it has {', '.join(names[:10])}"
 
 
 def _out_of_reach(error: Exception) -> bool:
@@ -175,12 +175,7 @@ def _nearest_model(name: str, token: str | bool | None) -> str:
         names += [model.id for model in HfApi().list_models(search=own, limit=LISTED, token=token)]
     except FAILURES:
         return ""
-    return _did_you_mean(name, names)
-
-
-def _did_you_mean(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, 1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return did_you_mean(name, names)
 
 
 def upload(

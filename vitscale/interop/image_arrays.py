@@ -15,9 +15,9 @@ import torch
 from numpy.lib import format as npy_format
 from PIL import Image
 
-from vitscale.data.decode import Decoder, Job
-from vitscale.data.header import BadSample, read_header
 from vitscale.errors import ConfigError, DataError
+from vitscale.files.decode import Decoder, Job
+from vitscale.files.header import BadSample, read_header
 
 CHANNELS_FIRST, CHANNELS_LAST = "channels_first", "channels_last"
 WHITE = 255  # what transparent pixels lie on: transformers' rule, and data.background's default

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -13,13 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vitscale.config.check import pair
+from vitscale.config.model_rules import pair
 from vitscale.errors import CheckpointError, ConfigError, DataError
 from vitscale.interop.config_files import MODEL_TYPES, as_text, read_json, write_json
 from vitscale.interop.image_arrays import as_array, flatten
 from vitscale.interop.sources import CONFIG, locate
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.field_types import is_finite
+from vitscale.text import did_you_mean
 
 PROCESSOR = "preprocessor_config.json"
 RESAMPLE = {filter.name.lower(): filter for filter in Image.Resampling}
@@ -201,8 +201,8 @@ class ViTImageProcessor:
         """This processor with other options; checked again, since fields may have been set by hand."""
         names = [field.name for field in fields(self)]
         for name in options.keys() - set(names):
-            near = "".join(f"did you mean {each}? " for each in difflib.get_close_matches(name, names, 1))
-            raise ConfigError(f"{name}: is no option of {type(self).__name__}; {near}it has {', '.join(names)}")
+            near = did_you_mean(name, names) or f"; it has {', '.join(names)}"
+            raise ConfigError(f"{name}: is no option of {type(self).__name__}{near}")
         return replace(self, **{name: value for name, value in options.items() if value is not None or name in _FLAGS})
 
     def _process(self, image: Any, input_data_format: str | None) -> np.ndarray:

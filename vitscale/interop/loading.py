@@ -15,12 +15,13 @@ from vitscale.interop.channels import adapt_channels
 from vitscale.interop.config_files import config_as, overridden
 from vitscale.interop.pretrained import SavedModel, read_model
 from vitscale.interop.sources import locate
-from vitscale.interop.strict import listed, refuse, require_equal, shapes
+from vitscale.interop.strict import refuse, require_equal, shapes
 from vitscale.models.auto import initialize
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.positions import fixed_positions, interpolate_positions
 from vitscale.models.simmim import MaskedImageModel
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
+from vitscale.text import listed
 
 HEAD_SEED = 0  # what a fresh head is drawn from, so that it is the same each time
 ENCODER = "vit."

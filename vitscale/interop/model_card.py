@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 import vitscale
-from vitscale.config.check import pair
 from vitscale.config.load import load_config
+from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig, as_dict
 from vitscale.errors import CheckpointError
 from vitscale.interop.config_files import as_text, config_content, read_json

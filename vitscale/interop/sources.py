@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.run_folder import RunFolder
+from vitscale.text import did_you_mean
 
 CONFIG = "config.json"
 
@@ -79,5 +79,4 @@ def _nearest_folder(path: Path) -> str:
         beside = [each.name for each in path.parent.iterdir() if each.is_dir()]
     except OSError:
         return f", and none of {path.parent}" if not path.parent.is_dir() and path.parent != Path() else ""
-    found = difflib.get_close_matches(path.name, beside, 1, 0.7)
-    return f"; did you mean {path.parent / found[0]}?" if found else ""
+    return did_you_mean(str(path), [str(path.parent / name) for name in beside], 0.7)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from vitscale.errors import CheckpointError
+from vitscale.text import listed
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -33,8 +34,3 @@ def refuse(
     parts = [f"{kind}: {listed(sorted(names))}" for kind, names in kinds.items() if names]
     if parts:
         raise CheckpointError(f"{where}: tensors {'; '.join(parts)}{way}")
-
-
-def listed(names: list[str], limit: int = 6) -> str:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vitscale import rng
-from vitscale.config.check import has_classes, mask_patch, pair
+from vitscale.config.check import has_classes, mask_patch
+from vitscale.config.model_rules import pair
 from vitscale.config.schema import MAE, RunConfig
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import OPTIONS, ViTConfig

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
-from vitscale.config.check import pair
+from vitscale.config.model_rules import Size, pair
 from vitscale.config.schema import ACTIVATIONS, POOLINGS, POSITIONS, PROBLEM_TYPES
 from vitscale.errors import ConfigError, DataError
 from vitscale.models.field_types import typed_fields
 from vitscale.models.pretrained_mixin import PretrainedConfigMixin
-
-Size = int | tuple[int, int]
 
 # What transformers writes beside a model's own keys; none of it changes what a ViT computes.
 GENERIC_KEYS = {"model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "vitscale_version"}

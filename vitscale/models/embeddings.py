@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vitscale.config.check import pair
+from vitscale.config.model_rules import pair
 from vitscale.errors import DataError
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.positions import Positioned, interpolate_positions

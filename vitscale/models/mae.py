@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vitscale.config.check import pair
+from vitscale.config.model_rules import pair
 from vitscale.errors import DataError
 from vitscale.models import flops
 from vitscale.models.configuration import ViTConfig, check_positions, check_rope, refuse

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitscale.config.check import pair
+from vitscale.config.model_rules import pair
 from vitscale.errors import DataError
 from vitscale.models import flops
 from vitscale.models.configuration import ViTConfig, check_positions, refuse

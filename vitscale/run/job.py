@@ -12,11 +12,11 @@ from vitscale import __version__
 from vitscale.augment.feed import DeviceFeed
 from vitscale.augment.pipeline import Augment
 from vitscale.checkpoint.store import Checkpoint, save_checkpoint
-from vitscale.config.check import check_config, has_classes, pair, too_few_lanes
+from vitscale.config.check import check_config, has_classes, too_few_lanes
 from vitscale.config.load import dump_config
+from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig
 from vitscale.data.crop import RandomCrop
-from vitscale.data.header import CAUSES
 from vitscale.data.loader import Loader
 from vitscale.engine.backend import peak_memory
 from vitscale.engine.engine import Engine
@@ -24,13 +24,15 @@ from vitscale.engine.loop import PeriodicTask, TrainingLoop, TrainState, every_n
 from vitscale.engine.records import Records
 from vitscale.errors import VitscaleError
 from vitscale.evaluation.figures import draw_curves
-from vitscale.export.checkpoint import export_run
+from vitscale.files.atomic import write_atomically
+from vitscale.files.header import CAUSES
 from vitscale.launch.snapshot import code_version, commit
 from vitscale.models.auto import model_keys, new_model
 from vitscale.models.vit import ViTPreTrainedModel
+from vitscale.run.export import export_run
 from vitscale.run.session import Session, config_digest, open_session
 from vitscale.run.start import order_keys, say_changed_keys, start
-from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder, write_atomically
+from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder
 from vitscale.tracking.jsonl import JsonlFile
 from vitscale.tracking.meters import Meters
 from vitscale.world import World

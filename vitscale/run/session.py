@@ -9,14 +9,14 @@ from vitscale import __version__
 from vitscale.config.check import has_classes, lanes
 from vitscale.config.load import dump_config
 from vitscale.config.schema import RunConfig
-from vitscale.data.classes import class_names
-from vitscale.data.decode import choose_decoder
 from vitscale.data.index import ShardIndex, open_index, require_labels
 from vitscale.data.order import Order
 from vitscale.engine.backend import Backend
 from vitscale.engine.preempt import StopRequest
 from vitscale.engine.ranks import ProcessRanks
 from vitscale.errors import ConfigError, LaunchError
+from vitscale.files.classes import class_names
+from vitscale.files.decode import choose_decoder
 from vitscale.run_folder import RunFolder
 from vitscale.world import World
 

@@ -72,8 +72,11 @@ def _require_same_order(session: Session, checkpoint: Checkpoint) -> None:
 
 def _require_same_model(session: Session, checkpoint: Checkpoint) -> None:
     saved, here = checkpoint.state["model"], model_keys(session.config)
-    differing = [f"{key} (saved {saved.get(key)}, here {here.get(key)})"
-                 for key in sorted(here.keys() | saved.keys()) if saved.get(key) != here.get(key)]
+    differing = [
+        f"{key} (saved {saved.get(key)}, here {here.get(key)})"
+        for key in sorted(here.keys() | saved.keys())
+        if saved.get(key) != here.get(key)
+    ]
     if differing:
         raise CheckpointError(
             f"{checkpoint.folder}: is of another model: {', '.join(differing)}; set them back, "

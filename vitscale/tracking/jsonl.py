@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vitscale.errors import DataError
+from vitscale.files.atomic import replaced
 
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
@@ -51,12 +52,8 @@ class JsonlFile:
         """Drop rows with a `step` above this one and lines that are no rows, in one atomic replacement."""
         if all(line.endswith(b"\n") and _is_kept(line, step) for line in _lines(self.path)):
             return
-        kept = self.path.with_name(f".{self.path.name}.kept")
-        with open(kept, "wb") as stream:
+        with replaced(self.path) as draft, open(draft, "wb") as stream:
             stream.writelines(line.rstrip(b"\n") + b"\n" for line in _lines(self.path) if _is_kept(line, step))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(kept, self.path)
 
 
 class JsonlTail:

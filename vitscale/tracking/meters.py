@@ -43,8 +43,10 @@ class Meters:
         """images_per_second, step_seconds (of steps alone) and WHAT_share of all the time since the last call."""
         now = self._clock()
         elapsed = max(now - self._began, 1e-9)
-        row = {"images_per_second": self._images / elapsed,
-               "step_seconds": (elapsed - self._between_steps) / max(self._steps, 1)}
+        row = {
+            "images_per_second": self._images / elapsed,
+            "step_seconds": (elapsed - self._between_steps) / max(self._steps, 1),
+        }
         row |= {f"{what}_share": seconds / elapsed for what, seconds in sorted(self._seconds.items())}
         self._began, self._between_steps, self._images, self._steps = now, 0.0, 0, 0
         self._seconds = defaultdict(float, dict.fromkeys(self._seconds, 0.0))  # every row has the same columns

@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from vitscale.run_folder import write_atomically
+from vitscale.files.atomic import write_atomically
 
 FILE = "mlflow_outbox.json"
 STANDARD = ("config.yaml", "summary.json", "figures")  # artifacts of every run, where they are there

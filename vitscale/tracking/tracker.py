@@ -13,7 +13,6 @@ import json
 import logging
 import re
 import socket
-import sys
 import threading
 import time
 from collections import deque
@@ -23,7 +22,8 @@ from typing import Any
 
 import vitscale
 from vitscale.config.schema import RunConfig, as_dict
-from vitscale.run_folder import write_atomically
+from vitscale.files.atomic import write_atomically
+from vitscale.text import to_stderr
 from vitscale.tracking.jsonl import JsonlTail, as_number
 from vitscale.tracking.outbox import Outbox, flat_params, redact
 from vitscale.tracking.system import SystemSampler
@@ -45,15 +45,16 @@ def tracking_uri(run_folder: Path, config: RunConfig) -> str:
     return config.tracking.mlflow_uri or f"sqlite:///{(run_folder / 'mlflow.db').resolve()}"
 
 
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 class Tracker:
     """Rank 0's line to MLflow. None of its methods waits for the server but `finish`, for as long as it is told."""
 
-    def __init__(self, run_folder: Path, config: RunConfig, tags: dict[str, str] | None = None,
-                 report: Callable[[str], None] = _to_stderr) -> None:
+    def __init__(
+        self,
+        run_folder: Path,
+        config: RunConfig,
+        tags: dict[str, str] | None = None,
+        report: Callable[[str], None] = to_stderr,
+    ) -> None:
         known = {"vitscale.version": vitscale.__version__, "host": socket.gethostname()}
         with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
             known["mlflow.user"] = getpass.getuser()
@@ -85,8 +86,10 @@ class Tracker:
         self._wake.set()
         self._thread.join(wait_s)
         if not self._all_sent:
-            self._report(f"MLflow at {self._sender.name} has not got everything of this run; "
-                         f"`vitscale sync {self._folder}` or the next start sends the rest")
+            self._report(
+                f"MLflow at {self._sender.name} has not got everything of this run; "
+                f"`vitscale sync {self._folder}` or the next start sends the rest"
+            )
         return self._all_sent
 
     def _work(self) -> None:
@@ -102,8 +105,10 @@ class Tracker:
             except Exception as error:  # nothing of MLflow may end or disturb the run
                 failures += 1
                 if failures == 1 and not closing:
-                    self._report(f"MLflow at {self._sender.name}: {_one_line(error)}; training goes on, "
-                                 "metrics.jsonl keeps the curves until it answers")
+                    self._report(
+                        f"MLflow at {self._sender.name}: {_one_line(error)}; training goes on, "
+                        "metrics.jsonl keeps the curves until it answers"
+                    )
             if closing and (not failures or time.monotonic() >= self._deadline):
                 self._all_sent = not failures
                 return
@@ -265,8 +270,11 @@ class _Sender:
 
         batch: list[Any] = []
         for row in rows:
-            metrics = [Metric(name, value, int(row.get("time", 0)), row["step"])
-                       for name, value in _row_metrics(row) if row["step"] > self._held.get(name, -1)]
+            metrics = [
+                Metric(name, value, int(row.get("time", 0)), row["step"])
+                for name, value in _row_metrics(row)
+                if row["step"] > self._held.get(name, -1)
+            ]
             if len(batch) + len(metrics) > METRICS_A_CALL:
                 self._log(batch)
                 batch = []
@@ -290,8 +298,11 @@ class _Sender:
         """The samples of the machine, at seconds since the run began as their steps."""
         from mlflow.entities import Metric
 
-        metrics = [Metric(name, value, when, max(when - self._started_ms, 0) // 1000)
-                   for when, sample in self._samples for name, value in sample.items()]
+        metrics = [
+            Metric(name, value, when, max(when - self._started_ms, 0) // 1000)
+            for when, sample in self._samples
+            for name, value in sample.items()
+        ]
         for part in _parts(metrics, METRICS_A_CALL):
             self._client.log_batch(self._run_id, metrics=part)
         self._samples.clear()

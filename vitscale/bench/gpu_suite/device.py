@@ -48,8 +48,10 @@ def _machine(device: torch.device) -> Figures:
     if device.type == "cuda":
         found |= _gpu(device)
     able = [name for name, problem in decoders.items() if problem is None]
-    found["text"] = (f"{found['device']}, driver {found.get('driver', 'none')}, torch {torch.__version__}, deepspeed "
-                     f"{versions['deepspeed']}, {found['cores']} cores, decoders {', '.join(able) or 'Pillow'}")
+    found["text"] = (
+        f"{found['device']}, driver {found.get('driver', 'none')}, torch {torch.__version__}, deepspeed "
+        f"{versions['deepspeed']}, {found['cores']} cores, decoders {', '.join(able) or 'Pillow'}"
+    )
     return found
 
 

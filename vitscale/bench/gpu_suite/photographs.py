@@ -7,7 +7,8 @@ from pathlib import Path
 
 from vitscale.bench.gpu_suite.cases import Setting
 from vitscale.bench.loader import photograph_shards
-from vitscale.config.check import lanes, pair
+from vitscale.config.check import lanes
+from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig, Source
 from vitscale.data.crop import RandomCrop
 from vitscale.data.index import open_index

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vitscale.bench.gpu_suite.cases import Stage
 from vitscale.errors import VitscaleError
-from vitscale.run_folder import write_atomically
+from vitscale.files.atomic import write_atomically
 
 FORMAT = "vitscale-gpu-suite-1"
 SETTLED = ("passed", "cannot")  # states that are not tried again
@@ -109,9 +108,7 @@ class Results:
         with open(log, "ab") as stream:
             stream.write(f"\n==== stage {letter}\n".encode() + text[-MOST_STAGE_LOG:])
         if log.stat().st_size > MOST_LOG:
-            draft = log.with_name(".log.txt")
-            draft.write_bytes(log.read_bytes()[-MOST_LOG // 2 :])
-            os.replace(draft, log)
+            write_atomically(log, log.read_bytes()[-MOST_LOG // 2 :])
 
     def summary(self) -> str:
         """The table: a line a stage, below it one a case."""

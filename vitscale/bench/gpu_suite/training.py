@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from vitscale import rng
 from vitscale.bench.gpu_suite.cases import Mismatch
 from vitscale.checkpoint.store import open_checkpoint, save_checkpoint
-from vitscale.config.check import accumulation, pair
+from vitscale.config.check import accumulation
+from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig
 from vitscale.engine.backend import Backend
 from vitscale.engine.engine import load_weights

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vitscale.data.header import BadSample, Header
 from vitscale.errors import DataError
+from vitscale.files.header import BadSample, Header
 
 Box = tuple[float, float, float, float]  # top, left, bottom, right
 _PACKAGES = {"nvimgcodec": "nvidia.nvimgcodec", "simplejpeg": "simplejpeg"}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.data.makers import write_tar
-from vitscale.data.tar import scan_shard
 from vitscale.errors import DataError
+from vitscale.files.tar import scan_shard
 
 MEMBERS = [(f"{i:04d}.{kind}", bytes([65 + i]) * size) for i in range(6) for kind, size in (("jpg", 700), ("cls", 1))]
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from tests.data.makers import encoded, photo, pixels, png_header
-from vitscale.data.decode import Box, Decoder, Job, choose_decoder
-from vitscale.data.header import BadSample, read_header
 from vitscale.errors import DataError
+from vitscale.files.decode import Box, Decoder, Job, choose_decoder
+from vitscale.files.header import BadSample, read_header
 
 DECODERS = ("nvimgcodec", "simplejpeg", "pillow")
 LIMIT = 1_000_000
@@ -211,7 +211,7 @@ def test_auto_is_the_first_that_is_installed() -> None:
 
 
 def test_a_decoder_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitscale.data.decode._is_installed", lambda package: False)
+    monkeypatch.setattr("vitscale.files.decode._is_installed", lambda package: False)
     assert choose_decoder("auto") == "pillow"
     with pytest.raises(DataError, match=r"data\.decode=simplejpeg.*pip install simplejpeg"):
         choose_decoder("simplejpeg")

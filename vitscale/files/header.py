@@ -10,6 +10,7 @@ from PIL import Image
 
 # Why a sample is bad; a closed set, since counts by cause are summed over ranks and runs.
 CAUSES = ("no_image", "undecodable", "too_large", "channels", "label")
+IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif")  # extensions, without a dot
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # of a GIF or another animation the first frame
 _SIZE_MARKERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _BARE_MARKERS = {0x01, *range(0xD0, 0xD9)}

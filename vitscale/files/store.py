@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import glob
 import os
-import uuid
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from vitscale.data.cache import LruCache
+from vitscale.files.atomic import write_atomically
+from vitscale.files.cache import LruCache
 
 _OPEN_FILES = 256
 Paths = list[str]
@@ -86,17 +86,7 @@ class LocalFiles:
         return data
 
     def write(self, path: str, data: bytes) -> None:
-        folder = os.path.dirname(path)
-        os.makedirs(folder or ".", exist_ok=True)
-        temporary = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")  # many nodes may write at once
-        try:
-            with open(temporary, "xb") as stream:
-                stream.write(data)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        write_atomically(Path(path), data)
         self._files.forget(path)
 
 

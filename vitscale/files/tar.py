@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vitscale.data.store import FileStat, LocalFiles, Store
 from vitscale.errors import DataError
+from vitscale.files.store import FileStat, LocalFiles, Store
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _LARGEST_EXTENDED_HEADER = 1 << 20
+LARGEST_MEMBER = 256 << 20  # bytes; a larger image is a bad sample, not read
 SMALL = 64  # bytes; a label of at most so many comes with its header, in one read
 # webdataset's rules (tariterators.py): key and extension of a member's name, and what is no sample.
 _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")

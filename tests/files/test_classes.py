@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vitscale.data.classes import class_names
 from vitscale.errors import DataError
+from vitscale.files.classes import class_names
 
 
 def lay(folder: Path, content: str) -> Path:

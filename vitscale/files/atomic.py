@@ -1,0 +1,57 @@
+"""Files and folders that appear whole under their name, or not at all; and digests of files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def draft_of(path: Path) -> Path:
+    """A new name to write under what is to be `path`: hidden, in the same folder, the same on no other node."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A draft to write, a file or a folder: at the end it takes the place of `path`, after an error nothing is left.
+
+    A file is on disk before it has its name. A folder can only take the place of none, or of an empty one.
+    """
+    draft = draft_of(path)
+    try:
+        yield draft
+        if draft.is_file():
+            flush_to_disk(draft)
+        os.replace(draft, path)
+    finally:
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a small file so that a reader sees the old or the new one, never a part. Its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as draft:
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """In hex, of a file's bytes."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

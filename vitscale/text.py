@@ -1,0 +1,80 @@
+"""What is said to people: lists and hints in messages, tables, and the line on the terminal."""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+import sys
+from collections.abc import Collection, Iterable, Sequence
+from typing import TextIO
+
+
+def listed(names: Iterable[object], limit: int = 6) -> str:
+    """The first names, and how many more there are."""
+    each = [str(name) for name in names]
+    rest = len(each) - limit
+    return ", ".join(each[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The hint that ends a message about an unknown word: "; did you mean X?", or "" if none is near."""
+    near = difflib.get_close_matches(word, list(known), 1, cutoff)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
+    """A table: every column as wide as its widest cell; `right`: the columns that are set to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(f"{cell:{'>' if place in right else '<'}{widths[place]}}" for place, cell in enumerate(row))
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as people say them: 42s, 7m05s, 3h20m, 2d04h; "?" for None."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class TerminalLine:
+    """A line that is rewritten in place on a terminal, and other lines that do not tear it."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._in_place = self._stream.isatty()
+        self._shown = False
+
+    def rewrite(self, text: str) -> None:
+        """What the line shows from now on, cut to the terminal's width."""
+        text = text[: max(shutil.get_terminal_size().columns - 1, 20)]
+        self._write(f"\r{text}\x1b[K")
+        self._shown = True
+
+    def say(self, text: str) -> None:
+        """Another line, without tearing the one that is shown."""
+        self.close()
+        self._write(f"{text}\n")
+
+    def close(self) -> None:
+        """Leave the shown line as it is and go below it."""
+        if self._shown:
+            self._write("\n")
+            self._shown = False
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
