@@ -133,13 +133,13 @@ def convert_to(source: Path, to: Path) -> Path:
 def test_a_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that another library reads otherwise: here, since the writer says another number of heads."""
     source = our_folder(tmp_path / "ours")
-    honest = timm_module._arguments
+    honest = timm_module.arguments_for
 
     def lying(config: Any) -> Any:
         architecture, arguments, notes = honest(config)
         return architecture, arguments | {"num_heads": 4}, notes
 
-    monkeypatch.setattr(timm_module, "_arguments", lying)
+    monkeypatch.setattr(timm_module, "arguments_for", lying)
     with pytest.raises(CheckpointError, match=r"timm: is not written, since outputs .* TO in timm"):
         convert(source, tmp_path / "timm", "timm")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]

@@ -79,13 +79,13 @@ def test_what_transformers_refuses_is_no_less_an_error(
 def test_a_written_folder_that_its_library_refuses_is_named_as_asked_for(
     tmp_path: Path, refused: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = timm_module._arguments
+    honest = timm_module.arguments_for
 
     def lying(config: Any) -> Any:
         architecture, arguments, notes = honest(config)
         return architecture, arguments | {"depth": 1, "embed_dim": 32}, notes
 
-    monkeypatch.setattr(timm_module, "_arguments", lying)
+    monkeypatch.setattr(timm_module, "arguments_for", lying)
     said = refused(our_folder(tmp_path / "ours"), "timm")
     assert f"{tmp_path / 'to'}: timm " in said
     assert "Error(s) in loading state_dict" in said

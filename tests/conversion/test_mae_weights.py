@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from tests.conversion.comparing import close, shaken
 from tests.models.shapes import TINY
-from vitscale.conversion.mae import read_mae, write_mae
-from vitscale.conversion.vision_transformer import Opened, state_of
+from vitscale.conversion.mae import write_mae
 from vitscale.errors import CheckpointError, ConfigError, VitscaleError
 from vitscale.interop.image_processing import ViTImageProcessor, processor_dict
+from vitscale.interop.mae import read_mae
+from vitscale.interop.vision_transformer import Opened, state_of
 from vitscale.models.auto import initialize
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig

@@ -21,9 +21,10 @@ from tests.conversion.timm_models import (
     tiny_timm,
 )  # fmt: skip
 from tests.models.shapes import DECODER
-from vitscale.conversion.timm import read_timm, write_timm
-from vitscale.conversion.vision_transformer import state_of
+from vitscale.conversion.timm import write_timm
 from vitscale.errors import ConfigError
+from vitscale.interop.timm import read_timm
+from vitscale.interop.vision_transformer import state_of
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining

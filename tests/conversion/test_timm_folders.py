@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conversion.timm_models import PLAIN, SWIGLU, assert_equal, save_theirs, tiny_timm
-from vitscale.conversion.timm import is_timm, read_timm
 from vitscale.errors import CheckpointError
+from vitscale.interop.timm import is_timm, read_timm
 
 timm = pytest.importorskip("timm")
 

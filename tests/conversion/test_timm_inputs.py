@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vitscale.conversion.timm_inputs import input_content, processor_of
 from vitscale.errors import ConfigError
 from vitscale.interop.image_processing import ViTImageProcessor
+from vitscale.interop.timm_inputs import input_content, processor_of
 from vitscale.models.configuration import ViTConfig
 
 timm = pytest.importorskip("timm")

@@ -15,14 +15,16 @@ from typing import Any
 
 from vitscale.conversion import mae, timm, witnesses
 from vitscale.conversion.command import TARGETS
-from vitscale.conversion.vision_transformer import Opened
 from vitscale.conversion.witnesses import Absent, Outputs, Witness, in_a_line
 from vitscale.errors import CheckpointError, ConfigError, VitscaleError
 from vitscale.interop.config_files import read_json
 from vitscale.interop.image_processing import PROCESSOR, ViTImageProcessor, processor_dict
 from vitscale.interop.keymaps import places
+from vitscale.interop.mae import read_mae
 from vitscale.interop.pretrained import load_model, write_model
 from vitscale.interop.sources import CONFIG, locate
+from vitscale.interop.timm import is_timm, read_timm
+from vitscale.interop.vision_transformer import Opened
 from vitscale.interop.weight_files import MAX_SHARD_SIZE
 from vitscale.models.multitask import ViTForMultitaskPreTraining
 from vitscale.models.positions import fixed_positions
@@ -112,7 +114,7 @@ def open_source(source: str | Path, given: Mapping[str, Any]) -> tuple[Opened, C
     """The model at `source`, and how other code opens the same."""
     path = Path(source).expanduser()
     if path.is_file() and path.suffix != ".safetensors":
-        opened = mae.read_mae(path, given)
+        opened = read_mae(path, given)
         return opened, lambda: witnesses.by_mae(path, opened.model)
     for name, value in given.items():
         raise ConfigError(f"{name}={value!r}: is for a MAE .pth, and {source} says its own; leave it out")
@@ -120,8 +122,8 @@ def open_source(source: str | Path, given: Mapping[str, Any]) -> tuple[Opened, C
         raise CheckpointError(f"{source}: no such file; name a MAE .pth, a model's folder or a name on the hub")
     folder = locate(source)
     content = read_json(folder / CONFIG)
-    if timm.is_timm(content):
-        return timm.read_timm(folder), lambda: witnesses.by_timm(folder)
+    if is_timm(content):
+        return read_timm(folder), lambda: witnesses.by_timm(folder)
     model = load_model(folder)
     opened = Opened("hf", model, *_processor(folder, model))
     return opened, lambda: _by_transformers(folder, model)

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from vitscale.config.model_rules import pair
-from vitscale.conversion.vision_transformer import mlp_ratio, read_pth, tables_of
 from vitscale.errors import CheckpointError
 from vitscale.interop.config_files import read_json
 from vitscale.interop.sources import CONFIG
+from vitscale.interop.vision_transformer import mlp_ratio, read_pth, tables_of
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
 from vitscale.models.multitask import ViTForMultitaskPreTraining

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from vitscale.config.model_rules import pair
-from vitscale.conversion.timm_architectures import EVA
 from vitscale.errors import ConfigError
 from vitscale.interop.sources import CONFIG
+from vitscale.interop.timm_architectures import EVA
 from vitscale.models.configuration import ViTConfig
 
 _PLAIN = ("embed_dim", "depth", "in_chans", "num_classes", "qkv_bias", "qk_norm", "class_token", "no_embed_class")

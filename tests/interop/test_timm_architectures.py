@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from vitscale.conversion.timm_architectures import EVA, VIT, arguments_of
 from vitscale.errors import ConfigError
+from vitscale.interop.timm_architectures import EVA, VIT, arguments_of
 
 timm = pytest.importorskip("timm")
 
