@@ -18,8 +18,13 @@ def listed(names: Iterable[object], limit: int = 6) -> str:
 
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """The hint that ends a message about an unknown word: "; did you mean X?", or "" if none is near."""
-    near = difflib.get_close_matches(word, list(known), 1, cutoff)
-    return f"; did you mean {near[0]}?" if near else ""
+    near = nearest(word, known, cutoff)
+    return "" if near is None else f"; did you mean {near}?"
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known word that is most like this one; None if none is."""
+    return next(iter(difflib.get_close_matches(word, list(known), 1, cutoff)), None)
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:

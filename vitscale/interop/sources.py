@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.run_folder import RunFolder
-from vitscale.text import did_you_mean
+from vitscale.text import nearest
 
 CONFIG = "config.json"
 
@@ -79,4 +79,5 @@ def _nearest_folder(path: Path) -> str:
         beside = [each.name for each in path.parent.iterdir() if each.is_dir()]
     except OSError:
         return f", and none of {path.parent}" if not path.parent.is_dir() and path.parent != Path() else ""
-    return did_you_mean(str(path), [str(path.parent / name) for name in beside], 0.7)
+    near = nearest(path.name, beside, 0.7)
+    return "" if near is None else f"; did you mean {path.parent / near}?"
