@@ -64,7 +64,8 @@ def test_values_that_a_key_cannot_have(key: str) -> None:
         ("qkv_bias", "no", "qkv_bias='no': must be "),
         ("model_type", ["vit"], r"model_type=\['vit'\]: must be "),
         ("model_type", {}, "model_type={}: must be "),
-        ("use_rope", None, "unknown key.* use_rope"),
+        ("quantization_config", {"bits": 8}, "quantization_config=.*: its weights are quantized"),
+        ("pruned_heads", {"0": [1]}, "pruned_heads=.*"),
     ],
 )
 def test_what_is_said(key: str, value: object, rule: str) -> None:

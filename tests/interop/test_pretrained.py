@@ -177,7 +177,7 @@ def test_broken_folders(tmp_path: Path) -> None:
     for change, said in (
         ({"architectures": ["BertModel"]}, "BertModel"),
         ({"model_type": "bert"}, "bert"),
-        ({"use_rope": True}, "use_rope"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"image_size": 15}, "image_size"),
         ({"hidden_size": "wide"}, "config.json"),
     ):
@@ -233,11 +233,11 @@ def test_half_precision_files_load_as_float32(tmp_path: Path) -> None:
 
 def test_names_on_disk() -> None:
     qkv = place("vit.encoder.layers.3.attention.attention.qkv.bias")
-    assert qkv.theirs == tuple(f"vit.encoder.layer.3.attention.attention.{part}.bias" for part in PARTS)
-    assert place("decoder.transformer.layers.0.attention.output.weight").theirs == (
+    assert qkv.names == tuple(f"vit.encoder.layer.3.attention.attention.{part}.bias" for part in PARTS)
+    assert place("decoder.transformer.layers.0.attention.output.weight").names == (
         "decoder.decoder_layers.0.attention.output.dense.weight",
     )
-    assert place("encoder.layers.11.mlp.fc2.bias").theirs == ("encoder.layer.11.output.dense.bias",)
+    assert place("encoder.layers.11.mlp.fc2.bias").names == ("encoder.layer.11.output.dense.bias",)
     assert canonical("decoder.decoder_encoder.layer.1.x") == "decoder.decoder_layers.1.x"
 
 

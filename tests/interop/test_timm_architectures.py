@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from vitscale.errors import ConfigError
-from vitscale.interop.timm_architectures import EVA, VIT, arguments_of
+from vitscale.interop.timm_architectures import arguments_of
+from vitscale.interop.timm_table import ARCHITECTURES, EVA, VIT
 
 timm = pytest.importorskip("timm")
 
@@ -33,50 +34,59 @@ def constructor_arguments(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[s
     return model_class.__name__, usual | arguments
 
 
-def expressible(kind: str, said: dict[str, Any]) -> bool:
+def expressible(kind: str, arguments: dict[str, Any]) -> bool:
     """By the constructor's arguments, whether a ViTConfig has all of it."""
-    norm = said["norm_layer"]
-    if kind not in (VIT, EVA) or said["global_pool"] not in ("token", "avg", ""):
+    if kind not in (VIT, EVA) or arguments["global_pool"] not in ("token", "avg", ""):
         return False
+    norm = arguments["norm_layer"]
     if norm is not None and getattr(norm, "func", norm) is not timm.layers.LayerNorm:
         return False
     if kind == VIT:
-        plain = {key: said[key] for key in ("pre_norm", "scale_attn_norm", "scale_mlp_norm", "pool_include_prefix")}
-        known = said["block_fn"] is timm.models.vision_transformer.Block and said["final_norm"] and said["proj_bias"]
-        parts = said["embed_layer"] is timm.layers.PatchEmbed and said["attn_layer"] is timm.layers.Attention
-        mlp = said["mlp_layer"] in (timm.layers.Mlp, timm.layers.SwiGLUPacked)
-        return known and parts and mlp and not any(plain.values()) and said["act_layer"] != "quick_gelu"
-    rotary = said["use_rot_pos_emb"] and said["rope_type"] == "dinov3" and said["rope_rotate_half"]
+        plain = {
+            key: arguments[key] for key in ("pre_norm", "scale_attn_norm", "scale_mlp_norm", "pool_include_prefix")
+        }
+        known = (
+            arguments["block_fn"] is timm.models.vision_transformer.Block
+            and arguments["final_norm"]
+            and arguments["proj_bias"]
+        )
+        parts = arguments["embed_layer"] is timm.layers.PatchEmbed and arguments["attn_layer"] is timm.layers.Attention
+        mlp = arguments["mlp_layer"] in (timm.layers.Mlp, timm.layers.SwiGLUPacked)
+        return known and parts and mlp and not any(plain.values()) and arguments["act_layer"] != "quick_gelu"
+    rotary = arguments["use_rot_pos_emb"] and arguments["rope_type"] == "dinov3" and arguments["rope_rotate_half"]
     plain = {"use_pre_transformer_norm", "use_post_norm", "scale_mlp", "scale_attn_inner", "attn_only_layer_scale"}
-    usual = said["qkv_fused"] and said["num_kv_heads"] is None and said["rope_grid_indexing"] == "ij"
-    return rotary and usual and not any(said[key] for key in plain)
+    usual = arguments["qkv_fused"] and arguments["num_kv_heads"] is None and arguments["rope_grid_indexing"] == "ij"
+    return rotary and usual and not any(arguments[key] for key in plain)
 
 
 def test_every_vit_of_timm_is_known_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = timm.list_models("vit_*")
-    assert len(names) > 200
+    modules = [timm.list_models(module=module) for module in ("vision_transformer", "eva", "deit")]
+    names = sorted({*timm.list_models("vit_*"), *(name for each in modules for name in each)})
+    assert len(names) > 240
+    assert ARCHITECTURES.keys() <= set(names)
     read = []
     for name in names:
-        kind, said = constructor_arguments(name, monkeypatch)
-        if not expressible(kind, said):
-            with pytest.raises(ConfigError, match=rf"'{name}': no ViTConfig can express"):
+        kind, arguments = constructor_arguments(name, monkeypatch)
+        if not expressible(kind, arguments):
+            reason = "no ViTConfig can express" if name in ARCHITECTURES else "is none of"
+            with pytest.raises(ConfigError, match=rf"'{name}': {reason}"):
                 arguments_of(name, {})
             continue
         found = arguments_of(name, {})
         read.append(name)
         assert (found["class"], found["num_heads"], found["global_pool"]) == (
-            kind, said["num_heads"], said["global_pool"]
+            kind, arguments["num_heads"], arguments["global_pool"]
         ), name  # fmt: skip
-        assert found["eps"] == getattr(said["norm_layer"], "keywords", {}).get("eps", 1e-6), name
+        assert found["eps"] == getattr(arguments["norm_layer"], "keywords", {}).get("eps", 1e-6), name
         if kind == VIT:
-            gated = said["mlp_layer"] is timm.layers.SwiGLUPacked
+            gated = arguments["mlp_layer"] is timm.layers.SwiGLUPacked
             assert (found.get("mlp_layer") == "SwiGLUPacked") == gated, name
-            assert gated or found["act_layer"] == (said["act_layer"] or "gelu"), name
-            assert found.get("fc_norm") == said["fc_norm"], name
+            assert gated or found["act_layer"] == (arguments["act_layer"] or "gelu"), name
+            assert found.get("fc_norm") == arguments["fc_norm"], name
         else:
-            assert found["rope_temperature"] == said["rope_temperature"], name
-            assert found["use_fc_norm"] == said["use_fc_norm"], name
-            assert found.get("swiglu_align_to", 0) == said["swiglu_align_to"], name
+            assert found["rope_temperature"] == arguments["rope_temperature"], name
+            assert found["use_fc_norm"] == arguments["use_fc_norm"], name
+            assert found.get("swiglu_align_to", 0) == arguments["swiglu_align_to"], name
     sizes = ("tiny", "small", "base", "large", "huge")
     assert all(any(name.startswith(f"vit_{size}_patch") for name in read) for size in sizes)
     assert {"vit_base_patch14_reg4_dinov2", "vit_large_patch16_siglip_gap_512", "vit_7b_patch16_dinov3"} < set(read)
@@ -93,7 +103,8 @@ def test_every_vit_of_timm_is_known_or_refused(monkeypatch: pytest.MonkeyPatch) 
         ("vit_base_patch16_224", {"newer_thing": 3}, "newer_thing=3"),
         ("vit_base_patch16_224", {"eps": 0.1}, "eps=0.1"),
         ("vit_base_patch16_224", {"class": "Eva"}, "class='Eva'"),
-        ("vit_relpos_base_patch16_224", {}, "VisionTransformerRelPos"),
+        ("vit_relpos_base_patch16_224", {}, "is none of timm"),
+        ("deit_tiny_distilled_patch16_224", {}, "a distillation token"),
         ("resnet50", {}, "is none of timm"),
         ("vit_base_patch16_of_tomorrow_224", {}, "is none of timm"),
     ],

@@ -52,11 +52,40 @@ def test_values_become_what_the_annotation_says() -> None:
     assert ViTConfig(id2label={"1": "b", "0": "a"}).id2label == {0: "a", 1: "b"}  # type: ignore[dict-item]
 
 
-@pytest.mark.parametrize("key", ["return_dict", "_hidden", "hiden_size"])
-def test_keys_that_might_change_what_comes_out(key: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("return_dict", False), ("quantization_config", {"load_in_8bit": True}), ("pruned_heads", {"0": [1]})],
+)
+def test_keys_of_transformers_that_change_what_comes_out(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=key):
-        ViTConfig.from_dict(TINY | {key: False})
-    assert ViTConfig.from_dict(TINY | {"return_dict": True, "_name_or_path": "x"}) == ViTConfig(**TINY)
+        ViTConfig.from_dict(TINY | {key: value})
+    assert ViTConfig.from_dict(TINY | {key: None}) == ViTConfig(**TINY)
+
+
+def test_keys_that_transformers_ignores_are_passed_over() -> None:
+    content = TINY | {"model_type": "vit", "return_dict": True, "_name_or_path": "x", "torchscript": False}
+    strangers = {"decoder_hidden_size": 512, "norm_pix_loss": True, "hiden_size": 7, "my_note": {"a": 1}}
+    assert ViTConfig.from_dict(content | strangers) == ViTConfig(**TINY)
+    assert ViTConfig.ignored_keys(content | strangers) == [
+        "decoder_hidden_size",
+        "hiden_size",
+        "my_note",
+        "norm_pix_loss",
+    ]
+    assert (
+        ViTConfig.ignored_keys(content | {"quantization_config": None, "is_decoder": False, "bad_words_ids": None})
+        == []
+    )
+    with pytest.raises(ConfigError, match=r"unknown key\(s\) hiden_size.*a later version"):  # only we read such a file
+        ViTConfig.from_dict(content | {"model_type": "vitscale_vit", "hiden_size": 7})
+
+
+def test_labels_that_only_transformers_would_take() -> None:
+    names = {"0": "cat", "1": "dog"}
+    for label2id in ({"cat": 1, "dog": 0}, {"LABEL_0": 0}, {"cat": "one"}):
+        config = ViTConfig.from_dict(TINY | {"id2label": names, "label2id": label2id})
+        assert config.label2id == {"cat": 0, "dog": 1}
+    assert ViTConfig.from_dict(TINY | {"id2label": names, "label2id": {"cat": "0", "dog": "1"}}).num_labels == 2
 
 
 @pytest.mark.parametrize("keys", [
@@ -96,8 +125,6 @@ def test_keys_and_defaults_are_those_of_transformers() -> None:
 def test_config_goes_through_json() -> None:
     config = ViTConfig(**TINY | {"image_size": (16, 32), "num_labels": 7, "drop_path_rate": 0.1})
     assert ViTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    with pytest.raises(ConfigError, match="use_rope"):
-        ViTConfig.from_dict({"use_rope": True})
     with pytest.raises(ConfigError, match="vit_mae"):
         ViTMAEConfig.from_dict(config.to_dict())
     with pytest.raises(ConfigError, match="needs a ViTMAEConfig"):

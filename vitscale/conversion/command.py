@@ -8,25 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from vitscale import world
+from vitscale.errors import ConfigError
 from vitscale.run_folder import DONE
 
-TARGETS = ("hf", "timm", "mae", "vitscale")
 _WRITES = """what to write: hf: a folder that transformers opens; timm: a folder that
 timm.create_model('local-dir:TO') opens; mae: a .pth for facebookresearch/mae; vitscale: a folder for this
 library alone, for what transformers' ViT has not (registers, rotary positions, ...)"""
-_FROM = "a folder of ours, of transformers or of timm, a run's folder, a hub name, or a MAE .pth"
-_OPEN = "for a MAE .pth, what it does not say, say num_attention_heads=6 or image_size=224,192"
-_CODES = """The outputs of FROM, of TO and of the model here are compared on random images, by transformers and
-timm where they are installed; TO is there only if they agree."""
+_FROM = "a folder of ours, of transformers or of timm, a run's folder, a hub name, or a file of weights (.pth, ...)"
+_TAKE = "which set of weights of a file that has several, such as teacher or student"
+_OPEN = "for a file of weights, what it does not say: num_attention_heads=6 or image_size=224,192"
+_CHECK = "TO is there only if it gives, read again, the outputs of FROM on random images."
 Verb = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 
 
 def register(verb: Verb) -> None:
     added = verb("convert", _convert, "a model's weights into transformers', timm's or MAE's files, and back")
-    added.epilog = _CODES
+    added.epilog = _CHECK
     added.add_argument("source", metavar="FROM", help=_FROM)
     added.add_argument("to", metavar="TO", help="a new folder, or for --to mae a new file")
-    added.add_argument("--to", dest="target", required=True, choices=TARGETS, help=_WRITES)
+    added.add_argument("--to", dest="target", required=True, choices=("hf", "timm", "mae", "vitscale"), help=_WRITES)
+    added.add_argument("--take", metavar="NAME", default=None, help=_TAKE)
     added.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=_OPEN)
 
 
@@ -34,27 +35,29 @@ def _convert(arguments: argparse.Namespace) -> int:
     world.enter()
     from vitscale.conversion.convert import convert
 
-    report = convert(arguments.source, Path(arguments.to), arguments.target, _given(arguments.overrides))
-    for line in report.lines():
-        print(line)
+    options = dict(map(_option, arguments.overrides))
+    report = convert(arguments.source, Path(arguments.to), arguments.target, options, arguments.take)
+    print("\n".join(report.lines()))
     print(f"done: {arguments.to}")
     return DONE
 
 
-def _given(words: list[str]) -> dict[str, Any]:
-    """KEY=VALUE pairs; H,W is a pair of numbers."""
-    import yaml
+def _option(word: str) -> tuple[str, Any]:
+    """KEY=VALUE: a number, true or false, or two whole numbers H,W."""
+    key, equals, text = word.partition("=")
+    values = [_value(part.strip()) for part in text.split(",")]
+    if not equals or None in values:
+        raise ConfigError(f"{word}: must be KEY=VALUE, of a number, true or false, or H,W")
+    return key, values[0] if len(values) == 1 else tuple(values)
 
-    from vitscale.errors import ConfigError
 
-    given = {}
-    for word in words:
-        key, separator, text = word.partition("=")
+def _value(text: str) -> bool | int | float | None:
+    """What a word stands for; None if it is no such value."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
         try:
-            value = yaml.safe_load(f"[{text}]" if "," in text else text)
-        except (ValueError, yaml.YAMLError):  # ValueError: the date 2026-99-99
-            separator = ""
-        if not separator:
-            raise ConfigError(f"{word}: must be KEY=VALUE, of a number, true or false, or H,W")
-        given[key] = tuple(value) if isinstance(value, list) else value
-    return given
+            return kind(text)
+        except ValueError:
+            continue
+    return None

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.interop.mae import EPS, KEYS, WRITTEN
-from vitscale.interop.vision_transformer import Opened, state_of, their_name
+from vitscale.interop.bare import EPS, KEYS, WRITTEN
+from vitscale.interop.vision_transformer import Opened, state_of, timm_name
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
 from vitscale.models.vit import ViTPreTrainedModel
@@ -33,7 +33,7 @@ def write_mae(path: Path, opened: Opened) -> tuple[list[str], list[str]]:
     _require_expressible(opened.model)
     tensors, left_out = {}, []
     for name, tensor in state_of(opened.model).items():
-        theirs = their_name(name)
+        theirs = timm_name(name)
         if theirs is None or (name.startswith("decoder.") and not decodes):
             left_out.append(name)
         else:

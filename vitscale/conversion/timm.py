@@ -11,7 +11,7 @@ from vitscale.interop.config_files import as_text
 from vitscale.interop.sources import CONFIG
 from vitscale.interop.timm import arguments_for
 from vitscale.interop.timm_inputs import input_content
-from vitscale.interop.vision_transformer import Opened, state_of, their_name
+from vitscale.interop.vision_transformer import Opened, state_of, timm_name
 from vitscale.interop.weight_files import MAX_SHARD_SIZE, write_folder
 
 
@@ -25,7 +25,7 @@ def write_timm(folder: Path, opened: Opened) -> tuple[list[str], list[str]]:
     architecture, arguments, notes = arguments_for(config)
     tensors, left_out = {}, []
     for name, tensor in state_of(opened.model).items():
-        theirs = their_name(name)
+        theirs = timm_name(name)
         if theirs is None or name.startswith("decoder."):
             left_out.append(name)
         else:

@@ -17,15 +17,6 @@ from vitscale.text import did_you_mean
 
 CONFIGS: dict[str, type[ViTConfig]] = {each.model_type: each for each in (ViTConfig, ViTMAEConfig)}
 MODEL_TYPES = tuple(prefix + name for prefix in ("", "vitscale_") for name in CONFIGS)
-# What older writers left in config.json, and the values with which it changes nothing.
-_REMARKS: dict[str, tuple[Any, ...]] = {
-    "finetuning_task": ("image-classification", None),
-    "gradient_checkpointing": (False, True),
-    "chunk_size_feed_forward": (0,),
-    "is_encoder_decoder": (False,),
-    "tie_word_embeddings": (False, True),
-    "pruned_heads": ({},),
-}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -65,17 +56,16 @@ def architecture(path: Path, content: dict[str, Any]) -> str:
 def read_config(path: Path, content: dict[str, Any] | None = None) -> ViTConfig:
     """The config in a file, of the class that its model_type tells.
 
-    content: what is in it, where it has been read. CheckpointError where model_type is not one of ours, a
-    key is not known, or a value is none that a ViT can have.
+    content: what is in it, if it has been read. CheckpointError if model_type is not one of ours, or a value is none
+    that our ViT can have.
     """
     content = read_json(path) if content is None else content
     kind = content.get("model_type")
     if kind not in MODEL_TYPES:
         timm = "; this is timm's config: `vitscale convert` reads such folders" if "architecture" in content else ""
         raise CheckpointError(f"{path}: model_type={kind!r}: must be one of {', '.join(MODEL_TYPES)}{timm}")
-    known = {key: value for key, value in content.items() if value not in _REMARKS.get(key, ())}
     try:
-        return CONFIGS[kind.removeprefix("vitscale_")].from_dict(known)
+        return CONFIGS[kind.removeprefix("vitscale_")].from_dict(content)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
 

@@ -7,8 +7,11 @@ are what the hub is full of: query, key and value apart, our one matrix their ro
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 # Rewritten in our name, each at most once.
 _RENAMES = (
@@ -39,20 +42,40 @@ class Place(NamedTuple):
     """Where one of our tensors is on disk: the names whose rows, one below the other, are it."""
 
     ours: str
-    theirs: tuple[str, ...]
+    names: tuple[str, ...]
 
 
 def place(name: str) -> Place:
     """The names on disk of one of our parameters."""
-    theirs = name
+    on_disk = name
     for old, new in _RENAMES:
-        theirs = theirs.replace(old, new, 1)
-    parts = tuple(theirs.replace(_QKV, part) for part in _PARTS) if _QKV in theirs else (theirs,)
-    return Place(name, parts)
+        on_disk = on_disk.replace(old, new, 1)
+    if _QKV in on_disk:
+        return Place(name, tuple(on_disk.replace(_QKV, part) for part in _PARTS))
+    return Place(name, (on_disk,))
 
 
 def places(names: Iterable[str]) -> list[Place]:
     return [place(name) for name in names]
+
+
+def ours_from_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by transformers' names as ours, an encoder's under `vit.`; what has no partner keeps its name."""
+    named = {canonical(name): tensor for name, tensor in tensors.items()}
+    prefix = "" if any(name.startswith("vit.") for name in named) else "vit."
+    ours: dict[str, Tensor] = {}
+    for name, tensor in named.items():
+        part = next((part for part in _PARTS if part in name), None)
+        rows = [named.get(name.replace(part, each)) for each in _PARTS] if part else []
+        parts = [each for each in rows if each is not None and each.shape == tensor.shape]
+        own = name
+        for new, old in _RENAMES:
+            own = own.replace(old, new, 1)
+        if len(parts) != len(_PARTS):
+            ours[prefix + own] = tensor
+        elif part == _PARTS[0]:
+            ours[prefix + own.replace(part, _QKV)] = torch.cat(parts)
+    return ours
 
 
 def canonical(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from vitscale.errors import CheckpointError, ConfigError
+from vitscale.interop.bare import KEYS
 from vitscale.interop.channels import adapt_channels
 from vitscale.interop.config_files import config_as, overridden
-from vitscale.interop.pretrained import SavedModel, read_model
-from vitscale.interop.sources import locate
+from vitscale.interop.foreign import read_source
+from vitscale.interop.pretrained import ENCODER, SavedModel, prefix_of
 from vitscale.interop.strict import refuse, require_equal, shapes
 from vitscale.models.auto import initialize
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.positions import fixed_positions, interpolate_positions
 from vitscale.models.simmim import MaskedImageModel
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
-from vitscale.text import listed
+from vitscale.text import listed, to_stderr
 
 HEAD_SEED = 0  # what a fresh head is drawn from, so that it is the same each time
-ENCODER = "vit."
 _PROJECTION = f"{ENCODER}embeddings.patch_embeddings.projection.weight"
 _POSITIONS = (f"{ENCODER}embeddings.position_embeddings", "decoder.decoder_pos_embed")
 # Of the encoder, what only some classes have.
@@ -54,11 +54,6 @@ class LoadReport:
         return [*(["; ".join(said)] if said else []), *([f"not used: {listed(self.unused)}"] if self.unused else [])]
 
 
-def prefix_of(model: nn.Module) -> str:
-    """What goes before an encoder's names to make them those of a model with a head."""
-    return ENCODER if isinstance(model, ViTModel) else ""
-
-
 def load_pretrained(
     model_class: type[ViTPreTrainedModel],
     source: str | Path,
@@ -66,6 +61,7 @@ def load_pretrained(
     config: ViTConfig | None,
     dtype: str | torch.dtype | None,
     ignore_mismatched_sizes: bool,
+    take: str | None,
     overrides: dict[str, Any],
     **where: Any,
 ) -> tuple[ViTPreTrainedModel, LoadReport]:
@@ -73,7 +69,7 @@ def load_pretrained(
     options = {name: overrides.pop(name) for name in ("add_pooling_layer", "use_mask_token") if name in overrides}
     if options and not issubclass(model_class, ViTModel):
         raise ConfigError(f"{', '.join(options)}: is for ViTModel, and this is {model_class.__name__}; leave it out")
-    saved = read_model(locate(source, **where), model_class)
+    saved = read_source(source, model_class, _left_open(config, overrides), take, **where)
     target = _config(model_class, saved, config, overrides)
     found = _from_encoder(saved)
     if issubclass(model_class, ViTModel):
@@ -82,8 +78,10 @@ def load_pretrained(
     with torch.device("meta"):
         model = model_class(target, **options)
     report = _fit(model, found, saved, str(source), ignore_mismatched_sizes)
+    for note in saved.notes:
+        to_stderr(f"{source}: {note}")
     for line in report.lines():
-        print(f"{source}, as a {model_class.__name__}: {line}", file=sys.stderr)
+        to_stderr(f"{source}, as a {model_class.__name__}: {line}")
     kept = next(iter(saved.state.values())).dtype
     return model.to(_dtype(dtype, kept)).eval(), report
 
@@ -95,7 +93,9 @@ def start_from(model: ViTPreTrainedModel, folder: str | Path) -> LoadReport:
     The encoder must be in the folder whole, of the same shape and grid (else CheckpointError, and the
     model is as it was); a head, decoder or mask token is taken where name and shape agree.
     """
-    saved = read_model(locate(folder), type(model))
+    saved = read_source(folder, type(model), _left_open(model.config, {}))
+    for note in saved.notes:
+        to_stderr(f"{folder}: {note}")
     found = _from_encoder(saved)
     parameters = dict(model.named_parameters())
     taken = {name for name, value in parameters.items() if name in found and found[name].shape == value.shape}
@@ -107,6 +107,15 @@ def start_from(model: ViTPreTrainedModel, folder: str | Path) -> LoadReport:
     for name in taken:
         parameters[name].copy_(found[name])
     return LoadReport(fresh=sorted(parameters.keys() - taken), unused=_unused(model, found, taken, saved))
+
+
+def _left_open(config: ViTConfig | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what a bare file of weights may leave open, what a config or its overrides have.
+
+    Not image_size among overrides, which asks for positions of another size.
+    """
+    values = {} if config is None else {name: getattr(config, name) for name in KEYS if hasattr(config, name)}
+    return values | {name: overrides[name] for name in KEYS if name in overrides and name != "image_size"}
 
 
 def _from_encoder(saved: SavedModel) -> dict[str, Tensor]:

@@ -8,16 +8,17 @@ to other classes and configs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitscale.config.schema import RunConfig
 from vitscale.errors import CheckpointError
+from vitscale.interop.checkpoints import HF_ANCHOR, Checkpoint, unwrap
 from vitscale.interop.config_files import architecture, as_text, config_as, config_content, read_config, read_json
 from vitscale.interop.image_processing import PROCESSOR, processor_dict
 from vitscale.interop.keymaps import canonical, places
@@ -28,7 +29,9 @@ from vitscale.models.auto import CLASSES, OBJECTIVES, vit_config
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.positions import fill_fixed_positions, fixed_positions, is_table
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
+from vitscale.text import listed, to_stderr
 
+ENCODER = "vit."
 State = Mapping[str, Tensor | np.ndarray]
 # transformers' encoder of an MAE is a ViTModel without a pooler, but that it hides patches.
 _ENCODERS = {"ViTMAEModel": ViTModel.__name__}
@@ -43,6 +46,7 @@ class SavedModel:
     config: ViTConfig
     state: dict[str, Tensor]
     unused: list[str]  # names on disk that no model of this class has
+    notes: list[str] = field(default_factory=list)  # what was taken off, chosen or assumed
 
 
 def save_run_model(folder: str | Path, config: RunConfig, state: State) -> None:
@@ -89,52 +93,81 @@ def write_model(
 ) -> None:
     """Write config and tensors (all that the class has, by our names), and `others`: small JSON files by name."""
     on_disk: dict[str, Tensor] = {}
-    for ours, theirs in places(tensors):
-        parts = tensors[ours].chunk(len(theirs))
-        on_disk |= {name: part.contiguous() for name, part in zip(theirs, parts, strict=True)}
+    for ours, names in places(tensors):
+        parts = tensors[ours].chunk(len(names))
+        on_disk |= {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     content = {"architectures": [class_name], **config_content(config), "dtype": dtype}
     texts = {name: as_text(each) for name, each in {CONFIG: content, **(others or {})}.items()}
     write_folder(Path(folder), texts, on_disk, max_shard_size)
 
 
+def prefix_of(model: nn.Module) -> str:
+    """What goes before an encoder's names to make them those of a model with a head."""
+    return ENCODER if isinstance(model, ViTModel) else ""
+
+
 def load_model(folder: str | Path) -> ViTPreTrainedModel:
     """The model of a folder that we or transformers saved, in float32 on the CPU, in evaluation mode.
 
-    Strict: raises CheckpointError that names missing and unexpected tensors, or other shapes.
+    Strict: CheckpointError names missing and unexpected tensors, or other shapes. What wrappers were taken off is
+    printed on stderr.
     """
     saved = read_model(folder)
-    refuse(str(folder), unexpected=saved.unused)
+    for note in saved.notes:
+        to_stderr(f"{folder}: {note}")
+    return strict_model(saved)
+
+
+def strict_model(saved: SavedModel) -> ViTPreTrainedModel:
+    """The model of what was read, in float32 on the CPU, in evaluation mode; CheckpointError as `load_model`."""
+    where = str(saved.folder)
+    refuse(where, unexpected=saved.unused)
     model = _skeleton(saved.model_class, saved.config, saved.state)
     model.to_empty(device="cpu")
     fixed = fixed_positions(model)
     state = {name: tensor for name, tensor in saved.state.items() if name not in fixed}
-    require_equal(shapes(model.state_dict()), shapes(state), str(folder))
+    require_equal(shapes(model.state_dict()), shapes(state), where)
     model.load_state_dict(state)
     fill_fixed_positions(model)
     return model.eval()
 
 
-def read_model(folder: str | Path, default: type[ViTPreTrainedModel] | None = None) -> SavedModel:
+def read_model(
+    folder: str | Path, default: type[ViTPreTrainedModel] | None = None, take: str | None = None
+) -> SavedModel:
     """Read a folder that `save_model` or transformers' save_pretrained wrote.
 
-    default: the class of a folder whose config.json names none of ours. Raises CheckpointError where a file
-    is missing, broken, or of a model that is not ours, or a tensor is missing; extra ones are in `unused`.
+    default: the class of a folder whose config.json names none of ours; take: see checkpoints.unwrap. CheckpointError
+    if a file is missing, broken, or of a model that is not ours, or a tensor is missing; extra ones are in `unused`.
     """
     folder = Path(folder)
     content = read_json(folder / CONFIG)
     config, named = read_config(folder / CONFIG, content), architecture(folder / CONFIG, content)
-    weights = read_weights(folder)
+    checkpoint = _checkpoint(folder, take)
+    weights = checkpoint.tensors
     bare = default and not any(canonical(name).startswith("vit.") for name in weights)
     model_class = CLASSES.get(_ENCODERS.get(named, named), ViTModel if bare else default)
     if model_class is None:
         raise CheckpointError(
             f"{folder / CONFIG}: architectures names {named or 'no class'}: must be one of {', '.join(CLASSES)}"
         )
+    notes = list(checkpoint.notes)
+    if ignored := config.ignored_keys(content):
+        notes.append(f"{CONFIG}: passed over, no keys of a {content['model_type']}: {listed(ignored)}")
     config = config_as(model_class.config_class, config)
     state, unused = _assemble(model_class, config, weights, folder)
-    _settle_positions(model_class, config, content, state, folder)
-    return SavedModel(folder, model_class, config, state, unused)
+    notes += _settle_positions(model_class, config, content, state, folder)
+    return SavedModel(folder, model_class, config, state, unused, notes)
+
+
+def _checkpoint(folder: Path, take: str | None) -> Checkpoint:
+    """The tensors of a folder by the names that transformers' model has."""
+    content = read_weights(folder)
+    is_plain = all(isinstance(value, Tensor) for value in content.values())
+    if is_plain and not any(name.endswith(HF_ANCHOR) for name in content):
+        return Checkpoint(content)  # `_assemble` names what is missing
+    return unwrap(content, str(folder), take)
 
 
 def _skeleton(model_class: type[ViTPreTrainedModel], config: ViTConfig, names: Iterable[str]) -> ViTPreTrainedModel:
@@ -156,10 +189,10 @@ def _assemble(
         raise CheckpointError(f"{folder}: tensors twice, by two of their names: {', '.join(sorted(twice))}")
     model = _skeleton(model_class, config, named)
     wanted = places([*model.state_dict(), *fixed_positions(model)])
-    theirs = {name for each in wanted for name in each.theirs}
-    refuse(str(folder), missing=[name for name in theirs if name not in named])
-    state = {each.ours: _joined({name: on_disk[named[name]] for name in each.theirs}, folder) for each in wanted}
-    return state, sorted(named.keys() - theirs)
+    names = {name for each in wanted for name in each.names}
+    refuse(str(folder), missing=[name for name in names if name not in named])
+    state = {each.ours: _joined({name: on_disk[named[name]] for name in each.names}, folder) for each in wanted}
+    return state, sorted(named.keys() - names)
 
 
 def _joined(parts: dict[str, Tensor], folder: Path) -> Tensor:
@@ -179,18 +212,21 @@ def _settle_positions(
     content: dict[str, Any],
     state: dict[str, Tensor],
     folder: Path,
-) -> None:
-    """Set config.position_embeddings to what the file's positions are.
+) -> list[str]:
+    """Set config.position_embeddings to what the file's positions are, and note it if config.json says otherwise.
 
-    transformers writes MAE's fixed table like any parameter and does not say which it is, so there
-    the table itself tells; where the config says sincos, another table is an error.
+    transformers writes MAE's fixed table like any parameter and does not say which it is, so there the table itself
+    tells. It also trains positions that were fixed, and keeps our key; in a file of ours that is an error.
     """
     if config.position_embeddings != "sincos":
-        return
+        return []
     for name, table in fixed_positions(_skeleton(model_class, config, state)).items():
         if is_table(state[name], table):
             continue
-        if "position_embeddings" in content:
-            raise CheckpointError(f"{folder}: {name} is not the sincos table that position_embeddings promises")
         config.position_embeddings = "learned"
-        return
+        if "position_embeddings" not in content:
+            return []
+        if "transformers_version" in content:
+            return [f"{CONFIG}: position_embeddings=sincos, and transformers has trained them: learned"]
+        raise CheckpointError(f"{folder}: {name} is not the sincos table that position_embeddings promises")
+    return []

@@ -10,17 +10,18 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitscale.config.model_rules import pair
 from vitscale.errors import CheckpointError, ConfigError
+from vitscale.interop.checkpoints import TIMM_ANCHOR, unwrap
 from vitscale.interop.config_files import read_json
+from vitscale.interop.dialects import plain_names
 from vitscale.interop.sources import CONFIG
-from vitscale.interop.timm_architectures import EVA, VIT, arguments_of
+from vitscale.interop.timm_architectures import arguments_of, require_consistent
 from vitscale.interop.timm_inputs import processor_of
-from vitscale.interop.timm_said import require_said
-from vitscale.interop.vision_transformer import Opened, build, depth, mlp_ratio, require
+from vitscale.interop.timm_table import EVA, VIT
+from vitscale.interop.vision_transformer import LAYER_SCALE, Opened, build, fold_positions, mlp_ratio, require, sizes
 from vitscale.interop.weight_files import read_weights
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
@@ -33,7 +34,6 @@ _ACTIVATIONS = {
 }  # fmt: skip
 _FROM_TIMM = {"gelu_tanh": "gelu_pytorch_tanh"}
 _POOLING = {"token": "cls", "avg": "mean"}
-_LAYER_SCALE = 1e-5  # only what a new layer would start from
 
 # What a folder of ours says it is: names by (width, patch), so that it reads as what it is; model_args tell
 # the rest. Where timm has an argument only in an architecture's code, an architecture that has it.
@@ -53,7 +53,7 @@ def is_timm(content: dict[str, Any]) -> bool:
     return "architecture" in content and "model_type" not in content
 
 
-def read_timm(folder: Path) -> Opened:
+def read_timm(folder: Path, take: str | None = None) -> Opened:
     """The model of a timm folder (what timm.create_model("local-dir:FOLDER") opens), strictly.
 
     A ViTForImageClassification, without a classifier where timm has none, or a ViTModel where it does not
@@ -62,24 +62,25 @@ def read_timm(folder: Path) -> Opened:
     """
     content = read_json(folder / CONFIG)
     try:
-        return _opened(folder, content)
+        return _opened(folder, content, take)
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from None
 
 
-def _opened(folder: Path, content: dict[str, Any]) -> Opened:
+def _opened(folder: Path, content: dict[str, Any], take: str | None) -> Opened:
     """ConfigError for what config.json says."""
     inputs, arguments = _said(content)
-    tensors, where = read_weights(folder), f"{folder} ({content['architecture']})"
-    count = len(tensors)
-    tensors = {name: tensor.float() for name, tensor in _as_vision_transformer(tensors).items()}
+    where = f"{folder} ({content['architecture']})"
+    checkpoint = unwrap(read_weights(folder), str(folder), take)
+    tensors, taken_over = plain_names({name: tensor.float() for name, tensor in checkpoint.tensors.items()})
     pools = arguments["global_pool"] != ""
     model_class: type[ViTPreTrainedModel] = ViTForImageClassification if pools else ViTModel
     config, notes = _config(arguments, inputs, content, tensors, where)
-    require_said(arguments, arguments_for(config)[1], config, tensors)
-    tensors = _fold_positions(tensors, config, where)
+    require_consistent(arguments, arguments_for(config)[1], config, tensors)
+    tensors = fold_positions(tensors, config, where)
     processor, more = processor_of(inputs, config)
-    return Opened("timm", build(model_class, config, tensors, where), processor, count, notes + more)
+    notes = [*checkpoint.notes, *taken_over, *notes, *more]
+    return Opened("timm", build(model_class, config, tensors, where), processor, len(checkpoint.tensors), notes)
 
 
 def _said(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -98,77 +99,39 @@ def _said(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     classes = content.get("num_classes", inputs.get("num_classes"))
     under = {"in_chans": size[0], **({} if classes is None else {"num_classes": classes})}
     arguments = arguments_of(architecture, model_args, under)
-    if classes not in (None, arguments["num_classes"]):
+    if classes is not None and classes != arguments["num_classes"]:
         raise ConfigError(
             f"num_classes={classes!r}: model_args has {arguments['num_classes']!r}, and must have the same"
         )
     return inputs, arguments | {"img_size": arguments.get("img_size") or tuple(size[1:])}
 
 
-def _as_vision_transformer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Eva's names and parts as those of VisionTransformer; what has no partner keeps its name."""
-    found = dict(tensors)
-    for name, tensor in tensors.items():
-        stem = name[:-7]
-        if name.endswith((".gamma_1", ".gamma_2")):
-            found[f"{stem}ls{name[-1]}.gamma"] = found.pop(name)
-        elif name.endswith(".q_bias") and _alike(tensor, tensors.get(f"{name[:-6]}v_bias")):  # no bias of the keys
-            value = found.pop(f"{name[:-6]}v_bias")
-            found[f"{name[:-6]}qkv.bias"] = torch.cat([found.pop(name), torch.zeros_like(tensor), value])
-        elif ".fc1_g." in name and _alike(tensor, tensors.get(name.replace("fc1_g", "fc1_x"))):  # and what it gates
-            gated = found.pop(name.replace("fc1_g", "fc1_x"))
-            found[name.replace("fc1_g", "fc1")] = torch.cat([found.pop(name), gated])
-    return found
-
-
-def _alike(one: Tensor, other: Tensor | None) -> bool:
-    return other is not None and one.shape == other.shape and one.dim() > 0
-
-
 def _config(
     arguments: dict[str, Any], inputs: dict[str, Any], content: dict[str, Any], tensors: dict[str, Tensor], where: str
 ) -> tuple[ViTConfig, list[str]]:
     """What the tensors, the arguments and pretrained_cfg say together."""
-    needed = ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight")
-    require(needed, tensors, where)
-    width, channels, *patch = tensors[needed[0]].shape
-    intermediate = tensors[needed[2]].shape[1]
-    gated = tensors[needed[1]].shape[0] == 2 * intermediate
-    swiglu = arguments.get("mlp_layer") == "SwiGLUPacked"
-    if arguments["class"] == VIT and gated != swiglu:
+    require((TIMM_ANCHOR, "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"), tensors, where)
+    keys = sizes(tensors)
+    gated = keys["swiglu"]
+    if arguments["class"] == VIT and gated != (arguments.get("mlp_layer") == "SwiGLUPacked"):
         is_not = "gated, by what the architecture does not say" if gated else "not gated, and SwiGLU's are"
         raise CheckpointError(f"{where}: its MLPs are {is_not}; name an architecture of the same MLPs")
-    scaled = "blocks.0.ls1.gamma" in tensors
-    rotary = arguments["class"] == EVA
-    classes = tensors["head.weight"].shape[0] if "head.weight" in tensors else 0
-    names, notes = _labels(content, inputs, classes)
-    positions = "learned" if "pos_embed" in tensors else "none"
-    pooling = _POOLING.get(arguments["global_pool"], "cls" if "cls_token" in tensors else "mean")
-    config = ViTConfig(
-        hidden_size=width,
-        num_hidden_layers=depth(tensors, "blocks"),
-        num_attention_heads=arguments["num_heads"],
-        intermediate_size=intermediate,
-        hidden_act=_FROM_TIMM.get(arguments["act_layer"], arguments["act_layer"]),
-        layer_norm_eps=arguments["eps"],
-        image_size=arguments["img_size"],
-        patch_size=(patch[0], patch[1]),
-        num_channels=channels,
-        qkv_bias="blocks.0.attn.qkv.bias" in tensors,
-        encoder_stride=patch[0],
-        num_labels=classes,
-        id2label=names,
-        use_cls_token="cls_token" in tensors,
-        num_register_tokens=tensors["reg_token"].shape[1] if "reg_token" in tensors else 0,
-        position_embeddings=positions,
-        rope_theta=(arguments["rope_temperature"] or 0.0) if rotary else None,  # 0 is refused, None were no rotation
-        layer_scale_init_value=(arguments.get("init_values") or _LAYER_SCALE) if scaled else None,
-        qk_norm="blocks.0.attn.q_norm.weight" in tensors,
-        swiglu=gated,
-        pooling=pooling,
-        fc_norm="fc_norm.weight" in tensors,
-    )
-    return config, notes
+    names, notes = _labels(content, inputs, keys["num_labels"])
+    scale = keys["layer_scale_init_value"] and (arguments.get("init_values") or LAYER_SCALE)
+    # A base of 0 is refused by ViTConfig; None would be no rotation.
+    theta = (arguments["rope_temperature"] or 0.0) if arguments["class"] == EVA else None
+    keys |= {
+        "num_attention_heads": arguments["num_heads"],
+        "hidden_act": _FROM_TIMM.get(arguments["act_layer"], arguments["act_layer"]),
+        "layer_norm_eps": arguments["eps"],
+        "image_size": arguments["img_size"],
+        "id2label": names,
+        "position_embeddings": "learned" if "pos_embed" in tensors else "none",
+        "rope_theta": theta,
+        "layer_scale_init_value": scale,
+        "pooling": _POOLING.get(arguments["global_pool"], "cls" if keys["use_cls_token"] else "mean"),
+    }
+    return ViTConfig(**keys), notes
 
 
 def _labels(content: dict[str, Any], inputs: dict[str, Any], classes: int) -> tuple[dict[int, str] | None, list[str]]:
@@ -182,28 +145,6 @@ def _labels(content: dict[str, Any], inputs: dict[str, Any], classes: int) -> tu
     if len(named) != classes:
         return None, [f"label_names: {len(named)} names for {classes} classes are left out"]
     return {number: str(name) for number, name in named.items()}, []
-
-
-def _fold_positions(tensors: dict[str, Tensor], config: ViTConfig, where: str) -> dict[str, Tensor]:
-    """`pos_embed` for class token and patches alone, as ours: registers' positions go into their tokens."""
-    tokens = [tensors[name] for name in ("pos_embed", "reg_token") if name in tensors]
-    if "pos_embed" not in tensors or any(each.shape[::2] != (1, config.hidden_size) for each in tokens):
-        return tensors  # `build` names those of another shape
-    positions, patches = tensors["pos_embed"], config.num_patches
-    cls, prefix = int(config.use_cls_token), config.num_prefix_tokens
-    if positions.shape[1] not in (patches, patches + prefix):
-        raise CheckpointError(
-            f"{where}: pos_embed has {positions.shape[1]} positions; images of {config.image_size} pixels and patches "
-            f"of {config.patch_size} need {patches}, or {patches + prefix} with those of the tokens in front"
-        )
-    front, of_patches = positions[:, :-patches], positions[:, -patches:]
-    if not front.shape[1]:  # no_embed_class: tokens in front have none
-        front = positions.new_zeros(1, prefix, config.hidden_size)
-    folded = dict(tensors)
-    folded["pos_embed"] = torch.cat([front[:, :cls], of_patches], dim=1)
-    if config.num_register_tokens:
-        folded["reg_token"] = tensors["reg_token"] + front[:, cls:]
-    return folded
 
 
 def arguments_for(config: ViTConfig) -> tuple[str, dict[str, Any], list[str]]:
@@ -229,7 +170,7 @@ def arguments_for(config: ViTConfig) -> tuple[str, dict[str, Any], list[str]]:
         "global_pool": "avg" if config.pooling == "mean" else "token",
     }
     scale = config.layer_scale_init_value
-    arguments["init_values"] = None if scale is None else scale or _LAYER_SCALE  # 0 would mean none
+    arguments["init_values"] = None if scale is None else scale or LAYER_SCALE  # 0 would mean none
     if rotary:
         if config.hidden_act != "gelu" and not config.swiglu:
             raise ConfigError(f"hidden_act={config.hidden_act!r}: timm's models with rotary positions have gelu alone")

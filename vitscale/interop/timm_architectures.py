@@ -1,18 +1,23 @@
 """What timm's architectures are made of where the tensors do not tell, and which a ViTConfig can express.
 
-timm writes an architecture's name and the arguments that differ from it; the rest stands in its code.
-The rules below give that rest for every vit_* of timm 1.0, without timm. An argument that no ViTConfig
+timm writes an architecture's name and the arguments that differ from it; the rest stands in its code,
+and here in timm_table.py. An argument that no ViTConfig
 key stands for is what a model is refused by.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from typing import Any
 
-from vitscale.errors import ConfigError
+from torch import Tensor
 
-VIT, EVA = "VisionTransformer", "Eva"  # timm's classes
+from vitscale.config.model_rules import pair
+from vitscale.errors import ConfigError
+from vitscale.interop.sources import CONFIG
+from vitscale.interop.timm_table import ARCHITECTURES, EVA, VIT
+from vitscale.models.configuration import ViTConfig
+
 _DEFAULTS: dict[str, dict[str, Any]] = {
     VIT: {"num_heads": 12, "global_pool": "token", "eps": 1e-6, "act_layer": "gelu"},
     EVA: {
@@ -20,63 +25,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "use_rot_pos_emb": False, "rope_type": "cat", "rope_rotate_half": False, "rope_temperature": 10000.0,
     },
 }  # fmt: skip
-# The word before _patch tells the heads, but for those named below.
-_HEADS = {
-    "tiny": 3, "xsmall": 4, "wee": 4, "pwee": 4, "dwee": 4, "dpwee": 4, "little": 5, "dlittle": 5, "small": 6,
-    "small_plus": 6, "medium": 8, "mediumd": 8, "betwixt": 10, "base": 12, "so150m2": 13, "so150m": 14, "large": 16,
-    "intern300m": 16, "so400m": 16, "huge": 16, "giant": 16, "giantopt": 16, "gigantic": 16, "huge_plus": 20,
-    "7b": 32, "5b": 32,
-}  # fmt: skip
-_DINOV3 = {
-    "class": EVA, "eps": 1e-5, "use_rot_pos_emb": True, "rope_type": "dinov3", "rope_temperature": 100.0,
-    "rope_rotate_half": True, "use_fc_norm": False,
-}  # fmt: skip
-_ROPE = {"class": EVA, "use_rot_pos_emb": True}
-_TANH = {"act_layer": "gelu_tanh"}
-# Patterns of whole names -> arguments. Every one that matches is laid over those above it; a name that
-# none matches is not known.
-_FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
-    (r"vit_\w+_patch\d+_(\d+|224_miil|36x1_224)", {}),
-    (r"vit_base_patch\d+_plus_\d+", {"num_heads": 14}),
-    (r"vit_\w+_patch14_(reg\d_)?(dinov2|tipsv2)", {}),
-    (r"vit_giant_patch14_(reg\d_)?(dinov2|tipsv2)", {"num_heads": 24, "mlp_layer": "SwiGLUPacked"}),
-    (r"vit_\w+_patch\d+_(reg\d_|siglip_)?gap_\d+", {"global_pool": "avg"}),
-    (r"vit_\w+_patch\d+_(siglip_)?gap_\d+|vit_so150m_patch16_reg4_gap_\d+", {"fc_norm": False}),
-    (r"vit_base_patch16_gap_224", {"num_heads": 16}),
-    (r"vit_\w+_patch16_dinov3(_qkvb)?", _DINOV3),
-    (r"vit_\w+_patch16_lingbot", _DINOV3 | {"global_pool": "token"}),
-    (r"vit_giant_patch16_lingbot", {"num_heads": 24}),
-    (r"vit_\w+_plus_patch16_dinov3(_qkvb)?|vit_giant_patch16_lingbot", {"swiglu_align_to": 8}),
-    (r"vit_7b_patch16_dinov3", {"swiglu_align_to": 64}),
-    # What no ViTConfig expresses:
-    (r"vit_\w+_patch\d+_(siglip_\d+|reg\d_map_\d+)", {"global_pool": "map"}),
-    (r"vit_(base_patch32|giantopt_patch16|so400m_patch16)_siglip_\w+", _TANH),
-    (r"vit_large_patch16_siglip_(gap_)?512", _TANH),
-    (r"vit_\w+_patch\d+_clip_\w+", {"eps": 1e-5, "pre_norm": True}),
-    (r"vit_base_patch16_plus_clip_240", {"eps": 1e-5, "pre_norm": True, "num_heads": 14}),
-    (r"vit_\w+_clip_quickgelu_\d+", {"act_layer": "quick_gelu"}),
-    (r"vit_\w+_18x2_\d+", {"block_fn": "ParallelThingsBlock"}),
-    (r"vit_\w+_rpn_\d+", {"block_fn": "ResPostBlock"}),
-    (r"vit_\w+_patch\d+_xp_\d+", {"block_fn": "ParallelScalingBlock", "norm_layer": "RmsNorm", "pre_norm": True}),
-    (r"vit_pwee_\w+", {"block_fn": "ParallelScalingBlock"}),
-    (r"vit_dpwee_\w+", {"block_fn": "DiffParallelScalingBlock"}),
-    (r"vit_(dwee|dlittle)_\w+", {"attn_layer": "diff"}),
-    (r"vit_\w+_patch16_radio_v\d|vit_intern300m_\w+", {"final_norm": False}),
-    (r"vit_giant_patch16_(radio_v\d|sapiens2)", {"num_heads": 24}),
-    (r"vit_\w+_patch16_rope_(ape_)?\d+", _ROPE | {"global_pool": "token", "rope_grid_indexing": "xy"}),
-    (r"vit_\w+_rope_mixed_(ape_)?\d+", _ROPE | {"global_pool": "token", "rope_type": "mixed"}),
-    (r"vit_\w+_rope_reg\d_gap_\d+", _ROPE),
-    (r"vit_\w+_patch16_sapiens2", {**_DINOV3, "num_kv_heads": "by layer", "norm_layer": "RmsNorm", "eps": 1e-6}),
-    (r"vit_s?relpos_\w+", {"class": "VisionTransformerRelPos"}),
-    (r"vit_pe_\w+", _ROPE | {"use_pre_transformer_norm": True}),
-    (r"vit_(\w+_)?(mci|r\d+_s\d+|resnet\d+d(_s\d+)?|r_s16_p8)_\d+", {"embed_layer": "HybridEmbed"}),
-)
-
 # Arguments of which only these values have a ViTConfig, and what the others ask for.
 _NORM = "norms that are no layer norms, or of another eps than the architecture's"
 _RULES: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
     VIT: {
         "global_pool": (("token", "avg", ""), "a pooling that is neither the class token nor the mean"),
+        "distilled": ((False,), "a distillation token"),
         "pool_include_prefix": ((False,), "a mean over class token and registers too"),
         "pre_norm": ((False,), "a norm before the blocks"),
         "final_norm": ((True,), "no norm after the blocks"),
@@ -127,6 +81,10 @@ _KNOWN = {
         "ref_feat_shape", "attn_pool_num_heads", "attn_pool_mlp_ratio", "head_init_scale",
     },
 }  # fmt: skip
+# Arguments that the tensors tell too.
+_PLAIN = ("embed_dim", "depth", "in_chans", "num_classes", "qkv_bias", "qk_norm", "class_token", "no_embed_class")
+_BY_CLASS = ("reg_tokens", "fc_norm", "num_reg_tokens", "use_fc_norm", "use_abs_pos_emb", "swiglu_mlp")
+_COMPARED = (*_PLAIN, *_BY_CLASS, "patch_size", "mlp_ratio", "init_values", "pos_embed", "use_post_transformer_norm")
 
 
 def arguments_of(architecture: str, model_args: dict[str, Any], under: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -136,23 +94,14 @@ def arguments_of(architecture: str, model_args: dict[str, Any], under: dict[str,
     lie over. ConfigError for a name that is not known here and for arguments that no ViTConfig can
     express, each with its reason.
     """
-    found = [arguments for pattern, arguments in _FAMILIES if re.fullmatch(pattern, architecture)]
-    if not found:
-        raise ConfigError(
-            f"architecture={architecture!r}: is none of timm 1.0's vit_{{tiny,small,base,large,huge,...}}_patch*"
-        )
-    merged: dict[str, Any] = {"class": VIT}
-    size = re.match(r"vit_(\w+?)_patch", architecture)
-    if size and size[1] in _HEADS:
-        merged["num_heads"] = _HEADS[size[1]]
-    for arguments in found:
-        merged |= arguments
-    kind = merged["class"]
-    merged = {**_DEFAULTS.get(kind, {}), **(under or {}), **merged, **model_args}
-    reasons = _refused(kind, merged, model_args)
+    own = ARCHITECTURES.get(architecture)
+    if own is None:
+        raise ConfigError(f"architecture={architecture!r}: is none of timm 1.0's plain ViTs (vit_*, deit*, eva*)")
+    arguments = {**_DEFAULTS[own["class"]], **(under or {}), **own, **model_args}
+    reasons = _refused(arguments["class"], arguments, model_args)
     if reasons:
         raise ConfigError(f"architecture={architecture!r}: no ViTConfig can express {'; '.join(reasons)}")
-    return merged
+    return arguments
 
 
 def _refused(kind: str, arguments: dict[str, Any], model_args: dict[str, Any]) -> list[str]:
@@ -166,3 +115,51 @@ def _refused(kind: str, arguments: dict[str, Any], model_args: dict[str, Any]) -
     ]
     unknown = sorted(model_args.keys() - rules.keys() - _KNOWN[kind])
     return reasons + [f"{name}={model_args[name]!r} (an argument that is not known here)" for name in unknown]
+
+
+def require_consistent(
+    declared: dict[str, Any], actual: dict[str, Any], config: ViTConfig, tensors: Mapping[str, Tensor]
+) -> None:
+    """A folder that contradicts itself: ConfigError names each argument whose value the tensors are not of.
+
+    timm builds a model of what is declared and then finds no place for the tensors; here it is the other way round.
+
+    declared: arguments_of; actual: the arguments that make timm's model of `config`, which is read from the tensors.
+    """
+    norm, pooling = "use_fc_norm" if declared["class"] == EVA else "fc_norm", declared["global_pool"]
+    follows = {norm: pooling == "avg", "use_post_transformer_norm": not config.fc_norm}
+    by = {norm: f" by global_pool={pooling!r}"} if declared.get(norm) is None else {}
+    declared = declared | {name: value for name, value in follows.items() if declared.get(name) is None}
+    actual = actual | {
+        "in_chans": config.num_channels,
+        "num_classes": config.num_labels,
+        "use_post_transformer_norm": not config.fc_norm,
+        "no_embed_class": declared.get("no_embed_class"),
+    }
+    if "pos_embed" in tensors and config.num_prefix_tokens:
+        actual["no_embed_class"] = tensors["pos_embed"].shape[1] == config.num_patches
+    wrong = [
+        f"{name}={declared[name]!r}{by.get(name, '')} (the tensors have {actual[name]!r})"
+        for name in _COMPARED
+        if name in declared and name in actual and _meaning(name, declared, config) != _meaning(name, actual, config)
+    ]
+    if wrong:
+        raise ConfigError(f"{', '.join(wrong)}; correct {CONFIG}, or fetch the folder again")
+
+
+def _meaning(name: str, arguments: dict[str, Any], config: ViTConfig) -> Any:
+    """An argument's value as the tensors would show it; what is no value of it equals nothing."""
+    value = arguments[name]
+    try:
+        if name == "patch_size":
+            return pair(value if isinstance(value, int) else tuple(value))
+        if name == "mlp_ratio":
+            hidden = int(config.hidden_size * float(value))
+            return hidden + -hidden % (arguments.get("swiglu_align_to") or 1)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if name == "init_values":
+        return value is not None if config.rope_theta is not None else bool(value)
+    if name == "pos_embed":
+        return value not in ("", "none")
+    return value

@@ -6,25 +6,23 @@ only positions differ: timm's may belong to every token in front of the patches.
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vitscale.errors import ConfigError
+from vitscale.errors import CheckpointError, ConfigError
 from vitscale.interop.image_processing import ViTImageProcessor
-from vitscale.interop.loading import prefix_of
+from vitscale.interop.pretrained import prefix_of
 from vitscale.interop.strict import refuse, require_equal, shapes
-from vitscale.interop.weight_files import read_pickle
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.positions import fill_fixed_positions, fixed_positions
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 
+LAYER_SCALE = 1e-5  # only what a new layer would start from
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what both usually normalize by
 _MODULES = {
     "vit.embeddings.cls_token": "cls_token",
@@ -72,7 +70,7 @@ class Opened:
     notes: list[str] = field(default_factory=list)  # what the files do not say, or was said otherwise
 
 
-def their_name(ours: str) -> str | None:
+def timm_name(ours: str) -> str | None:
     """timm's and MAE's name of a parameter of ours (those of a bare ViTModel with `vit.` before); None: no place."""
     path, dot, leaf = ours.rpartition(".")
     if leaf not in ("weight", "bias"):
@@ -89,7 +87,7 @@ def their_name(ours: str) -> str | None:
 def tables_of(model: ViTPreTrainedModel) -> dict[str, Tensor]:
     """A model's fixed positions by timm's and MAE's names."""
     prefix = prefix_of(model)
-    return {str(their_name(prefix + name)): table for name, table in fixed_positions(model).items()}
+    return {str(timm_name(prefix + name)): table for name, table in fixed_positions(model).items()}
 
 
 def state_of(model: ViTPreTrainedModel) -> dict[str, Tensor]:
@@ -124,17 +122,11 @@ def build(
     model.to_empty(device="cpu")
     prefix = prefix_of(model)
     state = model.state_dict()
-    theirs = {name: their_name(prefix + name) or name for name in state}
+    theirs = {name: timm_name(prefix + name) or name for name in state}
     require_equal({theirs[name]: tuple(tensor.shape) for name, tensor in state.items()}, shapes(tensors), where)
     model.load_state_dict({name: tensors[theirs[name]] for name in state})
     fill_fixed_positions(model)
     return model.eval()
-
-
-def read_pth(path: Path) -> Any:
-    """A .pth with weights_only; of what an old one may hold beside tensors argparse.Namespace alone is let in."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return read_pickle(path)
 
 
 def require(needed: Iterable[str], tensors: Mapping[str, Tensor], where: str) -> None:
@@ -149,8 +141,53 @@ def require(needed: Iterable[str], tensors: Mapping[str, Tensor], where: str) ->
 
 def depth(tensors: Mapping[str, Tensor], blocks: str) -> int:
     """How many blocks the names tell of."""
-    found = (re.match(rf"{blocks}\.(\d+)\.", name) for name in tensors)
-    return len({match[1] for match in found if match})
+    numbers = (re.match(rf"{blocks}\.(\d+)\.", name) for name in tensors)
+    return len({match[1] for match in numbers if match})
+
+
+def sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The keys of ViTConfig that an encoder's tensors by timm's names tell, after `require` has looked at them."""
+    width, channels, *patch = tensors["patch_embed.proj.weight"].shape
+    intermediate = tensors["blocks.0.mlp.fc2.weight"].shape[1]
+    registers = tensors.get("reg_token")
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": depth(tensors, "blocks"),
+        "intermediate_size": intermediate,
+        "patch_size": (patch[0], patch[1]),
+        "encoder_stride": (patch[0], patch[1]),
+        "num_channels": channels,
+        "num_labels": len(tensors.get("head.weight", ())),
+        "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
+        "use_cls_token": "cls_token" in tensors,
+        "num_register_tokens": 0 if registers is None else registers.shape[1],
+        "layer_scale_init_value": LAYER_SCALE if "blocks.0.ls1.gamma" in tensors else None,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
+        "swiglu": tensors["blocks.0.mlp.fc1.weight"].shape[0] == 2 * intermediate,
+        "fc_norm": "fc_norm.weight" in tensors,
+    }
+
+
+def fold_positions(tensors: dict[str, Tensor], config: ViTConfig, where: str) -> dict[str, Tensor]:
+    """`pos_embed` for class token and patches alone, as ours: registers' positions go into their tokens."""
+    tokens = [tensors[name] for name in ("pos_embed", "reg_token") if name in tensors]
+    if "pos_embed" not in tensors or any(each.shape[::2] != (1, config.hidden_size) for each in tokens):
+        return tensors  # `build` names those of another shape
+    positions, patches = tensors["pos_embed"], config.num_patches
+    cls, prefix = int(config.use_cls_token), config.num_prefix_tokens
+    if positions.shape[1] not in (patches, patches + cls, patches + prefix):
+        raise CheckpointError(
+            f"{where}: pos_embed has {positions.shape[1]} positions; images of {config.image_size} pixels and patches "
+            f"of {config.patch_size} need {patches}, or {patches + prefix} with those of the tokens in front"
+        )
+    front, of_patches = positions[:, :-patches], positions[:, -patches:]
+    missing = positions.new_zeros(1, prefix - front.shape[1], config.hidden_size)  # tokens in front that have none
+    front = torch.cat([front, missing], dim=1)
+    folded = dict(tensors)
+    folded["pos_embed"] = torch.cat([front[:, :cls], of_patches], dim=1)
+    if config.num_register_tokens:
+        folded["reg_token"] = tensors["reg_token"] + front[:, cls:]
+    return folded
 
 
 def mlp_ratio(hidden: int, width: int) -> float:

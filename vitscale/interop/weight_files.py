@@ -9,15 +9,15 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError  # to name what torch.load raises; nothing is unpickled here
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vitscale.errors import CheckpointError, ConfigError
+from vitscale.files.atomic import draft_of, flush_to_disk
+from vitscale.interop.checkpoints import read_file
 from vitscale.interop.config_files import as_text, read_json
 
 WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
@@ -25,14 +25,13 @@ INDEX = ".index.json"  # follows the name of the weights where they are in sever
 KINDS = (WEIGHTS, WEIGHTS + INDEX, PICKLE, PICKLE + INDEX)  # the first that is there is taken, as by transformers
 MAX_SHARD_SIZE = "50GB"  # transformers' default
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_POINTER = b"version https://git-lfs"
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, on the CPU.
+def read_weights(folder: Path) -> dict[str, Any]:
+    """What a folder's files of weights hold, tensors on the CPU; see checkpoints.unwrap for what others wrap them in.
 
-    CheckpointError where a file is missing, cut, no such file, or refused by weights_only; and where an
-    index names other files than those beside it, or other tensors than they hold.
+    CheckpointError if a file is missing, cut, or refused by `read_file`; and if an index names other files than
+    those beside it, or other tensors than they hold.
     """
     found = next((folder / kind for kind in KINDS if (folder / kind).is_file()), None)
     if found is None:
@@ -40,17 +39,24 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             f"{folder / WEIGHTS}: no such file; weights are {WEIGHTS} or {PICKLE}, or several with {WEIGHTS + INDEX}"
         )
     if not found.name.endswith(INDEX):
-        return _read(found)
-    tensors: dict[str, Tensor] = {}
+        return _mapping(found)
+    tensors: dict[str, Any] = {}
     placed = _weight_map(found)
     for shard in shards_of(found):
         if not (folder / shard).is_file():
             raise CheckpointError(f"{folder / shard}: no such file, and {found.name} names it; fetch the folder whole")
-        part = _read(folder / shard)
+        part = _mapping(folder / shard)
         if part.keys() != {name for name, file in placed.items() if file == shard}:
             raise CheckpointError(f"{folder / shard}: holds other tensors than {found.name} says; fetch both again")
         tensors |= part
     return tensors
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    content = read_file(path)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: must hold tensors by name, and holds {type(content).__name__}")
+    return dict(content)
 
 
 def shards_of(index: Path) -> list[str]:
@@ -73,52 +79,6 @@ def _weight_map(index: Path) -> dict[str, str]:
     return placed
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix != ".safetensors":
-        return _tensors(read_pickle(path), path)
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}{_way_out(path)}") from None
-
-
-def read_pickle(path: Path) -> Any:
-    """What torch.save wrote, tensors on the CPU.
-
-    CheckpointError where it is broken or holds anything that unpickling would have to run.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        if wanted is None:  # not refused but broken
-            raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle{_way_out(path)}") from None
-        raise CheckpointError(
-            f"{path}: holds more than tensors ({wanted[1]}), and to unpickle that could run anything; ask for "
-            f"{WEIGHTS}, or, where you trust it, save its tensors alone with torch.save"
-        ) from None
-    except Exception as error:  # on a damaged file it raises nearly anything
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(": ")
-        raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle: {reason}{_way_out(path)}") from None
-
-
-def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        held = sorted(map(str, content))[:6] if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"{path}: must hold tensors by name, and holds {held}")
-    return {str(name): tensor for name, tensor in content.items()}
-
-
-def _way_out(path: Path) -> str:
-    """What to do about a file that cannot be read; git may have fetched the note that stands for a large one."""
-    try:
-        with open(path, "rb") as stream:
-            is_pointer = stream.read(len(_POINTER)) == _POINTER
-    except OSError:
-        return ""
-    return "; it is a git-lfs pointer: `git lfs pull`" if is_pointer else "; it is cut or damaged: fetch it again"
-
-
 def write_folder(
     folder: Path, texts: Mapping[str, str], tensors: Mapping[str, Tensor], max_shard_size: int | str = MAX_SHARD_SIZE
 ) -> None:
@@ -134,13 +94,13 @@ def write_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in [*texts.items(), *([] if index is None else [(last, index)])]:
-            drafts[name] = _draft(folder, name)
+            drafts[name] = draft_of(folder / name)
             drafts[name].write_text(text, encoding="utf-8")
         for name, names in shards.items():
-            drafts[name] = _draft(folder, name)
+            drafts[name] = draft_of(folder / name)
             save_file({each: tensors[each] for each in names}, drafts[name], metadata={"format": "pt"})
         for draft in drafts.values():
-            _to_disk(draft)
+            flush_to_disk(draft)
         for old in _weights_in(folder):
             if old.name != WEIGHTS or last != WEIGHTS:  # a single file is replaced in one go
                 old.unlink()
@@ -175,15 +135,6 @@ def _split(tensors: Mapping[str, Tensor], max_shard_size: int | str) -> tuple[di
         return {WEIGHTS: list(tensors)}, None
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     return split.filename_to_tensors, as_text(index)
-
-
-def _draft(folder: Path, name: str) -> Path:
-    return folder / f".{name}.{os.getpid()}.tmp"
-
-
-def _to_disk(path: Path) -> None:
-    with open(path, "rb") as stream:
-        os.fsync(stream.fileno())
 
 
 def _weights_in(folder: Path) -> list[Path]:

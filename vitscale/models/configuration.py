@@ -14,6 +14,13 @@ from vitscale.models.pretrained_mixin import PretrainedConfigMixin
 # What transformers writes beside a model's own keys; none of it changes what a ViT computes.
 GENERIC_KEYS = {"model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "vitscale_version"}
 GENERIC_KEYS |= {"return_dict", "use_cache", "_name_or_path", "_commit_hash", "_attn_implementation_autoset"}
+GENERIC_KEYS |= {"finetuning_task", "gradient_checkpointing", "chunk_size_feed_forward", "tie_word_embeddings"}
+# Of its generic keys, those that change what its models give, and what to do about them.
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "return_dict": (True, "must be left out; give it to the model's call instead"),
+    "quantization_config": (None, "its weights are quantized; save the model dequantized, with this key null"),
+    "pruned_heads": ({}, "transformers 5 opens no such model; save it by the transformers 4 that pruned it, unpruned"),
+}
 
 # Our keys that change what a model computes, and their defaults: what transformers' ViT has.
 OPTIONS: dict[str, Any] = {
@@ -228,23 +235,44 @@ class ViTConfig(PretrainedConfigMixin):
     def from_dict(cls, content: dict[str, Any]) -> Self:
         """A config from config.json's content, ours or transformers'.
 
-        Raises ConfigError for another model_type and for keys that are not known, since they may
-        change what the model computes.
+        Keys that transformers' class of this model_type ignores are passed over, see `ignored_keys`. ConfigError for
+        another model_type, for values that cannot be honoured, and, in a file that only this library opens, for
+        keys that are not known, since a later version may have written them.
         """
         known = (cls.model_type, f"vitscale_{cls.model_type}")
         if content.get("model_type", cls.model_type) not in known:
             raise ConfigError(f"model_type={content['model_type']!r}: must be {' or '.join(known)} for {cls.__name__}")
         names = {item.name for item in fields(cls)}
-        unknown = sorted(content.keys() - names - GENERIC_KEYS)
-        if unknown:
-            raise ConfigError(f"{cls.__name__}: unknown key(s) {', '.join(unknown)}; this model is not made of them")
-        if content.get("return_dict") is False:
-            raise ConfigError("return_dict=False: must be left out; give it to the model's call instead")
-        return cls(**{name: value for name, value in content.items() if name in names})
+        if content.get("model_type") == f"vitscale_{cls.model_type}" and (unknown := cls.ignored_keys(content)):
+            raise ConfigError(
+                f"{cls.__name__}: unknown key(s) {', '.join(unknown)}; this model is not made of them: a later version "
+                "of vitscale may have written it"
+            )
+        for name, (usual, remedy) in _REFUSED.items():
+            if content.get(name) not in (None, usual):
+                raise ConfigError(f"{name}={content[name]!r}: {remedy}")
+        keys = {name: value for name, value in content.items() if name in names}
+        if not _is_way_back(keys.get("id2label"), keys.get("label2id")):
+            del keys["label2id"]  # transformers takes any; here it follows from id2label
+        return cls(**keys)
+
+    @classmethod
+    def ignored_keys(cls, content: dict[str, Any]) -> list[str]:
+        """The keys of config.json that say something, and nothing that a model of this class is made of."""
+        unknown = content.keys() - {item.name for item in fields(cls)} - GENERIC_KEYS - _REFUSED.keys()
+        return sorted(name for name in unknown if content[name] not in (None, False, [], {}))
 
 
 def _generic_names(count: int) -> dict[int, str]:
     return {number: f"LABEL_{number}" for number in range(count)}
+
+
+def _is_way_back(id2label: Any, label2id: Any) -> bool:
+    """Whether label2id says what id2label does, as JSON has them; or one of them is none, or no mapping."""
+    if not isinstance(id2label, dict) or not isinstance(label2id, dict):
+        return True
+    names = {str(number): name for number, name in id2label.items()}
+    return all(names.get(str(number)) == name for name, number in label2id.items())
 
 
 def _square_as_int(size: Size) -> Size:

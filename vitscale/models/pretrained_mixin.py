@@ -46,12 +46,14 @@ class PretrainedMixin:
         subfolder: str = "",
         dtype: str | torch.dtype | None = None,
         ignore_mismatched_sizes: bool = False,
+        take: str | None = None,
         output_loading_info: bool = False,
         **config_overrides: Any,
     ) -> Any:
         """A model of this class with a folder's weights, on the CPU, in evaluation mode.
 
-        source: a model's folder (ours or transformers'), a run's folder, or a name on the hub; revision,
+        source: a model's folder (ours, transformers' or timm's), a run's folder, a name on the hub, or a file of
+        weights of whatever framework (docs/models.md); take: which of several sets of weights in it; revision,
         cache_dir, local_files_only, token, subfolder: of the hub. dtype: None for float32, "auto" for the
         folder's. config, config_overrides: another config, or other keys of it; image_size resizes learned
         positions, num_channels adapts the patch embedding (interop/channels.py).
@@ -71,6 +73,7 @@ class PretrainedMixin:
             config=config,
             dtype=dtype,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
+            take=take,
             overrides=config_overrides,
             revision=revision,
             cache_dir=cache_dir,

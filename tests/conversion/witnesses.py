@@ -1,30 +1,26 @@
 """Models opened by code that is not ours: transformers, timm, and timm's blocks put together as the MAE code does.
 
-They tell whether what was read or written means to others what it means here. The libraries are looked for
-only when asked, since timm is no dependency, and either may be there and yet not import.
+They tell whether what was read or written means to others what it means here.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import textwrap
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import timm
 import torch
+import transformers
 from torch import Tensor, nn
 
 from vitscale.config.model_rules import pair
-from vitscale.errors import CheckpointError
 from vitscale.interop.config_files import read_json
 from vitscale.interop.sources import CONFIG
-from vitscale.interop.vision_transformer import mlp_ratio, read_pth, tables_of
+from vitscale.interop.vision_transformer import mlp_ratio, tables_of
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
 from vitscale.models.multitask import ViTForMultitaskPreTraining
@@ -34,10 +30,6 @@ from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 
 Inputs = dict[str, Tensor]
 Outputs = dict[str, Tensor]  # last_hidden_state, pooler_output, logits, reconstruction, patches (MAE's logits)
-
-
-class Absent(Exception):
-    """A library that would open the model is not there, or does not import."""
 
 
 @dataclass(frozen=True)
@@ -79,19 +71,6 @@ def _without_none(output: Any, *names: str) -> Outputs:
     return {name: output[name] for name in names if output.get(name) is not None}
 
 
-def in_a_line(error: BaseException) -> str:
-    """What other code says, which may be a page."""
-    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
-
-
-@contextmanager
-def _opening(path: Path, library: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # whatever it is, it is the library's
-        raise CheckpointError(f"{path}: {library} does not open it: {in_a_line(error)}") from None
-
-
 def by_transformers(folder: Path, model: ViTPreTrainedModel) -> Witness:
     """A folder as transformers opens it: strictly, but for the decoder of a class that it does not have.
 
@@ -99,19 +78,17 @@ def by_transformers(folder: Path, model: ViTPreTrainedModel) -> Witness:
     """
     multitask = isinstance(model, ViTForMultitaskPreTraining)
     name = ViTForImageClassification.__name__ if multitask else type(model).__name__
-    library, their_class = _library("transformers", name)
+    their_class = getattr(transformers, name)
     more: dict[str, Any] = {}
     if isinstance(model, ViTModel):
         has_mask_token = model.embeddings.mask_token is not None
         more = {"add_pooling_layer": model.pooler is not None, "use_mask_token": has_mask_token}
     said, typed = read_json(folder / CONFIG), model.config.to_dict()
     said |= {key: typed[key] for key, value in said.items() if key in typed and typed[key] == value}
-    with _opening(folder, f"transformers {library.__version__}"), _quiet(library.utils.logging):
-        more |= {"config": their_class.config_class.from_dict(said), "dtype": torch.float32}
-        opened, report = their_class.from_pretrained(folder, output_loading_info=True, **more)
-        wrong = {kind: keys for kind, keys in report.items() if keys and not (multitask and kind == "unexpected_keys")}
-        if wrong:
-            raise CheckpointError(str(wrong))
+    more |= {"config": their_class.config_class.from_dict(said), "dtype": torch.float32}
+    opened, report = their_class.from_pretrained(folder, output_loading_info=True, **more)
+    wrong = {kind: keys for kind, keys in report.items() if keys and not (multitask and kind == "unexpected_keys")}
+    assert not wrong
     state = opened.state_dict()
     for name, table in _whole(state, fixed_positions(model)).items():
         state[name].copy_(table)
@@ -127,61 +104,43 @@ def by_transformers(folder: Path, model: ViTPreTrainedModel) -> Witness:
             outputs["last_hidden_state"] = opened.vit(inputs["pixel_values"]).last_hidden_state
         return outputs
 
-    return Witness(f"transformers {library.__version__}", run)
-
-
-@contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
-    """transformers without progress bars and tables of what it warns of."""
-    shows_progress, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shows_progress:
-            logging.enable_progress_bar()
+    return Witness("transformers", run)
 
 
 def by_timm(folder: Path) -> Witness:
     """A folder as timm.create_model opens it, strictly."""
-    library, create_model = _library("timm", "create_model")
-    with _opening(folder, f"timm {library.__version__}"):
-        opened = create_model(f"local-dir:{folder}", pretrained=True).eval()
+    opened = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
     @torch.no_grad()
     def run(inputs: Inputs) -> Outputs:
         features = opened.forward_features(inputs["pixel_values"].float())
         return {"last_hidden_state": features, "logits": opened.forward_head(features)}
 
-    return Witness(f"timm {library.__version__}", run)
+    return Witness("timm", run)
 
 
 def by_mae(path: Path, model: ViTPreTrainedModel) -> Witness:
     """A .pth in what the MAE code makes of timm's parts: models_vit.py's model, or models_mae.py's."""
-    library, models = _library("timm", "models")
-    timm_vit = models.vision_transformer
-    content = read_pth(path)
+    timm_vit = timm.models.vision_transformer
+    content = torch.load(path, weights_only=True)
     tensors, config = content.get("model", content), model.config
     opened: Any
-    with _opening(path, f"the MAE code on timm {library.__version__}"):
-        if isinstance(config, ViTMAEConfig):
-            opened = _MaskedAutoencoder(timm_vit, config)
-        else:
-            opened = timm_vit.VisionTransformer(
-                img_size=pair(config.image_size),
-                patch_size=pair(config.patch_size),
-                in_chans=config.num_channels,
-                num_classes=len(tensors.get("head.weight", ())),
-                embed_dim=config.hidden_size,
-                depth=config.num_hidden_layers,
-                num_heads=config.num_attention_heads,
-                mlp_ratio=mlp_ratio(config.intermediate_size, config.hidden_size),
-                global_pool="avg" if config.fc_norm else "token",
-                norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            )
-        opened.load_state_dict(tensors | _whole(tensors, tables_of(model)))
+    if isinstance(config, ViTMAEConfig):
+        opened = _MaskedAutoencoder(timm_vit, config)
+    else:
+        opened = timm_vit.VisionTransformer(
+            img_size=pair(config.image_size),
+            patch_size=pair(config.patch_size),
+            in_chans=config.num_channels,
+            num_classes=len(tensors.get("head.weight", ())),
+            embed_dim=config.hidden_size,
+            depth=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            mlp_ratio=mlp_ratio(config.intermediate_size, config.hidden_size),
+            global_pool="avg" if config.fc_norm else "token",
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        )
+    opened.load_state_dict(tensors | _whole(tensors, tables_of(model)))
     opened.eval()
 
     @torch.no_grad()
@@ -192,7 +151,7 @@ def by_mae(path: Path, model: ViTPreTrainedModel) -> Witness:
         features = opened.forward_features(inputs["pixel_values"])
         return {"last_hidden_state": features, "logits": opened.forward_head(features)}
 
-    return Witness(f"the MAE code on timm {library.__version__}", run)
+    return Witness("the MAE code on timm", run)
 
 
 def _whole(tensors: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -245,14 +204,3 @@ class _MaskedAutoencoder(nn.Module):
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
-
-
-def _library(name: str, part: str) -> tuple[ModuleType, Any]:
-    """A library and an object in it; Absent where it is not there, or fails to import."""
-    if importlib.util.find_spec(name) is None:
-        raise Absent(f"{name} is not installed; `pip install {name}` lets it check")
-    try:
-        library = importlib.import_module(name)
-        return library, getattr(library, part)
-    except Exception as error:  # say for a torchvision that does not fit torch: whatever it is, it is not ours
-        raise Absent(f"{name} is installed and does not import ({in_a_line(error.__cause__ or error)})") from None

@@ -1,0 +1,264 @@
+"""A file of weights, whoever wrote it, as the tensors of one model by their plain names.
+
+Frameworks wrap a model's tensors: under keys ("state_dict", "model", "teacher"), and under a prefix that every
+name carries ("module.", "_orig_mod.", "backbone."). Both are found by where a whole encoder lies, not by a list
+of such words, taken off, and told in `notes`. Nothing that a file holds is run: see `read_file`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import pathlib
+import re
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError  # to name what torch.load raises; nothing is unpickled here
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vitscale.errors import CheckpointError, ConfigError
+from vitscale.text import listed
+
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+# What every encoder has: its patch projection, by the names of timm (and MAE, DINO, SimMIM) and of transformers.
+TIMM_ANCHOR, HF_ANCHOR = "patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight"
+# Of several sets in one file the first of these is taken: averages and teachers before what was trained by gradients.
+_PREFERRED = (
+    *("teacher", "state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "target_encoder"),
+    "base_encoder",
+)
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "backbone", "encoder", "model", "vit", "state_dict"}
+_DEEPEST = 3  # mappings within mappings that are looked through
+_POINTER = b"version https://git-lfs"
+
+
+class _Inert:
+    """Stands for a class or function that is not known: whatever it is given, all that comes of it is an empty Counter,
+    a mapping with attributes, which torch lets a pickle fill."""
+
+    def __new__(cls, *arguments: Any) -> Any:
+        return collections.Counter()
+
+
+# Harmless classes that checkpoints hold beside tensors, by the names under which they may be pickled.
+_HARMLESS: tuple[tuple[Any, str], ...] = (
+    *((kind, f"builtins.{kind.__name__}") for kind in (bool, int, float, str, list, tuple, dict, frozenset, slice)),
+    (argparse.Namespace, "argparse.Namespace"),
+    (types.SimpleNamespace, "types.SimpleNamespace"),
+    (_Inert, "collections.defaultdict"),
+    (datetime.datetime, "datetime.datetime"),
+    (datetime.timedelta, "datetime.timedelta"),
+    *((pathlib.PurePath, f"pathlib{local}.{name}") for local in ("", "._local") for name in (
+        "Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")),
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    (np.ndarray, "numpy.ndarray"),
+    (np.dtype, "numpy.dtype"),
+    *((kind, f"numpy.dtypes.{kind.__name__}") for kind in {type(np.dtype(code)) for code in "?bhilqBHILQefdSU"}),
+)  # fmt: skip
+# Modules whose names no checkpoint needs: a file that asks for them is an attack, or no checkpoint.
+_NEVER = re.compile(
+    r"(__builtin__|builtins|os|posix|nt|sys|io|_io|subprocess|commands|shutil|socket|urllib|importlib|runpy|ctypes"
+    r"|pickle|_pickle|code|pty|webbrowser|multiprocessing|operator|functools|inspect)(\.|$)"
+)
+_MODULE = re.compile(r"torch\.nn\.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of one model."""
+
+    tensors: dict[str, Tensor]  # by their names in timm's or transformers' module, without a prefix
+    notes: list[str] = field(default_factory=list)  # what was taken off, chosen or not used
+    content: Mapping[str, Any] = field(default_factory=dict)  # the whole file: what lies beside the tensors
+
+
+def read_checkpoint(path: Path, take: str | None = None) -> Checkpoint:
+    """The tensors of a file of weights (.safetensors, or what torch.save wrote).
+
+    take: which set of weights, where a file has several ("student"). CheckpointError if the file is broken, holds
+    no encoder, or holds more than tensors and plain values; ConfigError if there is no set of that name.
+    """
+    content = read_file(path)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: must hold tensors by name, and holds {type(content).__name__}; {_SAVE_STATE}")
+    return unwrap(content, str(path), take)
+
+
+_SAVE_STATE = "save model.state_dict() with torch.save, and name that file"
+
+
+def unwrap(content: Mapping[Any, Any], where: str, take: str | None = None) -> Checkpoint:
+    """What `read_checkpoint` gives, of content that has been read; `where` names it in errors."""
+    sets = [each for mapping in _mappings(content, ()) for each in _sets(*mapping)]
+    if not sets:
+        raise CheckpointError(_no_encoder(content, where))
+    chosen = _chosen(sets, where, take)
+    notes = []
+    if len(sets) > 1:
+        others = [each for each in sets if each is not chosen]
+        way = f" (--take {others[0].name}, or take={others[0].name!r}, for the other)" if take is None else ""
+        notes.append(f"of the weights {listed(each.name for each in sets)}, {chosen.name} are taken{way}")
+    elif chosen.keys:
+        notes.append(f"the weights lie under {'.'.join(chosen.keys)!r}")
+    if chosen.prefix:
+        notes.append(f"the prefix {chosen.prefix!r} is taken off {len(chosen.tensors)} names")
+    if chosen.beside:
+        notes.append(f"not used, beside the model: {listed(chosen.beside)}")
+    if any(tensor.numel() == 0 for name, tensor in chosen.tensors.items() if name.endswith((TIMM_ANCHOR, HF_ANCHOR))):
+        raise CheckpointError(
+            f"{where}: its tensors are empty, as DeepSpeed's ZeRO-3 leaves them; run the zero_to_fp32.py that lies "
+            "beside it, and name the file that it writes"
+        )
+    return Checkpoint(chosen.tensors, notes, content)
+
+
+@dataclass(frozen=True, eq=False)
+class _Set:
+    """A whole encoder's tensors somewhere in a file."""
+
+    keys: tuple[str, ...]  # of the mappings that it lies in
+    prefix: str
+    tensors: dict[str, Tensor]
+    beside: list[str]  # names of tensors that lie beside it in the same mapping
+
+    @property
+    def words(self) -> list[str]:
+        """All that it may be named by."""
+        return [*self.keys, *filter(None, self.prefix.split("."))]
+
+    @property
+    def name(self) -> str:
+        """What tells it from others: its place without the words that wrappers add."""
+        return ".".join(word for word in self.words if word not in _WRAPPERS) or ".".join(self.words) or "model"
+
+
+def _mappings(content: Mapping[Any, Any], keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """Every mapping that holds tensors by name, and the keys that lead to it."""
+    tensors = {
+        key: value.detach() for key, value in content.items() if isinstance(value, Tensor) and isinstance(key, str)
+    }
+    if tensors:
+        yield keys, tensors
+    if len(keys) < _DEEPEST:
+        for key, value in content.items():
+            if isinstance(value, Mapping):
+                yield from _mappings(value, (*keys, str(key)))
+
+
+def _sets(keys: tuple[str, ...], tensors: dict[str, Tensor]) -> list[_Set]:
+    """The encoders among these tensors, each with what lies under its prefix."""
+    prefixes = sorted({prefix for name in tensors if (prefix := _prefix(name)) is not None}, key=len, reverse=True)
+    rest = dict(tensors)
+    found = []
+    for prefix in prefixes:  # the longest first: what lies under "ema." is not of the model that has no prefix
+        own = {name.removeprefix(prefix): rest.pop(name) for name in list(rest) if name.startswith(prefix)}
+        outer = prefix.removesuffix("encoder.")
+        if prefix.endswith("encoder.") and f"{outer}decoder.0.weight" in rest:  # SimMIM: the decoder lies outside
+            own |= {
+                name: rest.pop(outer + name) for name in ("decoder.0.weight", "decoder.0.bias") if outer + name in rest
+            }
+        found.append((prefix, own))
+    return [_Set(keys, prefix, own, sorted(rest)) for prefix, own in reversed(found)]
+
+
+def _prefix(name: str) -> str | None:
+    """What stands before an encoder's patch projection; None for the name of another tensor.
+
+    transformers' own "vit." is no prefix: its heads lie beside it.
+    """
+    for anchor in (TIMM_ANCHOR, HF_ANCHOR):
+        if name.endswith(anchor) and name.removesuffix(anchor)[-1:] in ("", "."):
+            before = name.removesuffix(anchor)
+            return before.removesuffix("vit.") if anchor == HF_ANCHOR else before
+    return None
+
+
+def _chosen(sets: list[_Set], where: str, take: str | None) -> _Set:
+    if take is not None:
+        named = [each for each in sets if each.name == take] or [each for each in sets if take in each.words]
+        if len(named) == 1:
+            return named[0]
+        raise ConfigError(f"take={take!r}: names {len(named)} sets of weights of {where}; it has {_counted(sets)}")
+    if len(sets) == 1:
+        return sets[0]
+    for word in _PREFERRED:
+        preferred = [each for each in sets if word in each.words]
+        if len(preferred) == 1:
+            return preferred[0]
+    has = listed(f"{each.name} ({len(each.tensors)} tensors)" for each in sets)
+    raise ConfigError(
+        f"{where}: holds several sets of weights: {has}; name one with --take NAME (in Python: take=NAME)"
+    )
+
+
+def _no_encoder(content: Mapping[Any, Any], where: str) -> str:
+    names = [name for _, tensors in _mappings(content, ()) for name in tensors]
+    if "optim" in Path(where).name or ("optimizer_state_dict" in content and not names):
+        return (
+            f"{where}: holds an optimizer's state, not a model's weights; name the file of the model beside it "
+            "(DeepSpeed's is mp_rank_00_model_states.pt)"
+        )
+    holds = f"its tensors are {listed(names)}" if names else f"it holds {listed(map(str, content)) or 'nothing'}"
+    return (
+        f"{where}: must hold a Vision Transformer by the names of timm or transformers, with a tensor that ends in "
+        f"{TIMM_ANCHOR} or {HF_ANCHOR}; {holds}"
+    )
+
+
+def read_file(path: Path) -> Any:
+    """What a file of weights holds, tensors on the CPU. CheckpointError if it is broken, or would run anything.
+
+    torch reads pickles with weights_only. Beside tensors and plain values, classes that are harmless are made,
+    and those that are not known become inert objects; names of modules that can do harm are refused.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be read as safetensors: {error}{_remedy(path)}") from None
+    inert: list[tuple[Any, str]] = []
+    while True:
+        try:
+            with torch.serialization.safe_globals([*_HARMLESS, *inert]):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except UnpicklingError as error:
+            asked = re.search(r"GLOBAL (\S+)", str(error))
+            if asked is None:  # not refused but broken
+                raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle{_remedy(path)}") from None
+            name = asked[1]
+            if _NEVER.match(name) or any(name == known for _, known in inert) or "." not in name:
+                raise CheckpointError(
+                    f"{path}: asks for {name}, which could run anything; get the weights elsewhere"
+                ) from None
+            if _MODULE.match(name):
+                raise CheckpointError(
+                    f"{path}: holds a whole module ({name}), not its tensors; {_SAVE_STATE}"
+                ) from None
+            inert.append((type("Inert", (_Inert,), {}), name))
+        except Exception as error:  # on a damaged file it raises nearly anything
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(": ")
+            raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle: {reason}{_remedy(path)}") from None
+
+
+def _remedy(path: Path) -> str:
+    """What to do about a file that cannot be read; git may have fetched the note that stands for a large one."""
+    try:
+        with open(path, "rb") as stream:
+            is_pointer = stream.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return ""
+    return "; it is a git-lfs pointer: `git lfs pull`" if is_pointer else "; it is cut or damaged: fetch it again"
+
+
+def _counted(sets: list[_Set]) -> str:
+    return listed(f"{each.name} ({len(each.tensors)} tensors)" for each in sets)
