@@ -7,19 +7,19 @@ can say where the value stands.
 
 from __future__ import annotations
 
-import difflib
-import types
 from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
 from vitscale.config.presets import PRESET_KEYS, preset
 from vitscale.config.schema import RunConfig, Source, as_dict
+from vitscale.config.typed import Plain, as_type, kind_of, options_of, type_name
 from vitscale.errors import ConfigError
+from vitscale.text import did_you_mean
 
 Flat = dict[str, Any]
 
@@ -63,7 +63,15 @@ def _overlay(merged: Flat, layer: Flat) -> None:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice in one mapping."""
+    """SafeLoader that refuses a key written twice in a mapping, and leaves to the schema what a plain scalar means."""
+
+
+def _scalar(loader: _StrictLoader, node: yaml.ScalarNode) -> str:
+    return Plain(node.value) if node.style is None else node.value
+
+
+for _tag in ("null", "bool", "int", "float", "timestamp", "str", "value"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _scalar)
 
 
 def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -124,22 +132,27 @@ def _override_layer(overrides: Iterable[str]) -> Flat:
 
 
 def _override_value(hint: Any, value: str, text: str) -> Any:
-    """What an override says: read as YAML, but where the schema wants text, what YAML takes for a
-    number, a date or no YAML at all (run.name=$SLURM_JOB_ID, data.train={a,b}.tar) stays as written."""
-    options = _options(hint)
-    is_text = str in options
-    is_sources = any(get_origin(option) is tuple and get_args(option)[0] is Source for option in options)
+    """What an override says. A single text, number, true, false or null stands as it is; a list or a mapping is YAML,
+    which is asked for by its first character, [ or {, where the key takes one."""
+    takes_many = any(get_origin(option) is tuple for option in options_of(hint)) or hint is None or _is_section(hint)
+    one_text = any(option is str or _item(option) in (str, Source) for option in options_of(hint))
+    if not takes_many or not value.lstrip().startswith(("[", "{")):
+        return Plain(value if one_text else value.strip())
     try:
         content = yaml.load(value, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
     except ConfigError:  # which is a ValueError
         raise
     except (ValueError, yaml.YAMLError) as error:
-        if is_text or is_sources:
-            return value
+        if one_text:  # a pattern such as {a,b}.tar
+            return Plain(value)
         raise ConfigError(f"override {text!r}: the value is no YAML: {' '.join(str(error).split())}") from None
-    if content is None:
-        return value if is_text and type(None) not in options else None
-    return value if (is_text or is_sources) and not isinstance(content, (str, list, dict)) else content
+    is_pattern = _item(hint) is Source and isinstance(content, dict) and "pattern" not in content
+    return Plain(value) if is_pattern else content
+
+
+def _item(hint: Any) -> Any:
+    """What a list of this type holds; None for another type."""
+    return get_args(hint)[0] if get_origin(hint) is tuple else None
 
 
 def _is_section(hint: Any) -> bool:
@@ -159,11 +172,6 @@ def _hint(parts: list[str]) -> Any:
     return hint
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
-    """The types that a hint allows."""
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
 def _flatten(section: type, content: dict[Any, Any], prefix: str, where: str) -> Flat:
     """Nested mappings as {dotted key: typed value}; refuses what the schema does not have."""
     flat: Flat = {}
@@ -176,17 +184,15 @@ def _flatten(section: type, content: dict[Any, Any], prefix: str, where: str) ->
             flat[key] = _typed(hint, value, key, where)
         elif isinstance(value, dict):
             flat.update(_flatten(hint, value, f"{key}.", where))
-        elif value is not None:  # an empty section in YAML is null: it says nothing
+        elif value != "" and value is not None:  # an empty section in YAML: it says nothing
             raise ConfigError(f"{where}: {key}={value!r}: is a section; write its keys below it")
     return flat
 
 
 def _nearest(key: str) -> str:
     names = list(_all_keys(RunConfig, ""))
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    if not close:  # the right leaf in the wrong section
-        close = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
-    return f"; did you mean {close[0]!r}?" if close else "; `vitscale config CONFIG` prints every key"
+    leaf = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]  # in the wrong section
+    return did_you_mean(key, names) or did_you_mean(key, leaf, 0.0) or "; `vitscale config CONFIG` prints every key"
 
 
 def _all_keys(section: type, prefix: str) -> Iterable[str]:
@@ -197,72 +203,38 @@ def _all_keys(section: type, prefix: str) -> Iterable[str]:
 
 
 def _typed(hint: Any, value: Any, key: str, where: str) -> Any:
-    """`value` as the schema's type, or ConfigError; widens int to float and '1e-3' (a YAML string)."""
-    for option in _options(hint):
-        try:
-            return _as_type(option, value, key, where)
-        except TypeError:
-            continue
-    raise ConfigError(f"{where}: {key}={value!r}: must be {_type_name(hint)}, not {_type_name(type(value))}")
+    """`value` as the schema's type, or ConfigError."""
+    try:
+        if any(_item(option) is Source for option in options_of(hint)):
+            return _sources(value, key, where)
+        if any(_item(option) is str for option in options_of(hint)):
+            value = _as_list(value)
+        return as_type(hint, value)
+    except TypeError:
+        rule = "a list of patterns or {pattern, weight}" if _item(hint) is Source else type_name(hint)
+        raise ConfigError(f"{where}: {key}={value!r}: must be {rule}, not {kind_of(value)}") from None
 
 
-def _as_type(hint: Any, value: Any, key: str, where: str) -> Any:
-    if hint is type(None) and value is None:
-        return None
-    if hint is Source:
-        return _source(value, key, where)
-    if get_origin(hint) is tuple:
-        items = get_args(hint)
-        value = _listed(items[0], value)
-        items = (items[0],) * len(value) if len(items) == 2 and items[1] is Ellipsis else items
-        if len(items) != len(value):
-            raise TypeError
-        return tuple(_as_type(item, part, key, where) for item, part in zip(items, value, strict=True))
-    if hint is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
-        try:
-            number = float(value)
-        except ValueError:
-            raise TypeError from None
-        if number != number or number in (float("inf"), float("-inf")):
-            raise TypeError
-        return number
-    if hint in (int, str, bool) and type(value) is hint:
+def _as_list(value: Any) -> Any:
+    """A mapping {0: name, 1: name} as the list of its names."""
+    if not isinstance(value, dict):
         return value
-    raise TypeError
+    names = {as_type(int, number): name for number, name in value.items()}
+    if names.keys() != set(range(len(names))):
+        raise TypeError
+    return [names[number] for number in range(len(names))]
 
 
-def _listed(item: Any, value: Any) -> list[Any] | tuple[Any, ...]:
-    """A list as it is; one pattern stands for a list of one, and {0: name, 1: name} for a list of names."""
-    if isinstance(value, (list, tuple)):
-        return value
-    if item is Source and isinstance(value, (str, dict)):
-        return [value]
-    if item is str and isinstance(value, dict) and value.keys() == set(range(len(value))):
-        return [value[number] for number in range(len(value))]
-    raise TypeError
+def _sources(value: Any, key: str, where: str) -> tuple[Source, ...]:
+    """A list of patterns and {pattern, weight}; a single one stands for a list of one."""
+    items = value if isinstance(value, list) else [value]
+    return tuple(_source(item, key, where) for item in items)
 
 
 def _source(value: Any, key: str, where: str) -> Source:
-    if isinstance(value, str):
-        return Source(value)
     if isinstance(value, dict) and set(value) <= {"pattern", "weight"} and isinstance(value.get("pattern"), str):
-        return Source(value["pattern"], _typed(float, value.get("weight", 1.0), f"{key}.weight", where))
-    raise TypeError
-
-
-def _type_name(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_type_name(option) for option in get_args(hint))
-    if get_origin(hint) is tuple:
-        item = get_args(hint)[0]
-        if item is Source:
-            return "a list of patterns or {pattern, weight}"
-        if item is str:
-            return "a list of texts or a mapping {0: text, 1: text, ...}"
-        open_ended = get_args(hint)[-1] is Ellipsis
-        return f"a list of {'numbers' if open_ended else f'{len(get_args(hint))} numbers'}"
-    return names.get(hint) or {list: "a list", dict: "a mapping", tuple: "a list"}.get(hint, str(hint))
+        return Source(str(value["pattern"]), _typed(float, value.get("weight", 1.0), f"{key}.weight", where))
+    return Source(as_type(str, value))
 
 
 def _build(section: type, flat: Flat, prefix: str) -> Any:

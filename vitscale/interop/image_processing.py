@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from vitscale.config.model_rules import pair
+from vitscale.config.typed import is_finite
 from vitscale.errors import CheckpointError, ConfigError, DataError
 from vitscale.interop.config_files import MODEL_TYPES, as_text, read_json, write_json
 from vitscale.interop.image_arrays import as_array, flatten
 from vitscale.interop.sources import CONFIG, locate
 from vitscale.models.configuration import ViTConfig
-from vitscale.models.field_types import is_finite
 from vitscale.text import did_you_mean
 
 PROCESSOR = "preprocessor_config.json"

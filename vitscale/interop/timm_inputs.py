@@ -8,11 +8,11 @@ from typing import Any
 from PIL import Image
 
 from vitscale.config.model_rules import pair
+from vitscale.config.typed import is_finite
 from vitscale.errors import ConfigError
 from vitscale.interop.image_processing import RESAMPLE, ViTImageProcessor
 from vitscale.interop.vision_transformer import IMAGENET_MEAN, IMAGENET_STD
 from vitscale.models.configuration import ViTConfig
-from vitscale.models.field_types import is_finite
 
 _CROP_PCT = 0.875  # PretrainedCfg's defaults
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Self
 
 from vitscale.config.model_rules import Size, pair
 from vitscale.config.schema import ACTIVATIONS, POOLINGS, POSITIONS, PROBLEM_TYPES
+from vitscale.config.typed import typed_fields
 from vitscale.errors import ConfigError, DataError
-from vitscale.models.field_types import typed_fields
 from vitscale.models.pretrained_mixin import PretrainedConfigMixin
 
 # What transformers writes beside a model's own keys; none of it changes what a ViT computes.
