@@ -20,7 +20,7 @@ PACKAGE = ROOT / "vitscale"
 
 # Two columns on common ground. Each room may import those on the lines above it in its own column, and all of the
 # common ground; rooms on one line never import each other. The top may import everything above it.
-COMMON: Column = ({"errors"}, {"world", "rng", "run_folder", "text"}, {"files"}, {"config"})
+COMMON: Column = ({"errors", "text"}, {"world", "rng", "run_folder"}, {"files"}, {"config"})
 TRAINING: Column = (
     {"data", "augment", "models", "checkpoint", "tracking"}, {"engine", "launch"}, {"evaluation"}, {"run"},
 )  # fmt: skip
@@ -60,7 +60,7 @@ ONLY_IN = {
     "onnxruntime": ("export",),
     "torchao": ("export.torch_export",),
     # Between a rank and its own reader process; the name of the error with which torch refuses a pickle.
-    "pickle": ("data.wire", "interop.weight_files"),
+    "pickle": ("data.wire", "interop.checkpoints"),
 }
 MOST_CIRCLES, MOST_IN_A_CIRCLE = 2, 21  # of modules that import each other, however late
 ENVIRONMENT = ("world", "launch")

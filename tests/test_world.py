@@ -11,16 +11,17 @@ import pytest
 
 from vitscale import world
 from vitscale.errors import LaunchError
-from vitscale.world import World, child_environment, enter, read_world
+from vitscale.world import World, child_environment, enter, read_world, require_started_once
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1"}
+TORCHRUN |= {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A process that no launcher started, on a machine without a GPU; what `enter` sets is taken back."""
     monkeypatch.setattr(os, "environ", {**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-    for name in (*TORCHRUN, "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR", "TORCHINDUCTOR_COMPILE_THREADS"):
+    for name in (*TORCHRUN, "DS_ACCELERATOR", "TORCHINDUCTOR_COMPILE_THREADS", "SLURM_PROCID"):
         monkeypatch.delitem(os.environ, name, raising=False)
     return monkeypatch
 
@@ -39,9 +40,9 @@ def test_torchruns_variables(environment: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"WORLD_SIZE": None}, ["WORLD_SIZE=None"]),
+        ({"WORLD_SIZE": "many"}, ["WORLD_SIZE='many'"]),
+        ({"MASTER_ADDR": None}, ["MASTER_ADDR", "WORLD_SIZE=8"]),
         ({"LOCAL_RANK": "first"}, ["LOCAL_RANK='first'", "whole number"]),
-        ({"RANK": ""}, ["RANK=''"]),
         ({"RANK": "8"}, ["RANK=8", "WORLD_SIZE=8"]),
         ({"RANK": "-1"}, ["RANK=-1"]),
         ({"LOCAL_RANK": "4"}, ["LOCAL_RANK=4", "LOCAL_WORLD_SIZE=4"]),
@@ -55,6 +56,63 @@ def test_what_no_launcher_sets(
         read_world()
     for word in [*words, "launch/torchrun.sh"]:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"WORLD_SIZE": "4"},
+        {"WORLD_SIZE": "4", "MASTER_ADDR": "10.255.255.1", "MASTER_PORT": "29500", "LOCAL_RANK": "3"},
+        {"RANK": "3"},
+        {"RANK": "", "WORLD_SIZE": "8", "GROUP_RANK": "1"},
+        {"LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_USE_AGENT_STORE": "True"},
+    ],
+)
+def test_leftovers_of_a_launcher_are_ignored_and_named(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], left: dict[str, str]
+) -> None:
+    os.environ.update(left)
+    assert enter() == World()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(f"{name}={value}" in error for name, value in left.items())
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("0", "1", "0")
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("127.0.0.1", "0")
+    assert enter() == World()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("rank", ["0", "5"])
+def test_what_would_change_a_run_past_its_config_is_taken_away(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str
+) -> None:
+    left = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_MIXED_PRECISION": "fp8", "FSDP_OFFLOAD_PARAMS": "true"}
+    os.environ.update(TORCHRUN | left | {"RANK": rank, "DS_ACCELERATOR": "cuda"})
+    enter()
+    assert not left.keys() & os.environ.keys()
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
+    assert capsys.readouterr().err.count("ACCELERATE_DYNAMO_BACKEND=INDUCTOR") == (rank == "0")
+
+
+def test_kubeflows_variables(environment: pytest.MonkeyPatch) -> None:
+    """One process a pod: it has no local rank."""
+    os.environ.update(RANK="3", WORLD_SIZE="4", MASTER_ADDR="job-master-0", MASTER_PORT="23456")
+    assert enter() == World(rank=3, world_size=4, local_rank=0, local_world_size=1, device="cpu")
+    assert os.environ["MASTER_ADDR"] == "job-master-0"
+    os.environ.update(RANK="0", WORLD_SIZE="1")
+    assert enter() == World()
+    assert os.environ["MASTER_PORT"] == "0"  # of a single process: any free one
+
+
+@pytest.mark.parametrize("number", ["SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"])
+def test_a_second_process_without_ranks_is_refused(environment: pytest.MonkeyPatch, number: str) -> None:
+    environment.setitem(os.environ, number, "0")
+    require_started_once()
+    environment.setitem(os.environ, number, "1")
+    with pytest.raises(LaunchError, match=rf"{number}=1 of .*launch/slurm.sh .*torchrun"):
+        require_started_once()
+    os.environ.update(TORCHRUN)
+    require_started_once()
 
 
 def test_cores_are_shared_out() -> None:
@@ -103,10 +161,10 @@ def test_hidden_gpus_are_not_there(environment: pytest.MonkeyPatch, hidden: str)
 
 
 def test_a_helper_process_is_no_rank(environment: pytest.MonkeyPatch) -> None:
-    os.environ.update(TORCHRUN, MASTER_ADDR="a", MASTER_PORT="1", KEPT="yes")
+    os.environ.update(TORCHRUN, KEPT="yes")
     given = child_environment()
     assert given["KEPT"] == "yes"
-    assert not {*TORCHRUN, "MASTER_ADDR", "MASTER_PORT"} & set(given)
+    assert not {*TORCHRUN} & set(given)
 
 
 def test_it_is_light() -> None:

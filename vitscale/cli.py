@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
+    world.require_started_once()
     here = world.enter()
     from vitscale.run.job import pretrain
 

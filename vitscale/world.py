@@ -10,7 +10,19 @@ import os
 from dataclasses import dataclass
 
 from vitscale.errors import LaunchError
+from vitscale.text import listed, to_stderr
 
+_START = "start the processes with launch/torchrun.sh, launch/slurm.sh or torchrun"
+_OF_LAUNCHERS = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    "TORCHELASTIC_USE_AGENT_STORE",
+)
+_COUNTED = (
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+)  # what srun, Open MPI and MPICH number their processes by
+_OF_ACCELERATE = ("ACCELERATE_", "FSDP_")
 SUPERVISED = "VITSCALE_SUPERVISED"  # set by launch/torchrun.py for its ranks
 
 
@@ -36,29 +48,60 @@ class World:
 
 
 def read_world() -> World:
-    """The World that the launcher's variables tell: torchrun's, else a single process."""
-    if "RANK" not in os.environ:
+    """The World that a launcher's variables tell (torchrun's, or Kubeflow's, which have no local ones), else a single
+    process. LaunchError for variables that contradict each other."""
+    if _is_single():
         return World(device=_device())
+    has_local = "LOCAL_RANK" in os.environ and "LOCAL_WORLD_SIZE" in os.environ
     world = World(
         rank=_integer("RANK"),
         world_size=_integer("WORLD_SIZE"),
-        local_rank=_integer("LOCAL_RANK"),
-        local_world_size=_integer("LOCAL_WORLD_SIZE"),
+        local_rank=_integer("LOCAL_RANK") if has_local else 0,
+        local_world_size=_integer("LOCAL_WORLD_SIZE") if has_local else 1,
         device=_device(),
         supervised=SUPERVISED in os.environ,
     )
     if not 0 <= world.rank < world.world_size or not 0 <= world.local_rank < world.local_world_size:
         raise LaunchError(
             f"RANK={world.rank} WORLD_SIZE={world.world_size} LOCAL_RANK={world.local_rank} "
-            f"LOCAL_WORLD_SIZE={world.local_world_size}: a rank must lie below its world size; "
-            "start the processes with launch/torchrun.sh or launch/slurm.sh"
+            f"LOCAL_WORLD_SIZE={world.local_world_size}: a rank must lie below its world size; {_START}"
+        )
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if world.world_size > 1 and missing:
+        raise LaunchError(
+            f"{' and '.join(missing)}: not in the environment, though WORLD_SIZE={world.world_size}; {_START}"
         )
     return world
 
 
 def enter() -> World:
-    """Read the World and set what the libraries read at import; call before importing them."""
+    """Read the World and set what the libraries read at import; call before importing them.
+
+    What an earlier launcher, or accelerate's own, left in the environment is taken away: it would change the run
+    past its config, or make it wait for ranks that are not there.
+    """
     world = read_world()
+    leftovers = [name for name in os.environ if name.startswith(_OF_ACCELERATE)]
+    if _is_single():
+        leftovers += [name for name in _OF_LAUNCHERS if name in os.environ]
+    if world.device == "cpu" and os.environ.get("DS_ACCELERATOR", "cpu") != "cpu":
+        leftovers.append("DS_ACCELERATOR")
+    if leftovers and world.is_main:
+        values = listed((f"{name}={os.environ[name]}" for name in leftovers), limit=4)
+        to_stderr(f"environment: {values}: left by another launcher, and ignored")
+    for name in leftovers:
+        del os.environ[name]
+    if world.world_size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        # accelerate and deepspeed make a process group even for one process: with itself, at any free port.
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in _defaults(world).items():
+        os.environ.setdefault(name, value)
+    return world
+
+
+def _defaults(world: World) -> dict[str, str]:
+    """What libraries find where the user has set nothing."""
     defaults = {
         # A dead MLflow server answers at once or not at all; our own thread does the retrying.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -81,19 +124,31 @@ def enter() -> World:
         defaults["DS_ACCELERATOR"] = "cpu"
         # Idle threads that spin take the cores from the reader's: the resize cost up to 4 times as much.
         defaults["OMP_WAIT_POLICY"] = "PASSIVE"
-    if world.world_size == 1:
-        # accelerate and deepspeed make a process group even for one process.
-        defaults |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        defaults |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    return world
+    return defaults
+
+
+def require_started_once() -> None:
+    """LaunchError in each process but the first that srun or mpirun started beside each other, without ranks.
+
+    Each of them would train the whole run for itself.
+    """
+    for number, count in _COUNTED if _is_single() else ():
+        if os.environ.get(number, "0") not in ("", "0"):
+            raise LaunchError(
+                f"{number}={os.environ[number]} of {count}={os.environ.get(count)}: processes that were started beside "
+                "each other without ranks do not train together; start one run by launch/slurm.sh (Slurm), or by "
+                "launch/torchrun.sh or torchrun on each node"
+            )
+
+
+def _is_single() -> bool:
+    """Whether this is no rank of a launcher, or was made a single process by `enter`."""
+    return not os.environ.get("RANK") or not os.environ.get("WORLD_SIZE")
 
 
 def child_environment() -> dict[str, str]:
     """The environment for a helper process that is no rank: without the launcher's variables."""
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in launcher}
+    return {name: value for name, value in os.environ.items() if name not in _OF_LAUNCHERS}
 
 
 def forget_deepspeed() -> None:
@@ -105,10 +160,7 @@ def forget_deepspeed() -> None:
 def _integer(name: str) -> int:
     text = os.environ.get(name)
     if text is None or not text.lstrip("-").isdigit():
-        raise LaunchError(
-            f"{name}={text!r} in the environment must be a whole number; "
-            "start the processes with launch/torchrun.sh or launch/slurm.sh"
-        )
+        raise LaunchError(f"{name}={text!r} in the environment must be a whole number; {_START}")
     return int(text)
 
 
