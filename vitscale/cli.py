@@ -22,7 +22,7 @@ from vitscale.export import command as export
 from vitscale.inference import command as inference
 from vitscale.inspection import command as inspection
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, FolderInUse, RunFolder
-from vitscale.text import did_you_mean
+from vitscale.text import did_you_mean, tolerate_any_text
 
 if TYPE_CHECKING:
     from vitscale.config.schema import RunConfig
@@ -188,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the process's exit code."""
+    tolerate_any_text()
     arguments, rest = _parser().parse_known_args(argv)
     if rest:  # argparse takes overrides only in one place; they may stand after options too
         if not hasattr(arguments, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):

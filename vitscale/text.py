@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import shutil
 import sys
 from collections.abc import Collection, Iterable, Sequence
@@ -49,6 +50,18 @@ def duration(seconds: float | None) -> str:
     if hours:
         return f"{hours}h{minutes:02}m"
     return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def printable(text: str) -> str:
+    """Text for a terminal or a table: line ends, control characters and bytes that are no text as escapes."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def tolerate_any_text() -> None:
+    """Let stdout and stderr write what their encoding lacks as escapes, as a Chinese label on an ASCII terminal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def to_stderr(text: str) -> None:

@@ -138,7 +138,7 @@ def test_a_norm_behind_the_pooling_counts(photos: Path, tmp_path: Path) -> None:
     assert np.abs(values - seen.numpy()).max() < 1e-5
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """Stands for whatever ends a process in the middle."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.interop.pictures import (
     transparent,
 )
 from vitscale.errors import DataError
+from vitscale.interop import image_processing
 from vitscale.interop.image_processing import BatchFeature, ViTImageProcessor
 
 
@@ -194,3 +196,35 @@ def test_what_is_returned() -> None:
     before = array.copy()
     ViTImageProcessor(do_resize=False)(array.astype(np.float32), return_tensors="np")
     assert np.array_equal(array, before)
+
+
+@pytest.mark.parametrize("shape", [(1, 60000, 3), (60000, 1, 3), (3, 2000, 3), (1, 1, 3), (2, 9000, 1)])
+@pytest.mark.parametrize("size", [{"shortest_edge": 36}, {"shortest_edge": 36, "longest_edge": 100}, 32])
+def test_lines_and_dots_are_images_too(shape: tuple[int, ...], size: Any) -> None:
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    mean = [0.5] * shape[2]
+    processor = ViTImageProcessor(size=size, do_center_crop=True, crop_size=32, image_mean=mean, image_std=mean)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    made = processor(image, input_data_format="channels_last", return_tensors="np").pixel_values
+    assert made.shape == (1, shape[2], 32, 32)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KB; 12 GB once
+
+
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic", "lanczos", "box", "hamming"])
+@pytest.mark.parametrize("kind", ["picture", "bands", "floats"])
+def test_a_crop_of_what_would_be_huge_is_the_same(kind: str, resample: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image: Any = np.asarray(CHINA)[:150, :211]
+    image = {"picture": Image.fromarray(image), "bands": image[..., :2], "floats": image / np.float32(255)}[kind]
+    statistics = {"image_mean": 0.5, "image_std": 0.5, "do_rescale": kind != "floats", "do_convert_rgb": False}
+    options = {"size": {"shortest_edge": 97}, "do_center_crop": True, "crop_size": 64, "resample": resample}
+    processor = ViTImageProcessor(**options | statistics)
+    arguments = {} if kind == "picture" else {"input_data_format": "channels_last"}
+    usual = processor(image, return_tensors="np", **arguments)
+    monkeypatch.setattr(image_processing, "_HUGE", 0)
+    assert_alike(processor(image, return_tensors="np", **arguments), usual)
+
+
+def test_what_would_be_huge_without_a_crop_is_refused() -> None:
+    line = np.zeros((1, 60000, 3), dtype=np.uint8)
+    with pytest.raises(DataError, match=r"1x60000 pixels would become 36x2160000, more than .*do_center_crop"):
+        ViTImageProcessor(size={"shortest_edge": 36})(line, input_data_format="channels_last")

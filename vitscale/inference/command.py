@@ -49,6 +49,10 @@ def _takes_images(added: argparse.ArgumentParser) -> None:
     added.add_argument("model", metavar="MODEL", help="a run's folder, a model's folder or a hub name")
     added.add_argument("images", metavar="IMAGES", nargs="+", help=_IMAGES)
     added.add_argument("--batch", type=above_zero, default=32, metavar="N", help="images at once (default: 32)")
+    added.add_argument(
+        "--max-pixels", type=above_zero, default=64_000_000, metavar="N",
+        help="skip an image of more pixels, before it is decoded (default: 64000000)",
+    )  # fmt: skip
     added.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps (default: the GPU where there is one)")
 
 
@@ -65,7 +69,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     tally = Tally(shows_count=out is not None or not sys.stdout.isatty())  # rows on a terminal show enough
     found = find(arguments.images, sys.stdin.buffer)
     channels = loaded.model.config.num_channels
-    read = batches(found, loaded.processor, channels, arguments.batch, here.cores_per_rank)
+    read = batches(found, loaded.processor, channels, arguments.batch, here.cores_per_rank, arguments.max_pixels)
     ending = out.suffix.removeprefix(".") if out else ""
     file_format = arguments.format or (ending if ending in ("jsonl", "csv") else "table")
     predict_all(predictor, read, file_format, out, tally)
@@ -92,6 +96,7 @@ def _features(arguments: argparse.Namespace) -> int:
             shard_size=arguments.shard_size,
             batch=arguments.batch,
             threads=here.cores_per_rank,
+            max_pixels=arguments.max_pixels,
         )
     except KeyboardInterrupt:
         tally.say(f"stopped; the same command goes on behind the last whole shard in {arguments.out}")

@@ -66,6 +66,7 @@ def write_features(
     shard_size: int | None,
     batch: int,
     threads: int,
+    max_pixels: int,
 ) -> FeatureFolder:
     """Write the features of every image into the folder `out`, going on where an earlier call stopped.
 
@@ -89,7 +90,7 @@ def write_features(
     rest = folder.go_on(found, tally)
 
     def features() -> Iterator[tuple[ImageBatch, np.ndarray]]:
-        for each in batches(rest, loaded.processor, config.num_channels, batch, threads):
+        for each in batches(rest, loaded.processor, config.num_channels, batch, threads, max_pixels):
             yield each, extract(each)
             tally.add(each)
 

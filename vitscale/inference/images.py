@@ -8,10 +8,12 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from threading import Lock
+from typing import Any, BinaryIO
 
 import braceexpand
 import numpy as np
@@ -19,11 +21,13 @@ import torch
 from torch import Tensor
 
 from vitscale.errors import DataError, VitscaleError
-from vitscale.files.header import IMAGE_KINDS
+from vitscale.files.header import IMAGE_KINDS, BadSample, read_header
 from vitscale.files.tar import LARGEST_MEMBER, scan_shard
-from vitscale.interop.image_arrays import decode
+from vitscale.interop.image_arrays import MAX_PIXELS, decode
 from vitscale.interop.image_processing import ViTImageProcessor
 
+LARGE = 16_000_000  # pixels
+_one_large_image = Lock()
 _HEAD = 16  # bytes of stdin that tell an image from a list of paths
 
 
@@ -71,15 +75,23 @@ def find(named: Sequence[str], stdin: BinaryIO) -> Iterator[Found]:
 
 
 def batches(
-    found: Iterable[Found], processor: ViTImageProcessor, channels: int, size: int, threads: int
+    found: Iterable[Found],
+    processor: ViTImageProcessor,
+    channels: int,
+    size: int,
+    threads: int,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[ImageBatch]:
     """Images in the order found, `size` good ones a batch, decoded ahead in threads.
 
-    channels: the model's; files are decoded to as many. Memory is that of some three batches.
+    channels: the model's; files are decoded to as many. Memory is that of some three batches, and of one image of
+    max_pixels; a larger one is bad.
     """
     entries: list[Entry] = []
     good: list[np.ndarray] = []
-    for one, done in _ahead(found, partial(_load, processor=processor, channels=channels), threads, 2 * size):
+    for one, done in _ahead(
+        found, partial(_load, processor=processor, channels=channels, max_pixels=max_pixels), threads, 2 * size
+    ):
         if isinstance(done, np.ndarray):
             good.append(done)
         entries.append(Entry(one.name, done if isinstance(done, str) else None))
@@ -109,13 +121,26 @@ def _ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def _load(one: Found, processor: ViTImageProcessor, channels: int) -> np.ndarray | str:
-    """[channels, height, width] as the model wants it, or why not."""
+def _load(one: Found, processor: ViTImageProcessor, channels: int, max_pixels: int) -> np.ndarray | str:
+    """[channels, height, width] as the model wants it, or why not: whatever one file raises, the others go on."""
     try:
-        array = decode(one.read(), channels, one.name)
-        return processor(array, return_tensors="np", input_data_format="channels_last").pixel_values[0]
+        data = one.read()
+        with _in_turn(data, max_pixels):
+            array = decode(data, channels, one.name, max_pixels)
+            return processor(array, return_tensors="np", input_data_format="channels_last").pixel_values[0]
     except VitscaleError as error:
         return str(error).removeprefix(f"{one.name}: ")
+    except Exception as error:
+        return f"cannot be used: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _in_turn(data: bytes, max_pixels: int) -> AbstractContextManager[Any]:
+    """Large images are decoded one at a time, so that as many as there are threads do not lie in memory at once."""
+    try:
+        header = read_header(data, max_pixels)
+        return _one_large_image if header.height * header.width > LARGE else nullcontext()
+    except BadSample:
+        return nullcontext()  # `decode` says why
 
 
 def _from_stdin(stdin: BinaryIO) -> Iterator[Found]:
@@ -145,19 +170,35 @@ def _is_image(head: bytes) -> bool:
 
 
 def _from_argument(text: str) -> Iterator[Found]:
-    if os.path.exists(text):
-        yield from _from_path(Path(text))
+    if "://" in text:
+        yield _bad(text, "URLs are not read; download it, and name the file")
         return
+    path = Path(text).expanduser()
+    if os.path.lexists(path):
+        yield from _from_path(path)
+        return
+    folder, rest = _split(path)
     try:
-        patterns = list(braceexpand.braceexpand(text))
+        patterns = list(braceexpand.braceexpand(rest))
     except ValueError:  # braces that do not close are a name like any other
-        patterns = [text]
+        patterns = [rest]
     for pattern in patterns:
-        paths = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
-        if not paths:
-            yield _bad(pattern, "no file is named so; check the pattern")
-        for path in paths:
-            yield from _from_path(Path(path))
+        matches = sorted(glob.glob(pattern, root_dir=folder, recursive=True)) if glob.has_magic(pattern) else [pattern]
+        if not matches:
+            yield _bad(str(folder / pattern), "no file is named so; check the pattern")
+        for match in matches:
+            yield from _from_path(folder / match)
+
+
+def _split(path: Path) -> tuple[Path, str]:
+    """The folders that are there, whatever their names look like, and what is left: a name, or a pattern."""
+    folder = Path(path.anchor)
+    parts = path.relative_to(folder).parts
+    for place, part in enumerate(parts):
+        if not (folder / part).is_dir():
+            return folder, os.path.join(*parts[place:])
+        folder /= part
+    return folder, ""
 
 
 def _from_path(path: Path) -> Iterator[Found]:
@@ -222,5 +263,5 @@ def _bad(name: str, reason: str) -> Found:
 
 
 def _shown(path: Path) -> str:
-    """A path as text that can be written anywhere."""
+    """A path as text that can be written anywhere: bytes that are no text as escapes."""
     return str(path).encode(errors="backslashreplace").decode()

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from vitscale.errors import ConfigError, DataError
+from vitscale.files.atomic import draft_of
 from vitscale.inference.images import ImageBatch
 from vitscale.inference.model import Loaded
 from vitscale.inference.progress import Tally
 from vitscale.models.losses import problem_type
+from vitscale.text import printable
 
 Label = tuple[str, float]  # its name, and its probability (or, of a regression, its value)
 Writer = Callable[[list[str], list[list[Label]]], None]  # of some images' names and labels
@@ -79,7 +81,7 @@ def _opened(out: Path | None, keep: Callable[[], bool]) -> Iterator[TextIO]:
     if out is None:
         yield sys.stdout
         return
-    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    draft = draft_of(out)
     try:
         with open(draft, "w", encoding="utf-8", newline="") as stream:
             yield stream
@@ -97,23 +99,24 @@ def _table(stream: TextIO, is_regression: bool) -> Writer:
 
     def write(names: list[str], labels: list[list[Label]]) -> None:
         nonlocal width
-        shown = [name.replace("\n", "\\n") for name in names]
+        shown = [printable(name) for name in names]
         width = max([width, *map(len, shown)])
         for name, row in zip(shown, labels, strict=True):
             for place, (label, score) in enumerate(row):
                 number = f"{score:12.6g}" if is_regression else f"{100 * score:6.2f} %"
-                stream.write(f"{'' if place else name:<{width}}  {number}  {label}\n")
+                stream.write(f"{'' if place else name:<{width}}  {number}  {printable(label)}\n")
 
     return write
 
 
 def _json_lines(stream: TextIO, is_regression: bool) -> Writer:
     key = "value" if is_regression else "probability"
+    has_any_text = (stream.encoding or "").lower().startswith("utf")
 
     def write(names: list[str], labels: list[list[Label]]) -> None:
         for name, row in zip(names, labels, strict=True):
             content = {"image": name, "predictions": [{"label": label, key: score} for label, score in row]}
-            stream.write(json.dumps(content, ensure_ascii=False) + "\n")
+            stream.write(json.dumps(content, ensure_ascii=not has_any_text) + "\n")
 
     return write
 

@@ -7,7 +7,7 @@ from typing import TextIO
 
 from vitscale.inference.images import ImageBatch
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED
-from vitscale.text import TerminalLine
+from vitscale.text import TerminalLine, printable
 
 
 class Tally(TerminalLine):
@@ -36,7 +36,7 @@ class Tally(TerminalLine):
 
     def skip(self, name: str, reason: str) -> None:
         self.bad += 1
-        self.say(f"{name}: skipped: {reason}".replace("\n", "\\n"))
+        self.say(printable(f"{name}: skipped: {reason}"))
 
     def exit_code(self) -> int:
         """0 where every image was good, 1 where some were skipped, 2 where none was left."""

@@ -22,7 +22,6 @@ from vitscale.files.header import BadSample, read_header
 CHANNELS_FIRST, CHANNELS_LAST = "channels_first", "channels_last"
 WHITE = 255  # what transparent pixels lie on: transformers' rule, and data.background's default
 MAX_PIXELS = 64_000_000  # data.max_pixels' default: a file that claims more is refused before it is decoded
-_TOO_LARGE = f"more than {MAX_PIXELS} pixels; cut it into pieces, or make it smaller"
 
 
 def flatten(images: Any) -> list[Any]:
@@ -64,7 +63,7 @@ def as_array(image: Any, channels: int | None, to_rgb: bool, input_data_format: 
     return _rgb(array) if to_rgb else array
 
 
-def decode(data: bytes, channels: int, name: str) -> np.ndarray:
+def decode(data: bytes, channels: int, name: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """An image file's bytes as uint8 [height, width, channels], as training reads them.
 
     Turned by its EXIF orientation, transparent pixels laid on white, 16 bits scaled to 8; 1 channel is
@@ -72,9 +71,9 @@ def decode(data: bytes, channels: int, name: str) -> np.ndarray:
     with `name`, for what is empty, cut, too large or no image, and for numbers that are NaN or infinite.
     """
     if data.startswith(npy_format.MAGIC_PREFIX):
-        return _npy(data, channels, name)
+        return _npy(data, channels, name, max_pixels)
     try:
-        header = read_header(data, MAX_PIXELS)
+        header = read_header(data, max_pixels)
         decoder = _decoder(channels)
         height, width = header.oriented
         region = decoder.region(header, (0.0, 0.0, float(height), float(width)))
@@ -83,8 +82,12 @@ def decode(data: bytes, channels: int, name: str) -> np.ndarray:
     except BadSample as error:
         bad = error
     if bad is not None:
-        raise DataError(f"{name}: {_TOO_LARGE if bad.cause == 'too_large' else bad.reason}")
+        raise DataError(f"{name}: {_too_large(max_pixels) if bad.cause == 'too_large' else bad.reason}")
     return out
+
+
+def _too_large(max_pixels: int) -> str:
+    return f"more than {max_pixels} pixels; cut it into pieces, make it smaller, or raise --max-pixels"
 
 
 @lru_cache(maxsize=8)
@@ -102,7 +105,7 @@ def _bytes(path: str | os.PathLike[str]) -> bytes:
         raise DataError(f"{text}: cannot be read: {error.strerror}") from None
 
 
-def _npy(data: bytes, channels: int, name: str) -> np.ndarray:
+def _npy(data: bytes, channels: int, name: str, max_pixels: int) -> np.ndarray:
     """The array of a .npy file, in place: nothing is allocated for what a header only claims."""
     stream = io.BytesIO(data)
     try:
@@ -118,8 +121,8 @@ def _npy(data: bytes, channels: int, name: str) -> np.ndarray:
         raise DataError(f"{name}: is cut: {len(data) - start} of {wanted} bytes of pixels are there")
     flat = np.frombuffer(data, dtype, math.prod(shape), start)
     array = _channels_last(flat.reshape(shape, order="F" if columns_first else "C"), channels, None)
-    if array.shape[0] * array.shape[1] > MAX_PIXELS:
-        raise DataError(f"{name}: {_TOO_LARGE}")
+    if array.shape[0] * array.shape[1] > max_pixels:
+        raise DataError(f"{name}: {_too_large(max_pixels)}")
     with np.errstate(over="ignore"):
         if dtype.kind == "f" and not np.isfinite(array.astype(np.float32, copy=False)).all():
             raise DataError(f"{name}: has pixels that are NaN or too large for float32; mend the array")

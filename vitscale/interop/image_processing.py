@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -16,7 +17,7 @@ from vitscale.config.model_rules import pair
 from vitscale.config.typed import is_finite
 from vitscale.errors import CheckpointError, ConfigError, DataError
 from vitscale.interop.config_files import MODEL_TYPES, as_text, read_json, write_json
-from vitscale.interop.image_arrays import as_array, flatten
+from vitscale.interop.image_arrays import MAX_PIXELS, as_array, flatten
 from vitscale.interop.sources import CONFIG, locate
 from vitscale.models.configuration import ViTConfig
 from vitscale.text import did_you_mean
@@ -25,6 +26,7 @@ PROCESSOR = "preprocessor_config.json"
 RESAMPLE = {filter.name.lower(): filter for filter in Image.Resampling}
 # What transformers 3 to 5 call this processor on disk.
 TYPES = ("ViTImageProcessor", "ViTImageProcessorFast", "ViTImageProcessorPil", "ViTFeatureExtractor")
+_HUGE = 16_000_000  # pixels of a resized image of which a crop is taken
 _FLAGS = ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize")
 # Keys of preprocessor_config.json that say nothing of how pixels are made; and those that may only say this.
 _REMARKS = {"image_processor_type", "feature_extractor_type", "processor_class", "_valid_processor_keys", "auto_map"}
@@ -221,9 +223,15 @@ class ViTImageProcessor:
             )
         if self.do_rescale and self.rescale_factor < 1 and _is_in_unit_range(whole):
             warnings.warn("pixels in [0, 1] are rescaled once more; pass do_rescale=False for those", stacklevel=2)
-        array = _resized(whole, _target(self.size, height, width) if self.do_resize else None, self.resample)
-        if self.do_center_crop:
-            array = _center_cropped(array, self.crop_size["height"], self.crop_size["width"])
+        size = _target(self.size, height, width) if self.do_resize else (height, width)
+        crop = (self.crop_size["height"], self.crop_size["width"]) if self.do_center_crop else size
+        spans = [_middle(side, kept) for side, kept in zip(size, crop, strict=True)]
+        if math.prod(stop - start for start, stop in spans) > MAX_PIXELS:
+            raise DataError(
+                f"an image of {height}x{width} pixels would become {size[0]}x{size[1]}, more than {MAX_PIXELS} pixels; "
+                "give the processor a size of height and width, or do_center_crop=True"
+            )
+        array = _padded(_resized(whole, size, spans, self.resample), crop)
         return self._normalized(np.moveaxis(array, -1, 0))
 
     def _normalized(self, array: np.ndarray) -> np.ndarray:
@@ -305,10 +313,10 @@ def _target(size: dict[str, int], height: int, width: int) -> tuple[int, int]:
     short, long = sorted((height, width))
     if longest is not None and long / short * edge > longest:
         edge = longest * short / long
-    new_short = round(edge)
+    new_short = max(round(edge), 1)
     if short == new_short:
         return height, width
-    new_long = int(edge * long / short)
+    new_long = max(int(edge * long / short), 1)
     return (new_short, new_long) if height <= width else (new_long, new_short)
 
 
@@ -317,37 +325,57 @@ def _shape(image: np.ndarray | Image.Image) -> tuple[int, ...]:
     return image.shape if isinstance(image, np.ndarray) else (image.height, image.width, len(image.getbands()))
 
 
-def _resized(image: np.ndarray | Image.Image, size: tuple[int, int] | None, resample: Any) -> np.ndarray:
-    """[h, w, channels] -> [*size, channels], by Pillow: uint8 stay uint8, all else becomes float32."""
+def _middle(side: int, kept: int) -> tuple[int, int]:
+    """Where a centre crop of `kept` pixels begins and ends along a side; the whole side if that is shorter."""
+    start = max(0, (side - kept) // 2)
+    return start, min(side, start + kept)
+
+
+def _resized(
+    image: np.ndarray | Image.Image, size: tuple[int, int], spans: Sequence[tuple[int, int]], resample: Any
+) -> np.ndarray:
+    """What lies within `spans` (rows, columns) of the image resized to `size`: [h, w, channels], by Pillow.
+
+    uint8 stay uint8, all else becomes float32. Of what would be huge, as a line of 60,000 pixels whose shorter side is
+    to be 256, only what is kept is computed: Pillow's filters look beyond the box, so that it is the same within 1/255.
+    """
     height, width, channels = _shape(image)
-    if isinstance(image, np.ndarray):
-        if size in (None, (height, width)):
-            return image
-        if image.dtype != np.uint8 or channels != 3:
-            return _resized_by_band(image, size, resample)
-        image = Image.fromarray(image)
-    resized = image if size is None else image.resize(size[::-1], resample)
-    return np.asarray(resized).reshape(resized.height, resized.width, channels)
+    (top, bottom), (left, right) = spans
+    if size == (height, width):
+        return np.asarray(image).reshape(height, width, channels)[top:bottom, left:right]
+    if size[0] * size[1] <= _HUGE:
+        return _by_pillow(image, size[::-1], None, resample)[top:bottom, left:right]
+    y, x = height / size[0], width / size[1]
+    box = (left * x, top * y, min(right * x, width), min(bottom * y, height))
+    return _by_pillow(image, (right - left, bottom - top), box, resample)
 
 
-def _resized_by_band(array: np.ndarray, size: tuple[int, int], resample: Any) -> np.ndarray:
+def _by_pillow(
+    image: np.ndarray | Image.Image, size: tuple[int, int], box: tuple[float, ...] | None, resample: Any
+) -> np.ndarray:
+    """The box of an image (None: all of it) resized to `size` (width, height), as [height, width, channels]."""
+    if isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.shape[2] != 3):
+        return _by_band(image, size, box, resample)
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    return np.asarray(picture.resize(size, resample, box)).reshape(*size[::-1], -1)
+
+
+def _by_band(array: np.ndarray, size: tuple[int, int], box: tuple[float, ...] | None, resample: Any) -> np.ndarray:
     """Pillow takes four bands for RGBA, whose colours it would weigh by the fourth, and no other numbers."""
     whole = array if array.dtype == np.uint8 else array.astype(np.float32)
-    bands = [np.ascontiguousarray(whole[..., band]) for band in range(array.shape[2])]
-    resized = np.stack([np.asarray(Image.fromarray(band).resize(size[::-1], resample)) for band in bands], axis=-1)
+    bands = [Image.fromarray(np.ascontiguousarray(whole[..., band])) for band in range(array.shape[2])]
+    resized = np.stack([np.asarray(band.resize(size, resample, box)) for band in bands], axis=-1)
     if array.dtype.kind in "iu" and array.dtype != np.uint8:
         resized.clip(np.iinfo(array.dtype).min, np.iinfo(array.dtype).max, out=resized)
     return resized
 
 
-def _center_cropped(array: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The middle; an image that is smaller is laid on zeros."""
-    before = [max(0, -(-(new - old) // 2)) for new, old in zip((height, width), array.shape, strict=False)]
-    after = [max(0, new - old) - pad for new, old, pad in zip((height, width), array.shape, before, strict=False)]
-    if any(before) or any(after):
-        array = np.pad(array, (*zip(before, after, strict=True), (0, 0)))
-    top, left = (array.shape[0] - height) // 2, (array.shape[1] - width) // 2
-    return array[top : top + height, left : left + width]
+def _padded(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The array in the middle of zeros, where it is smaller than `size`."""
+    missing = [new - old for new, old in zip(size, array.shape, strict=False)]
+    if not any(missing):
+        return array
+    return np.pad(array, (*((-(-each // 2), each // 2) for each in missing), (0, 0)))
 
 
 def _resample(value: Any) -> Image.Resampling:
