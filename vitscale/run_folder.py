@@ -58,6 +58,10 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def shards(self) -> Path:
+        return self.path / "shards.json"
+
+    @property
     def stop(self) -> Path:
         return self.path / "stop"
 

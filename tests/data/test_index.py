@@ -65,12 +65,17 @@ def test_what_is_kept_beside_shards_is_none_of_them(folder: Path) -> None:
         ("FOLDER/s{0..99999999999}.tar", "braces"),
         ("FOLDER/s{0..9999}{0..9999}{0..9999}.tar", "braces"),
         ("FOLDER/s{000..002.tar", "Unbalanced"),
+        (
+            "FOLDER",
+            "is a folder; name the shards in it, say data.train='FOLDER/*.tar' (of a folder of images, `",
+        ),
+        ("FOLDER/", "'FOLDER/*.tar'"),
     ],
 )
 def test_patterns_that_name_no_local_shards(folder: Path, pattern: str, word: str) -> None:
     with pytest.raises(DataError) as caught:
         open_index((Source(pattern.replace("FOLDER", str(folder))),), None, folder.parent / "run")
-    assert word in str(caught.value)
+    assert word.replace("FOLDER", str(folder)) in str(caught.value)
     assert not (folder / "pwned").exists()
 
 

@@ -16,7 +16,7 @@ from tests.data.makers import encoded, photo, pixels, write_tar
 from vitscale.data.pack import pack
 from vitscale.errors import DataError
 from vitscale.inference.images import ImageBatch, batches, find
-from vitscale.interop.image_processing import ViTImageProcessor
+from vitscale.interop.image_processing import BatchFeature, ViTImageProcessor
 
 NO_INPUT = io.BytesIO()
 
@@ -177,3 +177,53 @@ def test_arrays_in_files(channels: int, tmp_path: Path) -> None:
     assert [bool(entry.bad) for entry in found[0].entries] == [False, False, True, True]
     assert found[0].pixel_values.shape == (2, channels, 24, 24)
     assert torch.allclose(found[0].pixel_values[0], found[0].pixel_values[1], atol=1.01 / 127.5)
+
+
+def test_folders_with_a_patterns_letters_before_a_pattern(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("set [2024] (a)", "a*b", "{x}", "tile?"):
+        (photos / folder).mkdir()
+        (photos / folder / "one.jpg").write_bytes(photo(0))
+    for folder in ("set [2024] (a)", "a*b", "{x}", "tile?"):
+        assert names([f"{photos}/{folder}/*.jpg"]) == in_folder(photos, f"{folder}/one.jpg")
+        assert names([f"{photos}/{folder}/{{one,two}}.jpg"]) == in_folder(
+            photos, f"{folder}/one.jpg", f"{folder}/two.jpg"
+        )
+    monkeypatch.setenv("HOME", str(photos))
+    assert names(["~/china.jpg", "~/{x}/*.jpg"]) == in_folder(photos, "china.jpg", "{x}/one.jpg")
+
+
+def test_a_url_is_no_file() -> None:
+    (one,) = find(["https://example.org/cat.jpg"], NO_INPUT)
+    with pytest.raises(DataError, match="URLs are not read; download it"):
+        one.read()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("no room"), ZeroDivisionError("by\nzero"), OSError(5, "EIO"), KeyError("x")]
+)
+def test_one_file_whatever_it_raises_ends_nothing(error: Exception, photos: Path) -> None:
+    """Of a library as of a bug of ours: the reason has its type, and the others go on."""
+
+    class Failing(ViTImageProcessor):
+        def __call__(self, images: object, *arguments: object, **options: object) -> BatchFeature:
+            if np.asarray(images).shape[0] < 100:
+                raise error
+            return super().__call__(images, *arguments, **options)  # type: ignore[arg-type]
+
+    Image.new("RGB", (20, 20)).save(photos / "small.png")
+    read = list(batches(find([str(photos)], NO_INPUT), Failing(size=8), 3, 8, 2))
+    bad = {entry.name: entry.bad for batch in read for entry in batch.entries if entry.bad}
+    assert list(bad) == in_folder(photos, "small.png")
+    assert type(error).__name__ in next(iter(bad.values()))
+    assert "\n" not in next(iter(bad.values()))
+    assert sum(len(batch.names) for batch in read) == 3
+
+
+def test_the_limit_on_pixels_can_be_raised_and_lowered(tmp_path: Path) -> None:
+    Image.new("L", (300, 200)).save(tmp_path / "a.png")
+    Image.new("L", (20, 20)).save(tmp_path / "b.png")
+    for most, good in ((60_000, 2), (59_999, 1), (100, 0)):
+        read = list(batches(find([str(tmp_path)], NO_INPUT), ViTImageProcessor(size=8), 3, 8, 2, most))
+        assert sum(len(batch.names) for batch in read) == good
+        reasons = [entry.bad for batch in read for entry in batch.entries if entry.bad]
+        assert all(f"more than {most} pixels" in reason and "--max-pixels" in reason for reason in reasons)

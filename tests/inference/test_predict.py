@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -262,3 +263,34 @@ def test_help_says_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
         said = " ".join(capsys.readouterr().out.split())
         assert "0 every image was read, 1 some were skipped, 2 none could be read" in said
         assert "stdin" in said
+
+
+@pytest.mark.parametrize(
+    ("encoding", "form"), [("ascii", "table"), ("latin-1", "csv"), ("ascii", "jsonl"), ("cp1252", "jsonl")]
+)
+def test_any_label_and_any_name_on_any_terminal(tmp_path: Path, encoding: str, form: str) -> None:
+    """A label beyond the encoding, a name that is no text, and one that would move the cursor."""
+    names = {0: "猫", 1: "🐈", 2: "ключ", 3: "crème"}
+    model = save(tmp_path / "model", id2label=names)
+    images = [os.fsencode(tmp_path) + name for name in (b"/caf\xe9.png", "/猫🐈.png".encode(), b"/\x1b[2Jclear\n.png")]
+    for image in images:
+        Image.new("RGB", (9, 9)).save(os.fsdecode(image))
+    command = [sys.executable, "-m", "vitscale.cli", "predict", str(model), *map(os.fsdecode, images), "--format", form]
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert done.returncode == DONE, done.stderr.decode(errors="replace")
+    text = done.stdout.decode(encoding)
+    assert "caf\\xe9.png" in text or "caf\\\\xe9.png" in text or "caf\\udce9" in text
+    if form == "jsonl":
+        assert {each["label"] for row in rows(text) for each in row["predictions"]} == set(names.values())
+    if form == "table":
+        assert "\x1b" not in text
+        assert text.count("\n") == 12
+
+
+def test_a_scan_that_is_larger_than_usual(classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("L", (400, 300)).save(tmp_path / "scan.png")
+    code, _, error = predict(capsys, classifier, tmp_path / "scan.png", "--max-pixels", "100000")
+    assert code == BAD_INPUT
+    assert "more than 100000 pixels" in error
+    assert predict(capsys, classifier, tmp_path / "scan.png", "--max-pixels", "120000")[0] == DONE

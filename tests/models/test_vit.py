@@ -245,3 +245,9 @@ def test_fixed_positions_are_no_state() -> None:
     assert not names & (model.state_dict().keys() | dict(model.named_parameters()).keys())
     learned = tiny(ViTMAEForPreTraining, position_embeddings="learned")
     assert names <= dict(learned.named_parameters()).keys()
+
+
+def test_blocks_by_the_names_that_tutorials_hook() -> None:
+    model = tiny(ViTForMaskedImageModeling)
+    assert model.vit.encoder.layer[0] is model.vit.encoder.layers[0]
+    assert not [name for name, _ in model.named_parameters() if ".layer." in name]

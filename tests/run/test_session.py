@@ -88,6 +88,24 @@ def test_a_checkpoint_of_another_order_is_refused(tmp_path: Path, key: str, chan
         start._require_same_order(make_session(tmp_path, changed, samples), saved)
 
 
+def test_shards_that_differ_are_named(tmp_path: Path) -> None:
+    session = make_session(tmp_path)
+    saved: Any = SimpleNamespace(folder=tmp_path, state={"order": start.order_keys(session)})
+    start.keep_shards(session)
+    start._require_same_order(session, saved)
+    shards = session.index
+    names = ["grown.tar", *shards.names[1:]]
+    changed = replace(session, index=replace(shards, names=names, samples=shards.samples + 1, bytes=shards.bytes))
+    with pytest.raises(CheckpointError) as caught:
+        start._require_same_order(changed, saved)
+    text = str(caught.value)
+    assert f"1 new: grown.tar; 1 gone: {shards.names[0]}" in text
+    assert "another run.name with model.init_from" in text
+    before = session.folder.shards.stat().st_mtime_ns
+    start.keep_shards(session)
+    assert session.folder.shards.stat().st_mtime_ns == before  # the same ones are not written again
+
+
 def test_other_steps_and_another_decoder_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved: Any = SimpleNamespace(state={"total_steps": 10, "decoder": "pillow"})
     start._say_changes(make_session(tmp_path), saved)

@@ -198,6 +198,23 @@ def test_sync_tells_how_the_run_ended(run_folder):
     assert said == [f"MLflow at {tracking_uri(run_folder, settings)} has all of {run_folder}"]
 
 
+def test_an_experiment_that_was_deleted_is_named_with_the_way_back(run_folder: Path):
+    settings = config()
+    log(run_folder, range(1, 4))
+    uri = tracking_uri(run_folder, settings)
+    assert sync(run_folder, settings)
+    client = MlflowClient(uri)
+    number = client.get_experiment_by_name(settings.tracking.experiment).experiment_id
+    client.delete_experiment(number)
+    (run_folder / "mlflow_run_id").unlink(missing_ok=True)
+    lines: list[str] = []
+    assert not sync(run_folder, settings, lines.append)
+    assert f"`mlflow experiments restore --experiment-id {number}`" in lines[0]
+    assert f"`vitscale sync {run_folder}` sends it" in lines[0]
+    client.restore_experiment(number)
+    assert sync(run_folder, settings)
+
+
 def test_a_sqlite_file_of_the_users(run_folder: Path, tmp_path: Path):
     (tmp_path / "shared").mkdir()
     (run_folder / "mlflow.db").rename(tmp_path / "shared" / "all runs.db")

@@ -17,6 +17,9 @@ class Replacement:
     cause: str  # one of header.CAUSES
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.shard}/{self.key} ({self.cause}: {self.reason})"
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:

@@ -53,6 +53,12 @@ def _expand(pattern: str, store: Store) -> list[str]:
         names = list(braceexpand.braceexpand(local, escape="\\" in local))
     except ValueError as error:
         raise DataError(f"shards {pattern!r}: {error}") from None
+    if len(names) == 1 and os.path.isdir(names[0]):
+        folder = local.rstrip("/")
+        raise DataError(
+            f"shards {pattern!r}: is a folder; name the shards in it, say data.train='{folder}/*.tar' (of a folder of "
+            f"images, `vitscale pack {folder} NEW_FOLDER` makes shards)"
+        )
     if not glob.has_magic(local):
         return names
     paths: list[str] = []

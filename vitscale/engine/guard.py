@@ -6,7 +6,7 @@ Both counts are the same on all ranks, so all ranks raise at the same step.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from vitscale.errors import DataError
 
@@ -45,10 +45,11 @@ class SampleGuard:
         self.max_fraction = max_fraction
         self.counts = Counter(counts)
 
-    def note(self, causes: Iterable[str] | Mapping[str, int], samples: int) -> None:
+    def note(self, causes: Iterable[str] | Mapping[str, int], samples: int, example: Callable[[], str]) -> None:
         """Take the causes of replaced samples, one each or counted, of all ranks; raises DataError at the limit.
 
-        `samples`: consumed so far, these included.
+        `samples`: consumed so far, these included; `example`: one of these samples and what it is replaced for, asked
+        for at the limit, by all ranks.
         """
         self.counts += Counter(causes)  # leaves causes out that were counted 0 times
         bad = sum(self.counts.values())
@@ -56,5 +57,6 @@ class SampleGuard:
             by_cause = ", ".join(f"{count} {cause}" for cause, count in self.counts.most_common())
             raise DataError(
                 f"{bad} bad samples ({by_cause}) among {samples} consumed: more than "
-                f"data.max_bad_fraction={self.max_fraction}; quarantine.jsonl names them: mend the shards or raise it"
+                f"data.max_bad_fraction={self.max_fraction}; one of them is {example()}; quarantine.jsonl names them: "
+                "mend the shards or raise it"
             )

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 from vitscale.config.schema import RunConfig
@@ -143,7 +144,7 @@ class TrainingLoop:
             state.epoch = consumed[0].epoch
             self._record(report, consumed)
             if any(report.bad.values()):
-                sample_guard.note(report.bad, state.samples)
+                sample_guard.note(report.bad, state.samples, partial(self._example, consumed))
                 state.bad = dict(sample_guard.counts)
             step_guard.note(state.step, report.applied)
             state.skipped = step_guard.skipped
@@ -191,6 +192,12 @@ class TrainingLoop:
             local = [asdict(replaced) for micro_batch in consumed for replaced in micro_batch.replaced]
             for replaced in self._collect(local):
                 self.record("quarantine.jsonl", {"step": step, **replaced})
+
+    def _example(self, consumed: Sequence[Consumed]) -> str:
+        """One of the samples that the step replaced, on whichever rank, and the reason."""
+        local = [replaced for micro_batch in consumed for replaced in micro_batch.replaced]
+        examples = self.engine.ranks.gather(str(local[0]) if local else None)
+        return next(filter(None, examples))
 
     def _collect(self, items: list[Any]) -> list[Any]:
         """The items of all ranks in slot order, on rank 0; nothing on the others."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,10 @@ def _features(
     return extract(encoders, _batches(index, config, world, bad))
 
 
+def _example(replaced: Sequence[Any]) -> str:
+    return str(replaced[0])
+
+
 def _batches(index: ShardIndex, config: RunConfig, world: World, bad: SampleGuard) -> Batches:
     """Every sample of the index, in its order, the last batch padded: (pixel_values, labels, sample ids).
 
@@ -133,7 +138,7 @@ def _batches(index: ShardIndex, config: RunConfig, world: World, bad: SampleGuar
     )
     with loader:
         for number, decoded in enumerate(loader, start=1):
-            bad.note((replaced.cause for replaced in decoded.replaced), number * batch)
+            bad.note((each.cause for each in decoded.replaced), number * batch, partial(_example, decoded.replaced))
             yield augment(decoded).pixel_values, decoded.labels, decoded.sample_ids
             loader.release(decoded)  # not before: on a GPU its pixels may still be on their way
 

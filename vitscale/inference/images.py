@@ -264,4 +264,4 @@ def _bad(name: str, reason: str) -> Found:
 
 def _shown(path: Path) -> str:
     """A path as text that can be written anywhere: bytes that are no text as escapes."""
-    return str(path).encode(errors="backslashreplace").decode()
+    return os.fsencode(path).decode(errors="backslashreplace")

@@ -110,6 +110,11 @@ class ViTEncoder(nn.Module):
         self.layers = nn.ModuleList(ViTLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False  # keep a block's input only, and run it again in backward
 
+    @property
+    def layer(self) -> nn.ModuleList:
+        """The blocks, by transformers 4's name, as hooks of tutorials know it: `vit.encoder.layer[0]`."""
+        return self.layers
+
     def forward(
         self,
         x: Tensor,

@@ -31,7 +31,7 @@ from vitscale.models.auto import model_keys, new_model
 from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.run.export import export_run
 from vitscale.run.session import Session, config_digest, open_session
-from vitscale.run.start import order_keys, say_changed_keys, start
+from vitscale.run.start import keep_shards, order_keys, say_changed_keys, start
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder
 from vitscale.tracking.jsonl import JsonlFile
 from vitscale.tracking.meters import Meters
@@ -198,6 +198,7 @@ class Job:
         say_changed_keys(session)
         if session.world.is_main:
             write_atomically(session.folder.config, dump_config(config))
+            keep_shards(session)
         engine = self.engine(session, model)
         if checkpoint is not None:
             engine.restore(checkpoint)

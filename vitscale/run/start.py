@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,17 @@ from vitscale.checkpoint.store import Checkpoint, open_checkpoint, open_newest
 from vitscale.config.check import lanes
 from vitscale.config.load import load_config
 from vitscale.config.schema import as_dict
+from vitscale.data.index import ShardIndex
 from vitscale.engine.engine import load_weights
 from vitscale.engine.loop import TrainState
 from vitscale.errors import CheckpointError, ConfigError
+from vitscale.files.atomic import write_atomically
 from vitscale.interop.loading import start_from
 from vitscale.models.auto import model_keys
 from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.run.session import Session
+from vitscale.run_folder import RunFolder
+from vitscale.text import listed
 from vitscale.tracking.outbox import flat_params
 
 
@@ -64,10 +70,53 @@ def _require_same_order(session: Session, checkpoint: Checkpoint) -> None:
     saved = checkpoint.state["order"]
     for name, value in order_keys(session).items():
         if saved[name] != value:
+            if name == "the index":
+                _require_same_shards(session, checkpoint)
             raise CheckpointError(
                 f"{checkpoint.folder}: was saved with {name}={saved[name]}, this run has {value}: samples would be "
                 "repeated or skipped; set it back, or start another run.name with model.init_from"
             )
+
+
+def keep_shards(session: Session) -> None:
+    """Write which shards the run has, so that a later start with others can say which differ."""
+    rows = [list(row) for row in _shards(session.index)]
+    content = {"digest": session.index.digest, "shards": rows}
+    if not session.folder.shards.exists() or read_shards(session.folder) != content:
+        write_atomically(session.folder.shards, json.dumps(content) + "\n")
+
+
+def read_shards(folder: RunFolder) -> dict[str, Any]:
+    """What `keep_shards` wrote; empty if nothing did."""
+    try:
+        return json.loads(folder.shards.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _shards(index: ShardIndex) -> Iterator[tuple[str, int, int]]:
+    """Name, samples and bytes of each shard: what its digest is of."""
+    return zip(index.names, index.samples.tolist(), index.bytes.tolist(), strict=True)
+
+
+def _require_same_shards(session: Session, checkpoint: Checkpoint) -> None:
+    """CheckpointError that names the shards that differ, if those of the run's last start are known."""
+    kept = read_shards(session.folder)
+    if kept.get("digest") != checkpoint.state["order"]["the index"]:
+        return
+    before = {name: (samples, size) for name, samples, size in kept["shards"]}
+    now = {name: (samples, size) for name, samples, size in _shards(session.index)}
+    kinds = {
+        "new": now.keys() - before.keys(),
+        "gone": before.keys() - now.keys(),
+        "changed": {name for name in now.keys() & before.keys() if now[name] != before[name]},
+    }
+    differing = "; ".join(f"{len(names)} {kind}: {listed(sorted(names), 3)}" for kind, names in kinds.items() if names)
+    raise CheckpointError(
+        f"{checkpoint.folder}: was saved with other shards ({differing or 'the same ones in another order'}): samples "
+        "would be repeated or skipped; set data.train back to those of this run, or train on these by another run.name "
+        "with model.init_from"
+    )
 
 
 def _require_same_model(session: Session, checkpoint: Checkpoint) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import vitscale
 from vitscale.config.schema import RunConfig, as_dict
+from vitscale.errors import ConfigError
 from vitscale.files.atomic import write_atomically
 from vitscale.text import to_stderr
 from vitscale.tracking.jsonl import JsonlTail, as_number
@@ -128,7 +129,10 @@ def sync(run_folder: Path, config: RunConfig, report: Callable[[str], None] = pr
     try:
         sender.send()
     except Exception as error:
-        report(f"MLflow at {sender.name}: {_one_line(error)}; nothing is lost, try again later")
+        report(
+            f"MLflow at {sender.name}: {_one_line(error)}; nothing is lost: once that is mended, "
+            f"`vitscale sync {run_folder}` sends it"
+        )
         return False
     report(f"MLflow at {sender.name} has all of {run_folder}")
     return True
@@ -227,6 +231,11 @@ class _Sender:
     def _experiment(self, client: Any) -> str:
         name = self._tracking.experiment
         experiment = client.get_experiment_by_name(name)
+        if experiment is not None and experiment.lifecycle_stage == "deleted":
+            raise ConfigError(
+                f"tracking.experiment={name!r}: was deleted there; bring it back by `mlflow experiments restore "
+                f"--experiment-id {experiment.experiment_id}`, or name another experiment"
+            )
         if experiment is not None:
             return experiment.experiment_id
         artifacts = None  # a server has its own place for them
