@@ -62,7 +62,7 @@ ONLY_IN = {
     # Between a rank and its own reader process; the name of the error with which torch refuses a pickle.
     "pickle": ("data.wire", "interop.checkpoints"),
 }
-MOST_CIRCLES, MOST_IN_A_CIRCLE = 2, 21  # of modules that import each other, however late
+MOST_CIRCLES, MOST_IN_A_CIRCLE = 1, 12  # of modules that import each other, however late
 ENVIRONMENT = ("world", "launch")
 # What may be longer than a file (400) or a function (60), and how long; keep it short.
 LONG_FILES = {"checkpoint.store": 420}

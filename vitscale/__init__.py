@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 # The public names and where each is defined; loaded when asked for, since they need torch.
 _PUBLIC = {
     "ViTConfig": "vitscale.models.configuration",
-    "ViTMAEConfig": "vitscale.models.mae",
+    "ViTMAEConfig": "vitscale.models.configuration_mae",
     "ViTModel": "vitscale.models.vit",
     "ViTForImageClassification": "vitscale.models.classification",
     "ViTForMaskedImageModeling": "vitscale.models.simmim",

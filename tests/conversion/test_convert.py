@@ -22,8 +22,8 @@ from vitscale.conversion import convert as convert_module
 from vitscale.conversion import timm as timm_module
 from vitscale.conversion.convert import Report, compare, convert
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.interop.foreign import open_model
 from vitscale.interop.image_processing import ViTImageProcessor
+from vitscale.interop.loading import open_model
 from vitscale.interop.pretrained import load_model, save_model
 from vitscale.models.auto import initialize
 from vitscale.models.classification import ViTForImageClassification

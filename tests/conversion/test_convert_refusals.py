@@ -96,7 +96,7 @@ def test_a_value_of_the_command_line_that_is_none(tmp_path: Path, refused: Any, 
     convert(our_folder(tmp_path / "ours", ViTMAEForPreTraining), tmp_path / "a.pth", "mae")
     said = refused(tmp_path / "a.pth", "hf", word)
     assert "a.pth: image_size=" in said
-    assert "must be a whole number or 2 whole numbers" in said
+    assert "must be a whole number or a list of 2 whole numbers" in said
 
 
 # ---------------------------------------------------------------- what looks wrong and is not

@@ -22,7 +22,8 @@ from vitscale.interop.vision_transformer import Opened, state_of
 from vitscale.models.auto import initialize
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
-from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
+from vitscale.models.configuration_mae import ViTMAEConfig
+from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.positions import sincos_table
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 
@@ -206,7 +207,7 @@ def test_what_a_file_does_not_say_is_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [
-        *(("image_size", value, "a whole number or 2") for value in ("abc", (32,), (32, 32, 32), None, {})),
+        *(("image_size", value, "a whole number or a list of 2") for value in ("abc", (32,), (32, 32, 32), None, {})),
         ("image_size", 20, "a multiple of patch_size=8|.*16 patches of 8; give image_size=H,W"),
         ("image_size", (64, 32), ".*16 patches of 8; give image_size=H,W"),
         ("num_attention_heads", 2.0, "a whole number"),

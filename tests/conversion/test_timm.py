@@ -27,7 +27,8 @@ from vitscale.interop.timm import read_timm
 from vitscale.interop.vision_transformer import state_of
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
-from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
+from vitscale.models.configuration_mae import ViTMAEConfig
+from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.multitask import ViTForMultitaskPreTraining
 from vitscale.models.vit import ViTModel
 

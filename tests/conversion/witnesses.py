@@ -18,11 +18,11 @@ import transformers
 from torch import Tensor, nn
 
 from vitscale.config.model_rules import pair
-from vitscale.interop.config_files import read_json
-from vitscale.interop.sources import CONFIG
+from vitscale.files.model_folder import CONFIG, read_json
 from vitscale.interop.vision_transformer import mlp_ratio, tables_of
 from vitscale.models.classification import ViTForImageClassification
-from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
+from vitscale.models.configuration_mae import ViTMAEConfig
+from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.multitask import ViTForMultitaskPreTraining
 from vitscale.models.positions import fixed_positions, is_table
 from vitscale.models.simmim import MaskedImageModel, ViTForMaskedImageModeling

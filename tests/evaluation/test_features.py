@@ -11,7 +11,8 @@ import torch
 from vitscale.errors import ConfigError
 from vitscale.evaluation.features import extract, pixels, pooled
 from vitscale.models.auto import initialize
-from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
+from vitscale.models.configuration_mae import ViTMAEConfig
+from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.vit import ViTModel
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

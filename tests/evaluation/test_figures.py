@@ -13,7 +13,8 @@ from PIL import Image, ImageColor
 from vitscale.evaluation.figures import LOSS, RATE, Reconstructions, draw_curves, draw_reconstructions, reconstruct
 from vitscale.models.auto import initialize
 from vitscale.models.configuration import ViTConfig
-from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
+from vitscale.models.configuration_mae import ViTMAEConfig
+from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.simmim import ViTForMaskedImageModeling
 from vitscale.models.vit import ViTPreTrainedModel
 

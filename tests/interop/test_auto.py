@@ -21,7 +21,8 @@ from vitscale.interop.auto import (
 )
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
-from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
+from vitscale.models.configuration_mae import ViTMAEConfig
+from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.multitask import ViTForMultitaskPreTraining
 from vitscale.models.simmim import ViTForMaskedImageModeling
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel

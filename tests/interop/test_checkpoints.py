@@ -22,8 +22,7 @@ from tests.models.shapes import TINY
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.interop.bare import read_bare
 from vitscale.interop.checkpoints import Checkpoint, read_checkpoint
-from vitscale.interop.foreign import open_model
-from vitscale.interop.loading import start_from
+from vitscale.interop.loading import open_model, start_from
 from vitscale.models.auto import initialize
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig

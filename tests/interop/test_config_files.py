@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vitscale.errors import CheckpointError
-from vitscale.interop.config_files import MODEL_TYPES, read_config, read_json
+from vitscale.files.model_folder import read_json
+from vitscale.interop.config_files import MODEL_TYPES, read_config
 from vitscale.models.configuration import ViTConfig
-from vitscale.models.mae import ViTMAEConfig
+from vitscale.models.configuration_mae import ViTMAEConfig
 
 PATH = Path("there/config.json")
 KEYS = sorted({item.name for each in (ViTConfig, ViTMAEConfig) for item in fields(each)})

@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard, hf_hub_download
 from tests.interop.hub_server import TOKEN, Client, Hub
 from tests.models.shapes import tiny
 from vitscale.errors import CheckpointError
+from vitscale.files.sources import locate
 from vitscale.interop.image_processing import processor_dict
-from vitscale.interop.sources import locate
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.vit import ViTModel
@@ -23,7 +23,7 @@ from vitscale.models.vit import ViTModel
 START = """
 import torch
 from vitscale import *
-from vitscale.interop.sources import locate
+from vitscale.files.sources import locate
 def total(model):
     return sum(p.double().abs().sum().item() for p in model.parameters())
 """

@@ -20,7 +20,8 @@ from vitscale.interop.pretrained import load_model
 from vitscale.models.auto import initialize
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
-from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
+from vitscale.models.configuration_mae import ViTMAEConfig
+from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.multitask import ViTForMultitaskPreTraining
 from vitscale.models.positions import interpolate_positions
 from vitscale.models.simmim import ViTForMaskedImageModeling

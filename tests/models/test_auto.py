@@ -24,7 +24,8 @@ from vitscale.models.activations import ACTIVATIONS
 from vitscale.models.auto import FREE_KEYS, OBJECTIVES, build_model, initialize, model_keys, vit_config
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import OPTIONS, ViTConfig
-from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
+from vitscale.models.configuration_mae import ViTMAEConfig
+from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.multitask import ViTForMultitaskPreTraining
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 from vitscale.world import World

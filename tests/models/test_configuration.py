@@ -15,7 +15,8 @@ from tests.models.shapes import DECODER, EVERY_OPTION, TINY
 from vitscale.errors import ConfigError
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import OPTIONS, ViTConfig
-from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
+from vitscale.models.configuration_mae import ViTMAEConfig
+from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.multitask import ViTForMultitaskPreTraining
 from vitscale.models.simmim import ViTForMaskedImageModeling
 

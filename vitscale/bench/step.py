@@ -39,7 +39,8 @@ from vitscale.config.schema import Model, Objective, Optimizer, RunConfig
 from vitscale.engine.optim import make_optimizer
 from vitscale.models.auto import build_model, initialize, vit_config
 from vitscale.models.configuration import ViTConfig
-from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
+from vitscale.models.configuration_mae import ViTMAEConfig
+from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.vit import ViTPreTrainedModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -1,6 +1,6 @@
 """A model in one library's files -> the same model in another's, read again and compared before it is there.
 
-FROM is whatever interop/foreign.py opens. TO appears whole, or not at all. Other libraries are not asked, so that the
+FROM is whatever interop/loading.py opens. TO appears whole, or not at all. Other libraries are not asked, so that the
 verb does the same wherever it runs; tests/conversion holds what it writes against transformers and timm.
 """
 
@@ -18,8 +18,8 @@ from vitscale.config.model_rules import pair
 from vitscale.conversion import mae, timm
 from vitscale.errors import CheckpointError, ConfigError, VitscaleError
 from vitscale.files.atomic import replaced
-from vitscale.interop.foreign import open_model
-from vitscale.interop.image_processing import PROCESSOR
+from vitscale.files.model_folder import PROCESSOR
+from vitscale.interop.loading import open_model
 from vitscale.interop.pretrained import write_model
 from vitscale.interop.vision_transformer import Opened
 from vitscale.interop.weight_files import MAX_SHARD_SIZE

@@ -10,9 +10,11 @@ import torch
 
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.interop.bare import EPS, KEYS, WRITTEN
-from vitscale.interop.vision_transformer import Opened, state_of, timm_name
+from vitscale.interop.timm_names import timm_name
+from vitscale.interop.vision_transformer import Opened, state_of
 from vitscale.models.classification import ViTForImageClassification
-from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
+from vitscale.models.configuration_mae import ViTMAEConfig
+from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.vit import ViTPreTrainedModel
 
 # Config key -> the values that MAE's code has.

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from vitscale.interop.config_files import as_text
-from vitscale.interop.sources import CONFIG
+from vitscale.files.model_folder import CONFIG, as_text
 from vitscale.interop.timm import arguments_for
 from vitscale.interop.timm_inputs import input_content
-from vitscale.interop.vision_transformer import Opened, state_of, timm_name
+from vitscale.interop.timm_names import timm_name
+from vitscale.interop.vision_transformer import Opened, state_of
 from vitscale.interop.weight_files import MAX_SHARD_SIZE, write_folder
 
 

@@ -20,10 +20,11 @@ from vitscale.export.agreement import Labelled, Row, Runner, Variant, as_table, 
 from vitscale.export.images import Images
 from vitscale.export.prune import magnitudes, opens_in, prune, taylor
 from vitscale.export.served import Served, trace
+from vitscale.files.model_folder import CONFIG, PROCESSOR
+from vitscale.files.sources import locate
 from vitscale.inference.model import load
-from vitscale.interop.image_processing import PROCESSOR, AutoImageProcessor, ViTImageProcessor
+from vitscale.interop.image_processing import AutoImageProcessor, ViTImageProcessor
 from vitscale.interop.pretrained import load_model, write_model
-from vitscale.interop.sources import CONFIG, locate
 from vitscale.interop.weight_files import MAX_SHARD_SIZE
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.losses import problem_type

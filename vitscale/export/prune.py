@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from vitscale.errors import ConfigError
 from vitscale.export.agreement import Labelled
 from vitscale.models.configuration import ViTConfig
+from vitscale.models.configuration_mae import ViTMAEConfig
 from vitscale.models.embeddings import ViTEmbeddings
-from vitscale.models.mae import ViTMAEConfig
 from vitscale.models.vit import ViTLayer, ViTPreTrainedModel
 
 HEAD_DIM_SINCE = "5.9"  # of transformers

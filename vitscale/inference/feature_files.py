@@ -18,9 +18,9 @@ import numpy as np
 
 from vitscale.errors import CheckpointError, ConfigError, DataError
 from vitscale.files.atomic import write_atomically
+from vitscale.files.model_folder import read_json
 from vitscale.inference.images import Entry, Found, ImageBatch
 from vitscale.inference.progress import Tally
-from vitscale.interop.config_files import read_json
 
 MANIFEST = "features.json"
 VERSION = "vitscale-features-1"

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from vitscale.config.model_rules import pair
 from vitscale.errors import CheckpointError, ConfigError
+from vitscale.files.sources import locate
 from vitscale.interop.image_processing import AutoImageProcessor, ViTImageProcessor
 from vitscale.interop.pretrained import load_model
-from vitscale.interop.sources import locate
 from vitscale.models.vit import ViTPreTrainedModel
 
 

@@ -49,8 +49,8 @@ def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
 def inspect(arguments: argparse.Namespace) -> int:
     """Print the tree, or what was asked for instead."""
     world.enter()
+    from vitscale.files.sources import locate
     from vitscale.interop.pretrained import load_model
-    from vitscale.interop.sources import locate
 
     _check(arguments)
     folder = locate(arguments.model)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vitscale.errors import CheckpointError
-from vitscale.interop.config_files import architecture, overridden, read_config, read_json
-from vitscale.interop.sources import CONFIG, locate
+from vitscale.files.model_folder import CONFIG, read_json
+from vitscale.files.sources import locate
+from vitscale.interop.config_files import architecture, read_config
 from vitscale.models.auto import CLASSES
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
@@ -24,7 +25,7 @@ class AutoConfig:
     def from_pretrained(source: str | Path, **options: Any) -> ViTConfig:
         """options: as for a config class's own from_pretrained."""
         where, overrides = _parted(options)
-        return overridden(read_config(locate(source, only=CONFIG, **where) / CONFIG), overrides)
+        return read_config(locate(source, only=CONFIG, **where) / CONFIG).overridden(overrides)
 
 
 class _AutoModel:

@@ -22,9 +22,8 @@ from vitscale.errors import CheckpointError, ConfigError
 from vitscale.interop.checkpoints import HF_ANCHOR, TIMM_ANCHOR, read_checkpoint
 from vitscale.interop.dialects import plain_names, rope_theta
 from vitscale.interop.image_processing import ViTImageProcessor
+from vitscale.interop.timm_names import IMAGENET_MEAN, IMAGENET_STD
 from vitscale.interop.vision_transformer import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     Opened,
     build,
     depth,
@@ -34,7 +33,8 @@ from vitscale.interop.vision_transformer import (
 )
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
-from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
+from vitscale.models.configuration_mae import ViTMAEConfig
+from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.positions import is_table, sincos_table
 from vitscale.models.simmim import ViTForMaskedImageModeling
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitscale.interop.checkpoints import HF_ANCHOR
 from vitscale.interop.keymaps import ours_from_disk
-from vitscale.interop.vision_transformer import timm_name
+from vitscale.interop.timm_names import timm_name
 from vitscale.text import listed
 
 Tensors = dict[str, Tensor]

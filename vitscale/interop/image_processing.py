@@ -16,9 +16,10 @@ from PIL import Image
 from vitscale.config.model_rules import pair
 from vitscale.config.typed import is_finite
 from vitscale.errors import CheckpointError, ConfigError, DataError
-from vitscale.interop.config_files import MODEL_TYPES, as_text, read_json, write_json
+from vitscale.files.model_folder import CONFIG, as_text, read_json, write_json
+from vitscale.files.sources import locate
+from vitscale.interop.config_files import MODEL_TYPES
 from vitscale.interop.image_arrays import MAX_PIXELS, as_array, flatten
-from vitscale.interop.sources import CONFIG, locate
 from vitscale.models.configuration import ViTConfig
 from vitscale.text import did_you_mean
 

@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
+from torch import Tensor
 
 import vitscale
 from vitscale.config.load import load_config
 from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig, as_dict
 from vitscale.errors import CheckpointError
-from vitscale.interop.config_files import as_text, config_content, read_json
-from vitscale.models.classification import ViTForImageClassification
-from vitscale.models.mae import ViTMAEForPreTraining
-from vitscale.models.multitask import ViTForMultitaskPreTraining
-from vitscale.models.simmim import ViTForMaskedImageModeling
-from vitscale.models.vit import ViTPreTrainedModel
+from vitscale.files.model_folder import as_text, read_json
+from vitscale.models.configuration import ViTConfig
 from vitscale.run_folder import RunFolder
 
 # What a class is for, as the hub's tasks and in words.
-_CLASSES: dict[type[ViTPreTrainedModel], tuple[str, str]] = {
-    ViTForImageClassification: ("image-classification", "an image classifier"),
-    ViTMAEForPreTraining: ("image-feature-extraction", "a masked autoencoder (arXiv 2111.06377), for its encoder"),
-    ViTForMaskedImageModeling: ("image-feature-extraction", "pretrained by SimMIM (arXiv 2111.09886), for its encoder"),
-    ViTForMultitaskPreTraining: ("image-feature-extraction", "pretrained by SimMIM and classification at once"),
+_CLASSES = {
+    "ViTForImageClassification": ("image-classification", "an image classifier"),
+    "ViTMAEForPreTraining": ("image-feature-extraction", "a masked autoencoder (arXiv 2111.06377), for its encoder"),
+    "ViTForMaskedImageModeling": (
+        "image-feature-extraction",
+        "pretrained by SimMIM (arXiv 2111.09886)",
+    ),
+    "ViTForMultitaskPreTraining": ("image-feature-extraction", "pretrained by SimMIM and classification at once"),
 }
 _ENCODER = ("image-feature-extraction", "an image encoder")
 _TOLD = ("model", "objective", "data", "augment", "optimizer", "train")  # the sections that a reader needs
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*@")
+
+
+class Model(Protocol):
+    """Of a model's class in models/, which this room does not import, what a card tells of."""
+
+    config: ViTConfig
+
+    def parameters(self) -> Iterator[Tensor]: ...
+
+    def save_pretrained(self, folder: str | Path, max_shard_size: int | str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -52,12 +62,12 @@ class RunRecord:
         return cls(load_config(folder.config), summary)
 
 
-def model_card(model: ViTPreTrainedModel, repo_id: str, run: RunRecord | None, with_processor: bool) -> str:
+def model_card(model: Model, repo_id: str, run: RunRecord | None, with_processor: bool) -> str:
     """The card's text, with the hub's YAML at the top. The license is left to whoever publishes.
 
     with_processor: whether the model's preprocessor_config.json lies beside the card.
     """
-    task, what = next((said for each, said in _CLASSES.items() if isinstance(model, each)), _ENCODER)
+    task, what = _CLASSES.get(type(model).__name__, _ENCODER)
     config, theirs = model.config, _opens_in_transformers(model)
     front = {
         "library_name": "transformers" if theirs else "vitscale",
@@ -73,19 +83,19 @@ def model_card(model: ViTPreTrainedModel, repo_id: str, run: RunRecord | None, w
         f"{config.num_channels} channel(s) in patches of {patch}. Made by vitscale {vitscale.__version__}.",
         f"## Use\n```python\n{_usage(model, repo_id, theirs, with_processor)}\n```",
         *([] if run is None else _of_run(run)),
-        f"## Config\n```json\n{as_text(config_content(config))}```",
+        f"## Config\n```json\n{as_text(config.content())}```",
         "## License\nNot stated. Whoever publishes this model adds `license: NAME` to the lines at the top.",
     ]
     return "\n\n".join(lines) + "\n"
 
 
-def _opens_in_transformers(model: ViTPreTrainedModel) -> bool:
+def _opens_in_transformers(model: Model) -> bool:
     """Whether it has a class there that takes every tensor."""
-    return not model.config.beyond_transformers and not isinstance(model, ViTForMultitaskPreTraining)
+    return not model.config.beyond_transformers and type(model).__name__ != "ViTForMultitaskPreTraining"
 
 
-def _usage(model: ViTPreTrainedModel, repo_id: str, theirs: bool, with_processor: bool) -> str:
-    classifies = isinstance(model, ViTForImageClassification)
+def _usage(model: Model, repo_id: str, theirs: bool, with_processor: bool) -> str:
+    classifies = type(model).__name__ == "ViTForImageClassification"
     call = "AutoModelForImageClassification" if classifies else "AutoModel"
     size = (1, model.config.num_channels, *pair(model.config.image_size))
     made = (

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from vitscale.config.schema import RunConfig
 from vitscale.errors import CheckpointError
+from vitscale.files.model_folder import CONFIG, PROCESSOR, as_text, read_json
 from vitscale.interop.checkpoints import HF_ANCHOR, Checkpoint, unwrap
-from vitscale.interop.config_files import architecture, as_text, config_as, config_content, read_config, read_json
-from vitscale.interop.image_processing import PROCESSOR, processor_dict
+from vitscale.interop.config_files import architecture, config_as, read_config
+from vitscale.interop.image_processing import processor_dict
 from vitscale.interop.keymaps import canonical, places
-from vitscale.interop.sources import CONFIG
 from vitscale.interop.strict import refuse, require_equal, shapes
 from vitscale.interop.weight_files import MAX_SHARD_SIZE, read_weights, write_folder
 from vitscale.models.auto import CLASSES, OBJECTIVES, vit_config
@@ -97,7 +97,7 @@ def write_model(
         parts = tensors[ours].chunk(len(names))
         on_disk |= {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    content = {"architectures": [class_name], **config_content(config), "dtype": dtype}
+    content = {"architectures": [class_name], **config.content(), "dtype": dtype}
     texts = {name: as_text(each) for name, each in {CONFIG: content, **(others or {})}.items()}
     write_folder(Path(folder), texts, on_disk, max_shard_size)
 

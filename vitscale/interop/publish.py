@@ -7,16 +7,15 @@ import tempfile
 from pathlib import Path
 
 from vitscale.errors import CheckpointError
-from vitscale.interop import hub
-from vitscale.interop.image_processing import PROCESSOR, ViTImageProcessor
-from vitscale.interop.model_card import RunRecord, model_card
-from vitscale.interop.pretrained import save_pretrained
-from vitscale.models.vit import ViTPreTrainedModel
+from vitscale.files import hub
+from vitscale.files.model_folder import PROCESSOR
+from vitscale.interop.image_processing import ViTImageProcessor
+from vitscale.interop.model_card import Model, RunRecord, model_card
 from vitscale.run_folder import RunFolder
 
 
 def push(
-    model: ViTPreTrainedModel,
+    model: Model,
     repo_id: str,
     *,
     run: Path | None,
@@ -32,7 +31,7 @@ def push(
     record = None if run is None else RunRecord.read(run)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        save_pretrained(model, folder, max_shard_size)
+        model.save_pretrained(folder, max_shard_size)
         if processor is not None:
             processor.save_pretrained(folder)
         elif run is not None:

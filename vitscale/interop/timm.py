@@ -14,10 +14,9 @@ from torch import Tensor
 
 from vitscale.config.model_rules import pair
 from vitscale.errors import CheckpointError, ConfigError
+from vitscale.files.model_folder import CONFIG, read_json
 from vitscale.interop.checkpoints import TIMM_ANCHOR, unwrap
-from vitscale.interop.config_files import read_json
 from vitscale.interop.dialects import plain_names
-from vitscale.interop.sources import CONFIG
 from vitscale.interop.timm_architectures import arguments_of, require_consistent
 from vitscale.interop.timm_inputs import processor_of
 from vitscale.interop.timm_table import EVA, VIT

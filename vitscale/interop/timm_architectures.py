@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitscale.config.model_rules import pair
 from vitscale.errors import ConfigError
-from vitscale.interop.sources import CONFIG
+from vitscale.files.model_folder import CONFIG
 from vitscale.interop.timm_table import ARCHITECTURES, EVA, VIT
 from vitscale.models.configuration import ViTConfig
 

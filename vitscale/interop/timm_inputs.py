@@ -11,7 +11,7 @@ from vitscale.config.model_rules import pair
 from vitscale.config.typed import is_finite
 from vitscale.errors import ConfigError
 from vitscale.interop.image_processing import RESAMPLE, ViTImageProcessor
-from vitscale.interop.vision_transformer import IMAGENET_MEAN, IMAGENET_STD
+from vitscale.interop.timm_names import IMAGENET_MEAN, IMAGENET_STD
 from vitscale.models.configuration import ViTConfig
 
 _CROP_PCT = 0.875  # PretrainedCfg's defaults

@@ -18,45 +18,17 @@ from vitscale.errors import CheckpointError, ConfigError
 from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.interop.pretrained import prefix_of
 from vitscale.interop.strict import refuse, require_equal, shapes
+from vitscale.interop.timm_names import timm_name
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.positions import fill_fixed_positions, fixed_positions
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 
 LAYER_SCALE = 1e-5  # only what a new layer would start from
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what both usually normalize by
-_MODULES = {
-    "vit.embeddings.cls_token": "cls_token",
-    "vit.embeddings.register_tokens": "reg_token",
-    "vit.embeddings.position_embeddings": "pos_embed",
-    "vit.embeddings.patch_embeddings.projection": "patch_embed.proj",
-    "vit.layernorm": "norm",
-    "fc_norm": "fc_norm",
-    "classifier": "head",
-    "decoder.decoder_embed": "decoder_embed",
-    "decoder.mask_token": "mask_token",
-    "decoder.decoder_pos_embed": "decoder_pos_embed",
-    "decoder.decoder_norm": "decoder_norm",
-    "decoder.decoder_pred": "decoder_pred",
-}
-_BLOCKS = {"vit.encoder.layers": "blocks", "decoder.transformer.layers": "decoder_blocks"}
-_IN_BLOCK = {
-    "layernorm_before": "norm1",
-    "attention.attention.qkv": "attn.qkv",
-    "attention.attention.query_norm": "attn.q_norm",
-    "attention.attention.key_norm": "attn.k_norm",
-    "attention.output": "attn.proj",
-    "layer_scale_before": "ls1.gamma",
-    "layernorm_after": "norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-    "layer_scale_after": "ls2.gamma",
-}
 # Of the tensors that sizes are read from.
 _DIMENSIONS = {
     "patch_embed.proj.weight": 4, "pos_embed": 3, "cls_token": 3, "reg_token": 3, "blocks.0.mlp.fc1.weight": 2,
     "blocks.0.mlp.fc2.weight": 2, "head.weight": 2, "decoder_pos_embed": 3, "decoder_blocks.0.mlp.fc1.weight": 2,
 }  # fmt: skip
-_BLOCK = re.compile(rf"({'|'.join(map(re.escape, _BLOCKS))})\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -68,20 +40,6 @@ class Opened:
     processor: ViTImageProcessor
     tensors: int  # that the files hold
     notes: list[str] = field(default_factory=list)  # what the files do not say, or was said otherwise
-
-
-def timm_name(ours: str) -> str | None:
-    """timm's and MAE's name of a parameter of ours (those of a bare ViTModel with `vit.` before); None: no place."""
-    path, dot, leaf = ours.rpartition(".")
-    if leaf not in ("weight", "bias"):
-        path, dot, leaf = ours, "", ""
-    block = _BLOCK.fullmatch(path)
-    if block is None:
-        theirs = _MODULES.get(path)
-    else:
-        within = _IN_BLOCK.get(block[3])
-        theirs = within and f"{_BLOCKS[block[1]]}.{block[2]}.{within}"
-    return theirs and f"{theirs}{dot}{leaf}"
 
 
 def tables_of(model: ViTPreTrainedModel) -> dict[str, Tensor]:

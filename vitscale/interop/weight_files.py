@@ -6,7 +6,6 @@ Names here are those on disk; keymaps.py knows ours.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,10 @@ from torch import Tensor
 
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.files.atomic import draft_of, flush_to_disk
+from vitscale.files.model_folder import INDEX, KINDS, PICKLE, WEIGHTS, as_text, is_weights, shards_of, weight_map
 from vitscale.interop.checkpoints import read_file
-from vitscale.interop.config_files import as_text, read_json
 
-WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
-INDEX = ".index.json"  # follows the name of the weights where they are in several files
-KINDS = (WEIGHTS, WEIGHTS + INDEX, PICKLE, PICKLE + INDEX)  # the first that is there is taken, as by transformers
 MAX_SHARD_SIZE = "50GB"  # transformers' default
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def read_weights(folder: Path) -> dict[str, Any]:
@@ -41,7 +36,7 @@ def read_weights(folder: Path) -> dict[str, Any]:
     if not found.name.endswith(INDEX):
         return _mapping(found)
     tensors: dict[str, Any] = {}
-    placed = _weight_map(found)
+    placed = weight_map(found)
     for shard in shards_of(found):
         if not (folder / shard).is_file():
             raise CheckpointError(f"{folder / shard}: no such file, and {found.name} names it; fetch the folder whole")
@@ -57,26 +52,6 @@ def _mapping(path: Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: must hold tensors by name, and holds {type(content).__name__}")
     return dict(content)
-
-
-def shards_of(index: Path) -> list[str]:
-    """The files that an index names, each once.
-
-    CheckpointError where it is broken, or names anything but files beside it.
-    """
-    suffix = ".safetensors" if index.name.startswith(WEIGHTS) else ".bin"
-    files = sorted(set(_weight_map(index).values()))
-    for file in files:
-        if Path(file).name != file or "\\" in file or not file.endswith(suffix):
-            raise CheckpointError(f"{index}: names {file!r}; must name *{suffix} files that lie beside it")
-    return files
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    placed = read_json(index).get("weight_map")
-    if not placed or not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
-        raise CheckpointError(f"{index}: its weight_map must give the file of each tensor; fetch it again")
-    return placed
 
 
 def write_folder(
@@ -142,8 +117,3 @@ def _weights_in(folder: Path) -> list[Path]:
     return sorted(
         (path for path in folder.iterdir() if is_weights(path.name)), key=lambda path: not path.name.endswith(INDEX)
     )
-
-
-def is_weights(file: str) -> bool:
-    """Whether `write_folder` could have written a file of this name with weights, or their index."""
-    return file in (WEIGHTS, WEIGHTS + INDEX) or _SHARD.fullmatch(file) is not None

@@ -15,7 +15,8 @@ from vitscale.config.model_rules import pair
 from vitscale.config.schema import MAE, RunConfig
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import OPTIONS, ViTConfig
-from vitscale.models.mae import ViTMAEConfig, ViTMAEForPreTraining
+from vitscale.models.configuration_mae import ViTMAEConfig
+from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.multitask import ViTForMultitaskPreTraining
 from vitscale.models.positions import fill_fixed_positions
 from vitscale.models.simmim import ViTForMaskedImageModeling

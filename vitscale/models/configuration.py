@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import vitscale
 from vitscale.config.model_rules import Size, pair
 from vitscale.config.schema import ACTIVATIONS, POOLINGS, POSITIONS, PROBLEM_TYPES
 from vitscale.config.typed import typed_fields
-from vitscale.errors import ConfigError, DataError
-from vitscale.models.pretrained_mixin import PretrainedConfigMixin
+from vitscale.errors import CheckpointError, ConfigError, DataError
+from vitscale.files.model_folder import CONFIG, read_json, write_json
+from vitscale.files.sources import locate
+from vitscale.text import did_you_mean
 
+MODEL_TYPES = ("vit", "vit_mae")
 # What transformers writes beside a model's own keys; none of it changes what a ViT computes.
 GENERIC_KEYS = {"model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "vitscale_version"}
 GENERIC_KEYS |= {"return_dict", "use_cache", "_name_or_path", "_commit_hash", "_attn_implementation_autoset"}
@@ -41,7 +46,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 
 
 @dataclass(kw_only=True)
-class ViTConfig(PretrainedConfigMixin):
+class ViTConfig:
     """The shape of a ViT. Keys down to `problem_type` are transformers' ViTConfig's, with its defaults.
 
     Every key after them is off by default. Raises ConfigError for values that no ViT can have.
@@ -255,6 +260,75 @@ class ViTConfig(PretrainedConfigMixin):
         if not _is_way_back(keys.get("id2label"), keys.get("label2id")):
             del keys["label2id"]  # transformers takes any; here it follows from id2label
         return cls(**keys)
+
+    @classmethod
+    def of_any_type(cls, content: dict[str, Any]) -> Self:
+        """As from_dict, and from the config.json of another objective's model: the encoder's keys, and defaults for the
+        objective's."""
+        kind = str(content.get("model_type")).removeprefix("vitscale_")
+        if kind == cls.model_type or kind not in MODEL_TYPES:
+            return cls.from_dict(content)
+        return cls.from_dict({**content, "model_type": cls.model_type, "mask_ratio": cls.mask_ratio})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        subfolder: str = "",
+        **overrides: Any,
+    ) -> Self:
+        """The config of whatever a model's from_pretrained takes; `overrides`: other values for keys of it.
+
+        A ViTConfig of an MAE's folder is that of its encoder. CheckpointError for folders and names, ConfigError for
+        keys.
+        """
+        folder = locate(
+            source,
+            revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+            subfolder=subfolder,
+            only=CONFIG,
+        )
+        path = folder / CONFIG
+        try:
+            config = cls.of_any_type(read_json(path))
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        return config.overridden(overrides)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json. CheckpointError if the folder cannot be written."""
+        write_json(Path(folder) / CONFIG, self.content())
+
+    def content(self) -> dict[str, Any]:
+        """What config.json says: `to_dict`, and who wrote it."""
+        return {**self.to_dict(), "vitscale_version": vitscale.__version__}
+
+    def overridden(self, overrides: dict[str, Any]) -> Self:
+        """A config with other values for some keys; the labels' names go where their number is another one.
+
+        ConfigError for a key that there is not, naming the nearest.
+        """
+        keys = {item.name: getattr(self, item.name) for item in fields(self)}
+        for name in overrides:
+            if name not in keys:
+                near = did_you_mean(name.removeprefix("torch_"), [*keys, "dtype", "token", "revision"])
+                raise ConfigError(f"{name}={overrides[name]!r}: {type(self).__name__} has no such key{near}")
+        names, count = overrides.get("id2label"), overrides.get("num_labels")
+        if isinstance(names, dict) and count not in (None, len(names)):
+            raise ConfigError(
+                f"num_labels={count}: must be {len(names)}, the number of names in id2label; leave it out"
+            )
+        if names is not None or overrides.get("label2id") is not None or count not in (None, self.num_labels):
+            keys |= {"id2label": None, "label2id": None}
+        return type(self)(**keys | overrides)
 
     @classmethod
     def ignored_keys(cls, content: dict[str, Any]) -> list[str]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from vitscale.errors import CheckpointError, ConfigError
+from vitscale.files.model_folder import CONFIG
 from vitscale.run_folder import RunFolder
 from vitscale.text import nearest
-
-CONFIG = "config.json"
 
 
 def locate(
@@ -39,7 +38,7 @@ def locate(
     name = str(source)
     if not _may_be_hub_name(source):
         raise CheckpointError(f"{source}: no such folder{_nearest_folder(path)}")
-    from vitscale.interop import hub
+    from vitscale.files import hub
 
     return hub.download(
         name,

@@ -19,9 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from vitscale.errors import CheckpointError
-from vitscale.interop.image_processing import PROCESSOR
-from vitscale.interop.sources import CONFIG
-from vitscale.interop.weight_files import INDEX, KINDS, PICKLE, WEIGHTS, is_weights, shards_of
+from vitscale.files.model_folder import CONFIG, INDEX, KINDS, PICKLE, PROCESSOR, WEIGHTS, is_weights, shards_of
 from vitscale.text import did_you_mean
 
 FAILURES = (OSError, HTTPError, HFValidationError, EntryNotFoundError)  # all that the two calls raise for a user

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.interop.sources import locate
+from vitscale.files.sources import locate
 
 
 def folder(path: Path, *files: str) -> Path:
