@@ -20,7 +20,7 @@ _PUBLIC = {
     "AutoModelForMaskedImageModeling": "vitscale.interop.auto",
     "AutoModelForPreTraining": "vitscale.interop.auto",
     "ViTImageProcessor": "vitscale.interop.image_processing",
-    "AutoImageProcessor": "vitscale.interop.image_processing",
+    "AutoImageProcessor": "vitscale.interop.auto",
     "VitscaleError": "vitscale.errors",
 }
 __all__ = list(_PUBLIC)

@@ -23,7 +23,8 @@ from vitscale.export.served import Served, trace
 from vitscale.files.model_folder import CONFIG, PROCESSOR
 from vitscale.files.sources import locate
 from vitscale.inference.model import load
-from vitscale.interop.image_processing import AutoImageProcessor, ViTImageProcessor
+from vitscale.interop.auto import AutoImageProcessor
+from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.interop.pretrained import load_model, write_model
 from vitscale.interop.weight_files import MAX_SHARD_SIZE
 from vitscale.models.classification import ViTForImageClassification

@@ -10,7 +10,8 @@ from torch import Tensor
 from vitscale.config.model_rules import pair
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.files.sources import locate
-from vitscale.interop.image_processing import AutoImageProcessor, ViTImageProcessor
+from vitscale.interop.auto import AutoImageProcessor
+from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.interop.pretrained import load_model
 from vitscale.models.vit import ViTPreTrainedModel
 

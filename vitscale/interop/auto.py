@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from vitscale.errors import CheckpointError
 from vitscale.files.model_folder import CONFIG, read_json
 from vitscale.files.sources import locate
-from vitscale.interop.config_files import architecture, read_config
+from vitscale.interop.config_files import MODEL_TYPES, architecture, read_config
+from vitscale.interop.image_processing import ViTImageProcessor, processor_file
 from vitscale.models.auto import CLASSES
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
@@ -80,6 +81,20 @@ class AutoModelForPreTraining:
                 "or name the class that you want, say ViTForMaskedImageModeling"
             )
         return CLASSES[named].from_pretrained(source, **options)
+
+
+class AutoImageProcessor:
+    """`from_pretrained` as transformers' AutoImageProcessor has it, for the models that this library opens."""
+
+    @staticmethod
+    def from_pretrained(source: str | Path, **options: Any) -> ViTImageProcessor:
+        """See ViTImageProcessor.from_pretrained. CheckpointError where config.json tells of another model."""
+        path = processor_file(source, _parted(options)[0])
+        config = path.with_name(CONFIG)
+        model_type = read_json(config).get("model_type") if config.is_file() else None
+        if model_type not in (None, *MODEL_TYPES):
+            raise CheckpointError(f"{config}: model_type={model_type!r}: must be one of {', '.join(MODEL_TYPES)}")
+        return ViTImageProcessor.from_pretrained(path, **options)
 
 
 def _parted(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

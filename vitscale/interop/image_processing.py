@@ -16,9 +16,8 @@ from PIL import Image
 from vitscale.config.model_rules import pair
 from vitscale.config.typed import is_finite
 from vitscale.errors import CheckpointError, ConfigError, DataError
-from vitscale.files.model_folder import CONFIG, as_text, read_json, write_json
+from vitscale.files.model_folder import as_text, read_json, write_json
 from vitscale.files.sources import locate
-from vitscale.interop.config_files import MODEL_TYPES
 from vitscale.interop.image_arrays import MAX_PIXELS, as_array, flatten
 from vitscale.models.configuration import ViTConfig
 from vitscale.text import did_you_mean
@@ -162,7 +161,7 @@ class ViTImageProcessor:
         options: revision, cache_dir, local_files_only, token, subfolder (see sources.locate), and fields of this
         class, laid over the file's. CheckpointError for a file that is not there, broken, or of another processor.
         """
-        path = _found(source, {name: options.pop(name) for name in _HUB if name in options})
+        path = processor_file(source, {name: options.pop(name) for name in _HUB if name in options})
         return cls.from_dict(read_json(path), str(path))._with(options)
 
     @classmethod
@@ -222,7 +221,8 @@ class ViTImageProcessor:
                 f"an image of {own} channels: the model's are {channels}, as image_mean has; give images of "
                 f"{channels}, {convert}or use a model of num_channels={own}"
             )
-        if self.do_rescale and self.rescale_factor < 1 and _is_in_unit_range(whole):
+        has_fractions = isinstance(whole, np.ndarray) and whole.dtype.kind == "f" and bool(whole.max() <= 1)
+        if self.do_rescale and self.rescale_factor < 1 and has_fractions:
             warnings.warn("pixels in [0, 1] are rescaled once more; pass do_rescale=False for those", stacklevel=2)
         size = _target(self.size, height, width) if self.do_resize else (height, width)
         crop = (self.crop_size["height"], self.crop_size["width"]) if self.do_center_crop else size
@@ -245,24 +245,6 @@ class ViTImageProcessor:
         values *= scale.astype(np.float32)
         values -= shift.astype(np.float32)
         return values
-
-
-def _is_in_unit_range(image: Any) -> bool:
-    return isinstance(image, np.ndarray) and image.dtype.kind == "f" and bool(image.max() <= 1)
-
-
-class AutoImageProcessor:
-    """`from_pretrained` as transformers' AutoImageProcessor has it, for the models that this library opens."""
-
-    @staticmethod
-    def from_pretrained(source: str | Path, **options: Any) -> ViTImageProcessor:
-        """See ViTImageProcessor.from_pretrained. CheckpointError where config.json tells of another model."""
-        path = _found(source, {name: options.pop(name) for name in _HUB if name in options})
-        config = path.with_name(CONFIG)
-        model_type = read_json(config).get("model_type") if config.is_file() else None
-        if model_type not in (None, *MODEL_TYPES):
-            raise CheckpointError(f"{config}: model_type={model_type!r}: must be one of {', '.join(MODEL_TYPES)}")
-        return ViTImageProcessor.from_pretrained(path, **options)
 
 
 def processor_dict(config: ViTConfig, image_mean: Sequence[float], image_std: Sequence[float]) -> dict[str, Any]:
@@ -403,7 +385,7 @@ def _number(name: str, value: Any, rule: str = "a number") -> float:
     return float(value)
 
 
-def _found(source: str | Path, where: dict[str, Any]) -> Path:
+def processor_file(source: str | Path, where: dict[str, Any]) -> Path:
     """The preprocessor_config.json of a source; where: options of sources.locate."""
     path = Path(source)
     if path.is_file():
