@@ -11,6 +11,8 @@ from typing import NoReturn
 
 def be_command(argv: Sequence[str]) -> NoReturn:
     """Run `vitscale ARGV` in this process and end with its exit code."""
+    # As a new process has them: those inherited were made for other files, which may have had a position.
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
 
     def command() -> int:
         from vitscale.cli import main
