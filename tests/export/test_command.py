@@ -76,7 +76,6 @@ def test_onnx(work: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert float(table["onnx"][3]) < 1e-4
     assert table["onnx"][4] == table["fp32"][2]
     assert "agreement with fp32 on 12 images" in said
-    assert "trtexec --onnx=model.onnx --saveEngine=model.engine" in said
     session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
     told = session.get_modelmeta().custom_metadata_map
     assert json.loads(told["config.json"])["id2label"] == {str(number): name for number, name in LABELS.items()}
@@ -101,7 +100,6 @@ def test_static_and_pruned(work: Path, home: Path, capsys: pytest.CaptureFixture
     session = onnxruntime.InferenceSession("model-pruned-static.onnx", providers=["CPUExecutionProvider"])
     told = json.loads(session.get_modelmeta().custom_metadata_map["config.json"])
     assert (told["intermediate_size"], told["id2label"]["4"]) == (32, "class4")
-    assert "trtexec" in said
 
 
 def test_dynamic_quantization_of_an_encoder(work: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,7 +109,6 @@ def test_dynamic_quantization_of_an_encoder(work: Path, home: Path, capsys: pyte
     assert [each.name for each in (work / "a").iterdir()] == ["b.onnx"]
     assert "top-1" not in said, "features have no classes"
     assert "on 12 random images" in said
-    assert "TensorRT would not take it: operators DynamicQuantizeLinear, MatMulInteger; --quantize static" in said
     session = onnxruntime.InferenceSession("a/b.onnx", providers=["CPUExecutionProvider"])
     found = session.run(None, {"pixel_values": noise(2, small(), (40, 24)).numpy()})
     assert [output.shape for output in found] == [(2, 16, 32), (2, 32)]

@@ -138,7 +138,6 @@ class Export:
                 quantize_onnx(exact, target, calibration, large=served.bytes > ONE_FILE)
                 self._variants.append(Variant(f"onnx, int8 {quantize}", open_onnx(target), _bytes(target)))
             self._measure()
-        self._tell_tensorrt(target, served)
 
     def _torch_export(self, model: ViTPreTrainedModel, target: Path) -> None:
         from vitscale.export.torch_export import int8_weights, open_torch_export, write_torch_export
@@ -178,16 +177,6 @@ class Export:
         if served.dynamic_size:
             for more in ((-1, 0), (3, 1)):
                 yield served.random_images(2, more), None
-
-    def _tell_tensorrt(self, target: Path, served: Served) -> None:
-        from vitscale.export.tensorrt import engine_command, objections
-
-        found = objections(target)
-        if not found:
-            self._say(f"TensorRT should take it (opset, operators): {engine_command(self._request.out, served)}")
-            return
-        way_out = "; --quantize static makes what it takes" if self._request.quantize == "dynamic" else ""
-        self._say(f"TensorRT would not take it: {'; '.join(found)}{way_out}")
 
     def _served(self, model: ViTPreTrainedModel) -> Served:
         return Served(model, self._request.dynamic_size)
