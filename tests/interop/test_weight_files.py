@@ -201,7 +201,7 @@ def test_a_pickle_that_would_run_something(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("EVIL", str(tmp_path / "ran"))
     torch.save(TENSORS | {"z": Evil()}, tmp_path / "pytorch_model.bin")
     said = one_line(tmp_path)
-    assert "asks for posix.system, which could run anything; get the weights elsewhere" in said
+    assert "asks for posix.system, which could run anything; get these weights as safetensors" in said
     assert not (tmp_path / "ran").exists()
 
 

@@ -34,7 +34,10 @@ def locate(
             raise ConfigError(f"revision={revision!r}: is for the hub, and {source} is a folder; leave it out")
         return _local(path, subfolder, only or CONFIG)
     if path.is_file():
-        raise CheckpointError(f"{source}: is a file; name the folder that holds {CONFIG} and the weights")
+        raise CheckpointError(
+            f"{source}: is a file; name the folder that holds {CONFIG} and the weights, or make one of it: "
+            f"vitscale convert {source} NEW_FOLDER --to hf"
+        )
     name = str(source)
     if not _may_be_hub_name(source):
         raise CheckpointError(f"{source}: no such folder{_nearest_folder(path)}")

@@ -42,11 +42,28 @@ _POINTER = b"version https://git-lfs"
 
 
 class _Inert:
-    """Stands for a class or function that is not known: whatever it is given, all that comes of it is an empty Counter,
-    a mapping with attributes, which torch lets a pickle fill."""
+    """Stands for a class or function that is not known: whatever it is given, it does nothing and keeps nothing."""
+
+    def __new__(cls, *arguments: Any) -> Any:
+        return object.__new__(cls)
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _InertMapping:
+    """The same for a mapping: what comes of it is a Counter, which torch lets a pickle fill."""
 
     def __new__(cls, *arguments: Any) -> Any:
         return collections.Counter()
+
+
+class _InertList:
+    def __new__(cls, *arguments: Any) -> Any:
+        return []
 
 
 # Harmless classes that checkpoints hold beside tensors, by the names under which they may be pickled.
@@ -54,7 +71,7 @@ _HARMLESS: tuple[tuple[Any, str], ...] = (
     *((kind, f"builtins.{kind.__name__}") for kind in (bool, int, float, str, list, tuple, dict, frozenset, slice)),
     (argparse.Namespace, "argparse.Namespace"),
     (types.SimpleNamespace, "types.SimpleNamespace"),
-    (_Inert, "collections.defaultdict"),
+    (_InertMapping, "collections.defaultdict"),
     (datetime.datetime, "datetime.datetime"),
     (datetime.timedelta, "datetime.timedelta"),
     *((pathlib.PurePath, f"pathlib{local}.{name}") for local in ("", "._local") for name in (
@@ -67,10 +84,9 @@ _HARMLESS: tuple[tuple[Any, str], ...] = (
 )  # fmt: skip
 # Modules whose names no checkpoint needs: a file that asks for them is an attack, or no checkpoint.
 _NEVER = re.compile(
-    r"(__builtin__|builtins|os|posix|nt|sys|io|_io|subprocess|commands|shutil|socket|urllib|importlib|runpy|ctypes"
-    r"|pickle|_pickle|code|pty|webbrowser|multiprocessing|operator|functools|inspect)(\.|$)"
+    r"(__builtin__|builtins|os|posix|nt|sys|subprocess|commands|shutil|socket|importlib|runpy|ctypes|pickle|_pickle"
+    r"|code|pty|webbrowser)(\.|$)"
 )
-_MODULE = re.compile(r"torch\.nn\.")
 
 
 @dataclass(frozen=True)
@@ -226,28 +242,53 @@ def read_file(path: Path) -> Any:
             return load_file(path)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be read as safetensors: {error}{_remedy(path)}") from None
-    inert: list[tuple[Any, str]] = []
+    inert: dict[str, Any] = {}
     while True:
+        known: list[Any] = [*_HARMLESS, *((stand_in, name) for name, stand_in in inert.items())]
         try:
-            with torch.serialization.safe_globals([*_HARMLESS, *inert]):
-                return torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(known):
+                content = torch.load(path, map_location="cpu", weights_only=True)
         except UnpicklingError as error:
-            asked = re.search(r"GLOBAL (\S+)", str(error))
-            if asked is None:  # not refused but broken
-                raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle{_remedy(path)}") from None
-            name = asked[1]
-            if _NEVER.match(name) or any(name == known for _, known in inert) or "." not in name:
+            if (filled := _filled(error, inert)) is not None:
+                inert |= filled
+                continue
+            name = _refused_name(error, path)
+            if _NEVER.match(name) or name in inert or "." not in name:
                 raise CheckpointError(
-                    f"{path}: asks for {name}, which could run anything; get the weights elsewhere"
+                    f"{path}: asks for {name}, which could run anything; get these weights as safetensors"
                 ) from None
-            if _MODULE.match(name):
-                raise CheckpointError(
-                    f"{path}: holds a whole module ({name}), not its tensors; {_SAVE_STATE}"
-                ) from None
-            inert.append((type("Inert", (_Inert,), {}), name))
+            inert[name] = type(name, (_Inert,), {})
         except Exception as error:  # on a damaged file it raises nearly anything
             reason = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(": ")
             raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle: {reason}{_remedy(path)}") from None
+        else:
+            if isinstance(content, (_Inert, collections.Counter)):
+                raise CheckpointError(f"{path}: holds an object ({', '.join(inert)}), not its tensors; {_SAVE_STATE}")
+            return content
+
+
+def _filled(error: UnpicklingError, inert: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The stand-in that torch would not fill with items, as one that it does: a mapping or a list."""
+    text = str(error)
+    name = next((name for name, kind in inert.items() if f".{name}'" in text and issubclass(kind, _Inert)), None)
+    if name is None or not ("SETITEM" in text or "append to lists" in text or "extend lists" in text):
+        return None
+    return {name: type(name, (_InertMapping if "SETITEM" in text else _InertList,), {})}
+
+
+def _refused_name(error: UnpicklingError, path: Path) -> str:
+    """The global that torch did not let in; CheckpointError if it ended for another cause."""
+    asked = re.search(r"GLOBAL (\S+)", str(error))
+    if asked is not None:
+        return asked[1]
+    if "Only persistent_load" in str(error):
+        raise CheckpointError(f"{path}: holds modules in the format before torch 1.6; {_SAVE_STATE}") from None
+    if "DTensor" in str(error):
+        raise CheckpointError(
+            f"{path}: its tensors are sharded (DTensor of FSDP2); gather them before saving: "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True"
+        ) from None
+    raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle{_remedy(path)}") from None
 
 
 def _remedy(path: Path) -> str:
