@@ -211,7 +211,7 @@ def test_without_a_class_token_patches_are_pooled(base: Path) -> None:
 
 def test_rotary_positions_need_heads_of_fours(base: Path) -> None:
     rope = ("model.rope_theta=100", "model.num_attention_heads=128")
-    assert "model.hidden_size=768 / model.num_attention_heads=128" in refusal(base, 1, *rope)
+    assert "model.hidden_size=768: must be model.num_attention_heads=128 times" in refusal(base, 1, *rope)
     mended(base, 1, *rope)
     narrow = ("model.rope_theta=100", "objective.mae.decoder_num_attention_heads=256")
     assert "objective.mae.decoder_hidden_size=512" in refusal(base, 1, *narrow)

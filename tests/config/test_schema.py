@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vitscale.config import schema
+from vitscale.config import model_rules, schema
 from vitscale.errors import ConfigError
 
 REFUSED = [
@@ -17,7 +17,7 @@ REFUSED = [
     (schema.Model, "model.num_channels", [0], [1, 13]),
     (schema.Model, "model.num_labels", [-1], [0]),
     (schema.Model, "model.drop_path_rate", [-0.1, 1.0], [0.0, 0.9]),
-    (schema.Model, "model.hidden_act", ["gelo"], list(schema.ACTIVATIONS)),
+    (schema.Model, "model.hidden_act", ["gelo"], list(model_rules.ACTIVATIONS)),
     (schema.Model, "model.pooler_act", ["prelu"], ["tanh"]),
     (schema.Model, "model.pooler_output_size", [0], [1, None]),
     (schema.Model, "model.encoder_stride", [0, (0, 8)], [1, (8, 1), None]),
@@ -28,7 +28,7 @@ REFUSED = [
     (schema.Model, "model.hidden_dropout_prob", [-0.1, 1.0], [0.0]),
     (schema.Model, "model.attention_probs_dropout_prob", [-0.1, 1.0], [0.0]),
     (schema.Model, "model.id2label", [()], [None]),
-    (schema.Model, "model.problem_type", ["regress"], [*schema.PROBLEM_TYPES, None]),
+    (schema.Model, "model.problem_type", ["regress"], [*model_rules.PROBLEM_TYPES, None]),
     (schema.Model, "model.position_embeddings", ["rope"], ["learned", "sincos", "none", "auto"]),
     (schema.Model, "model.num_register_tokens", [-1], [0, 4]),
     (schema.Model, "model.rope_theta", [0.0, -1.0], [100.0, None]),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models.shapes import EVERY_OPTION, OPTION_SETS, TRAINABLE, inputs, tiny, tiny_keys
-from vitscale.config import schema
+from vitscale.config import model_rules, schema
 from vitscale.config.check import check_config
 from vitscale.config.presets import preset
 from vitscale.config.schema import MAE, Model, Multitask, Objective, RunConfig, SimMIM, Train
@@ -167,7 +167,7 @@ def test_a_run_says_that_its_labels_are_classes() -> None:
 
 
 def test_activations_are_those_of_the_schema() -> None:
-    assert tuple(ACTIVATIONS) == schema.ACTIVATIONS
+    assert tuple(ACTIVATIONS) == model_rules.ACTIVATIONS
 
 
 @pytest.mark.parametrize("objective", schema.OBJECTIVES)
@@ -197,7 +197,7 @@ def test_the_objectives_name_alone_can_change(objective: str, size: Any, patch: 
         "encoder_stride": st.sampled_from([None, None, None, 2, (2, 4)]),
         "position_embeddings": st.sampled_from(["auto", "learned", "sincos", "none"]),
         "num_labels": st.sampled_from([3, 1, 0]),
-        "problem_type": st.sampled_from([None, None, *schema.PROBLEM_TYPES]),
+        "problem_type": st.sampled_from([None, None, *model_rules.PROBLEM_TYPES]),
         "use_cls_token": st.booleans(),
         "pooling": st.sampled_from(["cls", "mean", "mean"]),
         "num_register_tokens": st.sampled_from([0, 2]),
@@ -206,7 +206,7 @@ def test_the_objectives_name_alone_can_change(objective: str, size: Any, patch: 
         "qk_norm": st.booleans(),
         "swiglu": st.booleans(),
         "fc_norm": st.booleans(),
-        "pooler_act": st.sampled_from(schema.ACTIVATIONS),
+        "pooler_act": st.sampled_from(model_rules.ACTIVATIONS),
     }),
     simmim=st.builds(SimMIM, st.sampled_from([0.6, 0.1, 0.9]), st.sampled_from([None, 1, 2, 3])),
     mae=st.builds(

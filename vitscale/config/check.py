@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from vitscale.config import model_rules
 from vitscale.config.model_rules import pair
 from vitscale.config.schema import Model, RunConfig
 from vitscale.errors import ConfigError
@@ -107,27 +108,12 @@ def _check_batch(config: RunConfig, world: World) -> None:
 
 def _check_model(config: RunConfig) -> None:
     model = config.model
-    sizes = list(zip(pair(model.image_size), pair(model.patch_size), strict=True))
-    for name, (size, patch) in zip(("height", "width"), sizes, strict=True):
-        if size % patch:
-            height, width = (max(1, round(size / patch)) * patch for size, patch in sizes)
-            raise ConfigError(
-                f"model.image_size={model.image_size}: its {name} must be a multiple of "
-                f"model.patch_size={model.patch_size}; set model.image_size={_size(height, width)}"
-            )
+    for key, value, rule in model_rules.of_encoder(vars(model), positions(config), _key):
+        raise ConfigError(f"{_key(key)}={value}: must be {rule}{_remedy(key, rule, model)}")
     if model.encoder_stride is not None and pair(model.patch_size) != pair(model.encoder_stride):
         raise ConfigError(
             f"model.encoder_stride={model.encoder_stride}: must be model.patch_size={model.patch_size}; "
             "set model.encoder_stride=null"
-        )
-    if model.hidden_size % model.num_attention_heads:
-        raise ConfigError(
-            f"model.hidden_size={model.hidden_size}: must be a multiple of "
-            f"model.num_attention_heads={model.num_attention_heads}"
-        )
-    if not model.use_cls_token and model.pooling != "mean":
-        raise ConfigError(
-            f"model.use_cls_token=false: leaves model.pooling={model.pooling} nothing to take; set model.pooling=mean"
         )
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         if getattr(model, name) > 0:
@@ -158,24 +144,41 @@ def _check_objective(config: RunConfig) -> None:
 
 
 def _check_positions(config: RunConfig) -> None:
-    model, mae, name = config.model, config.objective.mae, config.objective.name
-    widths = {"model.": (model.hidden_size, model.num_attention_heads)}
+    name, kind = config.objective.name, positions(config)
     if name == "mae":
-        widths["objective.mae.decoder_"] = (mae.decoder_hidden_size, mae.decoder_num_attention_heads)
-    sincos = model.position_embeddings == "sincos" or (model.position_embeddings == "auto" and name == "mae")
-    for section, (width, heads) in widths.items():
-        if sincos and width % 4:
-            raise ConfigError(f"{section}hidden_size={width}: must be a multiple of 4 for sin-cos position embeddings")
-        if model.rope_theta is not None and (width // heads) % 4:
-            raise ConfigError(
-                f"model.rope_theta={model.rope_theta}: turns heads whose width is a multiple of 4, not "
-                f"{section}hidden_size={width} / {section}num_attention_heads={heads}; set model.rope_theta=null"
-            )
-    if name != "classification" and model.position_embeddings == "none" and model.rope_theta is None:
-        raise ConfigError(
-            f"model.position_embeddings=none: objective.name={name} must know where the patches are that it predicts; "
-            "set model.position_embeddings=auto"
-        )
+        values = vars(config.model) | {f"decoder_{key}": value for key, value in _decoder(config).items()}
+        for key, value, rule in model_rules.of_blocks(values, kind, "decoder_", _key):
+            raise ConfigError(f"{_key(key)}={value}: must be {rule}{_remedy(key, rule, config.model)}")
+    if name != "classification":
+        for key, value, rule in model_rules.of_pretraining(vars(config.model), kind, f"objective.name={name}", _key):
+            raise ConfigError(f"{_key(key)}={value}: must be {rule}; set model.position_embeddings=auto")
+
+
+def positions(config: RunConfig) -> str:
+    """The kind of positions that the model has: auto is sincos for mae, else learned."""
+    kind = config.model.position_embeddings
+    return kind if kind != "auto" else "sincos" if config.objective.name == "mae" else "learned"
+
+
+def _decoder(config: RunConfig) -> dict[str, int]:
+    mae = config.objective.mae
+    return {"hidden_size": mae.decoder_hidden_size, "num_attention_heads": mae.decoder_num_attention_heads}
+
+
+def _key(key: str) -> str:
+    """How a run's config writes a key of the model."""
+    return f"objective.mae.{key}" if key.startswith("decoder_") else f"model.{key}"
+
+
+def _remedy(key: str, rule: str, model: Model) -> str:
+    """What to set where a value is not what it must be, if it can be told."""
+    if key == "image_size":
+        sizes = zip(pair(model.image_size), pair(model.patch_size), strict=True)
+        height, width = (max(1, round(size / patch)) * patch for size, patch in sizes)
+        return f"; set model.image_size={_size(height, width)}"
+    if "rope_theta" in rule:
+        return "; set model.rope_theta=null"
+    return "; set model.pooling=mean" if key == "pooling" else ""
 
 
 def _check_labels(config: RunConfig) -> None:
@@ -191,10 +194,6 @@ def _check_labels(config: RunConfig) -> None:
         raise ConfigError(
             f"model.problem_type={model.problem_type}: is not what objective.name={name} can train, from one whole "
             f"number a sample; set model.problem_type={single}"
-        )
-    if model.problem_type == single and model.num_labels == 1:
-        raise ConfigError(
-            f"model.num_labels=1: model.problem_type={single} needs 2 or more; two classes are model.num_labels=2"
         )
     if not has_classes(config) and model.num_labels != 1:
         raise ConfigError(
@@ -248,11 +247,6 @@ def _check_mae(config: RunConfig) -> None:
         raise ConfigError(
             f"objective.mae.mask_ratio={mae.mask_ratio}: of {rows * columns} patches it must hide at least one and "
             "leave one; set objective.mae.mask_ratio=0.5"
-        )
-    if mae.decoder_hidden_size % mae.decoder_num_attention_heads:
-        raise ConfigError(
-            f"objective.mae.decoder_hidden_size={mae.decoder_hidden_size}: must be a multiple of "
-            f"objective.mae.decoder_num_attention_heads={mae.decoder_num_attention_heads}"
         )
     if mae.norm_pix_loss and math.prod(pair(config.model.patch_size)) * config.model.num_channels == 1:
         raise ConfigError(

@@ -42,7 +42,18 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The resolved config as YAML that `load_config` reads back to the same config."""
-    return yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(as_dict(config), Dumper=_ExactDumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+class _ExactDumper(yaml.SafeDumper):
+    """SafeDumper that escapes line ends and control characters in texts, some of which PyYAML would fold to a space."""
+
+
+def _text(dumper: _ExactDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_ExactDumper.add_representer(str, _text)
 
 
 def _overlay(merged: Flat, layer: Flat) -> None:

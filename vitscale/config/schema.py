@@ -10,19 +10,12 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from vitscale.config import model_rules
 from vitscale.errors import ConfigError
 
 OBJECTIVES = ("mae", "simmim", "classification", "multitask")
 PRECISIONS = ("fp32", "bf16")
 DECODERS = ("auto", "nvimgcodec", "simplejpeg", "pillow")
-POSITIONS = ("learned", "sincos", "none")
-POOLINGS = ("cls", "mean")
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-ACTIVATIONS = (  # those of models/activations.py
-    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh", "gelu_pytorch_tanh",
-    "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu",
-    "sqrtsoftplus", "swish", "tanh",
-)  # fmt: skip
 
 
 def _require(holds: bool, key: str, value: Any, rule: str) -> None:
@@ -88,34 +81,17 @@ class Model:
     init_from: str | None = None  # a saved model folder whose weights a fresh run starts from
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels",
-                     "initializer_range", "layer_norm_eps"):  # fmt: skip
-            _require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "above 0")
-        for name in ("image_size", "patch_size"):
-            size = getattr(self, name)
-            _require(min(size if isinstance(size, tuple) else (size,)) > 0, f"model.{name}", size, "above 0")
-        stride, pooled = self.encoder_stride, self.pooler_output_size
-        positive = stride is None or min(stride if isinstance(stride, tuple) else (stride,)) > 0
-        _require(positive, "model.encoder_stride", stride, "above 0 or null")
-        _require(pooled is None or pooled > 0, "model.pooler_output_size", pooled, "above 0 or null")
-        for name in ("hidden_act", "pooler_act"):
-            _one_of(f"model.{name}", getattr(self, name), ACTIVATIONS)
-        _require(self.num_labels >= 0, "model.num_labels", self.num_labels, "0 (features only) or more")
+        values = vars(self) | {
+            "position_embeddings": None if self.position_embeddings == "auto" else self.position_embeddings
+        }
+        for key, value, rule in model_rules.of_values(values):
+            choice = "auto, or " if key == "position_embeddings" else ""
+            raise ConfigError(f"model.{key}={value!r}: must be {choice}{rule}")
         if self.id2label is not None:
             named = len(self.id2label)
             _require(named > 0, "model.id2label", self.id2label, "the names of one class or more, or null")
             rule = f"{named}, as many as model.id2label names"
             _require(self.num_labels == named, "model.num_labels", self.num_labels, rule)
-        kind = self.problem_type
-        _require(kind is None or kind in PROBLEM_TYPES, "model.problem_type", kind,
-                 f"one of {', '.join(PROBLEM_TYPES)}, or null")  # fmt: skip
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
-            _require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "in [0, 1)")
-        _one_of("model.position_embeddings", self.position_embeddings, ("auto", *POSITIONS))
-        _one_of("model.pooling", self.pooling, POOLINGS)
-        tokens, theta = self.num_register_tokens, self.rope_theta
-        _require(tokens >= 0, "model.num_register_tokens", tokens, "0 or more")
-        _require(theta is None or theta > 0, "model.rope_theta", theta, "above 0 or null")
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import vitscale
-from vitscale.config.model_rules import Size, pair
-from vitscale.config.schema import ACTIVATIONS, POOLINGS, POSITIONS, PROBLEM_TYPES
+from vitscale.config import model_rules
+from vitscale.config.model_rules import MOST_LABELS, Size, Violation, pair
 from vitscale.config.typed import typed_fields
 from vitscale.errors import CheckpointError, ConfigError, DataError
 from vitscale.files.model_folder import CONFIG, read_json, write_json
@@ -31,17 +32,6 @@ _REFUSED: dict[str, tuple[Any, str]] = {
 OPTIONS: dict[str, Any] = {
     "use_cls_token": True, "num_register_tokens": 0, "rope_theta": None, "layer_scale_init_value": None,
     "qk_norm": False, "swiglu": False, "pooling": "cls", "fc_norm": False,
-}  # fmt: skip
-
-_COUNTS = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size", "image_size",
-    "patch_size", "num_channels", "encoder_stride", "pooler_output_size", "mask_patch",
-)  # fmt: skip
-_MOST_LABELS = 1_000_000  # a file that says more is damaged; each of them gets a name
-_SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "mask_ratio", "label_smoothing")
-_CHOICES: dict[str, tuple[str | None, ...]] = {
-    "position_embeddings": POSITIONS, "pooling": POOLINGS, "problem_type": (*PROBLEM_TYPES, None),
-    "hidden_act": ACTIVATIONS, "pooler_act": ACTIVATIONS,
 }  # fmt: skip
 
 
@@ -107,8 +97,8 @@ class ViTConfig:
         if self.id2label is None and self.label2id is not None:
             self.id2label = {number: name for name, number in self.label2id.items()}
         if self.id2label is None:
-            if not 0 <= self.num_labels <= _MOST_LABELS:
-                refuse("num_labels", self.num_labels, f"0 (features only) to {_MOST_LABELS}")
+            if not 0 <= self.num_labels <= MOST_LABELS:  # before as many names are made
+                refuse("num_labels", self.num_labels, f"0 (features only) to {MOST_LABELS}")
             self.id2label = _generic_names(self.num_labels) or None
         if self.id2label is None:
             return
@@ -123,46 +113,16 @@ class ViTConfig:
                 refuse("label2id", {name: number}, "the way back of id2label, or left out")
 
     def _check(self) -> None:
-        for name, least in self._at_least().items():
-            value = getattr(self, name)
-            if value is not None and min(pair(value)) < least:
-                refuse(name, value, f"{least} or more")
-        for side, patch in zip(pair(self.image_size), pair(self.patch_size), strict=True):
-            if side % patch:
-                refuse("image_size", self.image_size, f"a multiple of patch_size={self.patch_size}")
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            refuse("hidden_size", self.hidden_size, f"a multiple of num_attention_heads={self.num_attention_heads}")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                refuse(name, getattr(self, name), f"one of {', '.join(map(str, choices))}")
-        for name in _SHARES:
-            if not 0 <= getattr(self, name) < 1:
-                refuse(name, getattr(self, name), "in [0, 1)")
-        for name in ("layer_norm_eps", "initializer_range"):
-            if getattr(self, name) <= 0:
-                refuse(name, getattr(self, name), "above 0")
-        if self.position_embeddings == "sincos" and self.hidden_size % 4:
-            refuse("hidden_size", self.hidden_size, "a multiple of 4 for sincos position embeddings")
-        if self.problem_type == "single_label_classification" and self.num_labels == 1:
-            refuse("num_labels", 1, "2 or more for single_label_classification, as in transformers")
+        """Raise the first rule that is broken."""
+        for violation in self._violations():
+            refuse(*violation)
+
+    def _violations(self) -> Iterator[Violation]:
+        values = vars(self)
+        yield from model_rules.of_values(values)
+        yield from model_rules.of_encoder(values, self.position_embeddings)
         if self.label_smoothing and self.problem_type not in (None, "single_label_classification"):
-            refuse("label_smoothing", self.label_smoothing, f"0 for problem_type={self.problem_type}")
-        self._check_options()
-
-    def _at_least(self) -> dict[str, int]:
-        """The smallest value of each key that counts something."""
-        return dict.fromkeys(_COUNTS, 1) | {"num_register_tokens": 0}
-
-    def _check_options(self) -> None:
-        if not self.use_cls_token and self.pooling != "mean":
-            refuse("pooling", self.pooling, "mean where use_cls_token=False")
-        if self.rope_theta is not None:
-            if self.head_dim is not None and self.head_dim % 4:
-                refuse("head_dim", self.head_dim, "a multiple of 4 for rope_theta")
-            if self.head_dim is None:
-                check_rope("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
-            if self.rope_theta <= 0:
-                refuse("rope_theta", self.rope_theta, "above 0, or None")
+            yield Violation("label_smoothing", self.label_smoothing, f"0 for problem_type={self.problem_type}")
 
     @property
     def has_class_names(self) -> bool:
@@ -358,15 +318,3 @@ def _square_as_int(size: Size) -> Size:
 def refuse(name: str, value: Any, rule: str) -> None:
     """Raise the ConfigError of a key."""
     raise ConfigError(f"{name}={value!r}: must be {rule}")
-
-
-def check_rope(width_key: str, width: int, heads_key: str, heads: int) -> None:
-    """Rotary positions turn pairs of features, half of them by the row and half by the column."""
-    if width // heads % 4:
-        refuse(width_key, width, f"{heads_key}={heads} times a multiple of 4 for rope_theta")
-
-
-def check_positions(config: ViTConfig, model: str) -> None:
-    """A model that predicts hidden patches must know where they are: else it says the same of all of them."""
-    if config.position_embeddings == "none" and config.rope_theta is None:
-        refuse("position_embeddings", "none", f"learned or sincos for {model}, or rope_theta set")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from vitscale.models.configuration import ViTConfig, check_positions, check_rope, refuse
+from vitscale.config import model_rules
+from vitscale.config.model_rules import Violation
+from vitscale.models.configuration import ViTConfig
 
 
 @dataclass(kw_only=True)
@@ -22,28 +25,18 @@ class ViTMAEConfig(ViTConfig):
     decoder_intermediate_size: int = 2048
     position_embeddings: str = "sincos"  # the encoder's and the decoder's
 
-    def _at_least(self) -> dict[str, int]:
-        decoder = {item.name: 1 for item in fields(self) if item.name.startswith("decoder_")}
-        return super()._at_least() | decoder
-
-    def _check(self) -> None:
-        super()._check()
-        width, heads = self.decoder_hidden_size, self.decoder_num_attention_heads
+    def _violations(self) -> Iterator[Violation]:
+        yield from super()._violations()
         if self.head_dim is not None:
-            refuse("head_dim", self.head_dim, "None: transformers gives it to the decoder's heads too")
-        if width % heads:
-            refuse("decoder_hidden_size", width, f"a multiple of decoder_num_attention_heads={heads}")
-        if self.position_embeddings == "sincos" and width % 4:
-            refuse("decoder_hidden_size", width, "a multiple of 4 for sincos position embeddings")
+            yield Violation("head_dim", self.head_dim, "None: transformers gives it to the decoder's heads too")
+        yield from model_rules.of_blocks(vars(self), self.position_embeddings, "decoder_")
         if self.norm_pix_loss and self.patch_values < 2:
-            refuse("norm_pix_loss", True, "false where a patch is a single number")
+            yield Violation("norm_pix_loss", True, "false where a patch is a single number")
         if self.visible_patches < 1:
-            refuse("mask_ratio", self.mask_ratio, f"such that one of {self.num_patches} patches stays visible")
+            yield Violation("mask_ratio", self.mask_ratio, f"such that one of {self.num_patches} patches stays visible")
         if self.fc_norm:
-            refuse("fc_norm", True, "False: a masked autoencoder decodes tokens that are not pooled")
-        if self.rope_theta is not None:
-            check_rope("decoder_hidden_size", width, "decoder_num_attention_heads", heads)
-        check_positions(self, "a masked autoencoder")
+            yield Violation("fc_norm", True, "False: a masked autoencoder decodes tokens that are not pooled")
+        yield from model_rules.of_pretraining(vars(self), self.position_embeddings, "a masked autoencoder")
 
     @property
     def beyond_transformers(self) -> list[str]:

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitscale.config.model_rules import pair
+from vitscale.config.model_rules import of_pretraining, pair
 from vitscale.errors import DataError
 from vitscale.models import flops
-from vitscale.models.configuration import ViTConfig, check_positions, refuse
+from vitscale.models.configuration import ViTConfig, refuse
 from vitscale.models.losses import masked_l1
 from vitscale.models.masking import cell_masking
 from vitscale.models.outputs import MaskedImageModelingOutput, can_return_tuple
@@ -40,7 +40,8 @@ class MaskedImageModel(ViTPreTrainedModel):
             refuse("encoder_stride", config.encoder_stride, f"the size of a patch, patch_size={config.patch_size}")
         if config.fc_norm:
             refuse("fc_norm", True, f"False: {type(self).__name__} decodes tokens that are not pooled")
-        check_positions(config, type(self).__name__)
+        for violation in of_pretraining(vars(config), config.position_embeddings, type(self).__name__):
+            refuse(*violation)
         self.decoder = nn.Sequential(
             nn.Conv2d(config.hidden_size, config.patch_values, kernel_size=1),
             PixelShuffle(pair(config.patch_size)),
