@@ -318,7 +318,7 @@ def test_export_onto_a_file(
 
 def test_stop(run: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = RunFolder(run[0])
-    with folder.held():
+    with folder.locked():
         assert main(["stop", str(folder.path)]) == DONE
     assert folder.stop.exists()
     assert str(folder.stop) in capsys.readouterr().out

@@ -15,7 +15,7 @@ from vitscale.run_folder import RunFolder
 
 
 def _hold(path: Path) -> None:
-    with RunFolder(path).held():
+    with RunFolder(path).locked():
         (path / "holding").touch()
         time.sleep(60)
 
@@ -26,20 +26,20 @@ def test_second_run_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
     while not (tmp_path / "holding").exists():
         assert holder.is_alive()
         time.sleep(0.01)
-    with pytest.raises(LaunchError, match=rf"process {holder.pid} on .*vitscale stop"), RunFolder(tmp_path).held():
+    with pytest.raises(LaunchError, match=rf"process {holder.pid} on .*vitscale stop"), RunFolder(tmp_path).locked():
         pass
-    with pytest.raises(LaunchError), RunFolder(tmp_path).held(shared=True):
+    with pytest.raises(LaunchError), RunFolder(tmp_path).locked(shared=True):
         pass
     assert holder.pid is not None
-    assert RunFolder(tmp_path).holder().startswith(f"process {holder.pid} on ")
+    assert RunFolder(tmp_path).owner().startswith(f"process {holder.pid} on ")
     threading.Timer(0.5, os.kill, (holder.pid, signal.SIGKILL)).start()
-    with RunFolder(tmp_path).held(patience_s=60):
-        assert RunFolder(tmp_path).holder().startswith(f"process {os.getpid()} on ")
+    with RunFolder(tmp_path).locked(patience_s=60):
+        assert RunFolder(tmp_path).owner().startswith(f"process {os.getpid()} on ")
     holder.join()
 
 
 def test_launchers_look_at_the_same_time(tmp_path: Path) -> None:
-    with RunFolder(tmp_path).held(shared=True), RunFolder(tmp_path).held(shared=True):
+    with RunFolder(tmp_path).locked(shared=True), RunFolder(tmp_path).locked(shared=True):
         pass
 
 

@@ -102,7 +102,7 @@ def _stop(arguments: argparse.Namespace) -> int:
     if not folder.config.exists():
         raise VitscaleError(f"{arguments.run}: is no run folder (no config.yaml in it); name the folder RUN_DIR/NAME")
     try:
-        with folder.held(shared=True):
+        with folder.locked(shared=True):
             raise VitscaleError(
                 f"{arguments.run}: no run holds this folder, so there is nothing to stop (on a file system whose locks "
                 f"other nodes do not see: touch {folder.stop})"
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VitscaleError as error:
         # Before there is a run folder all ranks fail alike, and rank 0 speaks; after, the first to fail does.
         here = _here()
-        if not getattr(error, "told", not here.is_main):
+        if not getattr(error, "reported", not here.is_main):
             print(f"vitscale: error: {error}", file=sys.stderr, flush=True)
         if here.world_size > 1:  # at once: with a process group that was not left, Python's own end may abort (SIGABRT)
             sys.stdout.flush()

@@ -8,7 +8,7 @@ raised is a bug of ours (or the machine's) and keeps its traceback.
 class VitscaleError(ValueError):
     """Base of the errors that are the user's to mend."""
 
-    told: bool  # set where it is known whether another rank has printed it
+    reported: bool  # set where it is known whether another rank has printed it
 
 
 class ConfigError(VitscaleError):

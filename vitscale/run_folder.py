@@ -74,7 +74,7 @@ class RunFolder:
         return self.path / "lock"
 
     @contextlib.contextmanager
-    def held(self, shared: bool = False, patience_s: float = 0.0) -> Any:
+    def locked(self, shared: bool = False, patience_s: float = 0.0) -> Any:
         """Hold the folder for this process while the context lasts; the kernel lets go of it for a dead one.
 
         A launcher holds it `shared` for a moment, to see that no run has it; with `patience_s` it waits so
@@ -100,7 +100,7 @@ class RunFolder:
                     time.sleep(1)
             yield
 
-    def holder(self) -> str:
+    def owner(self) -> str:
         """What the process that holds the folder, or held it last, wrote of itself; no two starts write the same."""
         return self.lock.read_text(encoding="utf-8").strip() if self.lock.exists() else "nobody"
 

@@ -115,7 +115,7 @@ def test_second_run_in_one_folder(launcher: Launcher, config: Path, tmp_path: Pa
     from vitscale.run_folder import RunFolder
 
     folder = RunFolder(tmp_path / "runs" / "run")
-    with folder.held():
+    with folder.locked():
         assert "is in use by process" in _refused(launcher, ["pretrain", str(config)])
     assert folder.read_exit() is None
     launcher.run(["pretrain", str(config), "train.steps=2"])

@@ -35,7 +35,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from vitscale.run_folder import RunFolder
-with RunFolder(Path(sys.argv[1])).held():
+with RunFolder(Path(sys.argv[1])).locked():
     print("held", flush=True)
     input()
 """

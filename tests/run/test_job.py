@@ -72,11 +72,11 @@ def test_the_first_rank_that_fails_says_why(tmp_path: Path) -> None:
         run_locked(Ending(tmp_path, error))
     failed = Job(make_config(tmp_path), World()).folder
     assert failed.read_exit() == {"code": BAD_INPUT, "step": None, "reason": "model.x=1: must be 2"}
-    assert not error.told, "its line is printed by this rank"
+    assert not error.reported, "its line is printed by this rank"
     later = ConfigError("another rank is gone")
     with pytest.raises(ConfigError):
         run_locked(Ending(tmp_path, later, rank=1, world_size=2))
-    assert later.told, "nothing is printed"
+    assert later.reported, "nothing is printed"
     assert run_locked(Ending(tmp_path, ConnectionError("closed"), rank=1, world_size=2)) == BAD_INPUT
     assert failed.read_exit()["reason"] == "model.x=1: must be 2"
 

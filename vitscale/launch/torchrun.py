@@ -118,7 +118,7 @@ def prepare(arguments: Sequence[str], layout: Layout, script: str, patience_s: f
     config = read_config(arguments)
     check_config(config, layout.world())
     folder = RunFolder.at(config.run.dir, config.run.name)
-    with folder.held(shared=True, patience_s=patience_s):
+    with folder.locked(shared=True, patience_s=patience_s):
         folder.clear_exit()
         folder.stop.unlink(missing_ok=True)
         if config.data.train:  # without any, the run itself says what to give

@@ -52,7 +52,7 @@ def run_locked(job: Job) -> int:
     folder, world = job.folder, job.world
     with contextlib.ExitStack() as stack:
         if world.is_main:
-            stack.enter_context(folder.held())
+            stack.enter_context(folder.locked())
             if not world.supervised:  # else the launcher has cleared both, and what came since then counts
                 folder.clear_exit()
                 folder.stop.unlink(missing_ok=True)
@@ -61,7 +61,7 @@ def run_locked(job: Job) -> int:
         except VitscaleError as error:
             # The first rank to fail says why; the others fail because of it, or with the same words.
             first = folder.write_exit(BAD_INPUT, None, str(error))
-            error.told = not first
+            error.reported = not first
             raise
         except Exception as error:
             first = folder.write_exit(FAILED, None, f"{type(error).__name__}: {error}")

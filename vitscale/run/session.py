@@ -100,7 +100,7 @@ def _require_agreement(
 ) -> None:
     """All ranks must have the same folder, config, data and code, or they would train different runs."""
     own = {
-        "run folder": f"held by {folder.holder()}",
+        "run folder": f"held by {folder.owner()}",
         "config": config_digest(config),
         "index": index.digest,
         "decoder": decoder,
