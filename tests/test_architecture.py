@@ -55,7 +55,7 @@ ONLY_IN = {
     "accelerate": ("engine.backend",),
     "deepspeed": ("engine.backend",),
     "mlflow": ("tracking.tracker",),
-    "transformers": ("bench.step",),  # others by name, where they are installed
+    "transformers": ("bench.peers",),  # others by name, where they are installed
     "onnx": ("export",),
     "onnxruntime": ("export",),
     "torchao": ("export.torch_export",),

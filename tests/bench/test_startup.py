@@ -4,12 +4,20 @@ import json
 
 import pytest
 
-from vitscale.bench.startup import main
+from vitscale.bench.startup import OPEN, STAT, main
 
 
 def test_the_bench_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--shards", "300", "--rounds", "1"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["shards"] == 300
-    assert result["ratio"] == result["open_seconds"] / result["stat_seconds"] > 1
-    assert result["broadcast_bytes"] > 300
+    stat, opened = (result["contenders"][name] for name in (STAT, OPEN))
+    assert opened["ratio"] == stat["seconds"][0] / opened["seconds"][0] < 1
+    assert result["broadcast_bytes"] > 300 * 32, "a digest for each shard"
+
+
+def test_a_count_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--rounds", "0"], ["--shards", "-1"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert "must be a whole number above 0" in capsys.readouterr().err

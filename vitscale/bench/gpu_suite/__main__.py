@@ -43,9 +43,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--stages", default=",".join(letters), help="letters, with commas")
     parser.add_argument("--budget", type=float, required=True, help="seconds for all")
     options = parser.parse_args(arguments)
-    wanted = [letter for letter in options.stages.split(",") if letter]
+    chosen = [letter for letter in options.stages.split(",") if letter]
     try:
-        if not wanted or not set(wanted) <= set(letters):
+        if not chosen or not set(chosen) <= set(letters):
             raise VitscaleError(f"STAGES={options.stages!r}: must be of {','.join(letters)}, with commas")
         if options.device == "cuda" and world.read_world().device == "cpu":
             raise VitscaleError("DEVICE=cuda: runs would take the CPU: there is neither /dev/nvidiactl nor /dev/dxg, "
@@ -57,14 +57,14 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED))  # by way of what ends the stage's processes
     with tempfile.TemporaryDirectory(prefix="vitscale-gpu-suite-", ignore_cleanup_errors=True) as scratch:
         runner = Runner(results, options.device, Path(scratch), options.budget)
-        if options.device == "cpu" and results.in_order(wanted):
+        if options.device == "cpu" and results.in_order(chosen):
             world.enter()
-            importlib.import_module("vitscale.bench.measuring").transformers()
+            importlib.import_module("vitscale.bench.peers").import_transformers()
             for module in _LIBRARIES:
                 importlib.import_module(module)
-        runner.run(wanted)
+        runner.run(chosen)
     print(f"\n{results.summary()}\nresults: {results.out}")
-    return DONE if all(results.state(letter) in SETTLED for letter in wanted) else FAILED
+    return DONE if all(results.state(letter) in SETTLED for letter in chosen) else FAILED
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import torch
 
 from vitscale.augment.pipeline import Augment
 from vitscale.bench.gpu_suite.cases import Cases, Figures, Mismatch, Setting
-from vitscale.bench.gpu_suite.photographs import open_loader, photographs
+from vitscale.bench.gpu_suite.photographs import photographs
 from vitscale.bench.measuring import median_seconds
+from vitscale.bench.photographs import open_loader
 from vitscale.config.schema import RunConfig, Train
 
 # Of 255, at most, of any value: in fp32, and with TF32's products of 10 bits, which training in bf16 allows.
@@ -28,12 +29,11 @@ def _compare(precision: str, setting: Setting) -> Figures:
     with open_loader(photographs(setting), config) as loader:
         batch = next(loader)
         on_cpu, on_device = (Augment.of(config, kind, train=True) for kind in ("cpu", device.type))
-        expected, found = on_cpu(batch).pixel_values, on_device(batch).pixel_values.cpu()
-        apart = ((found - expected) * std * 255).abs()
+        difference = (on_device(batch).pixel_values.cpu() - on_cpu(batch).pixel_values) * std * 255
         seconds = median_seconds(lambda: on_device(batch), device)
     figures: Figures = {
-        "largest_difference": float(apart.max()),
-        "mean_difference": float(apart.mean()),
+        "largest_difference": float(difference.abs().max()),
+        "mean_difference": float(difference.abs().mean()),
         "batch": count,
         "batch_seconds": seconds,
         "images_per_second": count / seconds,

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vitscale import world
+from vitscale.bench.rounds import first_line
 
 Figures = dict[str, Any]  # as JSON has it; "text" is its line in the summary
 Cases = Mapping[str, Callable[[], Figures]]
@@ -49,7 +50,7 @@ class Stage:
 
 @dataclass
 class Setting:
-    """What a stage's process is told."""
+    """What a stage's process needs to know."""
 
     device: str  # "cuda", or "cpu": everything at tiny sizes
     scratch: Path  # for shards and runs; gone after the suite
@@ -63,6 +64,12 @@ class Setting:
     @property
     def tiny(self) -> bool:
         return self.device == "cpu"
+
+    @property
+    def measured_tflops(self) -> float | None:
+        """The rate of stage a's bf16 matrix product, if that has passed."""
+        matrix = self.earlier.get("a", {}).get("matrix")
+        return None if matrix is None else matrix["tflops"]
 
     def seconds_left(self) -> float:
         """Until the case that is going on is ended: its own limit is reached, or that of the stage or the budget."""
@@ -102,7 +109,7 @@ def serve(stage: Stage, setting: Setting, log: Path) -> None:
         cases: Cases = getattr(importlib.import_module(module), name)(setting)
     except Exception as error:
         traceback.print_exc()
-        setting.emit(error=_brief(error))
+        setting.emit(error=first_line(error))
         return
     setting.emit(expected=list(cases))
     for name, case in cases.items():
@@ -124,11 +131,6 @@ def _run(name: str, case: Callable[[], Figures], limit_s: float, setting: Settin
         state, error = "cannot", str(reason)
     except Exception as problem:
         traceback.print_exc()
-        state, error = "failed", _brief(problem)
+        state, error = "failed", first_line(problem)
     setting.emit(case=name, state=state, seconds=time.monotonic() - began, figures=figures, error=error)
     return state != "failed"
-
-
-def _brief(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:400]}"

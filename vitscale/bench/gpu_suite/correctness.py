@@ -26,6 +26,7 @@ TOLERANCES = {torch.float32: (1e-5, 1e-4, 1e-2), torch.bfloat16: (2e-3, 0.08, 0.
 # gradient that should be 0 (a key's bias) goes where its noise is. Weights that stay where they are would be 1 off.
 STEP_TOLERANCES = {"fp32": (1e-4, 0.1), "bf16": (2e-3, 0.3)}
 STEPS, SAVED_AT = 4, 2
+LossAndGradients = tuple[float, dict[str, torch.Tensor]]
 
 
 def cases(setting: Setting) -> Cases:
@@ -79,20 +80,20 @@ def _compare_compiled(device: torch.device) -> Figures:
     return _judge({torch.bfloat16: gradients(config, device, torch.bfloat16, compiled=True)}, expected)
 
 
-def _judge(
-    found: dict[torch.dtype, tuple[float, dict[str, torch.Tensor]]], expected: tuple[float, dict[str, torch.Tensor]]
-) -> Figures:
+def _judge(computed: dict[torch.dtype, LossAndGradients], expected: LossAndGradients) -> Figures:
+    """The distances by dtype; raises Mismatch beyond TOLERANCES."""
     figures: Figures = {}
-    for dtype, (loss, its) in found.items():
+    expected_loss, expected_gradients = expected
+    for dtype, (loss, of_dtype) in computed.items():
         name = str(dtype).removeprefix("torch.")
-        apart = abs(loss - expected[0]) / abs(expected[0])
-        total, largest, worst = gradient_distances(its, expected[1])
-        figures[name] = {"loss": loss, "loss_distance": apart, "gradient_distance": total, "largest": largest,
+        of_loss = abs(loss - expected_loss) / abs(expected_loss)
+        total, largest, worst = gradient_distances(of_dtype, expected_gradients)
+        figures[name] = {"loss": loss, "loss_distance": of_loss, "gradient_distance": total, "largest": largest,
                          "worst": worst}  # fmt: skip
-        if not all(value <= limit for value, limit in zip((apart, total, largest), TOLERANCES[dtype], strict=True)):
+        if not all(value <= limit for value, limit in zip((of_loss, total, largest), TOLERANCES[dtype], strict=True)):
             raise Mismatch(
-                f"{name}: loss {loss:.6g} for {expected[0]:.6g}; {apart:.1e}, gradients {total:.1e}, that of {worst} "
-                f"{largest:.1e} off; at most {', '.join(f'{limit:g}' for limit in TOLERANCES[dtype])}"
+                f"{name}: loss {loss:.6g} for {expected_loss:.6g}; {of_loss:.1e}, gradients {total:.1e}, that of "
+                f"{worst} {largest:.1e} off; at most {', '.join(f'{limit:g}' for limit in TOLERANCES[dtype])}"
             )
     figures["text"] = "; ".join(
         f"{name}: loss {one['loss_distance']:.0e}, gradients {one['gradient_distance']:.0e} off"
@@ -104,18 +105,19 @@ def _judge(
 def _compare_steps(stage: int, setting: Setting) -> Figures:
     """Steps in fp32 and bf16 against plain torch on the CPU, then saved and resumed in bf16."""
     figures: Figures = {}
-    for precision, (of_losses, of_update) in STEP_TOLERANCES.items():
+    for precision, (most_of_losses, most_of_update) in STEP_TOLERANCES.items():
         config = _staged(small_config("multitask"), stage, precision)
         losses, start, end = reference(config, STEPS)
         with Training(config, _world()) as training:
-            found = training.steps(0, STEPS)
+            computed = training.steps(0, STEPS)
             distance = update_distance(training.weights(), end, start)
-        apart = max(abs(one - other) / abs(other) for one, other in zip(found, losses, strict=True))
-        figures[precision] = {"losses": found, "reference": losses, "loss_distance": apart, "update_distance": distance}
-        if not (apart <= of_losses and distance <= of_update):
+        of_losses = max(abs(loss - value) / abs(value) for loss, value in zip(computed, losses, strict=True))
+        figures[precision] = {"losses": computed, "reference": losses, "loss_distance": of_losses,
+                              "update_distance": distance}  # fmt: skip
+        if not (of_losses <= most_of_losses and distance <= most_of_update):
             raise Mismatch(
-                f"{precision}: losses {apart:.1e} off (at most {of_losses:g}), the weights' way {distance:.1e} (at "
-                f"most {of_update:g}) after {STEPS} steps"
+                f"{precision}: losses {of_losses:.1e} off (at most {most_of_losses:g}), the weights' way "
+                f"{distance:.1e} (at most {most_of_update:g}) after {STEPS} steps"
             )
     resumed = compare_resumed(_staged(small_config("multitask"), stage, "bf16"), setting.scratch / "small")
     if not resumed["equal"]:
@@ -144,10 +146,10 @@ def _compare_resumed(stage: int, deterministic: bool, setting: Setting) -> Figur
                   deterministic=deterministic)  # fmt: skip
     config = replace(config, model=sizes, objective=Objective(name="multitask"), train=train,
                      parallel=Parallel(zero_stage=stage))  # fmt: skip
-    found = compare_resumed(config, setting.scratch / "resumed")
-    if deterministic and not found["equal"]:
-        raise Mismatch(f"with deterministic algorithms, {found['text']}")
-    return found
+    figures = compare_resumed(config, setting.scratch / "resumed")
+    if deterministic and not figures["equal"]:
+        raise Mismatch(f"with deterministic algorithms, {figures['text']}")
+    return figures
 
 
 def compare_resumed(config: RunConfig, folder: Path) -> Figures:

@@ -35,7 +35,7 @@ def _machine(device: torch.device) -> Figures:
     """Versions, cores and memory, and which decoders can be imported."""
     versions = {name: _version(name) for name in _PACKAGES}
     decoders = {name: _importable(module) for name, module in _DECODERS.items()}
-    found: Figures = {
+    figures: Figures = {
         "device": device_name(device),
         "python": platform.python_version(),
         "kernel": platform.release(),
@@ -46,13 +46,13 @@ def _machine(device: torch.device) -> Figures:
         "scratch_free_gib": shutil.disk_usage("/tmp").free / 2**30,
     }
     if device.type == "cuda":
-        found |= _gpu(device)
+        figures |= _gpu(device)
     able = [name for name, problem in decoders.items() if problem is None]
-    found["text"] = (
-        f"{found['device']}, driver {found.get('driver', 'none')}, torch {torch.__version__}, deepspeed "
-        f"{versions['deepspeed']}, {found['cores']} cores, decoders {', '.join(able) or 'Pillow'}"
+    figures["text"] = (
+        f"{figures['device']}, driver {figures.get('driver', 'none')}, torch {torch.__version__}, deepspeed "
+        f"{versions['deepspeed']}, {figures['cores']} cores, decoders {', '.join(able) or 'Pillow'}"
     )
-    return found
+    return figures
 
 
 def _gpu(device: torch.device) -> Figures:
@@ -60,12 +60,13 @@ def _gpu(device: torch.device) -> Figures:
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu",
              "--format=csv,noheader"]  # fmt: skip
     try:
-        told = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip().split(", ")
+        output = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        driver, *clocks = output.strip().split(", ")
     except (OSError, subprocess.SubprocessError) as error:
-        told = [f"nvidia-smi: {error}"]
+        driver, clocks = f"nvidia-smi: {error}", []
     return {
-        "driver": told[0],
-        "clocks_and_power": told[1:],
+        "driver": driver,
+        "clocks_and_power": clocks,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),

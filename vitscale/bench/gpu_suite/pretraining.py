@@ -51,11 +51,11 @@ def overrides(setting: Setting) -> list[str]:
 def _pretrain(stage: int, losses: dict[str, list[float]], setting: Setting) -> Figures:
     """One run to its end, and what its files say of it; its losses are to agree with those of the other stages."""
     name = f"ZeRO-{stage}"
-    asked = [*overrides(setting), f"parallel.zero_stage={stage}", f"run.name={name}"]
+    keys = [*overrides(setting), f"parallel.zero_stage={stage}", f"run.name={name}"]
     run = setting.scratch / "runs" / name
     shutil.rmtree(run, ignore_errors=True)
     process = start_context(setting.device).Process(  # type: ignore[attr-defined]
-        target=_command, args=(["pretrain", str(RECIPE), *asked],)
+        target=_command, args=(["pretrain", str(RECIPE), *keys],)
     )
     process.start()
     process.join()
@@ -64,7 +64,7 @@ def _pretrain(stage: int, losses: dict[str, list[float]], setting: Setting) -> F
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     shutil.rmtree(run)
-    figures = _figures(rows, summary, asked, setting)
+    figures = _figures(rows, summary, keys, setting)
     setting.note(figures)
     _agree(name, figures["losses"], losses)
     figures["agrees_with"] = list(losses)
@@ -78,10 +78,8 @@ def _command(arguments: Sequence[str]) -> None:
     runpy.run_module("vitscale.cli", run_name="__main__", alter_sys=True)
 
 
-def _figures(
-    rows: Sequence[dict[str, Any]], summary: dict[str, Any], asked: Sequence[str], setting: Setting
-) -> Figures:
-    config = load_config(str(RECIPE), asked)
+def _figures(rows: Sequence[dict[str, Any]], summary: dict[str, Any], keys: Sequence[str], setting: Setting) -> Figures:
+    config = load_config(str(RECIPE), keys)
     with torch.device("meta"):
         flops = build_model(config).flops_per_image()
     warm = rows[WARM if len(rows) > WARM else len(rows) // 2 :]
@@ -101,25 +99,24 @@ def _figures(
         "skipped_steps": summary["skipped_steps"],
         "bad_samples": summary["bad_samples"],
     }
-    told = ", ".join(f"{name.removesuffix('_share')} {share:.1%}" for name, share in shares.items())
-    figures["text"] = (f"{rate:.0f} images/s, {figures['utilization']:.1%} of peak, {told} of the time, "
+    spent = ", ".join(f"{name.removesuffix('_share')} {share:.1%}" for name, share in shares.items())
+    figures["text"] = (f"{rate:.0f} images/s, {figures['utilization']:.1%} of peak, {spent} of the time, "
                        f"{figures['peak_memory_gib']:.1f} GiB")  # fmt: skip
     return figures
 
 
 def _peak(setting: Setting) -> tuple[float, str]:
-    measured = setting.earlier.get("a", {}).get("matrix")
-    if measured is not None:
-        return measured["tflops"] * 1e12, "stage a's matrix product"
+    if setting.measured_tflops is not None:
+        return setting.measured_tflops * 1e12, "stage a's matrix product"
     if setting.tiny:
         torch.set_num_threads(1)  # the next run is a fork, and OpenMP's threads hang in one
     return peak_rate(torch.device(setting.device), torch.bfloat16)
 
 
-def _agree(name: str, losses: Sequence[float], known: Mapping[str, Sequence[float]]) -> None:
+def _agree(name: str, losses: Sequence[float], earlier: Mapping[str, Sequence[float]]) -> None:
     """Compare the first losses with those of the stages that have run before."""
-    for other, others in known.items():
-        for step, (mine, theirs) in enumerate(zip(losses[:AGREE], others, strict=False)):
-            if not abs(mine - theirs) <= AGREE_REL * abs(theirs):
-                raise Mismatch(f"{name}: the loss of step {step + 1} is {mine:.5f}, that of {other} {theirs:.5f}; "
+    for other, expected in earlier.items():
+        for step, (loss, value) in enumerate(zip(losses[:AGREE], expected, strict=False)):
+            if not abs(loss - value) <= AGREE_REL * abs(value):
+                raise Mismatch(f"{name}: the loss of step {step + 1} is {loss:.5f}, that of {other} {value:.5f}; "
                                f"more than {AGREE_REL:.0%} apart")  # fmt: skip

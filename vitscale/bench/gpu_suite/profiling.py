@@ -14,9 +14,10 @@ from vitscale.augment.feed import DeviceFeed
 from vitscale.augment.pipeline import Augment
 from vitscale.bench.gpu_suite.cases import Cases, Figures, Mismatch, Setting
 from vitscale.bench.gpu_suite.correctness import small_config
-from vitscale.bench.gpu_suite.photographs import open_loader, photographs
+from vitscale.bench.gpu_suite.photographs import photographs
 from vitscale.bench.gpu_suite.training import LR
 from vitscale.bench.measuring import synchronize
+from vitscale.bench.photographs import open_loader
 from vitscale.config.presets import preset
 from vitscale.config.schema import Model, Objective, RunConfig, Train
 from vitscale.engine.backend import Backend

@@ -10,6 +10,7 @@ from typing import Any
 from vitscale.bench.gpu_suite.cases import Stage
 from vitscale.errors import VitscaleError
 from vitscale.files.atomic import write_atomically
+from vitscale.text import aligned
 
 FORMAT = "vitscale-gpu-suite-1"
 SETTLED = ("passed", "cannot")  # states that are not tried again
@@ -42,9 +43,9 @@ class Results:
             content = json.loads(self._file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise VitscaleError(f"{self._file}: is not JSON ({error}); name another OUT") from None
-        found = (content.get("format"), content.get("device"))
-        if found != (FORMAT, device):
-            raise VitscaleError(f"{self._file}: is of {found[0]} on {found[1]}, not of {FORMAT} on {device}; "
+        written = (content.get("format"), content.get("device"))
+        if written != (FORMAT, device):
+            raise VitscaleError(f"{self._file}: is of {written[0]} on {written[1]}, not of {FORMAT} on {device}; "
                                 "name another OUT")  # fmt: skip
         return content
 
@@ -73,9 +74,9 @@ class Results:
 
     def in_order(self, letters: Iterable[str]) -> list[Stage]:
         """The stages of `letters` that are not done: those less often tried first, then by worth."""
-        wanted = [stage for stage in self.stages if stage.letter in set(letters)]
-        todo = [stage for stage in wanted if self.state(stage.letter) not in SETTLED]
-        return sorted(todo, key=lambda stage: self.stage(stage.letter)["begun"])  # stable
+        chosen = set(letters)
+        left = [stage for stage in self.stages if stage.letter in chosen and self.state(stage.letter) not in SETTLED]
+        return sorted(left, key=lambda stage: self.stage(stage.letter)["begun"])  # stable
 
     def figures(self) -> dict[str, dict[str, Any]]:
         """What passed, by stage and case."""
@@ -112,15 +113,16 @@ class Results:
 
     def summary(self) -> str:
         """The table: a line a stage, below it one a case."""
-        lines = [f"{'stage':34}{'state':9}{'seconds':>8}  figures"]
+        rows = [("stage", "state", "seconds", "figures")]
         for stage in self.stages:
-            record, letter = self.stage(stage.letter), stage.letter
+            letter = stage.letter
+            record = self.stage(letter)
             note = record["error"] or record["left"] or ""
-            lines.append(f"{letter}  {stage.title:31}{self.state(letter):9}{record['seconds']:8.1f}  {note}".rstrip())
+            rows.append((f"{letter}  {stage.title}", self.state(letter), f"{record['seconds']:.1f}", note))
             for name, case in record["cases"].items():
-                lines.append(f"     {name:29}{case['state']:9}{case['seconds']:8.1f}  {_text(case)}".rstrip())
-            lines += [f"     {name:29}not run" for name in self.left(letter) if name not in record["cases"]]
-        return "\n".join(lines) + "\n"
+                rows.append((f"     {name}", case["state"], f"{case['seconds']:.1f}", _text(case)))
+            rows += [(f"     {name}", "not run", "", "") for name in self.left(letter) if name not in record["cases"]]
+        return aligned(rows, right={2}) + "\n"
 
 
 def _text(case: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from functools import partial
 
 from vitscale.bench import step
 from vitscale.bench.gpu_suite.cases import Cases, Figures, Mismatch, Setting
+from vitscale.bench.peers import OURS
 
 BATCHES = {"L": 128, "B": 256, "H": 64}  # images a step
 OBJECTIVES = ("mae", "classification")
@@ -30,26 +31,23 @@ def cases(setting: Setting) -> Cases:
 
 def _step(objective: str, preset: str, batch: int, most: int | None, setting: Setting) -> Figures:
     seconds = setting.seconds_left() * _SHARE
-    asked = ["--objective", objective, "--preset", preset, "--batch", str(batch), "--precision", "bf16",
-             "--device", setting.device, "--seconds", f"{seconds:.0f}"]  # fmt: skip
-    measured = setting.earlier.get("a", {}).get("matrix")
-    if measured is not None:
-        asked += ["--peak", str(measured["tflops"])]
+    arguments = ["--objective", objective, "--preset", preset, "--batch", str(batch), "--precision", "bf16",
+                 "--device", setting.device, "--seconds", f"{seconds:.0f}"]  # fmt: skip
+    if setting.measured_tflops is not None:
+        arguments += ["--peak", str(setting.measured_tflops)]
     if setting.tiny:
-        asked += ["--rounds", "1"]
-    result = step.measure(asked, note=lambda so_far: setting.note(_with_text(so_far)), most=most)
-    if not any(name.startswith(step.OURS) for name in result["contenders"]):
+        arguments += ["--rounds", "1"]
+    result = step.measure(arguments, note=lambda so_far: setting.note(_with_text(so_far)), most=most)
+    if not any(name.startswith(OURS) for name in result["contenders"]):
         raise Mismatch(f"no model of ours could be measured: {result['left_out']}")
     return _with_text(result)
 
 
 def _with_text(result: Figures) -> Figures:
-    told = [
-        f"{name} {measured['images_per_second']:.1f} ({measured['utilization']:.0%})"
-        for name, measured in result["contenders"].items()
-    ]
-    ratios = [measured["ratio"] for name, measured in result["contenders"].items() if name.startswith(step.OURS)]
+    contenders = result["contenders"]
+    parts = [f"{name} {one['images_per_second']:.1f} ({one['utilization']:.0%})" for name, one in contenders.items()]
+    ratios = [one["ratio"] for name, one in contenders.items() if name.startswith(OURS)]
     if ratios and ratios[0] is not None:
-        told.append(f"ratio {max(ratios):.2f}")
-    left = ", ".join(f"{name} ({reason[:60]})" for name, reason in result["left_out"].items())
-    return {**result, "text": "images/s: " + ", ".join(told) + (f"; left out: {left}" if left else "")}
+        parts.append(f"ratio {max(ratios):.2f}")
+    left_out = ", ".join(f"{name} ({reason[:60]})" for name, reason in result["left_out"].items())
+    return {**result, "text": "images/s: " + ", ".join(parts) + (f"; left out: {left_out}" if left_out else "")}

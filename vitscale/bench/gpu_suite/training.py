@@ -54,18 +54,20 @@ def gradients(
     return float(loss.detach()), {name: gradient.float().cpu() for name, gradient in trained.items()}
 
 
-def gradient_distances(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, float, str]:
-    """||found - expected|| / ||expected||: of all gradients together, the largest of one parameter, its name.
+def gradient_distances(computed: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, float, str]:
+    """||computed - expected|| / ||expected||: of all gradients together, the largest of one parameter, its name.
 
     A gradient that is nearly 0 (a key's bias: softmax does not see it) is measured against a thousandth of all.
     """
-    if found.keys() != expected.keys():
-        raise Mismatch(f"gradients of {sorted(found.keys() ^ expected.keys())} are there on one side only")
-    apart = {name: float((found[name] - gradient).norm()) for name, gradient in expected.items()}
+    if computed.keys() != expected.keys():
+        raise Mismatch(f"gradients of {sorted(computed.keys() ^ expected.keys())} are there on one side only")
+    differences = {name: float((computed[name] - gradient).norm()) for name, gradient in expected.items()}
     total = math.hypot(*(float(gradient.norm()) for gradient in expected.values()))
-    each = {name: apart[name] / max(float(gradient.norm()), 1e-3 * total) for name, gradient in expected.items()}
-    worst = max(each, key=lambda name: (math.isnan(each[name]), each[name]))
-    return math.hypot(*apart.values()) / total, each[worst], worst
+    relative = {
+        name: differences[name] / max(float(gradient.norm()), 1e-3 * total) for name, gradient in expected.items()
+    }
+    worst = max(relative, key=lambda name: (math.isnan(relative[name]), relative[name]))
+    return math.hypot(*differences.values()) / total, relative[worst], worst
 
 
 def reference(config: RunConfig, steps: int) -> tuple[list[float], Weights, Weights]:
@@ -93,11 +95,11 @@ def _weights(model: nn.Module) -> Weights:
     return {name: p.detach().flatten().clone().numpy() for name, p in model.named_parameters()}
 
 
-def update_distance(found: Weights, expected: Weights, start: Weights) -> float:
-    """||found - expected|| / ||expected - start|| over all parameters: how far training went another way."""
-    apart = sum(float(np.square(found[name] - values).sum()) for name, values in expected.items())
+def update_distance(computed: Weights, expected: Weights, start: Weights) -> float:
+    """||computed - expected|| / ||expected - start|| over all parameters: how far training went another way."""
+    difference = sum(float(np.square(computed[name] - values).sum()) for name, values in expected.items())
     moved = sum(float(np.square(values - start[name]).sum()) for name, values in expected.items())
-    return (apart / moved) ** 0.5
+    return (difference / moved) ** 0.5
 
 
 class Training:

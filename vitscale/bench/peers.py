@@ -1,0 +1,247 @@
+"""This project's models beside transformers' and timm's: of the same sizes, on the same images, in turns.
+
+All run in one process, on images in the device's memory. Ours is compiled block by block, as `train.compile` does
+it, a peer as a whole. A contender that cannot be built or compiled, does not fit in memory or gives values that are
+not finite is left out, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitscale.bench.measuring import device_name, device_of, peak_memory, peak_rate, seconds, start_memory
+from vitscale.bench.rounds import benchmark_parser, fastest, figures, first_line, in_turns, report
+from vitscale.config.model_rules import pair
+from vitscale.config.presets import preset
+from vitscale.config.schema import Model, Objective, RunConfig
+from vitscale.inference.command import above_zero
+from vitscale.models.auto import new_model, vit_config
+from vitscale.models.configuration import ViTConfig
+from vitscale.models.configuration_mae import ViTMAEConfig
+from vitscale.models.vit import ViTPreTrainedModel
+
+OURS = "vitscale"
+PEERS = ("timm", "transformers")
+CLASSES = 1000
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# (library, how), the most important first: there may not be time for all.
+WITH_COMPILED = (
+    (OURS, "compiled"), ("transformers", "eager"), ("transformers", "compiled"), ("timm", "compiled"), (OURS, "eager"),
+)  # fmt: skip
+# timm before transformers: `import_transformers` hides a broken torchvision from all that come after it.
+EAGER = ((OURS, "eager"), ("timm", "eager"), ("transformers", "eager"))
+Step = Callable[[], Tensor]  # what is measured; what it returns must be finite
+Note = Callable[[dict[str, Any]], None]
+
+
+def models_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """The options of a benchmark of models."""
+    parser = benchmark_parser(name, description)
+    parser.add_argument("--preset", default="S", help="Ti, S, B, L, H, g or G (default: %(default)s)")
+    parser.add_argument("--batch", type=above_zero, default=8, help="images a step (default: %(default)s)")
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32", help="bf16 is autocast (default: fp32)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
+                        help="compiled models too, and eager ones of timm not (default: on a GPU)")  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=3600.0,
+                        help="begin with no contender that would take longer in all (default: 3600)")  # fmt: skip
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: the GPU where there is one")
+    parser.add_argument("--peak", type=float, default=None, help="TFLOP/s of the device (default: measured)")
+    return parser
+
+
+def run_config(size: str, objective: str) -> RunConfig:
+    """A run whose model has a preset's sizes and CLASSES classes."""
+    model = Model(preset=size, num_labels=CLASSES, **preset(size))
+    return RunConfig(model=model, objective=Objective(name=objective))
+
+
+def builders(run: RunConfig) -> dict[str, Callable[[], nn.Module]]:
+    """By library, what builds its model of the run's sizes, on the CPU; timm has no MAE."""
+    config = vit_config(run)
+    build: dict[str, Callable[[], nn.Module]] = {
+        OURS: partial(new_model, run, seed=0),
+        "transformers": partial(_transformers_model, config),
+    }
+    if not isinstance(config, ViTMAEConfig):
+        build["timm"] = partial(_timm_model, config)
+    return build
+
+
+def _transformers_model(config: ViTConfig) -> nn.Module:
+    library = import_transformers()
+    keys = {key: value for key, value in config.to_dict().items() if key != "model_type"}
+    if isinstance(config, ViTMAEConfig):
+        return library.ViTMAEForPreTraining(library.ViTMAEConfig(**keys))
+    return library.ViTForImageClassification(library.ViTConfig(**keys))
+
+
+def _timm_model(config: ViTConfig) -> nn.Module:
+    """The class and defaults of timm's vit_*_patch*_224, with these sizes."""
+    return importlib.import_module("timm.models.vision_transformer").VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        num_classes=config.num_labels,
+        embed_dim=config.hidden_size,
+        depth=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        mlp_ratio=config.intermediate_size / config.hidden_size,
+    )
+
+
+def import_transformers() -> ModuleType:
+    """transformers, also where torchvision is installed but cannot be loaded."""
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError):
+        sys.modules["torchvision"] = None  # type: ignore[assignment]  # transformers then does without
+    return importlib.import_module("transformers")
+
+
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    """The scores (batch, CLASSES) of any library's classifier."""
+    output = model(images)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model that is ready to step, and what it took to get there."""
+
+    step: Step
+    memory: int  # peak bytes: model, activations and, in training, gradients and optimizer
+    preparation: float  # seconds to build it and of its first two steps: compiling, most of all
+
+
+class Comparison:
+    """The models of one benchmark, what they work on, and the result so far."""
+
+    def __init__(self, options: argparse.Namespace, run: RunConfig, flops_per_image: int) -> None:
+        self.options = options
+        self.run = run
+        self.device = device_of(options.device)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=options.precision == "bf16")
+        torch.manual_seed(0)
+        size = (options.batch, run.model.num_channels, *pair(run.model.image_size))
+        self.images = torch.randn(size, device=self.device)
+        self.labels = torch.randint(CLASSES, (options.batch,), device=self.device)
+        self._ready: dict[str, Contender] = {}
+        if options.peak is None:
+            peak, source = peak_rate(self.device, DTYPES[options.precision])
+        else:
+            peak, source = options.peak * 1e12, "given"
+        self.result: dict[str, Any] = {
+            "objective": run.objective.name,
+            **{name: getattr(options, name) for name in ("preset", "batch", "precision", "rounds")},
+            "device": device_name(self.device),
+            "gflop_per_image": flops_per_image / 1e9,
+            "peak_tflops": peak / 1e12,
+            "peak_source": source,
+            "contenders": {},
+            "fastest_peer": None,
+            "left_out": {},
+        }
+
+    def starts(self, make_step: Callable[[nn.Module], Step]) -> dict[str, Callable[[], Step]]:
+        """By contender, what builds its model and gives its step, the most important first; none is built yet."""
+        compiled = self.device.type == "cuda" if self.options.compile is None else self.options.compile
+        build = builders(self.run)
+        # What the libraries take for themselves at their first step is no contender's.
+        small = replace(self.run, model=replace(self.run.model, num_hidden_layers=1))
+        self._prepare(partial(self._start, builders(small)[OURS], "eager", make_step))
+        return {
+            f"{library} {how}": partial(self._start, build[library], how, make_step)
+            for library, how in (WITH_COMPILED if compiled else EAGER)
+            if library in build
+        }
+
+    def _start(self, build: Callable[[], nn.Module], how: str, make_step: Callable[[nn.Module], Step]) -> Step:
+        model = build().to(self.device)
+        if how == "compiled" and isinstance(model, ViTPreTrainedModel):
+            model.compile_blocks()
+        elif how == "compiled":
+            model.compile()
+        return make_step(model)
+
+    def measure(
+        self, starts: Mapping[str, Callable[[], Step]], note: Note | None = None, most: int | None = None
+    ) -> dict[str, Any]:
+        """Prepare the contenders (at most so many) one after the other and measure them in turns; the result.
+
+        note: called with the result so far after each one; all that are ready are then measured again, so that all
+        figures are of the same rounds.
+        """
+        began = time.monotonic()
+        torch.compiler.reset()  # what was compiled before counts against torch's limit of variants
+        longest = {"compiled": 0.0, "eager": 0.0}  # preparation so far
+        for name, start in islice(starts.items(), most):
+            how = "compiled" if name.endswith("compiled") else "eager"
+            if time.monotonic() - began + longest[how] > self.options.seconds:
+                self.result["left_out"][name] = f"no time left of {self.options.seconds:.0f} s"
+                continue
+            try:
+                self._ready[name] = self._prepare(start)
+            except Exception as error:  # whatever a library, a compiler or the memory has against it
+                self.result["left_out"][name] = first_line(error)
+                continue
+            longest[how] = max(longest[how], self._ready[name].preparation)
+            if note is not None:
+                self._take_turns()
+                note(self.result)
+        if note is None:
+            self._take_turns()
+        return self.result
+
+    def _prepare(self, start: Callable[[], Step]) -> Contender:
+        """Build it and take two steps to warm up (and compile), during which its memory is measured."""
+        began = time.monotonic()
+        before = start_memory(self.device)
+        step = start()
+        step()
+        if not torch.isfinite(step()).all():
+            raise ArithmeticError("its second step gave values that are not finite")
+        return Contender(step, peak_memory(self.device) - before, time.monotonic() - began)
+
+    def _take_turns(self) -> None:
+        """Measure all that are ready and put their figures into the result."""
+        steps = 10 if self.device.type == "cuda" else 1
+        measurements = {name: partial(seconds, one.step, steps, self.device) for name, one in self._ready.items()}
+        times = in_turns(measurements, self.options.rounds)
+        peer = fastest(times, [name for name in times if name.startswith(PEERS)])
+        contenders = figures(times, peer)
+        for name, contender in self._ready.items():
+            rate = self.options.batch / contenders[name]["median_ms"] * 1000
+            contenders[name] |= {
+                "images_per_second": rate,
+                "utilization": rate * self.result["gflop_per_image"] / self.result["peak_tflops"] / 1e3,
+                "peak_memory_mib": contender.memory / 2**20,
+                "preparation_seconds": contender.preparation,
+            }
+        imported = {name: sys.modules.get(name) for name in ("torch", *PEERS, "onnxruntime")}
+        versions = {name: module.__version__ for name, module in imported.items() if module}
+        self.result |= {"contenders": contenders, "fastest_peer": peer, "versions": versions}
+
+
+def report_models(title: str, result: Mapping[str, Any]) -> None:
+    """Print what was compared, on what, and the figures."""
+    about = ("{title} of ViT-{preset}, batch {batch}, {precision}, on {device}\n{gflop_per_image:.1f} GFLOP an image, "
+             "peak {peak_tflops:.2f} TFLOP/s ({peak_source}), ratios to the fastest peer")  # fmt: skip
+    columns = {
+        "ms a step": "{median_ms:.1f}",
+        "images/s": "{images_per_second:.1f}",
+        "of peak": "{utilization:.1%}",
+        "MiB": "{peak_memory_mib:.0f}",
+        "s to prepare": "{preparation_seconds:.0f}",
+    }
+    report(about.format(title=title, **result), columns, result)

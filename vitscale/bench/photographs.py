@@ -1,0 +1,68 @@
+"""Images that cost a decoder what photographs do: made here, packed in shards, read by a rank's loader."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vitscale.config.check import lanes
+from vitscale.config.model_rules import pair
+from vitscale.config.schema import RunConfig, Source
+from vitscale.data.crop import RandomCrop
+from vitscale.data.index import ShardIndex, open_index
+from vitscale.data.loader import Loader
+from vitscale.data.order import Order
+from vitscale.data.pack import PackedSample, write_shards
+from vitscale.world import World
+
+SIZE = (375, 500)  # height, width
+QUALITY = 90
+
+
+def photograph(seed: int) -> bytes:
+    """A JPEG of SIZE, about 60 kB: smooth noise at four scales, and grain."""
+    height, width = SIZE
+    draw = np.random.default_rng(seed)
+    image = draw.normal(120, 4, (height, width, 1)).astype(np.float32).repeat(3, axis=2)
+    for cells, contrast in ((8, 60), (24, 34), (72, 20), (180, 12)):
+        noise = draw.normal(size=(3, cells * height // width, cells)).astype(np.float32)
+        planes = [Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC) for plane in noise]
+        colour = np.stack([np.asarray(plane) for plane in planes], axis=-1)
+        image += contrast * (0.7 * colour.mean(axis=-1, keepdims=True) + 0.3 * colour)
+    stream = io.BytesIO()
+    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=QUALITY)
+    return stream.getvalue()
+
+
+def photograph_shards(folder: Path, images: int, distinct: int = 256, shards: int = 4) -> ShardIndex:
+    """Shards in `folder` with so many samples, of `distinct` images, with labels 0 to 9; made on all cores."""
+    seeds = range(min(distinct, images))
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("fork")) as pool:
+        files = list(pool.map(photograph, seeds, chunksize=8))
+    samples = [PackedSample(f"{i:06d}", "jpg", files[i % len(files)], i % 10) for i in range(images)]
+    return write_shards([samples[shard::shards] for shard in range(shards)], folder, "bench")
+
+
+def open_loader(folder: Path, config: RunConfig) -> Loader:
+    """A single rank's loader of the shards in `folder`, from the first batch on."""
+    index = open_index((Source(f"{folder}/*.tar"),), None, folder)
+    data, train = config.data, config.train
+    return Loader(
+        index=index,
+        order=Order(index.samples, config.run.seed, train.global_batch, lanes(config), data.window),
+        crop=RandomCrop(config.augment.crop_scale, config.augment.crop_ratio),
+        data=data,
+        num_channels=config.model.num_channels,
+        seed=config.run.seed,
+        world=World(),
+        global_batch=train.global_batch,
+        micro_batch=train.micro_batch,
+        start=0,
+        image_size=pair(config.model.image_size),
+    )
