@@ -59,6 +59,7 @@ class BatchFeature(dict[str, Any]):
 class ViTImageProcessor:
     """Resize, centre crop (if asked for), rescale to [0, 1], normalize: transformers' ViTImageProcessor.
 
+    transformers' own is not used: it does not import without a working torchvision, and knows 1, 3 or 4 channels only.
     Keys, defaults, files and results are those of transformers 5, within 1/255 of its PIL processor (Pillow's
     antialiased filters) on every kind of picture. Where it fails or does harm, ours differs:
 
