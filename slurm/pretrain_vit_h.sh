@@ -22,4 +22,4 @@ if [ ! -f "$home/launch/slurm.sh" ]; then
     exit 2
 fi
 config=${CONFIG:-$home/configs/pretrain_vit_h_mae.yaml}
-exec bash "$home/launch/slurm.sh" pretrain "$config" ${DATA:+"data.train='${DATA//\'/\'\'}'"} "$@"
+exec bash "$home/launch/slurm.sh" pretrain "$config" ${DATA:+"data.train=$DATA"} "$@"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitscale.checkpoint.fragments import Piece, PieceReader, TensorRecord, join_tables, listed, table, write_pieces
+from vitscale.checkpoint.fragments import Piece, PieceReader, TensorRecord, join_tables, table, write_pieces
 
 DTYPES = ["float32", "float64", "float16", "int64", "uint8", "bool"]
 
@@ -85,8 +85,3 @@ def test_a_read_touches_only_the_files_that_hold_the_range(tmp_path):
     assert reader.read(record, 1, 3).shape == (3,)
     with pytest.raises(FileNotFoundError):
         reader.read(record, 1, 4)
-
-
-def test_listed_names_a_few():
-    assert listed(["a", "b"]) == "a, b"
-    assert listed([str(n) for n in range(12)]) == "0, 1, 2, 3, 4 and 7 more"

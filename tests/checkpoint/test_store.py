@@ -304,7 +304,7 @@ def test_a_checkpoint_of_another_model_names_the_differing(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         checkpoint.require(other, "param")
     message = str(caught.value)
-    assert "9 missing: blocks.0, blocks.1, blocks.2, blocks.3, blocks.4 and 4 more" in message
+    assert "9 missing: blocks.0, blocks.1, blocks.2, blocks.3, blocks.4, blocks.5 and 3 more" in message
     assert "1 not known here: scale" in message
     assert "1 of another shape: encoder.bias (saved [7], here [9])" in message
     with pytest.raises(CheckpointError, match="holds no ema named 'scale'"):

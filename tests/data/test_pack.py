@@ -151,7 +151,7 @@ def test_digits(tmp_path: Path) -> None:
     assert len(samples) == 1797
     from sklearn.datasets import load_digits
 
-    from tests.data.test_decode import decode
+    from tests.files.test_decode import decode
 
     digits = load_digits()
     for key in ("0000", "0777", "1796"):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 def draft_of(path: Path) -> Path:
     """A new name to write under what is to be `path`: hidden, in the same folder, the same on no other node."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    return path.with_name(f".{path.name[:50]}.{uuid.uuid4().hex[:12]}.tmp")  # a name may be as long as names can be
 
 
 @contextmanager
