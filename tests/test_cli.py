@@ -354,3 +354,19 @@ def test_scores_again(run: tuple[Path, dict[str, np.ndarray]], capsys: pytest.Ca
     (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("trained"))
     assert "50.0 +- 1.0 %" in row
     assert "25.0 +- 2.0 %" in row
+
+
+@pytest.mark.parametrize(
+    ("words", "help"),
+    [
+        (["configs/quickstart.yaml", "--train.steps", "3"], "write train.steps=VALUE"),
+        (["configs/quickstart.yaml", "train.steps", "3"], "in one word, say train.steps=100"),
+        (["run.name=x", "configs/quickstart.yaml"], "name the file first"),
+    ],
+)
+def test_what_other_tools_would_take_is_answered_with_what_to_type(
+    words: list[str], help: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=str(BAD_INPUT)):
+        sys.exit(main(["config", *words]))
+    assert help in capsys.readouterr().err

@@ -213,6 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _nearest(option: str, parser: argparse.ArgumentParser) -> str:
+    if "." in option:  # as other tools have it
+        return f"; write {option.lstrip('-').partition('=')[0]}=VALUE"
     return did_you_mean(option.split("=")[0], re.findall(r"--[\w-]+", parser.format_usage()))
 
 

@@ -109,6 +109,8 @@ def _file_layers(path: Path, below: tuple[Path, ...]) -> list[Flat]:
         with open(path, encoding="utf-8") as stream:
             content = yaml.load(stream, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
+        if "=" in str(path):
+            raise ConfigError(f"{path}: no such config file; name the file first, then what is laid over it") from None
         raise ConfigError(f"{path}: no such config file; see configs/ for those that come with vitscale") from None
     except ConfigError:  # which is a ValueError
         raise
@@ -133,7 +135,7 @@ def _override_layer(overrides: Iterable[str]) -> Flat:
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise ConfigError(f"override {text!r}: must be dotted.key=value")
+            raise ConfigError(f"override {text!r}: must be dotted.key=value, in one word, say train.steps=100")
         parts = name.strip().split(".")
         content = _override_value(_hint(parts), value, text)
         for part in reversed(parts):

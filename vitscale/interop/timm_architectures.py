@@ -67,7 +67,7 @@ _RULES: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "dynamic_img_pad": ((False,), "padded images"),
     },
 }
-# Arguments that the tensors tell too (timm_said.py), that timm.py reads, or that a trained model does not feel.
+# Arguments that the tensors tell too (_COMPARED), that timm.py reads, or that a trained model does not feel.
 _TOLD = {
     "img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias",
     "qk_norm", "init_values", "class_token", "no_embed_class", "dynamic_img_size", "drop_rate", "pos_drop_rate",
