@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -260,3 +261,13 @@ def test_what_fails_when_all_is_written_leaves_nothing(
     assert "its label (.cls) is missing" in capsys.readouterr().err
     assert made(work, home) == ["old.onnx"]
     assert (work / "old.onnx").read_text() == "old"
+
+
+def test_an_onnxruntime_that_does_not_import_is_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # its import raises, though the package is there
+    assert main(["export", "model", "--format", "onnx"]) == BAD_INPUT
+    error = capsys.readouterr().err
+    assert "--format onnx: needs onnxruntime (" in error
+    assert error.count("\n") == 1

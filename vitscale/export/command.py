@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -114,9 +114,18 @@ def _check(arguments: argparse.Namespace, prunings: list[tuple[str, float]]) -> 
         )
     if arguments.labelled and not (arguments.images or arguments.calibrate):
         raise ConfigError("--labelled: says that images have labels; name them as --images")
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-    if arguments.format == "onnx" and missing:
-        raise ConfigError(f"--format onnx: needs {', '.join(missing)}; pip install 'vitscale[export]'")
+    if arguments.format == "onnx":
+        _require_onnx()
+
+
+def _require_onnx() -> None:
+    """ConfigError if a library that --format onnx needs is not there, or does not import."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # of a broken installation, whatever it is
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"--format onnx: needs {name} ({reason}); pip install 'vitscale[export]'") from None
 
 
 def _refuse(arguments: argparse.Namespace, *names: str) -> None:

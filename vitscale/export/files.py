@@ -208,6 +208,8 @@ def _kept(out: Path) -> Iterator[Path]:
         yield scratch / out.name
         for path in sorted(scratch.iterdir(), key=lambda path: path.name == out.name):  # weights beside it first
             os.replace(path, out.with_name(path.name))
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written: {error.strerror or error}; name another place") from None
     finally:
         shutil.rmtree(scratch)
 
