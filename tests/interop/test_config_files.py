@@ -47,7 +47,7 @@ def said(content: dict[str, Any]) -> str | None:
 @pytest.mark.parametrize("key", KEYS)
 def test_values_that_a_key_cannot_have(key: str) -> None:
     """The error names the key and the value."""
-    kind = "vit" if key in {item.name for item in fields(ViTConfig)} else "vit_mae"
+    kind = "vitscale_vit" if key in {item.name for item in fields(ViTConfig)} else "vitscale_vit_mae"
     lines = [line for value in WRONG if (line := said({"model_type": kind, key: value}))]
     assert len(lines) > len(WRONG) // 2
     assert all(re.search(OTHERWISE.get(key, f"{key}="), line) for line in lines)

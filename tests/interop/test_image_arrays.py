@@ -107,6 +107,17 @@ def test_bad_files() -> None:
         assert str(error.value).startswith("holiday.jpg: ")
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "GIF"])
+def test_a_raised_limit_is_raised_for_pillow_too(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.BytesIO()
+    Image.new("L", (30, 20)).save(stream, kind)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # it refuses what has twice as many
+    with pytest.raises(DataError, match="more than 500 pixels"):
+        decode(stream.getvalue(), 1, "x", max_pixels=500)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert decode(stream.getvalue(), 1, "x", max_pixels=600).shape == (20, 30, 1)
+
+
 def npy(array: np.ndarray) -> bytes:
     stream = io.BytesIO()
     np.save(stream, array)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from vitscale.interop.pretrained import load_model, save_model
 from vitscale.models.auto import initialize
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
+from vitscale.models.configuration_mae import ViTMAEConfig
 from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.multitask import ViTForMultitaskPreTraining
 from vitscale.models.simmim import ViTForMaskedImageModeling
@@ -359,3 +361,17 @@ def test_processor_opens_in_transformers(tmp_path: Path) -> None:
     assert np.allclose(made.numpy(), expected.transpose(2, 0, 1), atol=1e-6)
     assert processor(np.zeros((40, 30, 3), dtype=np.uint8), return_tensors="pt").pixel_values.shape == (1, 3, 16, 16)
     assert int(processor.resample) == 3
+
+
+def test_a_fine_tuned_autoencoder_pools_as_transformers_did(tmp_path: Path) -> None:
+    """transformers' classifier sees the class token, whatever `pooling` an MAE of ours hands on in config.json."""
+    ViTMAEForPreTraining(ViTMAEConfig(**tiny_keys(ViTMAEForPreTraining) | {"pooling": "mean"})).save_pretrained(
+        tmp_path / "mae"
+    )
+    theirs = transformers.ViTForImageClassification.from_pretrained(tmp_path / "mae", num_labels=3).eval()
+    theirs.save_pretrained(tmp_path / "tuned")
+    assert json.loads((tmp_path / "tuned" / "config.json").read_text())["pooling"] == "mean"
+    ours = ViTForImageClassification.from_pretrained(tmp_path / "tuned")
+    pixels = torch.randn(2, ours.config.num_channels, *pair(ours.config.image_size))
+    with torch.no_grad():
+        assert torch.allclose(ours(pixels).logits, theirs(pixels).logits, atol=1e-5)

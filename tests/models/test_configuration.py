@@ -81,6 +81,28 @@ def test_keys_that_transformers_ignores_are_passed_over() -> None:
         ViTConfig.from_dict(content | {"model_type": "vitscale_vit", "hiden_size": 7})
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("pooling", "mean"), ("pooling", "avg"), ("rope_theta", 1e4), ("swiglu", True), ("use_cls_token", False),
+     ("num_register_tokens", 4), ("layer_scale_init_value", 1e-5), ("position_embeddings", "rotary")],
+)  # fmt: skip
+def test_our_names_in_files_of_others_are_passed_over(key: str, value: Any) -> None:
+    content = TINY | {"model_type": "vit", key: value}
+    assert ViTConfig.from_dict(content) == ViTConfig(**TINY)
+    assert ViTConfig.ignored_keys(content) == [key]
+
+
+def test_our_options_in_files_of_ours_stay() -> None:
+    config = ViTConfig(**TINY, pooling="mean", rope_theta=100.0, num_register_tokens=2)
+    assert ViTConfig.from_dict(config.to_dict()) == config
+    for options in ({"pooling": "mean"}, {"pooling": "mean", "rope_theta": 100.0}):  # vit_mae, vitscale_vit_mae
+        mae = ViTMAEConfig(**TINY | DECODER | options)
+        assert ViTMAEConfig.from_dict(mae.to_dict()) == mae
+        encoder = ViTConfig.of_any_type(mae.to_dict())
+        assert (encoder.pooling, encoder.rope_theta) == (mae.pooling, mae.rope_theta)
+    assert ViTConfig.of_any_type(ViTMAEConfig(**TINY | DECODER).to_dict() | {"swiglu": True}).swiglu is False
+
+
 def test_labels_that_only_transformers_would_take() -> None:
     names = {"0": "cat", "1": "dog"}
     for label2id in ({"cat": 1, "dog": 0}, {"LABEL_0": 0}, {"cat": "one"}):

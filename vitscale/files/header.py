@@ -43,7 +43,12 @@ class Header:
 
 
 def read_header(data: bytes, max_pixels: int) -> Header:
-    """The header of an encoded image. BadSample: undecodable, or too_large by its own account."""
+    """The header of an encoded image. BadSample: undecodable, or too_large by its own account.
+
+    Pillow's limit on pixels, which is the process's, is raised to max_pixels where it is lower.
+    """
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit must not contradict one that was raised
     header = _jpeg_header(data) if data[:3] == b"\xff\xd8\xff" else _other_header(data)
     if header.height < 1 or header.width < 1:
         raise BadSample("undecodable", f"its header says {header.width}x{header.height} pixels")

@@ -216,7 +216,8 @@ class ViTConfig:
         for name, (usual, remedy) in _REFUSED.items():
             if content.get(name) not in (None, usual):
                 raise ConfigError(f"{name}={content[name]!r}: {remedy}")
-        keys = {name: value for name, value in content.items() if name in names}
+        foreign = _foreign_keys(content)
+        keys = {name: value for name, value in content.items() if name in names and name not in foreign}
         if not _is_way_back(keys.get("id2label"), keys.get("label2id")):
             del keys["label2id"]  # transformers takes any; here it follows from id2label
         return cls(**keys)
@@ -228,7 +229,9 @@ class ViTConfig:
         kind = str(content.get("model_type")).removeprefix("vitscale_")
         if kind == cls.model_type or kind not in MODEL_TYPES:
             return cls.from_dict(content)
-        return cls.from_dict({**content, "model_type": cls.model_type, "mask_ratio": cls.mask_ratio})
+        dropped = {"model_type", *_foreign_keys(content)}
+        shared = {name: value for name, value in content.items() if name not in dropped}
+        return cls.from_dict({**shared, "mask_ratio": cls.mask_ratio})
 
     @classmethod
     def from_pretrained(
@@ -294,7 +297,22 @@ class ViTConfig:
     def ignored_keys(cls, content: dict[str, Any]) -> list[str]:
         """The keys of config.json that say something, and nothing that a model of this class is made of."""
         unknown = content.keys() - {item.name for item in fields(cls)} - GENERIC_KEYS - _REFUSED.keys()
-        return sorted(name for name in unknown if content[name] not in (None, False, [], {}))
+        return sorted({name for name in unknown if content[name] not in (None, False, [], {})} | _foreign_keys(content))
+
+
+def _foreign_keys(content: dict[str, Any]) -> set[str]:
+    """Keys by the names of OPTIONS, in a file of a `model_type` whose class in transformers ignores them.
+
+    They are not ours: with these values `saved_model_type` would have been vitscale_*. As ours they would change what
+    the model computes, as `pooling: mean` does, which transformers' Trainer hands on from an MAE made here.
+    """
+    kind = content.get("model_type")
+    if kind not in MODEL_TYPES:
+        return set()
+    usual = {name: (value,) for name, value in OPTIONS.items()} | {"position_embeddings": ("learned", "sincos")}
+    if kind == "vit_mae":
+        del usual["pooling"]  # nothing in an MAE is pooled: ours says there what its encoder's classifier will see
+    return {name for name, values in usual.items() if content.get(name) not in (None, *values)}
 
 
 def _generic_names(count: int) -> dict[int, str]:
