@@ -104,7 +104,7 @@ def test_columns_hold_what_they_must(size: int) -> None:
     scanned = OffsetTable(
         keys=["a", "b", "c"], first=np.array([0, 1, 3, 4]), kinds=["txt", "jpg", "cls"],
         kind=np.array([0, 1, 2, 0], dtype=np.int32), offsets=np.array([512, 1024, size, 1536]),
-        sizes=np.array([1, size, size, 1]), small={},
+        sizes=np.array([1, size, size, 1]), labels={},
     )  # fmt: skip
     table = make_table(scanned, FileStat(1 << 41, 0), "cls")
     for each in (table, from_bytes(to_bytes(table))):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vitscale.errors import CheckpointError
-from vitscale.export.agreement import LEAST_ROUNDS, Agreement, Row, Variant, as_table, compare, latencies
+from vitscale.export.agreement import LEAST_ROUNDS, Agreement, Variant, as_table, compare, latencies
 
 BATCHES = [
     (torch.tensor([[3.0, 1.0], [0.0, 2.0], [5.0, 4.0]]), torch.tensor([0, 1, 1])),
@@ -46,11 +46,11 @@ def test_what_must_be_the_same_is() -> None:
         return (pixels * (1 + 1e-6),)
 
     chain = [Variant("fp32", same, 1), Variant("pruned", shifted, 1)]
-    fine = Variant("onnx", lambda pixels: (shifted(pixels)[0] * (1 + 1e-6),), 1, same_as=1)
+    fine = Variant("onnx", lambda pixels: (shifted(pixels)[0] * (1 + 1e-6),), 1, is_exact=True)
     assert compare([*chain, fine], BATCHES)[2].max_difference == pytest.approx(0.5, abs=1e-5)
-    compare([chain[0], Variant("onnx", rounded, 1, same_as=0)], BATCHES)
+    compare([chain[0], Variant("onnx", rounded, 1, is_exact=True)], BATCHES)
     with pytest.raises(CheckpointError, match=r"onnx: differs from pruned by 0\.5.*nothing was kept"):
-        compare([*chain, Variant("onnx", same, 1, same_as=1)], BATCHES)
+        compare([*chain, Variant("onnx", same, 1, is_exact=True)], BATCHES)
 
 
 def test_no_numbers_are_an_error() -> None:
@@ -74,14 +74,17 @@ def test_latencies_are_taken_in_turns() -> None:
 
 
 def test_the_table() -> None:
-    rows = [
-        Row("fp32", 1_000_000, 2.0, Agreement(4, 4, 0.0, 4, 3)),
-        Row("onnx, int8", 250_000, 0.5, Agreement(4, 3, 0.25, 4, 2)),
-    ]
-    assert as_table(rows, has_classes=True).splitlines() == [
+    variants = [Variant("fp32", same, 1_000_000), Variant("onnx, int8", same, 250_000)]
+    agreements = [Agreement(4, 4, 0.0, 4, 3), Agreement(4, 3, 0.25, 4, 2)]
+    assert as_table(variants, agreements, [2.0, 0.5], has_classes=True).splitlines() == [
         "              MB  ms/image  top-1 agreement  max difference  accuracy",
         "fp32        1.00      2.00                                    75.00 %",
         "onnx, int8  0.25      0.50          75.00 %            0.25   50.00 %",
     ]
-    features = [Row("fp32", 10, 2.0, Agreement(4)), Row("onnx", 10, 1.0, Agreement(4, 0, 1e-6))]
-    assert as_table(features, has_classes=False).splitlines()[0].split() == ["MB", "ms/image", "max", "difference"]
+    features = [Agreement(4), Agreement(4, 0, 1e-6)]
+    assert as_table(variants, features, [2.0, 1.0], has_classes=False).splitlines()[0].split() == [
+        "MB",
+        "ms/image",
+        "max",
+        "difference",
+    ]

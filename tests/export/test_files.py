@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vitscale.errors import ConfigError
-from vitscale.export.files import _kept
+from vitscale.export.model import _kept
 
 
 def test_the_graph_comes_last_so_that_it_never_lacks_its_weights(
@@ -35,3 +35,13 @@ def test_the_graph_comes_last_so_that_it_never_lacks_its_weights(
         export()
     assert out.read_text() == "old"
     assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_weights_beside_a_larger_model_before_are_taken_away(tmp_path: Path) -> None:
+    out = tmp_path / "model.onnx"
+    for name in ("model.onnx", "model.onnx.data", "model.onnx.txt"):
+        (tmp_path / name).write_text("old")
+    with _kept(out) as target:
+        target.write_text("new")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["model.onnx", "model.onnx.txt"]
+    assert out.read_text() == "new"

@@ -70,6 +70,17 @@ def test_labels_of_shards(tmp_path: Path) -> None:
         labels_of(images(tmp_path / "bare", labelled=True))
 
 
+def test_labels_whatever_the_files_are_called(tmp_path: Path) -> None:
+    """Shards in capitals; a file, a folder and a shard of no use are no classes."""
+    write_pictures(tmp_path / "pictures", 5)
+    write_shards(tmp_path, [2])
+    shard = (tmp_path / "s000.tar").rename(tmp_path / "UPPER.TAR")
+    (tmp_path / "cut.tar").write_bytes(b"cut")
+    (tmp_path / "empty").mkdir()
+    useless = (tmp_path / "cut.tar", tmp_path / "empty", tmp_path / "nowhere.png")
+    assert labels_of(images(tmp_path / "pictures", shard, *useless, labelled=True)) == [0, 1, 2, 3, 4, 0, 1]
+
+
 def test_some_of_many_are_spread_evenly(tmp_path: Path) -> None:
     write_pictures(tmp_path, 20)
     assert labels_of(images(tmp_path, labelled=True, most=5)) == [0, 1, 2, 3, 4]
@@ -88,7 +99,7 @@ def test_nothing_good_is_an_error(tmp_path: Path) -> None:
     write_tar(tmp_path / "empty.tar", [("a.jpg", b"no")])
     with pytest.raises(DataError, match="--images: no image could be read"):
         list(images(tmp_path / "empty.tar"))
-    with pytest.raises(DataError, match=r"--images: no image could be read \(.*nowhere\)"):
+    with pytest.raises(DataError, match=r"no image could be read \(.*nowhere: cannot be read: No such file or dir"):
         images(tmp_path / "nowhere")
     with pytest.raises(DataError, match="--images -: images are read more than once"):
         images(Path("-"))

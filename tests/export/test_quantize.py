@@ -14,8 +14,7 @@ from onnx.numpy_helper import to_array
 from tests.export.small import noise, small
 from vitscale.export import onnx as exporter
 from vitscale.export.agreement import difference
-from vitscale.export.onnx import open_onnx, write_onnx
-from vitscale.export.quantize import quantize_onnx
+from vitscale.export.onnx import open_onnx, quantize_onnx, write_onnx
 from vitscale.export.served import Served, trace
 
 LAYERS = 2

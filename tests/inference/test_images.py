@@ -15,14 +15,14 @@ from PIL import Image
 from tests.data.makers import encoded, photo, pixels, write_tar
 from vitscale.data.pack import pack
 from vitscale.errors import DataError
-from vitscale.inference.images import ImageBatch, batches, find
+from vitscale.inference.images import ImageBatch, batches, find_images
 from vitscale.interop.image_processing import BatchFeature, ViTImageProcessor
 
 NO_INPUT = io.BytesIO()
 
 
 def names(arguments: Sequence[str | Path], stdin: bytes = b"") -> list[str]:
-    return [one.name for one in find(list(map(str, arguments)), io.BytesIO(stdin))]
+    return [one.name for one in find_images(list(map(str, arguments)), io.BytesIO(stdin))]
 
 
 def in_folder(folder: Path, *expected: str) -> list[str]:
@@ -62,7 +62,7 @@ def test_shards(photos: Path, tmp_path: Path) -> None:
     assert len(expected) == 4
     assert f"{shards[0]}:below/" in expected[0]
     assert names([tmp_path / "shards"]) == names([tmp_path / "shards" / "*.tar"]) == expected
-    read = {one.name.rpartition(":")[2]: one.read() for one in find([str(tmp_path / "shards")], NO_INPUT)}
+    read = {one.name.rpartition(":")[2]: one.read() for one in find_images([str(tmp_path / "shards")], NO_INPUT)}
     assert read["below/deeper/hopper"] == (photos / "below/deeper/hopper.jpg").read_bytes()
 
 
@@ -74,7 +74,7 @@ def test_stdin_is_a_list_or_an_image(photos: Path) -> None:
     assert names(["-"]) == []
     for kind in ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"):
         data = encoded(pixels(2), kind)
-        (one,) = find(["-"], io.BytesIO(data))
+        (one,) = find_images(["-"], io.BytesIO(data))
         assert (one.name, one.read()) == ("-", data)
     short = ["BMW.jpg", "II.jpg", "GIF89a/cat.jpg", "a"]
     assert names(["-"], "\n".join(short).encode()) == short
@@ -101,7 +101,7 @@ def test_what_cannot_be_read_says_so_when_it_is(
     Path("cut.tar").write_bytes(whole[:1000])
     Path("text.tar").write_bytes(b"hello\n" * 200)
     write_tar(tmp_path / "labels.tar", [("0.cls", b"1")])
-    (one,) = find([argument], NO_INPUT)
+    (one,) = find_images([argument], NO_INPUT)
     with pytest.raises(DataError, match=said):
         one.read()
 
@@ -110,7 +110,7 @@ def test_a_name_that_is_no_text(tmp_path: Path) -> None:
     path = os.fsencode(tmp_path) + b"/caf\xe9.jpg"
     with open(path, "wb") as stream:
         stream.write(photo(0))
-    (one,) = find([str(tmp_path)], NO_INPUT)
+    (one,) = find_images([str(tmp_path)], NO_INPUT)
     assert one.name.endswith(r"caf\xe9.jpg")
     one.name.encode()
     assert one.read() == photo(0)
@@ -119,7 +119,7 @@ def test_a_name_that_is_no_text(tmp_path: Path) -> None:
 def read(arguments: Sequence[str | Path], size: int, threads: int = 3, channels: int = 3) -> list[ImageBatch]:
     statistics = (0.5,) * channels
     processor = ViTImageProcessor(size=24, image_mean=statistics, image_std=statistics)
-    return list(batches(find(list(map(str, arguments)), NO_INPUT), processor, channels, size, threads))
+    return list(batches(find_images(list(map(str, arguments)), NO_INPUT), processor, channels, size, threads))
 
 
 def test_batches_keep_the_order_and_skip_what_is_bad(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_not_all_is_read_at_once(tmp_path: Path) -> None:
         nonlocal taken
         while True:
             taken += 1
-            yield from find([str(path)], NO_INPUT)
+            yield from find_images([str(path)], NO_INPUT)
 
     made = batches(endless(), ViTImageProcessor(size=8), 3, size=4, threads=2)  # type: ignore[arg-type]
     assert len(next(made).names) == 4
@@ -193,7 +193,7 @@ def test_folders_with_a_patterns_letters_before_a_pattern(photos: Path, monkeypa
 
 
 def test_a_url_is_no_file() -> None:
-    (one,) = find(["https://example.org/cat.jpg"], NO_INPUT)
+    (one,) = find_images(["https://example.org/cat.jpg"], NO_INPUT)
     with pytest.raises(DataError, match="URLs are not read; download it"):
         one.read()
 
@@ -211,7 +211,7 @@ def test_one_file_whatever_it_raises_ends_nothing(error: Exception, photos: Path
             return super().__call__(images, *arguments, **options)  # type: ignore[arg-type]
 
     Image.new("RGB", (20, 20)).save(photos / "small.png")
-    read = list(batches(find([str(photos)], NO_INPUT), Failing(size=8), 3, 8, 2))
+    read = list(batches(find_images([str(photos)], NO_INPUT), Failing(size=8), 3, 8, 2))
     bad = {entry.name: entry.bad for batch in read for entry in batch.entries if entry.bad}
     assert list(bad) == in_folder(photos, "small.png")
     assert type(error).__name__ in next(iter(bad.values()))
@@ -223,7 +223,7 @@ def test_the_limit_on_pixels_can_be_raised_and_lowered(tmp_path: Path) -> None:
     Image.new("L", (300, 200)).save(tmp_path / "a.png")
     Image.new("L", (20, 20)).save(tmp_path / "b.png")
     for most, good in ((60_000, 2), (59_999, 1), (100, 0)):
-        read = list(batches(find([str(tmp_path)], NO_INPUT), ViTImageProcessor(size=8), 3, 8, 2, most))
+        read = list(batches(find_images([str(tmp_path)], NO_INPUT), ViTImageProcessor(size=8), 3, 8, 2, most))
         assert sum(len(batch.names) for batch in read) == good
         reasons = [entry.bad for batch in read for entry in batch.entries if entry.bad]
         assert all(f"more than {most} pixels" in reason and "--max-pixels" in reason for reason in reasons)

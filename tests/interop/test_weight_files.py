@@ -97,7 +97,7 @@ def test_killed_at_any_point_of_a_save(tmp_path: Path, monkeypatch: pytest.Monke
                 raise Killed
             real(*args)
 
-        monkeypatch.setattr(weight_files.os, call, replaced)
+        monkeypatch.setattr(os, call, replaced)
 
     seen = set()
     for deadline in range(20):

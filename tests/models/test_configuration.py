@@ -109,6 +109,8 @@ def test_labels_that_only_transformers_would_take() -> None:
         config = ViTConfig.from_dict(TINY | {"id2label": names, "label2id": label2id})
         assert config.label2id == {"cat": 0, "dog": 1}
     assert ViTConfig.from_dict(TINY | {"id2label": names, "label2id": {"cat": "0", "dog": "1"}}).num_labels == 2
+    assert ViTConfig.from_dict(TINY | {"id2label": names, "label2id": ["cat", "dog"]}).label2id == {"cat": 0, "dog": 1}
+    assert ViTConfig.from_dict(TINY | {"id2label": {"0": 3, "1": 7}}).id2label == {0: "3", 1: "7"}
 
 
 @pytest.mark.parametrize("keys", [

@@ -55,8 +55,7 @@ def inference_step(comparison: Comparison, model: nn.Module) -> Step:
 
 def _exported(model: ViTPreTrainedModel, images: Tensor, folder: Path) -> dict[str, Callable[[], Step]]:
     """The model in onnxruntime: as it is, and in int8 both ways (the ranges from `images` for static)."""
-    from vitscale.export.onnx import open_onnx, write_onnx
-    from vitscale.export.quantize import quantize_onnx
+    from vitscale.export.onnx import open_onnx, quantize_onnx, write_onnx
     from vitscale.export.served import Served, trace
 
     served = Served(model.eval())

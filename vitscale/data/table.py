@@ -67,10 +67,8 @@ def make_table(scanned: OffsetTable, shard: FileStat, label: str) -> SampleTable
     image_kind, image_offset, image_bytes = _first_of(scanned, kinds)
     is_label = np.array([0 if kind == label else -1 for kind in scanned.kinds])
     has_label, label_offset, label_bytes = _first_of(scanned, is_label)
-    small = dict(zip((np.searchsorted(scanned.first, list(scanned.small), side="right") - 1).tolist(),
-                     scanned.small.values(), strict=True))  # fmt: skip
     keys = [key.encode() for key in scanned.keys]
-    labels = [small.get(i, b"") for i in range(len(keys))]
+    labels = [scanned.labels.get(i, b"") for i in range(len(keys))]
     hashes = b"".join(blake2b(key, digest_size=8).digest() for key in keys)
     return SampleTable(
         shard=shard,

@@ -27,7 +27,7 @@ class Variant:
     name: str
     run: Runner
     bytes: int  # on disk
-    same_as: int | None = None  # the place of the variant whose answers it must give, but for rounding
+    is_exact: bool = False  # it must give the answers of the variant before it, but for rounding
 
 
 @dataclass
@@ -51,16 +51,6 @@ class Agreement:
                 self.correct += int((answers == labels).sum())
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of the table."""
-
-    name: str
-    bytes: int
-    milliseconds: float
-    agreement: Agreement
-
-
 def difference(outputs: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> float:
     """The largest one between any two numbers."""
     return max(float((ours - theirs).abs().max()) for ours, theirs in zip(outputs, reference, strict=True))
@@ -69,17 +59,17 @@ def difference(outputs: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> fl
 def compare(variants: Sequence[Variant], batches: Iterable[Labelled]) -> list[Agreement]:
     """Run every variant on every batch. The first is what the others are held against.
 
-    CheckpointError where a variant gives no numbers, or others than the one that it must be the same as.
+    CheckpointError where a variant gives no numbers, or an exact one others than the variant before it.
     """
     agreements = [Agreement() for _ in variants]
     for pixels, labels in batches:
         outputs = [variant.run(pixels) for variant in variants]
-        for variant, own, agreement in zip(variants, outputs, agreements, strict=True):
+        for place, (variant, own) in enumerate(zip(variants, outputs, strict=True)):
             if not all(bool(torch.isfinite(output).all()) for output in own):
                 raise CheckpointError(f"{variant.name}: gives NaN or infinity; nothing was kept")
-            if variant.same_as is not None:
-                _require_same(variant, own, variants[variant.same_as].name, outputs[variant.same_as])
-            agreement.add(own, outputs[0], labels)
+            if variant.is_exact:
+                _require_same(variant, own, variants[place - 1].name, outputs[place - 1])
+            agreements[place].add(own, outputs[0], labels)
     return agreements
 
 
@@ -110,18 +100,19 @@ def latencies(runs: Sequence[Runner], pixels: Tensor) -> tuple[list[float], int]
     return [median(own) for own in times], rounds
 
 
-def as_table(rows: Sequence[Row], has_classes: bool) -> str:
-    """The rows below each other; the first is what the others are held against."""
-    has_labels = any(row.agreement.labelled for row in rows)
+def as_table(
+    variants: Sequence[Variant], agreements: Sequence[Agreement], milliseconds: Sequence[float], has_classes: bool
+) -> str:
+    """A line a variant; the first is what the others are held against."""
+    has_labels = any(agreement.labelled for agreement in agreements)
     titles = ["", "MB", "ms/image", *(["top-1 agreement"] if has_classes else []), "max difference"]
     lines = [[*titles, *(["accuracy"] if has_labels else [])]]
-    for place, row in enumerate(rows):
-        found = row.agreement
-        cells = [row.name, f"{row.bytes / 1e6:.2f}", f"{row.milliseconds:.2f}"]
+    for place, (variant, agreement, time_taken) in enumerate(zip(variants, agreements, milliseconds, strict=True)):
+        cells = [variant.name, f"{variant.bytes / 1e6:.2f}", f"{time_taken:.2f}"]
         if has_classes:
-            cells.append(f"{100 * found.same_top1 / found.images:.2f} %" if place else "")
-        cells.append(f"{found.max_difference:.2g}" if place else "")
+            cells.append(f"{100 * agreement.same_top1 / agreement.images:.2f} %" if place else "")
+        cells.append(f"{agreement.max_difference:.2g}" if place else "")
         if has_labels:
-            cells.append(f"{100 * found.correct / found.labelled:.2f} %")
+            cells.append(f"{100 * agreement.correct / agreement.labelled:.2f} %")
         lines.append(cells)
     return aligned(lines, right=range(1, len(lines[0])))

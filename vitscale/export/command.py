@@ -65,27 +65,16 @@ def export(arguments: argparse.Namespace, export_run: ExportRun) -> int:
         print(export_run(Path(arguments.source), Path(arguments.out) if arguments.out else None))
         return DONE
     _check(arguments, prunings)
-    from vitscale.export.files import Export, Request
+    from vitscale.export.model import Export
 
     out = _out(arguments, bool(prunings))
-    request = Request(
-        source=arguments.source,
-        format=arguments.format,
-        out=out,
-        dynamic_size=arguments.dynamic_size,
-        quantize=arguments.quantize,
-        prunings=prunings,
-        images=arguments.images,
-        calibrate=arguments.calibrate,
-        labelled=arguments.labelled,
-    )
-    Export(request, lambda line: print(line, flush=True)).run()
+    Export(arguments, prunings, out, lambda line: print(line, flush=True)).run()
     print(out)
     return DONE
 
 
 def _prunings(arguments: argparse.Namespace) -> list[tuple[str, float]]:
-    found: list[tuple[str, float]] = []
+    prunings: list[tuple[str, float]] = []
     for what, text in arguments.prune:
         try:
             fraction = float(text)
@@ -93,10 +82,10 @@ def _prunings(arguments: argparse.Namespace) -> list[tuple[str, float]]:
             fraction = 0.0
         if what not in PRUNABLE or not 0 < fraction < 1:
             raise ConfigError(f"--prune {what} {text}: must be heads or mlp, and a number between 0 and 1")
-        if what in [done for done, _ in found]:
+        if what in [earlier for earlier, _ in prunings]:
             raise ConfigError(f"--prune {what}: is given twice; name the whole fraction once")
-        found.append((what, fraction))
-    return found
+        prunings.append((what, fraction))
+    return prunings
 
 
 def _check(arguments: argparse.Namespace, prunings: list[tuple[str, float]]) -> None:

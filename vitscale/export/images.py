@@ -13,14 +13,13 @@ from vitscale.errors import DataError
 from vitscale.export.agreement import Labelled
 from vitscale.files.classes import CLASSES, class_names
 from vitscale.files.tar import scan_shard
-from vitscale.inference.images import Found, batches, find
+from vitscale.inference.images import ImageSource, batches, find_images
 from vitscale.inference.progress import Tally
 from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.models.configuration import ViTConfig
 from vitscale.world import read_world
 
 BATCH = 8
-_SHARD = ".tar:"  # between a shard and a sample in an image's name
 
 
 class Images:
@@ -39,77 +38,87 @@ class Images:
         DataError where none of them is there, or labels are asked for and cannot be told."""
         if "-" in named:
             raise DataError(f"{key} -: images are read more than once, stdin is not; name files, folders or shards")
-        found = list(find(named, sys.stdin.buffer))
-        if not any(map(_is_there, found)):
-            raise DataError(f"{key}: no image could be read ({found[0].name if found else 'nothing was named'})")
-        self._label = _Labels(found, key, config) if labelled else None
-        if most is not None and len(found) > most:
-            found = [found[place * len(found) // most] for place in range(most)]
-        self._found, self._key, self._processor, self._channels = found, key, processor, config.num_channels
-        self._told = False
+        sources = list(find_images(named, sys.stdin.buffer))
+        _require_one(sources, key)
+        self._labels = _Labels(sources, key, config) if labelled else None
+        if most is not None and len(sources) > most:
+            sources = [sources[place * len(sources) // most] for place in range(most)]
+        self._sources, self._key, self._processor, self._channels = sources, key, processor, config.num_channels
+        self._bad_are_named = False
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._sources)
 
     def __iter__(self) -> Iterator[Labelled]:
         """Batches of pixels and labels. Bad files are named on stderr, once; DataError where none is good."""
-        tally = Tally(stream=io.StringIO() if self._told else sys.stderr)
+        tally = Tally(stream=io.StringIO() if self._bad_are_named else sys.stderr)
         threads = read_world().cores_per_rank
-        for batch in batches(self._found, self._processor, self._channels, BATCH, threads):
+        sources = {source.name: source for source in self._sources}
+        for batch in batches(self._sources, self._processor, self._channels, BATCH, threads):
             tally.add(batch)
             if batch.pixel_values is not None:
                 labels = None
-                if self._label is not None:
-                    labels = torch.tensor([self._label(name) for name in batch.names])
+                if self._labels is not None:
+                    labels = torch.tensor([self._labels.label_of(sources[name]) for name in batch.names])
                 yield batch.pixel_values, labels
         tally.close()
-        self._told = True
+        self._bad_are_named = True
         if not tally.good:
             raise DataError(f"{self._key}: no image could be read")
 
 
-def _is_there(one: Found) -> bool:
-    try:
-        return bool(one.read())
-    except DataError:
-        return False
+def _require_one(sources: Sequence[ImageSource], key: str) -> None:
+    reasons = []
+    for source in sources:
+        try:
+            source.read()
+            return
+        except DataError as error:
+            reasons.append(f"{source.name}: {error}")
+    raise DataError(f"{key}: no image could be read ({reasons[0] if reasons else 'nothing was named'})")
 
 
 class _Labels:
-    """An image's name -> its class."""
+    """The classes of images, as the model counts them."""
 
-    def __init__(self, found: Sequence[Found], key: str, config: ViTConfig) -> None:
+    def __init__(self, sources: Sequence[ImageSource], key: str, config: ViTConfig) -> None:
         self._config = config
-        self._shards: dict[str, tuple[dict[str, bytes], list[str] | None]] = {}
-        folders = sorted({Path(one.name).parent.name for one in found if _SHARD not in one.name})
+        self._shards: dict[Path, tuple[dict[str, bytes], list[str] | None]] = {}
+        paths = {source.path for source in sources if source.path is not None and source.key is None}
+        folders = sorted({_folder(path) for path in paths if path.is_file()})
         self._classes: dict[str, int] = config.label2id or {}
         if not self._classes.keys() >= set(folders):
             if len(folders) != config.num_labels:
+                some = ", ".join(folders[:4]) + (", ..." if len(folders) > 4 else "")
                 raise DataError(
-                    f"{key}: the images lie in {len(folders)} folders ({', '.join(folders[:4])}...), the model has "
+                    f"{key}: the images lie in {len(folders)} folders ({some}), the model has "
                     f"{config.num_labels} classes; --labelled wants a folder for each, named as in label2id or in order"
                 )
             self._classes = {name: place for place, name in enumerate(folders)}
 
-    def __call__(self, name: str) -> int:
+    def label_of(self, source: ImageSource) -> int:
         """DataError where it has none."""
-        shard, dot_tar, sample = name.partition(_SHARD)
-        if not dot_tar:
-            return self._classes[Path(name).parent.name]
-        path, count = f"{shard}.tar", self._config.num_labels
-        if path not in self._shards:
-            names = class_names([path]) if self._config.has_class_names else None
-            self._shards[path] = _shard_labels(path), names
-        labels, names = self._shards[path]
-        text = labels.get(sample, b"").decode(errors="replace").strip()
+        assert source.path is not None, "stdin is refused, and what is not there is no good image"
+        if source.key is None:
+            return self._classes[_folder(source.path)]
+        labels, names = self._of_shard(source.path)
+        text, count = labels.get(source.key, b"").decode(errors="replace").strip(), self._config.num_labels
         if not text.isdecimal() or int(text) >= count:
             raise DataError(
-                f"{name}: its label (.cls) is {text or 'missing'}; --labelled wants a whole number below "
+                f"{source.name}: its label (.cls) is {text or 'missing'}; --labelled wants a whole number below "
                 f"num_labels={count}"
             )
-        return int(text) if names is None else self._by_name(path, names, int(text))
+        return int(text) if names is None else self._by_name(source.path, names, int(text))
 
-    def _by_name(self, shard: str, names: Sequence[str], label: int) -> int:
+    def _of_shard(self, path: Path) -> tuple[dict[str, bytes], list[str] | None]:
+        """The .cls members by their samples' keys, and the classes' names where both sides have them."""
+        if path not in self._shards:
+            table = scan_shard(str(path), label="cls")
+            names = class_names([path]) if self._config.has_class_names else None
+            self._shards[path] = {table.keys[place]: text for place, text in table.labels.items()}, names
+        return self._shards[path]
+
+    def _by_name(self, shard: Path, names: Sequence[str], label: int) -> int:
         """A shard's label as the model counts: by its class's name."""
         name, label2id = names[label] if label < len(names) else None, self._config.label2id or {}
         if name not in label2id:
@@ -120,12 +129,6 @@ class _Labels:
         return label2id[name]
 
 
-def _shard_labels(path: str) -> dict[str, bytes]:
-    table = scan_shard(path)
-    labels = {}
-    with open(path, "rb") as stream:
-        for place, sample in enumerate(table.keys):
-            offset, count = table.members(place).get("cls", (0, 0))
-            stream.seek(offset)
-            labels[sample] = stream.read(min(count, 64))
-    return labels
+def _folder(path: Path) -> str:
+    """The name of the folder that a file lies in."""
+    return path.absolute().parent.name

@@ -51,8 +51,7 @@ def prune(model: ViTPreTrainedModel, what: str, fraction: float, scores: list[Te
     else:
         config = replace(config, intermediate_size=stay)
     for block, importance in zip(_blocks(model), scores, strict=True):
-        kept = importance.topk(stay).indices.sort().values
-        (_keep_heads if what == "heads" else _keep_units)(block, kept)
+        _keep(block, what, importance.topk(stay).indices.sort().values)
     for module in model.modules():
         if isinstance(module, ViTPreTrainedModel | ViTEmbeddings):
             module.config = config
@@ -129,23 +128,19 @@ def taylor(model: ViTPreTrainedModel, what: str, batches: Iterable[Labelled]) ->
     return [total / images for total in totals]
 
 
-def _keep_heads(block: ViTLayer, kept: Tensor) -> None:
-    """`kept`: [heads that stay], sorted."""
-    attention, output = block.attention.attention, block.attention.output
-    heads = attention.num_attention_heads
-    width = output.in_features // heads
+def _keep(block: ViTLayer, what: str, kept: Tensor) -> None:
+    """Cut a block down to `kept`: [heads or units that stay], sorted. A unit is like a head of width 1."""
+    if what == "heads":
+        attention = block.attention.attention
+        incoming, outgoing, width = attention.qkv, block.attention.output, block.attention.output.in_features
+        width //= attention.num_attention_heads
+        attention.num_attention_heads = len(kept)
+    else:
+        incoming, outgoing, width = block.mlp.fc1, block.mlp.fc2, 1
     columns = (kept[:, None] * width + torch.arange(width)).flatten()
-    rows = torch.cat([part * heads * width + columns for part in range(3)])  # query, key, value
-    _keep_rows(attention.qkv, rows)
-    _keep_columns(output, columns)
-    attention.num_attention_heads = len(kept)
-
-
-def _keep_units(block: ViTLayer, kept: Tensor) -> None:
-    units = block.mlp.fc2.in_features
-    halves = block.mlp.fc1.out_features // units  # two with swiglu: gate and value
-    _keep_rows(block.mlp.fc1, torch.cat([part * units + kept for part in range(halves)]))
-    _keep_columns(block.mlp.fc2, kept)
+    parts = range(0, incoming.out_features, outgoing.in_features)  # query, key, value; with swiglu gate and value
+    _keep_rows(incoming, torch.cat([start + columns for start in parts]))
+    _keep_columns(outgoing, columns)
 
 
 def _keep_rows(linear: nn.Linear, rows: Tensor) -> None:

@@ -35,6 +35,27 @@ def replaced(path: Path) -> Iterator[Path]:
             draft.unlink(missing_ok=True)
 
 
+@contextmanager
+def staged(folder: Path, last: str) -> Iterator[Path]:
+    """A hidden folder to write into: at the end what is in it moves to `folder`, which is made, `last` after the rest.
+
+    Files are on disk before they have their names. After an error nothing is left.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = draft_of(folder / last)
+    draft.mkdir()
+    try:
+        yield draft
+        paths = sorted(draft.iterdir(), key=lambda path: path.name == last)
+        for path in paths:
+            if path.is_file():
+                flush_to_disk(path)
+        for path in paths:
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a small file so that a reader sees the old or the new one, never a part. Its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ class OffsetTable:
     kind: np.ndarray  # int32 [members], places in `kinds`
     offsets: np.ndarray  # int64 [members], of the data in the file
     sizes: np.ndarray  # int64 [members], bytes
-    small: dict[int, bytes]  # member -> its bytes, of those with the label's extension that are at most SMALL
+    labels: dict[int, bytes]  # sample -> the bytes of its member with the label's extension, if at most SMALL
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -84,7 +84,7 @@ class _Scan:
     kind: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
-    small: dict[int, bytes] = field(default_factory=dict)
+    labels: dict[int, bytes] = field(default_factory=dict)
     extensions: set[str] = field(default_factory=set)  # of the sample being read
 
     def run(self) -> OffsetTable:
@@ -96,7 +96,7 @@ class _Scan:
         numbers = [np.array(values, dtype=np.int64) for values in (self.first, self.kind, self.offsets, self.sizes)]
         first, kind, offsets, sizes = numbers
         first = np.append(first, len(kind))
-        return OffsetTable(self.keys, first, list(self.kind_of), kind.astype(np.int32), offsets, sizes, self.small)
+        return OffsetTable(self.keys, first, list(self.kind_of), kind.astype(np.int32), offsets, sizes, self.labels)
 
     def _fail(self, what: str) -> None:
         raise DataError(f"{self.path}: {what}; write the shard again or take it out of the data")
@@ -233,7 +233,7 @@ class _Scan:
             self._fail(f"member {name!r} comes twice in one sample (a key ends at the first dot of the file's name)")
         self.extensions.add(extension)
         if extension == self.label and size <= SMALL:
-            self.small[len(self.kind)] = self.block[:size]
+            self.labels[len(self.keys) - 1] = self.block[:size]
         self.kind.append(self.kind_of.setdefault(extension, len(self.kind_of)))
         self.offsets.append(offset)
         self.sizes.append(size)

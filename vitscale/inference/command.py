@@ -58,7 +58,7 @@ def _takes_images(added: argparse.ArgumentParser) -> None:
 
 def _predict(arguments: argparse.Namespace) -> int:
     here = world.enter()
-    from vitscale.inference.images import batches, find
+    from vitscale.inference.images import batches, find_images
     from vitscale.inference.model import load
     from vitscale.inference.predict import Predictor, predict_all
     from vitscale.inference.progress import Tally
@@ -67,9 +67,9 @@ def _predict(arguments: argparse.Namespace) -> int:
     predictor = Predictor(loaded, arguments.top_k)
     out = Path(arguments.out) if arguments.out else None
     tally = Tally(shows_count=out is not None or not sys.stdout.isatty())  # rows on a terminal show enough
-    found = find(arguments.images, sys.stdin.buffer)
+    sources = find_images(arguments.images, sys.stdin.buffer)
     channels = loaded.model.config.num_channels
-    read = batches(found, loaded.processor, channels, arguments.batch, here.cores_per_rank, arguments.max_pixels)
+    read = batches(sources, loaded.processor, channels, arguments.batch, here.cores_per_rank, arguments.max_pixels)
     ending = out.suffix.removeprefix(".") if out else ""
     file_format = arguments.format or (ending if ending in ("jsonl", "csv") else "table")
     predict_all(predictor, read, file_format, out, tally)
@@ -79,7 +79,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 def _features(arguments: argparse.Namespace) -> int:
     here = world.enter()
     from vitscale.inference.features import write_features
-    from vitscale.inference.images import find
+    from vitscale.inference.images import find_images
     from vitscale.inference.model import load
     from vitscale.inference.progress import Tally
 
@@ -88,7 +88,7 @@ def _features(arguments: argparse.Namespace) -> int:
     try:
         folder = write_features(
             loaded,
-            find(arguments.images, sys.stdin.buffer),
+            find_images(arguments.images, sys.stdin.buffer),
             Path(arguments.out),
             tally,
             pool=arguments.pool,

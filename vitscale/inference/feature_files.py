@@ -19,7 +19,7 @@ import numpy as np
 from vitscale.errors import CheckpointError, ConfigError, DataError
 from vitscale.files.atomic import write_atomically
 from vitscale.files.model_folder import read_json
-from vitscale.inference.images import Entry, Found, ImageBatch
+from vitscale.inference.images import Entry, ImageBatch, ImageSource
 from vitscale.inference.progress import Tally
 
 MANIFEST = "features.json"
@@ -56,22 +56,22 @@ class FeatureFolder:
         except (OSError, CheckpointError) as error:
             raise ConfigError(f"--out {path}: cannot be used: {error}; name a new folder") from None
 
-    def go_on(self, found: Iterator[Found], tally: Tally) -> Iterator[Found]:
+    def go_on(self, sources: Iterator[ImageSource], tally: Tally) -> Iterator[ImageSource]:
         """What of the input is not yet in shards. DataError where the shards are of another input."""
         while (record := self._names(len(self._rows))).exists() and self._data(len(self._rows)).exists():
             names, skipped = self._recorded(record)
             for expected in names:
-                one = next(found, None)
-                if one is None or one.name != expected:
+                source = next(sources, None)
+                if source is None or source.name != expected:
                     raise DataError(
                         f"--out {self.path}: {record.name} has {expected} where the input now has "
-                        f"{one.name if one else 'nothing more'}; name a new folder for other images"
+                        f"{source.name if source else 'nothing more'}; name a new folder for other images"
                     )
             for name, reason in skipped:
                 tally.skip(name, f"{reason} (when its shard was written; delete {record.name} to read it again)")
             self._rows.append(len(names) - len(skipped))
             tally.done_before(self._rows[-1])
-        return found
+        return sources
 
     def _recorded(self, record: Path) -> tuple[list[str], list[tuple[str, str]]]:
         """All names of a shard's images in their order, and which were skipped, with the reasons."""

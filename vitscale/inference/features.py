@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitscale.errors import ConfigError
 from vitscale.inference.feature_files import FeatureFolder, Request
-from vitscale.inference.images import Found, ImageBatch, batches
+from vitscale.inference.images import ImageBatch, ImageSource, batches
 from vitscale.inference.model import Loaded
 from vitscale.inference.progress import Tally
 
@@ -57,7 +57,7 @@ class FeatureExtractor:
 
 def write_features(
     loaded: Loaded,
-    found: Iterator[Found],
+    sources: Iterator[ImageSource],
     out: Path,
     tally: Tally,
     *,
@@ -87,7 +87,7 @@ def write_features(
         shard_size=shard_size or max(1, SHARD_BYTES // (4 * math.prod(extract.shape))),
     )
     folder = FeatureFolder(out, request)
-    rest = folder.go_on(found, tally)
+    rest = folder.go_on(sources, tally)
 
     def features() -> Iterator[tuple[ImageBatch, np.ndarray]]:
         for each in batches(rest, loaded.processor, config.num_channels, batch, threads, max_pixels):

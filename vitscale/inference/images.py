@@ -32,11 +32,13 @@ _HEAD = 16  # bytes of stdin that tell an image from a list of paths
 
 
 @dataclass(frozen=True)
-class Found:
+class ImageSource:
     """Something named as an image. What is wrong with it comes as a DataError when it is read."""
 
     name: str  # its path, SHARD:KEY within a shard, or - for stdin's bytes
     read: Callable[[], bytes]
+    path: Path | None = None  # the file or shard that holds it; None for stdin's, and for what is not there
+    key: str | None = None  # of a sample in a shard
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class ImageBatch:
         return [entry.name for entry in self.entries if entry.bad is None]
 
 
-def find(named: Sequence[str], stdin: BinaryIO) -> Iterator[Found]:
+def find_images(named: Sequence[str], stdin: BinaryIO) -> Iterator[ImageSource]:
     """Every image that the arguments name, in their order; folders and patterns sorted.
 
     An argument is a file, a .tar shard, a folder (searched with those below it for images and shards; hidden
@@ -75,14 +77,14 @@ def find(named: Sequence[str], stdin: BinaryIO) -> Iterator[Found]:
 
 
 def batches(
-    found: Iterable[Found],
+    sources: Iterable[ImageSource],
     processor: ViTImageProcessor,
     channels: int,
     size: int,
     threads: int,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[ImageBatch]:
-    """Images in the order found, `size` good ones a batch, decoded ahead in threads.
+    """Images in the order of `sources`, `size` good ones a batch, decoded ahead in threads.
 
     channels: the model's; files are decoded to as many. Memory is that of some three batches, and of one image of
     max_pixels; a larger one is bad.
@@ -90,7 +92,7 @@ def batches(
     entries: list[Entry] = []
     good: list[np.ndarray] = []
     for one, done in _ahead(
-        found, partial(_load, processor=processor, channels=channels, max_pixels=max_pixels), threads, 2 * size
+        sources, partial(_load, processor=processor, channels=channels, max_pixels=max_pixels), threads, 2 * size
     ):
         if isinstance(done, np.ndarray):
             good.append(done)
@@ -103,12 +105,12 @@ def batches(
 
 
 def _ahead(
-    found: Iterable[Found], work: Callable[[Found], np.ndarray | str], threads: int, ahead: int
-) -> Iterator[tuple[Found, np.ndarray | str]]:
+    sources: Iterable[ImageSource], work: Callable[[ImageSource], np.ndarray | str], threads: int, ahead: int
+) -> Iterator[tuple[ImageSource, np.ndarray | str]]:
     """work(each) in threads, in order, at most `ahead` not yet taken."""
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-    waiting: deque[tuple[Found, Future[np.ndarray | str]]] = deque()
-    rest = iter(found)
+    waiting: deque[tuple[ImageSource, Future[np.ndarray | str]]] = deque()
+    rest = iter(sources)
     try:
         while True:
             for one in itertools.islice(rest, ahead - len(waiting)):
@@ -121,7 +123,7 @@ def _ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def _load(one: Found, processor: ViTImageProcessor, channels: int, max_pixels: int) -> np.ndarray | str:
+def _load(one: ImageSource, processor: ViTImageProcessor, channels: int, max_pixels: int) -> np.ndarray | str:
     """[channels, height, width] as the model wants it, or why not: whatever one file raises, the others go on."""
     try:
         data = one.read()
@@ -143,10 +145,10 @@ def _in_turn(data: bytes, max_pixels: int) -> AbstractContextManager[Any]:
         return nullcontext()  # `decode` says why
 
 
-def _from_stdin(stdin: BinaryIO) -> Iterator[Found]:
+def _from_stdin(stdin: BinaryIO) -> Iterator[ImageSource]:
     head = stdin.read(_HEAD)
     if _is_image(head):
-        yield Found("-", partial(_rest, head, stdin))
+        yield ImageSource("-", partial(_rest, head, stdin))
         return
     # Line by line: a list may be long, or still be written.
     first, *lines = (head + stdin.readline()).split(b"\n")
@@ -169,7 +171,7 @@ def _is_image(head: bytes) -> bool:
     )
 
 
-def _from_argument(text: str) -> Iterator[Found]:
+def _from_argument(text: str) -> Iterator[ImageSource]:
     if "://" in text:
         yield _bad(text, "URLs are not read; download it, and name the file")
         return
@@ -201,16 +203,16 @@ def _split(path: Path) -> tuple[Path, str]:
     return folder, ""
 
 
-def _from_path(path: Path) -> Iterator[Found]:
+def _from_path(path: Path) -> Iterator[ImageSource]:
     if path.is_dir():
         yield from _from_folder(path)
     elif path.suffix.lower() == ".tar":
         yield from _from_shard(path)
     else:
-        yield Found(_shown(path), partial(_read, path))
+        yield ImageSource(_shown(path), partial(_read, path), path)
 
 
-def _from_folder(folder: Path) -> Iterator[Found]:
+def _from_folder(folder: Path) -> Iterator[ImageSource]:
     empty = True
     for place, below, names in os.walk(folder):
         below[:] = sorted(name for name in below if not name.startswith("."))
@@ -223,7 +225,7 @@ def _from_folder(folder: Path) -> Iterator[Found]:
         yield _bad(_shown(folder), f"holds no images ({', '.join(IMAGE_KINDS)}) or shards (tar)")
 
 
-def _from_shard(path: Path) -> Iterator[Found]:
+def _from_shard(path: Path) -> Iterator[ImageSource]:
     """The samples of a shard; one that is damaged anywhere is bad as a whole, as in training."""
     try:
         table = scan_shard(str(path))
@@ -236,7 +238,7 @@ def _from_shard(path: Path) -> Iterator[Found]:
         if member is None:
             yield _bad(name, f"has no image ({', '.join(IMAGE_KINDS)})")
         else:
-            yield Found(name, partial(_read, path, *member))
+            yield ImageSource(name, partial(_read, path, *member), path, key)
 
 
 def _read(path: Path, offset: int = 0, count: int | None = None) -> bytes:
@@ -255,11 +257,11 @@ def _read(path: Path, offset: int = 0, count: int | None = None) -> bytes:
     return data
 
 
-def _bad(name: str, reason: str) -> Found:
+def _bad(name: str, reason: str) -> ImageSource:
     def read() -> bytes:
         raise DataError(reason)
 
-    return Found(name, read)
+    return ImageSource(name, read)
 
 
 def _shown(path: Path) -> str:

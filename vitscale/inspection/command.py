@@ -116,12 +116,12 @@ def _images(model: ViTPreTrainedModel, folder: Path, named: Sequence[str]) -> Te
     """All images that are named, as one batch; DataError for a bad one."""
     import torch
 
-    from vitscale.inference.images import batches, find
+    from vitscale.inference.images import batches, find_images
     from vitscale.interop.image_processing import ViTImageProcessor
 
-    found = find(named, sys.stdin.buffer)
+    sources = find_images(named, sys.stdin.buffer)
     threads = world.read_world().cores_per_rank
-    read = list(batches(found, ViTImageProcessor.from_pretrained(folder), model.config.num_channels, 32, threads))
+    read = list(batches(sources, ViTImageProcessor.from_pretrained(folder), model.config.num_channels, 32, threads))
     for entry in (entry for batch in read for entry in batch.entries):
         if entry.bad is not None:
             raise DataError(f"--images: {entry.name}: {entry.bad}; leave it out")

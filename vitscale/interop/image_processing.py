@@ -321,7 +321,9 @@ def _resized(
     """What lies within `spans` (rows, columns) of the image resized to `size`: [h, w, channels], by Pillow.
 
     uint8 stay uint8, all else becomes float32. Of what would be huge, as a line of 60,000 pixels whose shorter side is
-    to be 256, only what is kept is computed: Pillow's filters look beyond the box, so that it is the same within 1/255.
+    to be 256, only what is kept is computed. Pillow's filters look beyond the box: float32 come out the same but for
+    rounding; nearest and box may pick a neighbour, and sharp edges of uint8 differ where the 8 bits between Pillow's
+    passes are full.
     """
     height, width, channels = _shape(image)
     (top, bottom), (left, right) = spans

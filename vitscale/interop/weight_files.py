@@ -5,7 +5,6 @@ Names here are those on disk; keymaps.py knows ours.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.files.atomic import draft_of, flush_to_disk
+from vitscale.files.atomic import flush_to_disk, staged
 from vitscale.files.model_folder import INDEX, KINDS, PICKLE, WEIGHTS, as_text, is_weights, shards_of, weight_map
 from vitscale.interop.checkpoints import read_file
 
@@ -65,28 +64,19 @@ def write_folder(
     """
     shards, index = _split(tensors, max_shard_size)
     last = WEIGHTS if index is None else WEIGHTS + INDEX
-    drafts: dict[str, Path] = {}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in [*texts.items(), *([] if index is None else [(last, index)])]:
-            drafts[name] = draft_of(folder / name)
-            drafts[name].write_text(text, encoding="utf-8")
-        for name, names in shards.items():
-            drafts[name] = draft_of(folder / name)
-            save_file({each: tensors[each] for each in names}, drafts[name], metadata={"format": "pt"})
-        for draft in drafts.values():
-            flush_to_disk(draft)
-        for old in _weights_in(folder):
-            if old.name != WEIGHTS or last != WEIGHTS:  # a single file is replaced in one go
-                old.unlink()
-        for name in sorted(drafts, key=lambda name: name == last):
-            os.replace(drafts[name], folder / name)
+        with staged(folder, last) as draft:
+            for name, text in [*texts.items(), *([] if index is None else [(last, index)])]:
+                (draft / name).write_text(text, encoding="utf-8")
+            for name, names in shards.items():
+                save_file({each: tensors[each] for each in names}, draft / name, metadata={"format": "pt"})
+                flush_to_disk(draft / name)  # before the earlier ones go
+            for earlier in _weights_in(folder):
+                if earlier.name != WEIGHTS or last != WEIGHTS:  # a single file is replaced in one go
+                    earlier.unlink()
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CheckpointError(f"{folder}: cannot be written: {reason}; name another folder") from None
-    finally:
-        for draft in drafts.values():
-            draft.unlink(missing_ok=True)
 
 
 def _split(tensors: Mapping[str, Tensor], max_shard_size: int | str) -> tuple[dict[str, list[str]], str | None]:

@@ -218,6 +218,8 @@ class ViTConfig:
                 raise ConfigError(f"{name}={content[name]!r}: {remedy}")
         foreign = _foreign_keys(content)
         keys = {name: value for name, value in content.items() if name in names and name not in foreign}
+        if isinstance(classes := keys.get("id2label"), dict):  # transformers takes numbers for names
+            keys["id2label"] = {number: name if name is None else str(name) for number, name in classes.items()}
         if not _is_way_back(keys.get("id2label"), keys.get("label2id")):
             del keys["label2id"]  # transformers takes any; here it follows from id2label
         return cls(**keys)
@@ -320,9 +322,11 @@ def _generic_names(count: int) -> dict[int, str]:
 
 
 def _is_way_back(id2label: Any, label2id: Any) -> bool:
-    """Whether label2id says what id2label does, as JSON has them; or one of them is none, or no mapping."""
-    if not isinstance(id2label, dict) or not isinstance(label2id, dict):
+    """Whether label2id says what id2label does, as JSON has them; or there is but one of them."""
+    if not isinstance(id2label, dict) or label2id is None:
         return True
+    if not isinstance(label2id, dict):
+        return False
     names = {str(number): name for number, name in id2label.items()}
     return all(names.get(str(number)) == name for name, number in label2id.items())
 
