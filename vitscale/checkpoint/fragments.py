@@ -110,18 +110,18 @@ def join_tables(tables: Sequence[list[list[Any]]]) -> list[TensorRecord]:
     Asserts that every tensor is given with one shape and dtype, and each of its elements exactly once.
     """
     meant: dict[tuple[str, str], tuple[tuple[int, ...], str]] = {}
-    found: dict[tuple[str, str], list[Location]] = {}
+    pieces: dict[tuple[str, str], list[Location]] = {}
     wrong = []
     for file, rows in enumerate(tables):
         for kind, name, shape, dtype, start, count in rows:
             described = (tuple(shape), dtype)
             if meant.setdefault((kind, name), described) != described:
                 wrong.append(f"{kind} {name}: is {described} and {meant[kind, name]}")
-            found.setdefault((kind, name), [])
+            pieces.setdefault((kind, name), [])
             if count:
-                found[kind, name].append(Location(file, start, count))
+                pieces[kind, name].append(Location(file, start, count))
     records = [
-        TensorRecord(*key, *meant[key], tuple(sorted(found[key], key=lambda piece: piece.start)))
+        TensorRecord(*key, *meant[key], tuple(sorted(pieces[key], key=lambda piece: piece.start)))
         for key in sorted(meant)
     ]
     wrong += [fault for record in records if (fault := _gap_or_overlap(record))]

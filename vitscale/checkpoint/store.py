@@ -385,10 +385,10 @@ def _verify(folder: Path, ranks: Ranks) -> tuple[dict[str, Any], list[str]]:
     except _READ_ERRORS as error:
         faults.append(str(error))
     outcomes = ranks.gather([manifest.get("sha256"), faults])
-    every = list(dict.fromkeys(fault for _, theirs in outcomes for fault in theirs))
-    if not every and len({digest for digest, _ in outcomes}) > 1:
-        every.append(f"the ranks see different {MANIFEST} files")
-    return manifest, every
+    all_faults = list(dict.fromkeys(fault for _, faults in outcomes for fault in faults))
+    if not all_faults and len({digest for digest, _ in outcomes}) > 1:
+        all_faults.append(f"the ranks see different {MANIFEST} files")
+    return manifest, all_faults
 
 
 def _file_faults(folder: Path, file: dict[str, Any]) -> list[str]:

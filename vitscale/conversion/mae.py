@@ -35,11 +35,11 @@ def write_mae(path: Path, opened: Opened) -> tuple[list[str], list[str]]:
     _require_expressible(opened.model)
     tensors, left_out = {}, []
     for name, tensor in state_of(opened.model).items():
-        theirs = timm_name(name)
-        if theirs is None or (name.startswith("decoder.") and not decodes):
+        timm_key = timm_name(name)
+        if timm_key is None or (name.startswith("decoder.") and not decodes):
             left_out.append(name)
         else:
-            tensors[theirs] = tensor.contiguous()
+            tensors[timm_key] = tensor.contiguous()
     written = {name: value for name, value in asdict(config).items() if name in (*KEYS, "mask_ratio", "id2label")}
     written["processor"] = opened.processor.to_dict()
     try:

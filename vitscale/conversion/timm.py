@@ -25,11 +25,11 @@ def write_timm(folder: Path, opened: Opened) -> tuple[list[str], list[str]]:
     architecture, arguments, notes = arguments_for(config)
     tensors, left_out = {}, []
     for name, tensor in state_of(opened.model).items():
-        theirs = timm_name(name)
-        if theirs is None or name.startswith("decoder."):
+        timm_key = timm_name(name)
+        if timm_key is None or name.startswith("decoder."):
             left_out.append(name)
         else:
-            tensors[theirs] = tensor.contiguous()
+            tensors[timm_key] = tensor.contiguous()
     registers, cls = config.num_register_tokens, int(config.use_cls_token)
     if registers and "pos_embed" in tensors:  # a position of zero for each
         positions = tensors["pos_embed"]

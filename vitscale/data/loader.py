@@ -96,11 +96,11 @@ class Loader:
         self._lent: dict[int, Batch] = {}  # what was given out and not released, by memory
         self._arrived: dict[int, Filled | Failed] = {}
         self._memories = [SharedMemory.create() for _ in range(data.prefetch)]
-        self._results, theirs = os.pipe()
+        self._results, reader_end = os.pipe()
         try:
-            self._process = self._start_reader(theirs)
+            self._process = self._start_reader(reader_end)
         finally:
-            os.close(theirs)
+            os.close(reader_end)
         try:
             send(self._control, self._plan)
             for memory in range(data.prefetch):

@@ -182,22 +182,22 @@ def _find(folder: Path) -> tuple[list[PackedSample], list[str]]:
             f"{folder}: has images ({loose[0].name}) beside folders ({classes[0]}): "
             "put all images into class folders, or all side by side"
         )
-    found: list[tuple[Path, int | None]] = [(path, None) for path in loose]
+    images: list[tuple[Path, int | None]] = [(path, None) for path in loose]
     for label, name in enumerate(classes):
         inside = sorted(path for path in (folder / name).rglob("*") if _kind(path) in IMAGE_KINDS and path.is_file())
         inside = [path for path in inside if not path.name.startswith(".")]
         if not inside:
             raise DataError(f"{folder / name}: is a class folder without images; fill or remove it")
-        found += [(path, label) for path in inside]
-    if not found:
+        images += [(path, label) for path in inside]
+    if not images:
         raise DataError(f"{folder}: holds no images ({', '.join(IMAGE_KINDS)})")
-    return _named(folder, found), classes
+    return _named(folder, images), classes
 
 
-def _named(folder: Path, found: list[tuple[Path, int | None]]) -> list[PackedSample]:
+def _named(folder: Path, images: list[tuple[Path, int | None]]) -> list[PackedSample]:
     """Samples keyed by their path: a key ends at the first dot of the file's name, so dots become underscores."""
     samples, taken = [], set()
-    for path, label in found:
+    for path, label in images:
         relative = path.relative_to(folder)
         stem = relative.with_name(relative.name[: -len(path.suffix)].replace(".", "_")).as_posix()
         stem = stem.encode(errors="backslashreplace").decode()

@@ -44,9 +44,9 @@ class Shards:
         A table that cannot be fetched is an error only for the `read` that needs it.
         """
         with self._ahead_changes:
-            before, wanted = self._ahead, list(shards)
-            self._ahead = frozenset(wanted)
-            for shard in wanted:
+            before, upcoming = self._ahead, list(shards)
+            self._ahead = frozenset(upcoming)
+            for shard in upcoming:
                 if shard not in before:
                     self._fetching.submit(self._tables.get, shard)
 

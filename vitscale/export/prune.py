@@ -74,18 +74,18 @@ def magnitudes(model: ViTPreTrainedModel, what: str) -> list[Tensor]:
     Of a head the norm of value and output projection as one matrix, of a unit the product of the norms of what
     comes in and what goes out.
     """
-    found = []
+    scores = []
     for block in _blocks(model):
         if what == "heads":
             heads = block.attention.attention.num_attention_heads
             value = block.attention.attention.qkv.weight.chunk(3)[2].unflatten(0, (heads, -1))  # [heads, width, in]
             output = block.attention.output.weight.unflatten(1, (heads, -1)).transpose(0, 1)  # [heads, out, width]
-            found.append((output @ value).flatten(1).norm(dim=1))
+            scores.append((output @ value).flatten(1).norm(dim=1))
         else:
             units = block.mlp.fc2.in_features
             incoming = block.mlp.fc1.weight.unflatten(0, (-1, units)).norm(dim=2).prod(dim=0)  # swiglu: two rows a unit
-            found.append(incoming * block.mlp.fc2.weight.norm(dim=0))
-    return found
+            scores.append(incoming * block.mlp.fc2.weight.norm(dim=0))
+    return scores
 
 
 def taylor(model: ViTPreTrainedModel, what: str, batches: Iterable[Labelled]) -> list[Tensor]:

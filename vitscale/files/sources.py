@@ -24,7 +24,7 @@ def locate(
 
     source: a model's folder, a run's folder (its model/ is meant), or a hub name such as
     facebook/vit-mae-base; what is on this disk goes before the hub. only: the one file that is
-    wanted, so that nothing else is downloaded (default: config.json, the weights and
+    needed, so that nothing else is downloaded (default: config.json, the weights and
     preprocessor_config.json where there is one). The other options are huggingface_hub's.
     CheckpointError, naming what comes nearest, where there is no such model.
     """
@@ -55,19 +55,19 @@ def locate(
     )
 
 
-def _local(path: Path, subfolder: str, wanted: str) -> Path:
+def _local(path: Path, subfolder: str, file: str) -> Path:
     run = RunFolder(path)
     for folder in (path / subfolder, run.model):
-        if (folder / wanted).is_file():
+        if (folder / file).is_file():
             return folder
     if run.config.is_file():
         raise CheckpointError(
-            f"{path}: is a run's folder without {run.model.name}/{wanted}: `vitscale export {path}` "
+            f"{path}: is a run's folder without {run.model.name}/{file}: `vitscale export {path}` "
             "writes its newest checkpoint there"
         )
     if (path / "manifest.json").is_file():
         raise CheckpointError(f"{path}: is a checkpoint; `vitscale export {path}` makes a model's folder of it")
-    raise CheckpointError(f"{path / subfolder}: holds no {wanted}; a model's folder has {CONFIG} and model.safetensors")
+    raise CheckpointError(f"{path / subfolder}: holds no {file}; a model's folder has {CONFIG} and model.safetensors")
 
 
 def _may_be_hub_name(source: str | Path) -> bool:

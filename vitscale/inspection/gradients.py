@@ -72,12 +72,12 @@ def gradient_norms(model: ViTPreTrainedModel, pixel_values: Tensor, labels: Tens
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # of dropout, where the config has it
             loss = model(**inputs).loss
-            found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+            computed = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     finally:
         model.train(was_training)
-    gradients = dict(zip(trained, found, strict=True))
+    gradients = dict(zip(trained, computed, strict=True))
     layers = [_layer(name, group, named, gradients) for name, group in _groups(model).items()]
-    return Gradients(float(loss.detach()), _norm([each for each in found if each is not None]), layers)
+    return Gradients(float(loss.detach()), _norm([each for each in computed if each is not None]), layers)
 
 
 def random_labels(model: ViTPreTrainedModel, count: int) -> Tensor:
@@ -168,8 +168,8 @@ def _short(name: str) -> str:
 
 def _beside(name: str) -> str:
     """The embeddings are one layer; elsewhere the module, or the parameter that has none, is."""
-    before, found, _ = name.partition("embeddings.")
-    if found:
+    before, in_embeddings, _ = name.partition("embeddings.")
+    if in_embeddings:
         return f"{before}embeddings"
     return name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name
 

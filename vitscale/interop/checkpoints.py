@@ -175,7 +175,7 @@ def _sets(keys: tuple[str, ...], tensors: dict[str, Tensor]) -> list[_Set]:
     """The encoders among these tensors, each with what lies under its prefix."""
     prefixes = sorted({prefix for name in tensors if (prefix := _prefix(name)) is not None}, key=len, reverse=True)
     rest = dict(tensors)
-    found = []
+    encoders = []
     for prefix in prefixes:  # the longest first: what lies under "ema." is not of the model that has no prefix
         own = {name.removeprefix(prefix): rest.pop(name) for name in list(rest) if name.startswith(prefix)}
         outer = prefix.removesuffix("encoder.")
@@ -183,8 +183,8 @@ def _sets(keys: tuple[str, ...], tensors: dict[str, Tensor]) -> list[_Set]:
             own |= {
                 name: rest.pop(outer + name) for name in ("decoder.0.weight", "decoder.0.bias") if outer + name in rest
             }
-        found.append((prefix, own))
-    return [_Set(keys, prefix, own, sorted(rest)) for prefix, own in reversed(found)]
+        encoders.append((prefix, own))
+    return [_Set(keys, prefix, own, sorted(rest)) for prefix, own in reversed(encoders)]
 
 
 def _prefix(name: str) -> str | None:

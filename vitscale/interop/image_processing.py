@@ -172,7 +172,9 @@ class ViTImageProcessor:
         if kind not in TYPES:
             raise CheckpointError(f"{where}: image_processor_type={kind!r}: must be one of {', '.join(TYPES)}")
         names = {field.name for field in fields(cls)}
-        unknown = sorted(str(name) for name in content.keys() - names - _REMARKS if _asks(name, content[name]))
+        unknown = sorted(
+            str(name) for name in content.keys() - names - _REMARKS if _is_unmet(name, content[name])
+        )
         if unknown:
             raise CheckpointError(f"{where}: key(s) {', '.join(unknown)} ask for what this processor does not")
         known = {name: value for name, value in content.items() if name in names}
@@ -268,7 +270,7 @@ def processor_dict(config: ViTConfig, image_mean: Sequence[float], image_std: Se
     ).to_dict()
 
 
-def _asks(name: str, value: Any) -> bool:
+def _is_unmet(name: str, value: Any) -> bool:
     """Whether a key that is no field of ours wants pixels made in another way than they are here."""
     return value not in _RULES[name] if name in _RULES else value is not None and value is not False
 
@@ -278,12 +280,12 @@ def _size(name: str, size: Any) -> dict[str, int]:
     sides = (size, size) if isinstance(size, int) else size
     if isinstance(sides, list | tuple) and len(sides) == 2:
         sides = {"height": sides[0], "width": sides[1]}
-    found = {key: value for key, value in sides.items() if value is not None} if isinstance(sides, dict) else {}
-    numbers = all(type(value) is int and value > 0 for value in found.values())
-    if set(found) not in _SIZES or not numbers:
+    given = {key: value for key, value in sides.items() if value is not None} if isinstance(sides, dict) else {}
+    numbers = all(type(value) is int and value > 0 for value in given.values())
+    if set(given) not in _SIZES or not numbers:
         forms = "; ".join(" and ".join(sorted(keys)) for keys in _SIZES)
         raise ConfigError(f"{name}={size!r}: must be pixels: a side, (height, width), or a dict of {forms}")
-    return found
+    return given
 
 
 def _target(size: dict[str, int], height: int, width: int) -> tuple[int, int]:

@@ -52,13 +52,13 @@ class LoadReport:
 
     def lines(self) -> list[str]:
         """For the terminal: nothing where all was used as it is."""
-        said = []
+        parts = []
         if self.fresh:
             other = f" (of another shape: {listed(self.mismatched)})" if self.mismatched else ""
-            said.append(f"new, to be trained: {listed(self.fresh)}{other}")
+            parts.append(f"new, to be trained: {listed(self.fresh)}{other}")
         if self.adapted:
-            said.append(f"adapted: {listed(self.adapted)}")
-        return [*(["; ".join(said)] if said else []), *([f"not used: {listed(self.unused)}"] if self.unused else [])]
+            parts.append(f"adapted: {listed(self.adapted)}")
+        return [*(["; ".join(parts)] if parts else []), *([f"not used: {listed(self.unused)}"] if self.unused else [])]
 
 
 def open_model(
@@ -145,13 +145,13 @@ def load_pretrained(
         raise ConfigError(f"{', '.join(options)}: is for ViTModel, and this is {model_class.__name__}; leave it out")
     saved = read_source(source, model_class, _left_open(config, overrides), take, **where)
     target = _config(model_class, saved, config, overrides)
-    found = _from_encoder(saved)
+    tensors = _from_encoder(saved)
     if issubclass(model_class, ViTModel):
-        options.setdefault("add_pooling_layer", f"{ENCODER}pooler.dense.weight" in found)
-        options.setdefault("use_mask_token", f"{ENCODER}embeddings.mask_token" in found)
+        options.setdefault("add_pooling_layer", f"{ENCODER}pooler.dense.weight" in tensors)
+        options.setdefault("use_mask_token", f"{ENCODER}embeddings.mask_token" in tensors)
     with torch.device("meta"):
         model = model_class(target, **options)
-    report = _fit(model, found, saved, str(source), ignore_mismatched_sizes)
+    report = _fit(model, tensors, saved, str(source), ignore_mismatched_sizes)
     for note in saved.notes:
         to_stderr(f"{source}: {note}")
     for line in report.lines():
@@ -170,17 +170,17 @@ def start_from(model: ViTPreTrainedModel, folder: str | Path) -> LoadReport:
     saved = read_source(folder, type(model), _left_open(model.config, {}))
     for note in saved.notes:
         to_stderr(f"{folder}: {note}")
-    found = _from_encoder(saved)
+    tensors = _from_encoder(saved)
     parameters = dict(model.named_parameters())
-    taken = {name for name, value in parameters.items() if name in found and found[name].shape == value.shape}
+    taken = {name for name, value in parameters.items() if name in tensors and tensors[name].shape == value.shape}
     encoder = {name: value for name, value in parameters.items() if name.startswith(ENCODER)}
     encoder.pop(f"{ENCODER}embeddings.mask_token", None)
-    require_equal(shapes(encoder), shapes({name: found[name] for name in encoder if name in found}), str(folder))
+    require_equal(shapes(encoder), shapes({name: tensors[name] for name in encoder if name in tensors}), str(folder))
     if grids := _grids(saved.config, model.config, "instead of"):
         refuse(str(folder), other=[f"{name} {grids}" for name in _POSITIONS if name in taken])
     for name in taken:
-        parameters[name].copy_(found[name])
-    return LoadReport(fresh=sorted(parameters.keys() - taken), unused=_unused(model, found, taken, saved))
+        parameters[name].copy_(tensors[name])
+    return LoadReport(fresh=sorted(parameters.keys() - taken), unused=_unused(model, tensors, taken, saved))
 
 
 def _left_open(config: ViTConfig | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,9 +210,9 @@ def _config(
 
 @torch.no_grad()
 def _fit(
-    model: ViTPreTrainedModel, found: dict[str, Tensor], saved: SavedModel, source: str, ignore_mismatched_sizes: bool
+    model: ViTPreTrainedModel, tensors: dict[str, Tensor], saved: SavedModel, source: str, ignore_mismatched_sizes: bool
 ) -> LoadReport:
-    """Fill a model without memory from `found`; CheckpointError where the encoder is not there whole."""
+    """Fill a model without memory from `tensors`; CheckpointError where the encoder is not there whole."""
     prefix = prefix_of(model)
     values: dict[str, Tensor] = {}
     fresh: list[str] = []
@@ -221,7 +221,7 @@ def _fit(
     report = LoadReport()
     for name, parameter in model.named_parameters():
         full = prefix + name
-        value = found.get(full)
+        value = tensors.get(full)
         made, how = (None, "") if value is None else _adapted(full, value, saved.config, model.config)
         if made is not None and made.shape == parameter.shape:
             report.adapted.append(f"{name} {how}")
@@ -240,7 +240,7 @@ def _fit(
         raise CheckpointError(_way_out(source, saved.config, model.config, [other[name] for name in head]))
     report.fresh.extend(sorted(fresh + head))
     report.mismatched.extend(other[name] for name in sorted(head))
-    report.unused.extend(_unused(model, found, {prefix + name for name in values}, saved))
+    report.unused.extend(_unused(model, tensors, {prefix + name for name in values}, saved))
     initialize(model, HEAD_SEED, only=report.fresh)
     parameters = dict(model.named_parameters())
     for name, value in values.items():
@@ -264,8 +264,8 @@ def _grids(config: ViTConfig, target: ViTConfig, between: str) -> str:
     return "" if config.grid == target.grid else f"{rows}x{columns} {between} {new_rows}x{new_columns} patches"
 
 
-def _unused(model: nn.Module, found: dict[str, Tensor], taken: set[str], saved: SavedModel) -> list[str]:
-    unused = found.keys() - taken
+def _unused(model: nn.Module, tensors: dict[str, Tensor], taken: set[str], saved: SavedModel) -> list[str]:
+    unused = tensors.keys() - taken
     if saved.config.position_embeddings == "sincos":  # computed, wherever there are any
         prefix = prefix_of(model)
         unused -= {prefix + name for name in fixed_positions(model)}
@@ -275,8 +275,8 @@ def _unused(model: nn.Module, found: dict[str, Tensor], taken: set[str], saved: 
 def _differing(config: ViTConfig, target: ViTConfig) -> str:
     names = [item.name for item in fields(config) if hasattr(target, item.name)]
     pairs = {name: (getattr(config, name), getattr(target, name)) for name in names}
-    said = [f"{name}={value!r}, not {other!r}" for name, (value, other) in pairs.items() if value != other]
-    return f"; its config has {', '.join(said[:4])}" if said else ""
+    different = [f"{name}={value!r}, not {other!r}" for name, (value, other) in pairs.items() if value != other]
+    return f"; its config has {', '.join(different[:4])}" if different else ""
 
 
 def _way_out(source: str, config: ViTConfig, target: ViTConfig, other: list[str]) -> str:
@@ -289,11 +289,13 @@ def _way_out(source: str, config: ViTConfig, target: ViTConfig, other: list[str]
     return f"{source}: tensors of another shape: {listed(other)}; {way}, or leave out what changes them"
 
 
-def _dtype(wanted: str | torch.dtype | None, kept: torch.dtype) -> torch.dtype:
+def _dtype(requested: str | torch.dtype | None, kept: torch.dtype) -> torch.dtype:
     """None: float32; "auto": as in the folder; else torch's, or its name."""
-    if wanted is None or wanted == "auto":
-        return torch.float32 if wanted is None else kept
-    dtype = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
+    if requested is None or requested == "auto":
+        return torch.float32 if requested is None else kept
+    dtype = getattr(torch, requested, None) if isinstance(requested, str) else requested
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ConfigError(f"dtype={wanted!r}: must be None (float32), auto (the folder's) or a floating type of torch")
+        raise ConfigError(
+            f"dtype={requested!r}: must be None (float32), auto (the folder's) or a floating dtype"
+        )
     return dtype

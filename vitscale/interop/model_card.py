@@ -31,7 +31,7 @@ _CLASSES = {
     "ViTForMultitaskPreTraining": ("image-feature-extraction", "pretrained by SimMIM and classification at once"),
 }
 _ENCODER = ("image-feature-extraction", "an image encoder")
-_TOLD = ("model", "objective", "data", "augment", "optimizer", "train")  # the sections that a reader needs
+_SECTIONS = ("model", "objective", "data", "augment", "optimizer", "train")  # the sections that a reader needs
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*@")
 
 
@@ -68,9 +68,9 @@ def model_card(model: Model, repo_id: str, run: RunRecord | None, with_processor
     with_processor: whether the model's preprocessor_config.json lies beside the card.
     """
     task, what = _CLASSES.get(type(model).__name__, _ENCODER)
-    config, theirs = model.config, _opens_in_transformers(model)
+    config, in_transformers = model.config, _opens_in_transformers(model)
     front = {
-        "library_name": "transformers" if theirs else "vitscale",
+        "library_name": "transformers" if in_transformers else "vitscale",
         "pipeline_tag": task,
         "tags": ["vitscale", "vision", config.saved_model_type],
     }
@@ -81,7 +81,7 @@ def model_card(model: Model, repo_id: str, run: RunRecord | None, with_processor
         f"# {repo_id.rpartition('/')[2]}",
         f"A Vision Transformer, {what}: {parameters / 1e6:.1f}M parameters, images of {height}x{width} pixels and "
         f"{config.num_channels} channel(s) in patches of {patch}. Made by vitscale {vitscale.__version__}.",
-        f"## Use\n```python\n{_usage(model, repo_id, theirs, with_processor)}\n```",
+        f"## Use\n```python\n{_usage(model, repo_id, in_transformers, with_processor)}\n```",
         *([] if run is None else _of_run(run)),
         f"## Config\n```json\n{as_text(config.content())}```",
         "## License\nNot stated. Whoever publishes this model adds `license: NAME` to the lines at the top.",
@@ -94,7 +94,7 @@ def _opens_in_transformers(model: Model) -> bool:
     return not model.config.beyond_transformers and type(model).__name__ != "ViTForMultitaskPreTraining"
 
 
-def _usage(model: Model, repo_id: str, theirs: bool, with_processor: bool) -> str:
+def _usage(model: Model, repo_id: str, in_transformers: bool, with_processor: bool) -> str:
     classifies = type(model).__name__ == "ViTForImageClassification"
     call = "AutoModelForImageClassification" if classifies else "AutoModel"
     size = (1, model.config.num_channels, *pair(model.config.image_size))
@@ -113,7 +113,7 @@ def _usage(model: Model, repo_id: str, theirs: bool, with_processor: bool) -> st
         f"outputs = model(**inputs).{'logits' if classifies else 'last_hidden_state'}",
     ]
     note = f"# transformers opens it too, as {type(model).__name__} or by its Auto classes"
-    return "\n".join([*lines, *([note] if theirs else [])])
+    return "\n".join([*lines, *([note] if in_transformers else [])])
 
 
 def _of_run(run: RunRecord) -> Iterable[str]:
@@ -137,8 +137,8 @@ def _of_run(run: RunRecord) -> Iterable[str]:
     yield "## Recipe\n" + _table(("", ""), [(key, value) for key, value in recipe.items() if value is not None])
     if "evaluation" in summary:
         yield "## Scores\n" + _scores(summary["evaluation"])
-    told = {name: section for name, section in as_dict(config).items() if name in _TOLD}
-    text = _public(yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=100))
+    sections = {name: section for name, section in as_dict(config).items() if name in _SECTIONS}
+    text = _public(yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=100))
     yield f"## The run's config\n<details><summary>Every key</summary>\n\n```yaml\n{text}```\n\n</details>"
 
 

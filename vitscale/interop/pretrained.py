@@ -188,10 +188,10 @@ def _assemble(
         twice = on_disk.keys() - named.values()
         raise CheckpointError(f"{folder}: tensors twice, by two of their names: {', '.join(sorted(twice))}")
     model = _skeleton(model_class, config, named)
-    wanted = places([*model.state_dict(), *fixed_positions(model)])
-    names = {name for each in wanted for name in each.names}
+    expected = places([*model.state_dict(), *fixed_positions(model)])
+    names = {name for place in expected for name in place.names}
     refuse(str(folder), missing=[name for name in names if name not in named])
-    state = {each.ours: _joined({name: on_disk[named[name]] for name in each.names}, folder) for each in wanted}
+    state = {place.ours: _joined({name: on_disk[named[name]] for name in place.names}, folder) for place in expected}
     return state, sorted(named.keys() - names)
 
 
@@ -201,8 +201,8 @@ def _joined(parts: dict[str, Tensor], folder: Path) -> Tensor:
     if len(tensors) == 1:
         return tensors[0]
     if len({tensor.shape for tensor in tensors}) > 1 or tensors[0].ndim == 0:
-        found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes(parts).items())
-        raise CheckpointError(f"{folder}: tensors {found}: must be of one shape, being rows of one; save them again")
+        names = ", ".join(f"{name} {list(shape)}" for name, shape in shapes(parts).items())
+        raise CheckpointError(f"{folder}: tensors {names}: must be of one shape, being rows of one; save them again")
     return torch.cat(tensors)
 
 

@@ -16,14 +16,14 @@ def shapes(tensors: Mapping[str, Tensor]) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def require_equal(expected: Shapes, found: Shapes, where: str) -> None:
+def require_equal(expected: Shapes, actual: Shapes, where: str) -> None:
     """CheckpointError where names or shapes differ."""
     other = [
-        f"{name} {list(found[name])} instead of {list(shape)}"
+        f"{name} {list(actual[name])} instead of {list(shape)}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if name in actual and actual[name] != shape
     ]
-    refuse(where, missing=expected.keys() - found.keys(), unexpected=found.keys() - expected.keys(), other=other)
+    refuse(where, missing=expected.keys() - actual.keys(), unexpected=actual.keys() - expected.keys(), other=other)
 
 
 def refuse(

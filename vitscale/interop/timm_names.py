@@ -43,8 +43,8 @@ def timm_name(ours: str) -> str | None:
         path, dot, leaf = ours, "", ""
     block = _BLOCK.fullmatch(path)
     if block is None:
-        theirs = _MODULES.get(path)
+        name = _MODULES.get(path)
     else:
         within = _IN_BLOCK.get(block[3])
-        theirs = within and f"{_BLOCKS[block[1]]}.{block[2]}.{within}"
-    return theirs and f"{theirs}{dot}{leaf}"
+        name = within and f"{_BLOCKS[block[1]]}.{block[2]}.{within}"
+    return name and f"{name}{dot}{leaf}"

@@ -80,9 +80,9 @@ def build(
     model.to_empty(device="cpu")
     prefix = prefix_of(model)
     state = model.state_dict()
-    theirs = {name: timm_name(prefix + name) or name for name in state}
-    require_equal({theirs[name]: tuple(tensor.shape) for name, tensor in state.items()}, shapes(tensors), where)
-    model.load_state_dict({name: tensors[theirs[name]] for name in state})
+    on_disk = {name: timm_name(prefix + name) or name for name in state}
+    require_equal({on_disk[name]: tuple(tensor.shape) for name, tensor in state.items()}, shapes(tensors), where)
+    model.load_state_dict({name: tensors[on_disk[name]] for name in state})
     fill_fixed_positions(model)
     return model.eval()
 

@@ -317,14 +317,14 @@ class _Sender:
         self._samples.clear()
 
     def _send_status(self) -> None:
-        wanted = self.outbox.status
-        if wanted == self._status:
+        status = self.outbox.status
+        if status == self._status:
             return
-        if wanted == "RUNNING":
-            self._client.update_run(self._run_id, status=wanted)
+        if status == "RUNNING":
+            self._client.update_run(self._run_id, status=status)
         else:
-            self._client.set_terminated(self._run_id, wanted)
-        self._status = wanted
+            self._client.set_terminated(self._run_id, status)
+        self._status = status
 
     def _send_artifacts(self) -> None:
         for path in self.outbox.artifacts():
