@@ -31,11 +31,16 @@ class Images:
     channels: int
 
 
+def both(flips: np.ndarray) -> np.ndarray:
+    """As `plan` takes them: none top to bottom."""
+    return flips if flips.ndim == 2 else np.stack([np.zeros_like(flips), flips])
+
+
 def resample(
     images: Images, boxes: np.ndarray, flips: np.ndarray, size: tuple[int, int], device: str, form: str | None = None
 ) -> torch.Tensor:
     """Planned, sent to the device and resampled there."""
-    planned = plan(images.offsets, images.heights, images.widths, images.channels, boxes, flips, size)
+    planned = plan(images.offsets, images.heights, images.widths, images.channels, boxes, both(flips), size)
     (on_device,) = upload([planned], torch.device(device))
     pixels = torch.from_numpy(images.pixels).to(device)
     return module.resample(pixels, images.channels, size, planned, on_device, form)
@@ -169,7 +174,7 @@ def test_forms_agree_on_photographs(name: str, monkeypatch: pytest.MonkeyPatch) 
     banded = resample(images, boxes, flips, (224, 224), "cpu", "banded")
     limit = int((sides.prod(axis=1) * 3).max()) * 2
     monkeypatch.setitem(module.CHUNK_VALUES, "dense", limit)
-    planned = plan(images.offsets, images.heights, images.widths, 3, boxes, flips, (224, 224))
+    planned = plan(images.offsets, images.heights, images.widths, 3, boxes, both(flips), (224, 224))
     chunks = list(module._chunks(planned["extent"], 3, limit))
     assert len(chunks) > 1
     assert max(part.stop - part.start for part in chunks) > 1

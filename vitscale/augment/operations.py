@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vitscale import rng
+from vitscale.augment import geometry
 from vitscale.augment.resample import plan, resample
 
 Drawn = Mapping[str, np.ndarray]  # an operation's parameters, by their names
@@ -69,14 +70,44 @@ class CropResize:
     size: tuple[int, int]  # (height, width)
     channels: int
     flip: float  # the share of samples that are mirrored left to right
+    vertical_flip: float = 0.0  # and top to bottom
 
     def draw(self, batch: RaggedBatch) -> Drawn:
         assert batch.channels == self.channels, f"{batch.channels} channels in the batch, {self.channels} wanted"
-        flips = rng.uniform(batch.sample_keys, "flip", 1)[:, 0] < self.flip
+        flips = np.stack([
+            rng.uniform(batch.sample_keys, purpose, 1)[:, 0] < share
+            for purpose, share in (("vertical_flip", self.vertical_flip), ("flip", self.flip))
+        ])  # fmt: skip
         return plan(batch.offsets, batch.heights, batch.widths, self.channels, batch.boxes, flips, self.size)
 
     def apply(self, inputs: ModelInputs, drawn: Drawn, on_device: Mapping[str, Tensor]) -> ModelInputs:
         return replace(inputs, pixel_values=resample(inputs.pixel_values, self.channels, self.size, drawn, on_device))
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Moved by up to `most` pixels along both axes, the border mirrored: what the simple random crop of DeiT III (its
+    datasets.py: resize, pad by 4, crop) adds to the crop itself."""
+
+    most: int
+
+    def draw(self, batch: RaggedBatch) -> Drawn:
+        steps = np.floor(rng.uniform(batch.sample_keys, "shift", 2) * (2 * self.most + 1)).astype(np.int64) - self.most
+        return {"rows": steps[:, 0].copy(), "columns": steps[:, 1].copy()}
+
+    def apply(self, inputs: ModelInputs, drawn: Drawn, on_device: Mapping[str, Tensor]) -> ModelInputs:
+        images = geometry.shift(inputs.pixel_values, on_device["rows"], on_device["columns"], self.most)
+        return replace(inputs, pixel_values=images)
+
+
+class QuarterTurns:
+    """Square images turned by 0, 90, 180 or 270 degrees, each as likely: for pictures that have no upright."""
+
+    def draw(self, batch: RaggedBatch) -> Drawn:
+        return {"turns": np.floor(rng.uniform(batch.sample_keys, "quarter_turns", 1)[:, 0] * 4).astype(np.int64)}
+
+    def apply(self, inputs: ModelInputs, drawn: Drawn, on_device: Mapping[str, Tensor]) -> ModelInputs:
+        return replace(inputs, pixel_values=geometry.quarter_turns(inputs.pixel_values, on_device["turns"]))
 
 
 @dataclass(frozen=True)
@@ -85,6 +116,11 @@ class Normalize:
 
     scale: Tensor
     shift: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """[channels], of pixels in [0, 1]."""
+        return (-self.shift / (255 * self.scale)).flatten()
 
     @classmethod
     def of(cls, mean: tuple[float, ...], std: tuple[float, ...], channels: int, device: str) -> Normalize:

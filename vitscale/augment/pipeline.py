@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vitscale.augment.operations import CropResize, Drawn, ModelInputs, Normalize, Operation, RaggedBatch
+from vitscale.augment.mix import Erase, Mix
+from vitscale.augment.operations import (
+    CropResize,
+    Drawn,
+    ModelInputs,
+    Normalize,
+    Operation,
+    QuarterTurns,
+    RaggedBatch,
+    Shift,
+)
+from vitscale.augment.random_steps import RandomSteps, color_jitter, rand_augment, steps, three_augment
 from vitscale.config import schema
+from vitscale.config.augmentation import SHIFT, parse_rand_augment
 from vitscale.config.model_rules import pair
 
 _ALIGNMENT = 64  # bytes; what vectorized loads of any type want
 
 
 class Augment:
-    """Crop to the drawn box, flip (in training), resize, normalise; labels pass through where `labels`.
+    """Crop to the drawn box, resize, normalise; in training all that the section `augment` asks for.
 
     Every random choice is a hash of the sample's key and depends on nothing else. On a GPU a call only
     queues work on the current stream: the batch's bytes must stay until that work is done. image_size:
-    (height, width); train: with flips; labels: whether the inputs have the batch's labels.
+    (height, width); train: with what is random; labels: whether the inputs have the batch's labels, which are of
+    num_labels classes where they are mixed.
     """
 
     def __init__(
@@ -31,20 +45,35 @@ class Augment:
         device: str,
         train: bool,
         labels: bool = False,
+        num_labels: int = 0,
     ) -> None:
         self.device = torch.device(device)
         self._labels = labels
-        self.operations: list[Operation] = [
-            CropResize(image_size, num_channels, augment.flip if train else 0.0),
-            Normalize.of(augment.mean, augment.std, num_channels, device),
-        ]
+        normalize = Normalize.of(augment.mean, augment.std, num_channels, device)
+        self.operations: list[Operation] = [CropResize(image_size, num_channels, 0.0), normalize]
+        if train:
+            crop = CropResize(image_size, num_channels, augment.flip, augment.vertical_flip)
+            fill = (255 * normalize.mean).round()  # as timm fills
+            mixes = Mix(
+                augment.mixup, augment.cutmix, augment.mix_probability, augment.mix_switch, image_size, num_labels
+            )
+            self.operations = [
+                crop,
+                *([Shift(SHIFT)] if augment.crop == "simple" else []),
+                *([QuarterTurns()] if augment.quarter_turns else []),
+                *_random_steps(augment, fill),
+                normalize,
+                *([Erase(augment.erase, image_size)] if augment.erase else []),
+                *([mixes] if augment.mixup or augment.cutmix else []),
+            ]
 
     @classmethod
     def of(cls, config: schema.RunConfig, device: str, train: bool) -> Augment:
         """A run's: in training with labels where the objective needs them."""
         labels = train and config.objective.needs_labels
         size, channels = pair(config.model.image_size), config.model.num_channels
-        return cls(config.augment, size, channels, device, train=train, labels=labels)
+        num_labels = config.model.num_labels
+        return cls(config.augment, size, channels, device, train=train, labels=labels, num_labels=num_labels)
 
     @torch.no_grad()
     def __call__(self, batch: RaggedBatch) -> ModelInputs:
@@ -57,6 +86,18 @@ class Augment:
         for operation, on_host, on_device in zip(self.operations, drawn, parameters, strict=True):
             inputs = operation.apply(inputs, on_host, on_device)
         return inputs
+
+
+def _random_steps(augment: schema.Augment, fill: Tensor) -> Iterator[RandomSteps]:
+    if augment.rand_augment is not None:
+        yield RandomSteps(rand_augment(parse_rand_augment(augment.rand_augment)), fill)
+    if augment.three_augment:
+        yield RandomSteps(three_augment, fill)
+    if any(augment.color_jitter):
+        yield RandomSteps(color_jitter(augment.color_jitter), fill)
+    if augment.steps:
+        widest = max((step.range[1] for step in augment.steps if step.name == "blur"), default=1.0)
+        yield RandomSteps(steps(augment.steps), fill, blur_radius=math.ceil(3 * widest))
 
 
 def upload(groups: Sequence[Drawn], device: torch.device) -> list[dict[str, Tensor]]:

@@ -48,8 +48,8 @@ def plan(
     """The host's part of `resample`: all that it needs to know of n images.
 
     Image i is HWC from offsets[i] on; boxes: [n, 4] (top, left, bottom, right) in pixels, edges may be
-    fractional; flips: bool [n], mirror left to right. Of an image only the window that its box's taps
-    read is looked at. "low", "scale", "stretch", "extent", "flip" and "taps" are [2, n], rows then
+    fractional; flips: bool [2, n], mirror top to bottom and left to right. Of an image only the window that its
+    box's taps read is looked at. "low", "scale", "stretch", "extent", "flip" and "taps" are [2, n], rows then
     columns; "start" and "stride" are [n], in bytes.
     """
     boxes, sides = boxes.astype(np.float64), np.stack([heights, widths], axis=1)
@@ -64,7 +64,7 @@ def plan(
         "scale": scales.T,
         "stretch": stretches.T,
         "extent": (last - first).T,  # of the window
-        "flip": np.stack([np.zeros_like(flips), flips]),
+        "flip": flips,
         "taps": (np.ceil(2 * SUPPORT * stretches).astype(np.int64) + 1).T,
         "start": offsets + first[:, 0] * strides + first[:, 1] * channels,  # of the window
         "stride": strides,

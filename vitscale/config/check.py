@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from vitscale.config import model_rules
+from vitscale.config.augmentation import SHIFT, colour_operations
 from vitscale.config.model_rules import pair
 from vitscale.config.schema import Model, RunConfig
 from vitscale.errors import ConfigError
@@ -72,6 +73,7 @@ def check_config(config: RunConfig, world: World) -> None:
     _check_batch(config, world)
     _check_model(config)
     _check_objective(config)
+    _check_augment(config)
     _check_parallel(config, world)
     train = config.train
     if train.steps is None and train.epochs is None:
@@ -128,6 +130,33 @@ def _check_model(config: RunConfig) -> None:
                 f"augment.{name}={list(values)}: needs one number for all channels or "
                 f"{model.num_channels}, one for each of model.num_channels"
             )
+
+
+def _check_augment(config: RunConfig) -> None:
+    augment, model = config.augment, config.model
+    if model.num_channels != 3 and (names := colour_operations(augment)):
+        raise ConfigError(
+            f"augment: {', '.join(names)}: are of red, green and blue, and model.num_channels={model.num_channels}; "
+            "leave them out, or name others in augment.steps"
+        )
+    height, width = pair(model.image_size)
+    if augment.quarter_turns and height != width:
+        raise ConfigError(f"augment.quarter_turns=true: model.image_size={[height, width]} must be a square")
+    if augment.crop == "simple" and min(height, width) <= SHIFT:
+        raise ConfigError(f"augment.crop=simple: model.image_size={model.image_size}: must be above {SHIFT} pixels")
+    mixing = [f"augment.{name}={getattr(augment, name)}" for name in ("mixup", "cutmix") if getattr(augment, name)]
+    if not mixing:
+        return
+    if not has_classes(config):
+        raise ConfigError(
+            f"{', '.join(mixing)}: mixes the labels of classes, and objective.name={config.objective.name} has none; "
+            "set augment.mixup=0 augment.cutmix=0"
+        )
+    if config.train.micro_batch % 2:
+        raise ConfigError(
+            f"{', '.join(mixing)}: mixes neighbours, and train.micro_batch={config.train.micro_batch} is odd; set an "
+            "even one, or augment.mixup=0 augment.cutmix=0"
+        )
 
 
 def _check_objective(config: RunConfig) -> None:

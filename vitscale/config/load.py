@@ -1,7 +1,7 @@
 """YAML + `extends` + dotted overrides -> RunConfig, strictly.
 
-Later layers win: schema defaults < the preset's sizes < the file that `extends` names < the file <
-overrides. Every layer is flattened to dotted keys and typed by the schema on its own, so an error
+Later layers win: schema defaults < the keys of model.preset and augment.preset < the file that `extends` names <
+the file < overrides. Every layer is flattened to dotted keys and typed by the schema on its own, so an error
 can say where the value stands.
 """
 
@@ -15,6 +15,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from vitscale.config import augmentation
+from vitscale.config.augmentation import Step
 from vitscale.config.presets import PRESET_KEYS, preset
 from vitscale.config.schema import RunConfig, Source, as_dict
 from vitscale.config.typed import Plain, as_type, kind_of, options_of, type_name
@@ -22,6 +24,11 @@ from vitscale.errors import ConfigError
 from vitscale.text import did_you_mean
 
 Flat = dict[str, Any]
+# What lists hold beside texts and numbers: an item is a mapping, or a text, which is its first field.
+_RECORDS = {
+    Source: "a list of patterns or {pattern, weight}",
+    Step: "a list of names or {name, probability, low, high}",
+}
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -35,6 +42,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     if merged.get("model.preset") is not None:
         sizes = preset(merged["model.preset"])
         merged = {f"model.{name}": value for name, value in sizes.items()} | merged
+    if merged.get("augment.preset") in augmentation.PRESETS:  # the schema refuses another one
+        keys = augmentation.PRESETS[merged["augment.preset"]]
+        merged = {f"augment.{name}": value for name, value in keys.items()} | merged
     if merged.get("model.id2label") is not None:
         merged.setdefault("model.num_labels", len(merged["model.id2label"]))
     return _build(RunConfig, merged, "")
@@ -68,6 +78,9 @@ def _overlay(merged: Flat, layer: Flat) -> None:
     if "model.preset" in layer:
         for name in PRESET_KEYS:
             merged.pop(f"model.{name}", None)
+    if "augment.preset" in layer:
+        for name in {name for keys in augmentation.PRESETS.values() for name in keys}:
+            merged.pop(f"augment.{name}", None)
     if layer.get("model.id2label") is not None:
         merged.pop("model.num_labels", None)
     merged.update(layer)
@@ -148,7 +161,7 @@ def _override_value(hint: Any, value: str, text: str) -> Any:
     """What an override says. A single text, number, true, false or null stands as it is; a list or a mapping is YAML,
     which is asked for by its first character, [ or {, where the key takes one."""
     takes_many = any(get_origin(option) is tuple for option in options_of(hint)) or hint is None or _is_section(hint)
-    one_text = any(option is str or _item(option) in (str, Source) for option in options_of(hint))
+    one_text = any(option is str or _item(option) in (str, *_RECORDS) for option in options_of(hint))
     if not takes_many or not value.lstrip().startswith(("[", "{")):
         return Plain(value if one_text else value.strip())
     try:
@@ -218,13 +231,15 @@ def _all_keys(section: type, prefix: str) -> Iterable[str]:
 def _typed(hint: Any, value: Any, key: str, where: str) -> Any:
     """`value` as the schema's type, or ConfigError."""
     try:
-        if any(_item(option) is Source for option in options_of(hint)):
-            return _sources(value, key, where)
+        record = next((_item(option) for option in options_of(hint) if _item(option) in _RECORDS), None)
+        if record is not None:
+            items = value if isinstance(value, list) else [value]
+            return tuple(_record(record, item, key, where) for item in items)
         if any(_item(option) is str for option in options_of(hint)):
             value = _as_list(value)
         return as_type(hint, value)
     except TypeError:
-        rule = "a list of patterns or {pattern, weight}" if _item(hint) is Source else type_name(hint)
+        rule = _RECORDS.get(_item(hint)) or type_name(hint)
         raise ConfigError(f"{where}: {key}={value!r}: must be {rule}, not {kind_of(value)}") from None
 
 
@@ -238,16 +253,15 @@ def _as_list(value: Any) -> Any:
     return [names[number] for number in range(len(names))]
 
 
-def _sources(value: Any, key: str, where: str) -> tuple[Source, ...]:
-    """A list of patterns and {pattern, weight}; a single one stands for a list of one."""
-    items = value if isinstance(value, list) else [value]
-    return tuple(_source(item, key, where) for item in items)
-
-
-def _source(value: Any, key: str, where: str) -> Source:
-    if isinstance(value, dict) and set(value) <= {"pattern", "weight"} and isinstance(value.get("pattern"), str):
-        return Source(str(value["pattern"]), _typed(float, value.get("weight", 1.0), f"{key}.weight", where))
-    return Source(as_type(str, value))
+def _record(kind: Any, value: Any, key: str, where: str) -> Any:
+    """An item of a list of `kind`: a mapping of its fields, or a text that stands for the first of them."""
+    hints = _hints(kind)
+    first = next(iter(hints))
+    if not isinstance(value, dict):
+        return kind(as_type(hints[first], value))
+    if first not in value or not set(value) <= set(hints):
+        raise TypeError
+    return kind(**{name: _typed(hints[name], part, f"{key}.{name}", where) for name, part in value.items()})
 
 
 def _build(section: type, flat: Flat, prefix: str) -> Any:

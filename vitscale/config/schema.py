@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vitscale.config import model_rules
+from vitscale.config.augmentation import PRESETS, Step, parse_rand_augment
 from vitscale.errors import ConfigError
 
 OBJECTIVES = ("mae", "simmim", "classification", "multitask")
@@ -198,13 +199,44 @@ class Data:
 
 @dataclass(frozen=True)
 class Augment:
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area
+    """In the order of its keys, all on the device but the crop; every random number is hashed from the sample's key."""
+
+    preset: str | None = None  # mae, simmim, deit3, randaug: its keys, where they are not written beside it
+    repeats: int = 1  # views of a sample in an epoch, near each other (repeated augmentation); an epoch is as many
+    # times longer
+    crop: str = "resized"  # torchvision's RandomResizedCrop, or simple: as much as fits, then moved by up to 4 pixels
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area; of crop=resized, as is the next
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width over height
     flip: float = 0.5  # probability of a horizontal mirror
+    vertical_flip: float = 0.0
+    quarter_turns: bool = False  # turned by 0, 90, 180 or 270 degrees, each as likely
+    rand_augment: str | None = None  # timm's string, say rand-m9-n2-mstd0.5-inc1
+    three_augment: bool = False  # grey, solarized or blurred, each as likely (DeiT III); RGB
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # of brightness, contrast, saturation, hue
+    steps: tuple[Step, ...] = ()  # further ones: names or {name, probability, low, high}; names: STEPS in
+    # config/augmentation.py
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # one a channel, or one for all, of pixels in [0, 1]
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    erase: float = 0.0  # probability of a box of noise
+    mixup: float = 0.0  # both parameters of the beta distribution of the shares; 0: none (timm's mixup)
+    cutmix: float = 0.0  # likewise
+    mix_probability: float = 1.0  # that a pair is mixed
+    mix_switch: float = 0.5  # that it is by cutmix, where mixup is on too
 
     def __post_init__(self) -> None:
+        if self.rand_augment is not None:
+            parse_rand_augment(self.rand_augment)
+        if self.preset is not None:
+            _one_of("augment.preset", self.preset, tuple(PRESETS))
+        _one_of("augment.crop", self.crop, ("resized", "simple"))
+        _require(1 <= self.repeats <= 64, "augment.repeats", self.repeats, "in 1 to 64")
+        for name in ("vertical_flip", "erase", "mix_probability", "mix_switch"):
+            _require(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "in [0, 1]")
+        for name in ("mixup", "cutmix"):
+            _require(0 <= getattr(self, name) <= 100, f"augment.{name}", getattr(self, name), "in [0, 100]; 0: none")
+        jitter = self.color_jitter
+        fits = min(jitter) >= 0 and jitter[3] <= 0.5
+        _require(fits, "augment.color_jitter", jitter, "0 or more each, the last (hue) 0.5 at most")
         low, high = self.crop_scale
         _require(0 < low <= high <= 1, "augment.crop_scale", self.crop_scale, "0 < low <= high <= 1")
         low, high = self.crop_ratio

@@ -172,9 +172,7 @@ class ViTImageProcessor:
         if kind not in TYPES:
             raise CheckpointError(f"{where}: image_processor_type={kind!r}: must be one of {', '.join(TYPES)}")
         names = {field.name for field in fields(cls)}
-        unknown = sorted(
-            str(name) for name in content.keys() - names - _REMARKS if _is_unmet(name, content[name])
-        )
+        unknown = sorted(str(name) for name in content.keys() - names - _REMARKS if _is_unmet(name, content[name]))
         if unknown:
             raise CheckpointError(f"{where}: key(s) {', '.join(unknown)} ask for what this processor does not")
         known = {name: value for name, value in content.items() if name in names}
@@ -323,9 +321,8 @@ def _resized(
     """What lies within `spans` (rows, columns) of the image resized to `size`: [h, w, channels], by Pillow.
 
     uint8 stay uint8, all else becomes float32. Of what would be huge, as a line of 60,000 pixels whose shorter side is
-    to be 256, only what is kept is computed. Pillow's filters look beyond the box: float32 come out the same but for
-    rounding; nearest and box may pick a neighbour, and sharp edges of uint8 differ where the 8 bits between Pillow's
-    passes are full.
+    to be 256, only what is kept is computed: float32 the same but for rounding; nearest and box may pick a neighbour,
+    and sharp edges of uint8 differ where the 8 bits between Pillow's passes are full.
     """
     height, width, channels = _shape(image)
     (top, bottom), (left, right) = spans

@@ -295,7 +295,5 @@ def _dtype(requested: str | torch.dtype | None, kept: torch.dtype) -> torch.dtyp
         return torch.float32 if requested is None else kept
     dtype = getattr(torch, requested, None) if isinstance(requested, str) else requested
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ConfigError(
-            f"dtype={requested!r}: must be None (float32), auto (the folder's) or a floating dtype"
-        )
+        raise ConfigError(f"dtype={requested!r}: must be None (float32), auto (the folder's) or a floating dtype")
     return dtype
