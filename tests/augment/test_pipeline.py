@@ -14,6 +14,7 @@ from tests.one_device import OneDevice
 from vitscale import rng
 from vitscale.augment.pipeline import Augment, upload
 from vitscale.config import schema
+from vitscale.config.augmentation import STEPS, Step
 
 
 def a_batch(count: int = 64, size: tuple[int, int] = (9, 7), channels: int = 3, ids: np.ndarray | None = None):
@@ -87,22 +88,66 @@ def test_keys_come_along_and_labels_where_asked_for(wanted: bool) -> None:
     assert not wanted or given.labels.tolist() == batch.labels.tolist()
 
 
+EVERYTHING = schema.Augment(
+    crop="simple", vertical_flip=0.5, quarter_turns=True, rand_augment="rand-m9-n2-p1-mstd0.5-inc1", three_augment=True,
+    color_jitter=(0.4, 0.4, 0.4, 0.1), steps=tuple(map(Step, STEPS)), erase=0.9, mixup=0.8, cutmix=1.0,
+)  # fmt: skip
+
+
+def test_everything_at_once_is_by_the_samples_key() -> None:
+    """The same for a pair in any company; and evaluation has none of it."""
+    augment = Augment(EVERYTHING, (24, 24), 3, "cpu", train=True, labels=True, num_labels=10)
+    batch = a_batch(16)
+    together = augment(batch)
+    assert together.labels is not None
+    assert together.labels.shape == (16, 10)
+    for first in range(0, 16, 2):
+        pair = augment(a_batch(16, ids=np.arange(first, first + 2)))
+        torch.testing.assert_close(pair.pixel_values, together.pixel_values[first : first + 2], rtol=0, atol=1e-3)
+        assert torch.equal(pair.labels, together.labels[first : first + 2])
+    plain, evaluated = (
+        Augment(section, (24, 24), 3, "cpu", train=False, labels=True)(batch)
+        for section in (schema.Augment(), EVERYTHING)
+    )
+    assert torch.equal(plain.pixel_values, evaluated.pixel_values)
+    assert evaluated.labels is not None
+    assert torch.equal(evaluated.labels, torch.from_numpy(batch.labels))
+
+
+def test_vertical_flips_and_quarter_turns() -> None:
+    section = schema.Augment(flip=0.0, vertical_flip=0.3, mean=(0.0,), std=(1.0,))
+    batch = a_batch(400)
+    ours, plain = Augment(section, (9, 7), 3, "cpu", train=True)(batch).pixel_values, images_of(batch)
+    same, mirrored = ((ours - other).abs().amax((1, 2, 3)) < 1e-4 for other in (plain, plain.flip(-2)))
+    assert bool((same ^ mirrored).all())
+    assert 0.2 < mirrored.double().mean() < 0.4
+    section = schema.Augment(flip=0.0, quarter_turns=True, mean=(0.0,), std=(1.0,))
+    batch = a_batch(400, size=(8, 8))
+    ours, plain = Augment(section, (8, 8), 3, "cpu", train=True)(batch).pixel_values, images_of(batch)
+    turned = torch.stack([(ours - plain.rot90(k, (2, 3))).abs().amax((1, 2, 3)) < 1e-4 for k in range(4)])
+    assert bool((turned.sum(0) == 1).all())
+    assert turned.sum(1).min() > 70
+
+
 @pytest.mark.parametrize("train", [False, True])
-def test_nothing_is_read_back_from_the_device(train: bool) -> None:
+@pytest.mark.parametrize("section", [schema.Augment(), EVERYTHING], ids=["plain", "everything"])
+def test_nothing_is_read_back_from_the_device(train: bool, section: schema.Augment) -> None:
     """As on a GPU: the batch's bytes and one buffer of parameters go there, and the host waits for nothing."""
     batch = a_batch(6)
     for name, range_ in (("heights", (5, 9)), ("widths", (4, 7))):
         setattr(batch, name, np.random.default_rng(0).integers(*range_, 6).astype(np.int32))
     batch.boxes = np.stack([0 * batch.heights, 0 * batch.widths, batch.heights, batch.widths], 1).astype(np.float32)
-    augment = Augment(schema.Augment(), (32, 16), 3, "meta", train=train, labels=True)
+    augment = Augment(section, (16, 16), 3, "meta", train=train, labels=True, num_labels=10)
     with OneDevice() as mode, Uploads() as uploads:
         given = augment(batch)
     assert mode.seen > 20
     assert uploads.count == 2
     assert {name: (value.device.type, value.dtype) for name, value in given.inputs().items()} == {
-        "pixel_values": ("meta", torch.float32), "sample_key": ("meta", torch.int64), "labels": ("meta", torch.int64)
-    }  # fmt: skip
-    assert given.pixel_values.shape == (6, 3, 32, 16)
+        "pixel_values": ("meta", torch.float32),
+        "sample_key": ("meta", torch.int64),
+        "labels": ("meta", torch.float32 if train and section is EVERYTHING else torch.int64),
+    }
+    assert given.pixel_values.shape == (6, 3, 16, 16)
 
 
 class Uploads(TorchDispatchMode):

@@ -153,6 +153,52 @@ def test_mean_and_std_have_one_number_a_channel_or_one(base: Path) -> None:
     check_config(made(base, "model.num_channels=4", "augment.mean=[0.5]", "augment.std=[0.5]"), World())
 
 
+LABELLED = ("objective.name=classification", "model.num_labels=10")
+
+
+def test_mixing_needs_classes_and_pairs(base: Path) -> None:
+    check_config(made(base, *LABELLED, "augment.mixup=0.8", "augment.cutmix=1"), World())
+    check_config(made(base, "objective.name=multitask", "augment.mixup=0.8"), World())
+    for objective in ("mae", "simmim"):
+        said = refusal(base, 1, f"objective.name={objective}", "augment.cutmix=1")
+        assert f"augment.cutmix=1.0: mixes the labels of classes, and objective.name={objective} has none" in said
+    assert "has none" in refusal(base, 1, "objective.name=classification", "model.num_labels=1", "augment.mixup=0.8")
+    assert "train.micro_batch=1 is odd" in refusal(base, 1, *LABELLED, "augment.mixup=1", "train.micro_batch=1")
+    mended(base, 1, "augment.preset=randaug", "augment.cutmix=0")
+
+
+@pytest.mark.parametrize(
+    ("override", "name"),
+    [
+        ("augment.color_jitter=[0,0,0.1,0]", "color_jitter's saturation"),
+        ("augment.steps=[greyscale]", "steps' greyscale"),
+        ("augment.three_augment=true", "three_augment"),
+        ("augment.rand_augment=rand-m9", "rand_augment"),
+    ],
+)
+def test_colours_are_of_three_channels(base: Path, override: str, name: str) -> None:
+    one = ("model.num_channels=1", "augment.mean=[0.5]", "augment.std=[0.5]")
+    said = refusal(base, 1, *one, override)
+    assert f"augment: {name}: are of red, green and blue, and model.num_channels=1" in said
+    check_config(made(base, override), World())
+    check_config(made(base, *one, "augment.color_jitter=[0.2,0.2,0,0]", "augment.steps=[equalize, rotate]"), World())
+
+
+def test_shapes_that_an_augmentation_needs(base: Path) -> None:
+    assert "must be a square" in refusal(base, 1, "augment.quarter_turns=true", "model.image_size=[64, 32]")
+    small = ("model.image_size=4", "model.patch_size=2", "augment.crop=simple")
+    assert "model.image_size=4: must be above 4 pixels" in refusal(base, 1, *small)
+
+
+def test_repeats_need_room_in_a_batch(base: Path) -> None:
+    repeated = ("augment.repeats=3", "data.lanes=null", "data.window=4096")
+    assert lanes(made(base, *repeated)) == 8
+    assert lanes(made(base, *repeated, "train.global_batch=60", "train.micro_batch=6")) == 10
+    said = refusal(base, 1, *repeated, "train.global_batch=4", "train.micro_batch=4")
+    assert "a batch holds 4 samples of each of 1 lanes, and needs 6" in said
+    mended(base, 1, "augment.repeats=8", "data.lanes=8")
+
+
 @pytest.mark.parametrize("name", ["simmim", "multitask"])
 def test_simmim_cells(base: Path, name: str) -> None:
     objective = f"objective.name={name}"

@@ -11,6 +11,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vitscale.config import schema
+from vitscale.config.augmentation import Step
 from vitscale.config.load import dump_config, load_config
 from vitscale.config.schema import RunConfig, Source, as_dict
 from vitscale.errors import ConfigError
@@ -363,3 +365,35 @@ def test_every_key_can_be_written_as_an_override(write: Any, key: str) -> None:
         else yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
     )
     assert load_config(write(""), [f"{key}={text}"]) == RunConfig()
+
+
+def test_an_augmentations_preset_and_what_stands_beside_it(tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text("augment: {preset: randaug, mixup: 0.2, erase: 0}\ntrain: {steps: 1}")
+    config = load_config(base)
+    assert config.augment.rand_augment == "rand-m9-n2-mstd0.5-inc1"
+    assert (config.augment.mixup, config.augment.cutmix, config.augment.erase) == (0.2, 1.0, 0.0)
+    other = load_config(base, ["augment.preset=deit3"]).augment
+    assert (other.rand_augment, other.three_augment, other.mixup, other.repeats) == (None, True, 0.8, 3)
+    assert load_config(base, ["augment.preset=mae"]).augment == schema.Augment(preset="mae")
+    archived = tmp_path / "archived.yaml"
+    archived.write_text(dump_config(config))
+    assert load_config(archived) == config
+    with pytest.raises(ConfigError, match=r"augment\.preset='deit4': must be one of mae, simmim, deit3, randaug"):
+        load_config(base, ["augment.preset=deit4"])
+
+
+def test_steps_are_names_or_mappings(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("augment:\n  steps:\n    - equalize\n    - {name: rotate, probability: 0.5, high: 10}\n")
+    steps = load_config(path).augment.steps
+    assert steps == (Step("equalize"), Step("rotate", 0.5, None, 10.0))
+    assert load_config(path, ["augment.steps=[invert]"]).augment.steps == (Step("invert"),)
+    assert load_config(path, ["augment.steps=invert"]).augment.steps == (Step("invert"),)
+    for wrong in ("[{name: rotate, angle: 3}]", "[{probability: 0.5}]", "[[invert]]"):
+        with pytest.raises(ConfigError, match=r"augment\.steps=.*must be a list of names or"):
+            load_config(path, [f"augment.steps={wrong}"])
+    with pytest.raises(ConfigError, match=r"augment\.steps\.high='far': must be"):
+        load_config(path, ["augment.steps=[{name: rotate, high: far}]"])
+    with pytest.raises(ConfigError, match="name='spin': must be one of"):
+        load_config(path, ["augment.steps=[spin]"])

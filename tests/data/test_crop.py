@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitscale import rng
-from vitscale.data.crop import CenterCrop, RandomCrop
+from vitscale.data.crop import CenterCrop, Crop, RandomCrop, SimpleCrop
 
 KEYS = rng.sample_key(0, 0, np.arange(4000, dtype=np.int64))
 
 
-def drawn(crop: RandomCrop | CenterCrop, height: int, width: int) -> np.ndarray:
+def drawn(crop: Crop, height: int, width: int) -> np.ndarray:
     return crop.boxes(KEYS, np.full(len(KEYS), height), np.full(len(KEYS), width))
 
 
@@ -82,3 +82,15 @@ def test_center_crop() -> None:
     assert drawn(CenterCrop(0.875), 256, 400)[0].tolist() == [16, 88, 240, 312]
     assert drawn(CenterCrop(1.0, aspect=2.0), 300, 400)[0].tolist() == [50, 0, 250, 400]
     assert drawn(CenterCrop(0.5), 8, 8)[0].tolist() == [2, 2, 6, 6]
+
+
+@pytest.mark.parametrize(("size", "aspect"), [((50, 80), 1.0), ((80, 50), 1.0), ((60, 60), 2.0), ((7, 90), 0.5)])
+def test_the_simple_crop_is_the_largest_box_anywhere(size: tuple[int, int], aspect: float) -> None:
+    boxes = drawn(SimpleCrop(aspect), *size)
+    center = drawn(CenterCrop(1.0, aspect), *size)[0]
+    tall, wide = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    assert set(tall.tolist()) == {int(center[2] - center[0])}
+    assert set(wide.tolist()) == {int(center[3] - center[1])}
+    for axis, length in enumerate(size):
+        room = length - int((tall, wide)[axis][0])
+        assert (boxes[:, axis].min(), boxes[:, axis].max()) == (0, room), "both ends are reached"

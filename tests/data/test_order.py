@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -60,6 +62,40 @@ def test_any_run_of_slots_is_a_part_of_the_batch(
     assert order.refs(batch, first, last).ids.tolist() == whole(order, batch, size)[first:last].tolist()
     again = Order(np.array(counts), seed, size, lanes, window)  # no state: any position comes first
     assert again.refs(batch, first, last).ids.tolist() == order.refs(batch, first, last).ids.tolist()
+
+
+@settings(deadline=None, max_examples=40)
+@given(shapes, st.integers(2, 4), st.integers(0, 3))
+def test_repeats_show_runs_of_samples_again(
+    shape: tuple[list[int], int, int, int, int], repeats: int, extra: int
+) -> None:
+    """A lane's views are those of the order without repeats, in runs of K, each run R times."""
+    counts, lanes, _, window, seed = shape
+    share = 2 * repeats + extra
+    size, run = lanes * share, share // (2 * repeats) * 2
+    counts = counts + [size + lanes]
+    order = Order(np.array(counts), seed, size, lanes, window, repeats)
+    plain = Order(np.array(counts), seed, lanes, lanes, window)  # one sample of each lane a batch
+    for lane in range(lanes):
+        slots = (lane * share, (lane + 1) * share)
+        refs = [order.refs(batch, *slots) for batch in range(order.batches_per_epoch)]
+        ids = np.concatenate([each.ids for each in refs]).tolist()
+        views = np.concatenate([each.repeats for each in refs]).tolist()
+        once = [int(plain.refs(batch, lane, lane + 1).ids[0]) for batch in range(plain.batches_per_epoch)]
+        expected = [
+            (sample, view)
+            for start in range(0, len(once) - run + 1, run)
+            for view in range(repeats)
+            for sample in once[start : start + run]
+        ]
+        assert list(zip(ids, views, strict=True)) == expected[: len(ids)]
+        assert len(expected) - len(ids) < share
+        assert all(a != b for a, b in itertools.pairwise(ids)), "neighbours are other images"
+    candidates = order.candidates(0, size - 1)
+    assert set(candidates.repeats.tolist()) == {int(order.refs(0, size - 1, size).repeats[0])}
+    ahead = set(order.shards_ahead(0, 0, size, 3 * share).tolist())
+    for batch in range(min(4, order.batches_per_epoch)):
+        assert set((whole(order, batch, size) >> 32).tolist()) <= ahead
 
 
 def test_a_block_is_permuted_within_itself() -> None:

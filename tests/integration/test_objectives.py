@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.worlds import Launcher, losses, rows
+from tests.integration.worlds import Launcher, losses, rows, trace
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 OBJECTIVES = ("mae", "simmim", "classification", "multitask")
@@ -35,6 +35,28 @@ def test_objective_on_two_sharded_ranks(launcher: Launcher, config: Path, tmp_pa
     launcher.run(argv, ranks=2)
     golden = json.loads(GOLDEN.read_text())[objective]
     assert list(losses(tmp_path / "runs" / "run").values()) == pytest.approx(golden, rel=2e-5)
+
+
+AUGMENTED = (
+    "objective.name=classification", "augment.preset=randaug", "augment.three_augment=true", "augment.repeats=2",
+    "augment.color_jitter=[0.3,0.3,0.3,0.1]", "augment.steps=[{name: rotate, probability: 0.3}]", "data.lanes=4",
+    "train.steps=6", "checkpoint.every_steps=3", "log.trace=true",
+)  # fmt: skip
+
+
+def test_augmented_images_are_the_same_on_any_ranks(launcher: Launcher, config: Path, tmp_path: Path) -> None:
+    """Everything random at once, mixed pairs and repeated views too: one rank, two of several micro-batches, four."""
+    found = []
+    for ranks, micro, stage in ((1, 16, 0), (2, 4, 2), (4, 4, 0)):
+        name = f"augmented-{ranks}"
+        sizes = (f"run.name={name}", f"train.micro_batch={micro}", f"parallel.zero_stage={stage}")
+        launcher.run(["pretrain", str(config), *AUGMENTED, *sizes], ranks=ranks)
+        run = tmp_path / "runs" / name
+        found.append((list(losses(run).values()), trace(run)))
+    assert len(found[0][0]) == 6
+    for curve, order in found[1:]:
+        assert curve == pytest.approx(found[0][0], rel=1e-5)
+        assert order == found[0][1]
 
 
 def test_bf16_trains(launcher: Launcher, config: Path, tmp_path: Path) -> None:

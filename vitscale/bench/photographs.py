@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vitscale.config.check import lanes
 from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig, Source
-from vitscale.data.crop import RandomCrop
+from vitscale.data.crop import training_crop
 from vitscale.data.index import ShardIndex, open_index
 from vitscale.data.loader import Loader
-from vitscale.data.order import Order
+from vitscale.data.order import training_order
 from vitscale.data.pack import PackedSample, write_shards
 from vitscale.world import World
 
@@ -55,8 +54,8 @@ def open_loader(folder: Path, config: RunConfig) -> Loader:
     data, train = config.data, config.train
     return Loader(
         index=index,
-        order=Order(index.samples, config.run.seed, train.global_batch, lanes(config), data.window),
-        crop=RandomCrop(config.augment.crop_scale, config.augment.crop_ratio),
+        order=training_order(config, index.samples),
+        crop=training_crop(config.augment, pair(config.model.image_size)),
         data=data,
         num_channels=config.model.num_channels,
         seed=config.run.seed,

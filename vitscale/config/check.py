@@ -41,11 +41,12 @@ def accumulation(config: RunConfig, world: World) -> int:
 
 
 def lanes(config: RunConfig) -> int:
-    """Parallel runs through an epoch's shards: as written, else the largest divisor of the global batch up to a
-    quarter of it and to 1024. Independent of the world, so that a run resumes on any number of ranks in the same order.
+    """Parallel runs through an epoch's shards: as written, else the largest divisor of the global batch up to 1024 and
+    to a quarter of it (with augment.repeats one in 2 x repeats). Independent of the world, so that a run resumes on any
+    number of ranks in the same order.
     """
     written, batch = config.data.lanes, config.train.global_batch
-    return written or _largest_divisor(batch, min(batch // 4, _MOST_LANES))
+    return written or _largest_divisor(batch, min(batch // max(4, 2 * config.augment.repeats), _MOST_LANES))
 
 
 def _largest_divisor(number: int, most: int) -> int:
@@ -100,6 +101,13 @@ def _check_batch(config: RunConfig, world: World) -> None:
         raise ConfigError(
             f"data.window={config.data.window}: must be a multiple of data.lanes={written}; "
             f"set data.window={(config.data.window // written + 1) * written}"
+        )
+    repeats, share = config.augment.repeats, batch // lanes(config)
+    if repeats > 1 and share < 2 * repeats:
+        way = f"data.lanes={batch // (2 * repeats)}" if written else f"train.global_batch={2 * repeats}"
+        raise ConfigError(
+            f"augment.repeats={repeats}: a batch holds {share} samples of each of {lanes(config)} lanes, and needs "
+            f"{2 * repeats} or more; lower it, or set {way} or {'less' if written else 'more'}"
         )
     weights = {source.weight for source in config.data.train}
     if len(weights) > 1:

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from vitscale.data.batch import Batch, Replacement
-from vitscale.data.crop import CenterCrop, RandomCrop
+from vitscale.data.crop import Crop
 from vitscale.data.index import ShardIndex
 from vitscale.data.order import Refs, SampleOrder
 from vitscale.data.shards import RawSample, Shards
@@ -33,7 +33,7 @@ class Plan:
 
     index: ShardIndex
     order: SampleOrder
-    crop: RandomCrop | CenterCrop
+    crop: Crop
     decoder: str  # as choose_decoder says
     channels: int
     background: int

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vitscale import rng
+from vitscale.config import schema
 
 _ATTEMPTS = 10
 
@@ -42,6 +43,22 @@ class RandomCrop:
 
 
 @dataclass(frozen=True)
+class SimpleCrop:
+    """The largest box of an aspect, anywhere in the image: DeiT III's simple random crop, but for the few pixels that
+    augment/operations.py's Shift adds on the device."""
+
+    aspect: float = 1.0  # width over height of what the box is resized to
+
+    def boxes(self, sample_keys: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+        """int64 [n, 4] (top, left, bottom, right) in pixels of images [heights, widths] int [n]."""
+        top, left, bottom, right = CenterCrop(1.0, self.aspect).boxes(sample_keys, heights, widths).T
+        draws = rng.uniform(sample_keys, "crop", 2)
+        down = np.floor(draws[:, 0] * (heights - (bottom - top) + 1)).astype(np.int64) - top
+        across = np.floor(draws[:, 1] * (widths - (right - left) + 1)).astype(np.int64) - left
+        return np.stack([top + down, left + across, bottom + down, right + across], axis=1)
+
+
+@dataclass(frozen=True)
 class CenterCrop:
     """The middle of the image, for evaluation."""
 
@@ -56,3 +73,13 @@ class CenterCrop:
         wide = np.clip(np.rint(self.fraction * largest * self.aspect), 1, widths).astype(np.int64)
         top, left = (heights - tall) // 2, (widths - wide) // 2
         return np.stack([top, left, top + tall, left + wide], axis=1)
+
+
+Crop = RandomCrop | SimpleCrop | CenterCrop
+
+
+def training_crop(augment: schema.Augment, size: tuple[int, int]) -> Crop:
+    """What augment.crop asks for. size: (height, width) that boxes are resized to."""
+    if augment.crop == "simple":
+        return SimpleCrop(size[1] / size[0])
+    return RandomCrop(augment.crop_scale, augment.crop_ratio)

@@ -17,7 +17,7 @@ import vitscale
 from vitscale.config import schema
 from vitscale.data.assemble import Plan
 from vitscale.data.batch import Batch
-from vitscale.data.crop import CenterCrop, RandomCrop
+from vitscale.data.crop import Crop
 from vitscale.data.index import ShardIndex, require_labels
 from vitscale.data.order import SampleOrder
 from vitscale.data.reader import IGNORED_SIGNALS
@@ -60,7 +60,7 @@ class Loader:
         *,
         index: ShardIndex,
         order: SampleOrder,
-        crop: RandomCrop | CenterCrop,
+        crop: Crop,
         data: schema.Data,
         num_channels: int,
         seed: int,

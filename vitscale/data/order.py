@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from vitscale import rng
+from vitscale.config.check import lanes
+from vitscale.config.schema import RunConfig
 from vitscale.errors import DataError
 
 SUBSTITUTES = 64  # samples tried in the place of a bad one before the data are called unreadable
@@ -74,12 +76,18 @@ class Order:
     samples. A lane's blocks of window / L samples are each permuted by hash. Global batch t takes B / L
     samples of each lane in turn: slot s lies in lane s // (B / L). Of an epoch's N samples each comes
     once but for a dropped tail smaller than B + L, another one every epoch.
+
+    With R repeats (Hoffer et al. 2019, arXiv 1901.09335) a lane shows each run of K samples R times before the next
+    run, K the largest even number with K x R at most B / L. Every slot is then a view, and an epoch is R times longer.
     """
 
     epochs: int | None = None  # endless
 
-    def __init__(self, counts: np.ndarray, seed: int, global_batch: int, lanes: int, window: int) -> None:
-        """counts: int64 [shards], samples in each; window: samples over all lanes. lanes divides global_batch."""
+    def __init__(
+        self, counts: np.ndarray, seed: int, global_batch: int, lanes: int, window: int, repeats: int = 1
+    ) -> None:
+        """counts: int64 [shards], samples in each; window: samples over all lanes. lanes divides global_batch, and
+        leaves 2 x repeats slots or more of a lane in a batch where repeats is above 1."""
         assert global_batch % lanes == 0, "config/check.py refuses lanes that do not divide the batch"
         self._counts = np.asarray(counts, dtype=np.int64)
         self._total = int(self._counts.sum())
@@ -95,15 +103,20 @@ class Order:
         self.block = min(max(1, window // lanes), self._lane_length)
         # The last block takes the remainder, so that no block is too small to replace a bad sample in.
         self._blocks = self._lane_length // self.block
-        self.batches_per_epoch = self._lane_length // self._share
+        self._repeats = repeats
+        self._run = 1 if repeats == 1 else self._share // (2 * repeats) * 2
+        assert self._run > 0, "config/check.py refuses so many lanes"
+        self.batches_per_epoch = self._lane_length // self._run * self._run * repeats // self._share
         self._shuffles: dict[int, _Shuffle] = {}
 
     def refs(self, batch: int, first_slot: int, last_slot: int) -> Refs:
         """What stands in slots first_slot to last_slot - 1 of a batch counted over all epochs."""
         epoch, turn = divmod(batch, self.batches_per_epoch)
         slots = np.arange(first_slot, last_slot, dtype=np.int64)
-        lanes, places = slots // self._share, turn * self._share + slots % self._share
-        return Refs.of_epoch(epoch, self._ids(epoch, lanes, self._permuted(epoch, lanes, places)))
+        lanes = slots // self._share
+        places, repeats = self._viewed(turn * self._share + slots % self._share)
+        ids = self._ids(epoch, lanes, self._permuted(epoch, lanes, places))
+        return Refs(np.full_like(ids, epoch), ids, repeats)
 
     def candidates(self, batch: int, slot: int) -> Refs:
         """What to try in place of a bad sample: the others of its block in hashed order, from the next one on.
@@ -111,13 +124,14 @@ class Order:
         Where the block holds too few, those of the blocks after it follow. All are of the slot's epoch.
         """
         epoch, turn = divmod(batch, self.batches_per_epoch)
-        place = turn * self._share + slot % self._share
+        place, repeat = (int(of[0]) for of in self._viewed(np.array([turn * self._share + slot % self._share])))
         start, length = (int(bound[0]) for bound in self._block_of(np.array([place], dtype=np.int64)))
         others = start + (place - start + np.arange(1, length)) % length
         after = (start + length + np.arange(min(SUBSTITUTES, self._lane_length - length))) % self._lane_length
         places = np.concatenate([others, after])[:SUBSTITUTES]
         lanes = np.full(len(places), slot // self._share)
-        return Refs.of_epoch(epoch, self._ids(epoch, lanes, self._permuted(epoch, lanes, places)))
+        ids = self._ids(epoch, lanes, self._permuted(epoch, lanes, places))
+        return Refs(np.full_like(ids, epoch), ids, np.full_like(ids, repeat))
 
     def shards_ahead(self, batch: int, first_slot: int, last_slot: int, samples: int) -> np.ndarray:
         """int64 shard numbers, each once, soonest first: those of the blocks in which the lanes of these slots
@@ -128,11 +142,18 @@ class Order:
         ahead: dict[int, None] = {}
         while left > 0 and len(ahead) < len(self._counts):
             end = min(place + left, self.batches_per_epoch * self._share)
-            starts, lengths = self._block_of(np.array([place, end - 1], dtype=np.int64))
+            runs = np.array([place, end - 1], dtype=np.int64) // (self._run * self._repeats)
+            starts, lengths = self._block_of(runs * self._run + [0, self._run - 1])
             ahead |= dict.fromkeys(self._shards_of(epoch, lanes, int(starts[0]), int(starts[1] + lengths[1])))
             left -= end - place
             epoch, place = epoch + 1, 0
         return np.fromiter(ahead, dtype=np.int64)
+
+    def _viewed(self, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The places of a lane whose samples are shown at its views, and which showing of them it is; int64 [n]."""
+        run, view = np.divmod(views, self._run * self._repeats)
+        repeat, place = np.divmod(view, self._run)
+        return run * self._run + place, repeat
 
     def _block_of(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First place and length of the block that each place lies in."""
@@ -182,6 +203,12 @@ class Order:
             # Batches read ahead, and shards fetched ahead, cross an epoch's border: its neighbours stay known.
             self._shuffles = {e: s for e, s in self._shuffles.items() if abs(e - epoch) == 1} | {epoch: known}
         return known
+
+
+def training_order(config: RunConfig, counts: np.ndarray) -> Order:
+    """The order that a config asks for. counts: int64 [shards], samples in each."""
+    batch, window, repeats = config.train.global_batch, config.data.window, config.augment.repeats
+    return Order(counts, config.run.seed, batch, lanes(config), window, repeats)
 
 
 class _Shuffle(NamedTuple):

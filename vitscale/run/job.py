@@ -16,7 +16,7 @@ from vitscale.config.check import check_config, has_classes, too_few_lanes
 from vitscale.config.load import dump_config
 from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig
-from vitscale.data.crop import RandomCrop
+from vitscale.data.crop import training_crop
 from vitscale.data.loader import Loader
 from vitscale.engine.backend import peak_memory
 from vitscale.engine.engine import Engine
@@ -119,7 +119,7 @@ class Job:
         return Loader(
             index=session.index,
             order=session.order,
-            crop=RandomCrop(config.augment.crop_scale, config.augment.crop_ratio),
+            crop=training_crop(config.augment, pair(config.model.image_size)),
             data=config.data,
             num_channels=config.model.num_channels,
             seed=config.run.seed,

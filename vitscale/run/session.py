@@ -6,11 +6,11 @@ import hashlib
 from dataclasses import dataclass, replace
 
 from vitscale import __version__
-from vitscale.config.check import has_classes, lanes
+from vitscale.config.check import has_classes
 from vitscale.config.load import dump_config
 from vitscale.config.schema import RunConfig
 from vitscale.data.index import ShardIndex, open_index, require_labels
-from vitscale.data.order import Order
+from vitscale.data.order import Order, training_order
 from vitscale.engine.backend import Backend
 from vitscale.engine.preempt import StopRequest
 from vitscale.engine.ranks import ProcessRanks
@@ -65,7 +65,7 @@ def open_session(config: RunConfig, world: World, folder: RunFolder) -> Session:
     decoder = choose_decoder(config.data.decode)
     _require_agreement(config, backend.ranks, folder, index, decoder)
     config = _with_class_names(config, backend.ranks, index)
-    order = Order(index.samples, config.run.seed, config.train.global_batch, lanes(config), config.data.window)
+    order = training_order(config, index.samples)
     return Session(config, world, folder, backend, stop, index, order, decoder)
 
 

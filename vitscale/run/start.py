@@ -57,23 +57,27 @@ def start(session: Session, model: ViTPreTrainedModel) -> tuple[Checkpoint | Non
 def order_keys(session: Session) -> dict[str, Any]:
     """What decides the order of samples, as a checkpoint's manifest keeps it."""
     config = session.config
-    return {
+    keys = {
         "run.seed": config.run.seed,
         "train.global_batch": config.train.global_batch,
         "data.lanes": lanes(config),
         "data.window": config.data.window,
         "the index": session.index.digest,
     }
+    repeats = config.augment.repeats
+    return keys if repeats == 1 else keys | {"augment.repeats": repeats}
 
 
 def _require_same_order(session: Session, checkpoint: Checkpoint) -> None:
     saved = checkpoint.state["order"]
-    for name, value in order_keys(session).items():
-        if saved[name] != value:
+    own = order_keys(session)
+    for name in own | saved:
+        value, before = own.get(name, 1), saved.get(name, 1)  # augment.repeats may be in neither
+        if before != value:
             if name == "the index":
                 _require_same_shards(session, checkpoint)
             raise CheckpointError(
-                f"{checkpoint.folder}: was saved with {name}={saved[name]}, this run has {value}: samples would be "
+                f"{checkpoint.folder}: was saved with {name}={before}, this run has {value}: samples would be "
                 "repeated or skipped; set it back, or start another run.name with model.init_from"
             )
 
