@@ -30,20 +30,34 @@ def affine(images: Tensor, matrix: Tensor, fill: Tensor) -> Tensor:
 
 def shear_x(images: Tensor, value: Tensor, fill: Tensor) -> Tensor:
     """Rows moved left by `value` times their height in the image: timm's shear_x."""
-    return affine(images, _matrix(value, b=value), fill)
+    rows = torch.arange(images.shape[2], device=images.device) + 0.5
+    return _slide(images, value[:, None] * rows, fill)
 
 
 def shear_y(images: Tensor, value: Tensor, fill: Tensor) -> Tensor:
-    return affine(images, _matrix(value, d=value), fill)
+    """Columns moved up by `value` times their place: timm's shear_y."""
+    return shear_x(images.transpose(2, 3), value, fill).transpose(2, 3)
 
 
 def translate_x(images: Tensor, value: Tensor, fill: Tensor) -> Tensor:
     """Moved left by `value` times the width: timm's translate_x_rel."""
-    return affine(images, _matrix(value, c=value * images.shape[3]), fill)
+    return _slide(images, (value * images.shape[3])[:, None].expand(-1, images.shape[2]), fill)
 
 
 def translate_y(images: Tensor, value: Tensor, fill: Tensor) -> Tensor:
-    return affine(images, _matrix(value, f=value * images.shape[2]), fill)
+    """Moved up by `value` times the height: timm's translate_y_rel."""
+    return translate_x(images.transpose(2, 3), value, fill).transpose(2, 3)
+
+
+def _slide(images: Tensor, offset: Tensor, fill: Tensor) -> Tensor:
+    """Each row moved left by its own offset, [n, height]: what `affine` gives, from one axis."""
+    width = images.shape[3]
+    place = torch.arange(width, device=images.device) + 0.5 + offset[:, :, None]  # [n, height, width]
+    total = torch.zeros_like(images)
+    for pixel, weight in _cubic_taps(place, width):
+        total.addcmul_(images.gather(3, pixel[:, None].expand_as(images)), weight[:, None])
+    inside = ((place >= 0) & (place < width))[:, None]
+    return torch.where(inside, total.clamp_(0, 255), fill.view(1, -1, 1, 1))
 
 
 def rotate(images: Tensor, value: Tensor, fill: Tensor) -> Tensor:
@@ -53,7 +67,7 @@ def rotate(images: Tensor, value: Tensor, fill: Tensor) -> Tensor:
     middle_x, middle_y = images.shape[3] / 2, images.shape[2] / 2
     c = middle_x - cos * middle_x - sin * middle_y
     f = middle_y + sin * middle_x - cos * middle_y
-    return affine(images, _matrix(value, cos, sin, c, -sin, cos, f), fill)
+    return affine(images, torch.stack([cos, sin, c, -sin, cos, f], dim=1).view(-1, 2, 3), fill)
 
 
 def shift(images: Tensor, rows: Tensor, columns: Tensor, most: int) -> Tensor:
@@ -79,15 +93,6 @@ def quarter_turns(images: Tensor, turns: Tensor) -> Tensor:
     ]
     place = torch.stack([each.flatten() for each in places])[turns]  # [n, pixels]
     return images.flatten(2).gather(2, place[:, None].expand(-1, images.shape[1], -1)).view_as(images)
-
-
-def _matrix(
-    like: Tensor, a: Tensor | float = 1.0, b: Tensor | float = 0.0, c: Tensor | float = 0.0, d: Tensor | float = 0.0,
-    e: Tensor | float = 1.0, f: Tensor | float = 0.0,
-) -> Tensor:  # fmt: skip
-    """float32 [n, 2, 3]: x' = a x + b y + c, y' = d x + e y + f."""
-    cells = [cell if isinstance(cell, Tensor) else torch.full_like(like, cell) for cell in (a, b, c, d, e, f)]
-    return torch.stack(cells, dim=1).view(-1, 2, 3)
 
 
 def _cubic_taps(place: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:

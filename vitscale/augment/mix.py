@@ -47,9 +47,18 @@ class Erase:
         if not drawn:
             return inputs
         images = inputs.pixel_values
-        chosen = images.index_select(0, on_device["images"])
-        noise = _normal(on_device["keys"], chosen[0].numel()).view_as(chosen)
-        erased = torch.where(_within(on_device["boxes"], self.size), noise, chosen)
+        chosen, boxes = images.index_select(0, on_device["images"]), on_device["boxes"]
+        channels, (height, width) = images.shape[1], self.size
+        sides = drawn["boxes"][:, 2:] - drawn["boxes"][:, :2]
+        noise = _normal(on_device["keys"], channels * int(sides.prod(axis=1).max()))
+        # A pixel's number in its box, row by row; outside, where it is not looked at, any that there is.
+        top, left, _, right = boxes[..., None, None].unbind(1)
+        y = torch.arange(height, device=images.device)[:, None]
+        x = torch.arange(width, device=images.device)
+        number = ((y - top) * (right - left) + x - left).clamp(0, noise.shape[1] // channels - 1)
+        number = number.view(len(boxes), 1, -1).expand(-1, channels, -1)
+        spread = noise.unflatten(1, (-1, channels)).transpose(1, 2).gather(2, number)
+        erased = torch.where(_within(boxes, self.size), spread.view_as(chosen), chosen)
         return replace(inputs, pixel_values=images.index_copy(0, on_device["images"], erased))
 
 
@@ -122,9 +131,9 @@ def _within(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _normal(keys: Tensor, count: int) -> Tensor:
     """float32 [n, count], normal numbers of each key, by Box and Muller."""
-    draws = rng.uniform(keys, "noise", 2 * count)
-    normal = torch.sqrt(-2 * torch.log1p(-draws[:, :count])) * torch.cos(2 * math.pi * draws[:, count:])
-    return normal.float()
+    first, second = rng.uniform(keys, "noise", count + count % 2).unflatten(1, (-1, 2)).unbind(2)
+    radius, angle = torch.sqrt(-2 * torch.log1p(-first)).float(), (2 * math.pi * second).float()
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=2).flatten(1)[:, :count]
 
 
 def _beta(parameter: float, draws: np.ndarray) -> np.ndarray:

@@ -55,13 +55,13 @@ class RandomSteps:
         return drawn
 
     def apply(self, inputs: ModelInputs, drawn: Drawn, on_device: Mapping[str, Tensor]) -> ModelInputs:
-        images = inputs.pixel_values
+        images = inputs.pixel_values.clone()
         for label in drawn:
             if label.endswith(" value"):
                 continue
             operation, chosen = self._operation(label.split()[1]), on_device[label]
             changed = operation(images.index_select(0, chosen), on_device[f"{label} value"])
-            images = images.index_copy(0, chosen, changed)
+            images.index_copy_(0, chosen, changed)
         return replace(inputs, pixel_values=images)
 
     def _operation(self, name: str) -> PixelOperation:
