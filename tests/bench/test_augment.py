@@ -27,7 +27,7 @@ def test_all_are_measured(preset: str, capsys: pytest.CaptureFixture[str]) -> No
 def test_without_torchvision_ours_is_measured_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torchvision.transforms", None)
+    monkeypatch.setitem(sys.modules, "torchvision.transforms.v2", None)
     assert main(["--batch", "2", "--size", "16", "--rounds", "1", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])

@@ -35,6 +35,18 @@ Step = Callable[[], Any]
 
 def main(arguments: Sequence[str]) -> int:
     """Measure and print; the last line is JSON."""
+    result = measure(arguments)
+    title = (
+        "augment.preset={preset}: {batch} photographs of {photographs} to {size}x{size}, on {device_name}\n"
+        "median of {rounds} rounds, ratios to {fastest_peer}"
+    )
+    columns = {"ms/batch": "{median_ms:.1f}", "images/s": "{images_per_second:.0f}"}
+    report(title.format(**result), columns, result)
+    return 0
+
+
+def measure(arguments: Sequence[str]) -> dict[str, Any]:
+    """What `main` prints as JSON."""
     parser = benchmark_parser("augment", __doc__)
     presets = tuple(augmentation.PRESETS)
     parser.add_argument("--preset", choices=presets, default="randaug", help="of augment.preset (default: randaug)")
@@ -63,13 +75,10 @@ def main(arguments: Sequence[str]) -> int:
     contenders = figures(times, peer)
     for figure in contenders.values():
         figure["images_per_second"] = 1000 * options.batch / figure["median_ms"]
-    title = (
-        f"augment.preset={options.preset}: {options.batch} photographs of {SIZE[1]}x{SIZE[0]} to {options.size}x"
-        f"{options.size}, on {device_name(device)}\nmedian of {options.rounds} rounds, ratios to {peer or 'nothing'}"
-    )
-    result = {"bench": "augment", **vars(options), "contenders": contenders, "fastest_peer": peer, "left_out": left_out}
-    report(title, {"ms/batch": "{median_ms:.1f}", "images/s": "{images_per_second:.0f}"}, result)
-    return 0
+    return {
+        "bench": "augment", **vars(options), "photographs": f"{SIZE[1]}x{SIZE[0]}", "device_name": device_name(device),
+        "contenders": contenders, "fastest_peer": peer, "left_out": left_out,
+    }  # fmt: skip
 
 
 def _ours(

@@ -1,4 +1,7 @@
-"""Stage f: crop, flip and resize of photographs on the device: the CPU's values, and how long a batch takes."""
+"""Stage f: the augmentation of photographs on the device.
+
+Crop, flip and resize: the CPU's values, and how long a batch takes; the presets with more: beside torchvision v2.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from functools import partial
 import torch
 
 from vitscale.augment.pipeline import Augment
+from vitscale.bench.augment import measure
 from vitscale.bench.gpu_suite.cases import Cases, Figures, Mismatch, Setting
 from vitscale.bench.gpu_suite.photographs import photographs
 from vitscale.bench.measuring import median_seconds
@@ -18,7 +22,18 @@ TOLERANCES = {"highest": 0.01, "high": 0.75}
 
 
 def cases(setting: Setting) -> Cases:
-    return {f"matrix products {precision}": partial(_compare, precision, setting) for precision in TOLERANCES}
+    compared = {f"matrix products {precision}": partial(_compare, precision, setting) for precision in TOLERANCES}
+    return compared | {f"preset {name}": partial(_beside_torchvision, name, setting) for name in ("deit3", "randaug")}
+
+
+def _beside_torchvision(preset: str, setting: Setting) -> Figures:
+    batch, size, rounds = (4, 32, 1) if setting.tiny else (256, 224, 5)
+    sizes = ["--batch", str(batch), "--size", str(size), "--rounds", str(rounds)]
+    result = measure(["--preset", preset, "--device", torch.device(setting.device).type, *sizes])
+    rates = {name: figure["images_per_second"] for name, figure in result["contenders"].items()}
+    left_out = [f"{name} left out: {reason}" for name, reason in result["left_out"].items()]
+    text = "; ".join([f"{name}: {rate:.0f} images/s" for name, rate in rates.items()] + left_out)
+    return {**result, "text": text}
 
 
 def _compare(precision: str, setting: Setting) -> Figures:
