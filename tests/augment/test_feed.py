@@ -15,7 +15,7 @@ import torch
 from tests.augment.test_pipeline import a_batch
 from vitscale.augment.feed import DeviceFeed
 from vitscale.augment.pipeline import Augment
-from vitscale.config import schema
+from vitscale.config.augmentation import Augmentation
 from vitscale.data.batch import Replacement
 from vitscale.errors import DataError
 
@@ -64,7 +64,7 @@ def batch_of(number: int) -> SimpleNamespace:
 
 
 def augment(device: str = "cpu", labels: bool = True) -> Augment:
-    return Augment(schema.Augment(), (6, 5), 3, device, train=True, labels=labels)
+    return Augment(Augmentation(), (6, 5), 3, device, train=True, labels=labels)
 
 
 def feed_of(lender: Lender) -> DeviceFeed[Any]:

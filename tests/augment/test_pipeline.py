@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.one_device import OneDevice
 from vitscale import rng
 from vitscale.augment.pipeline import Augment, upload
-from vitscale.config import schema
-from vitscale.config.augmentation import STEPS, Step
+from vitscale.config.augmentation import STEPS, Augmentation, Step
 
 
 def a_batch(count: int = 64, size: tuple[int, int] = (9, 7), channels: int = 3, ids: np.ndarray | None = None):
@@ -40,7 +39,7 @@ def images_of(batch) -> torch.Tensor:
 
 def test_normalises_each_channel_and_does_not_flip_in_evaluation() -> None:
     batch = a_batch()
-    section = schema.Augment(flip=1.0, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0))
+    section = Augmentation(flip=1.0, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0))
     ours = Augment(section, (9, 7), 3, "cpu", train=False)(batch).pixel_values
     mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.5, 0.25, 2.0]).view(3, 1, 1)
     assert ours.dtype == torch.float32
@@ -50,13 +49,13 @@ def test_normalises_each_channel_and_does_not_flip_in_evaluation() -> None:
 @pytest.mark.parametrize("channels", [1, 4])
 def test_one_mean_serves_all_channels(channels: int) -> None:
     batch = a_batch(channels=channels)
-    augment = Augment(schema.Augment(flip=0.0, mean=(0.5,), std=(0.25,)), (9, 7), channels, "cpu", train=True)
+    augment = Augment(Augmentation(flip=0.0, mean=(0.5,), std=(0.25,)), (9, 7), channels, "cpu", train=True)
     torch.testing.assert_close(augment(batch).pixel_values, (images_of(batch) - 0.5) / 0.25, rtol=0, atol=1e-5)
 
 
 def test_flips_by_sample_key() -> None:
     """About the share asked for, the same ones whatever the order, others in another epoch."""
-    section = schema.Augment(flip=0.3, mean=(0.0,), std=(1.0,))
+    section = Augmentation(flip=0.3, mean=(0.0,), std=(1.0,))
     augment = Augment(section, (9, 7), 3, "cpu", train=True)
 
     def flipped(batch) -> torch.Tensor:
@@ -75,20 +74,20 @@ def test_flips_by_sample_key() -> None:
 
 
 def test_resizes_to_height_and_width_in_that_order() -> None:
-    augment = Augment(schema.Augment(mean=(0.5,), std=(0.5,)), (32, 16), 3, "cpu", train=True)
+    augment = Augment(Augmentation(mean=(0.5,), std=(0.5,)), (32, 16), 3, "cpu", train=True)
     assert augment(a_batch(5)).pixel_values.shape == (5, 3, 32, 16)
 
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_keys_come_along_and_labels_where_asked_for(wanted: bool) -> None:
     batch = a_batch(5)
-    given = Augment(schema.Augment(), (9, 7), 3, "cpu", train=True, labels=wanted)(batch)
+    given = Augment(Augmentation(), (9, 7), 3, "cpu", train=True, labels=wanted)(batch)
     assert given.inputs().keys() == {"pixel_values", "sample_key"} | ({"labels"} if wanted else set())
     assert given.sample_key.tolist() == batch.sample_keys.tolist()
     assert not wanted or given.labels.tolist() == batch.labels.tolist()
 
 
-EVERYTHING = schema.Augment(
+EVERYTHING = Augmentation(
     crop="simple", vertical_flip=0.5, quarter_turns=True, rand_augment="rand-m9-n2-p1-mstd0.5-inc1", three_augment=True,
     color_jitter=(0.4, 0.4, 0.4, 0.1), steps=tuple(map(Step, STEPS)), erase=0.9, mixup=0.8, cutmix=1.0,
 )  # fmt: skip
@@ -107,7 +106,7 @@ def test_everything_at_once_is_by_the_samples_key() -> None:
         assert torch.equal(pair.labels, together.labels[first : first + 2])
     plain, evaluated = (
         Augment(section, (24, 24), 3, "cpu", train=False, labels=True)(batch)
-        for section in (schema.Augment(), EVERYTHING)
+        for section in (Augmentation(), EVERYTHING)
     )
     assert torch.equal(plain.pixel_values, evaluated.pixel_values)
     assert evaluated.labels is not None
@@ -115,13 +114,13 @@ def test_everything_at_once_is_by_the_samples_key() -> None:
 
 
 def test_vertical_flips_and_quarter_turns() -> None:
-    section = schema.Augment(flip=0.0, vertical_flip=0.3, mean=(0.0,), std=(1.0,))
+    section = Augmentation(flip=0.0, vertical_flip=0.3, mean=(0.0,), std=(1.0,))
     batch = a_batch(400)
     ours, plain = Augment(section, (9, 7), 3, "cpu", train=True)(batch).pixel_values, images_of(batch)
     same, mirrored = ((ours - other).abs().amax((1, 2, 3)) < 1e-4 for other in (plain, plain.flip(-2)))
     assert bool((same ^ mirrored).all())
     assert 0.2 < mirrored.double().mean() < 0.4
-    section = schema.Augment(flip=0.0, quarter_turns=True, mean=(0.0,), std=(1.0,))
+    section = Augmentation(flip=0.0, quarter_turns=True, mean=(0.0,), std=(1.0,))
     batch = a_batch(400, size=(8, 8))
     ours, plain = Augment(section, (8, 8), 3, "cpu", train=True)(batch).pixel_values, images_of(batch)
     turned = torch.stack([(ours - plain.rot90(k, (2, 3))).abs().amax((1, 2, 3)) < 1e-4 for k in range(4)])
@@ -130,8 +129,8 @@ def test_vertical_flips_and_quarter_turns() -> None:
 
 
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("section", [schema.Augment(), EVERYTHING], ids=["plain", "everything"])
-def test_nothing_is_read_back_from_the_device(train: bool, section: schema.Augment) -> None:
+@pytest.mark.parametrize("section", [Augmentation(), EVERYTHING], ids=["plain", "everything"])
+def test_nothing_is_read_back_from_the_device(train: bool, section: Augmentation) -> None:
     """As on a GPU: the batch's bytes and one buffer of parameters go there, and the host waits for nothing."""
     batch = a_batch(6)
     for name, range_ in (("heights", (5, 9)), ("widths", (4, 7))):
@@ -174,7 +173,7 @@ class Invert:
 
 
 def test_one_more_operation_is_one_more_in_the_list() -> None:
-    augment = Augment(schema.Augment(), (9, 7), 3, "cpu", train=True)
+    augment = Augment(Augmentation(), (9, 7), 3, "cpu", train=True)
     batch = a_batch(6)
     before = augment(batch).pixel_values
     augment.operations.append(Invert())

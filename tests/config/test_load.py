@@ -11,8 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitscale.config import schema
-from vitscale.config.augmentation import Step
+from vitscale.config.augmentation import Augmentation, Step
 from vitscale.config.load import dump_config, load_config
 from vitscale.config.schema import RunConfig, Source, as_dict
 from vitscale.errors import ConfigError
@@ -375,7 +374,7 @@ def test_an_augmentations_preset_and_what_stands_beside_it(tmp_path: Path) -> No
     assert (config.augment.mixup, config.augment.cutmix, config.augment.erase) == (0.2, 1.0, 0.0)
     other = load_config(base, ["augment.preset=deit3"]).augment
     assert (other.rand_augment, other.three_augment, other.mixup, other.repeats) == (None, True, 0.8, 3)
-    assert load_config(base, ["augment.preset=mae"]).augment == schema.Augment(preset="mae")
+    assert load_config(base, ["augment.preset=mae"]).augment == Augmentation(preset="mae")
     archived = tmp_path / "archived.yaml"
     archived.write_text(dump_config(config))
     assert load_config(archived) == config

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from vitscale.config import model_rules, schema
+from vitscale.config.augmentation import Augmentation
 from vitscale.errors import ConfigError
 
 REFUSED = [
@@ -50,19 +51,19 @@ REFUSED = [
     (schema.Data, "data.max_pixels", [0], [1]),
     (schema.Data, "data.threads", [0], [1, None]),
     (schema.Data, "data.prefetch", [1], [2]),
-    (schema.Augment, "augment.crop_scale", [(0.0, 1.0), (0.5, 0.4), (0.5, 1.1)], [(1.0, 1.0)]),
-    (schema.Augment, "augment.crop_ratio", [(0.0, 1.0), (2.0, 1.0)], [(1.0, 1.0)]),
-    (schema.Augment, "augment.flip", [-0.1, 1.1], [0.0, 1.0]),
-    (schema.Augment, "augment.crop", ["center"], ["resized", "simple"]),
-    (schema.Augment, "augment.repeats", [0, 65], [1, 3]),
-    (schema.Augment, "augment.preset", ["autoaugment"], [None, "mae", "simmim", "deit3", "randaug"]),
-    (schema.Augment, "augment.rand_augment", ["rand-z9"], [None, "rand-m9-n2-mstd0.5-inc1"]),
-    (schema.Augment, "augment.color_jitter", [(-0.1, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.6)], [(2.0, 1.0, 1.0, 0.5)]),
-    (schema.Augment, "augment.erase", [-0.1, 1.1], [0.0, 1.0]),
-    (schema.Augment, "augment.mixup", [-0.1, 101.0], [0.0, 0.8]),
-    (schema.Augment, "augment.cutmix", [-0.1, 101.0], [0.0, 1.0]),
-    (schema.Augment, "augment.mix_switch", [-0.1, 1.1], [0.0, 1.0]),
-    (schema.Augment, "augment.std", [(), (0.1, 0.0)], [(0.1,)]),
+    (Augmentation, "augment.crop_scale", [(0.0, 1.0), (0.5, 0.4), (0.5, 1.1)], [(1.0, 1.0)]),
+    (Augmentation, "augment.crop_ratio", [(0.0, 1.0), (2.0, 1.0)], [(1.0, 1.0)]),
+    (Augmentation, "augment.flip", [-0.1, 1.1], [0.0, 1.0]),
+    (Augmentation, "augment.crop", ["center"], ["resized", "simple"]),
+    (Augmentation, "augment.repeats", [0, 65], [1, 3]),
+    (Augmentation, "augment.preset", ["autoaugment"], [None, "mae", "simmim", "deit3", "randaug"]),
+    (Augmentation, "augment.rand_augment", ["rand-z9"], [None, "rand-m9-n2-mstd0.5-inc1"]),
+    (Augmentation, "augment.color_jitter", [(-0.1, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.6)], [(2.0, 1.0, 1.0, 0.5)]),
+    (Augmentation, "augment.erase", [-0.1, 1.1], [0.0, 1.0]),
+    (Augmentation, "augment.mixup", [-0.1, 101.0], [0.0, 0.8]),
+    (Augmentation, "augment.cutmix", [-0.1, 101.0], [0.0, 1.0]),
+    (Augmentation, "augment.mix_switch", [-0.1, 1.1], [0.0, 1.0]),
+    (Augmentation, "augment.std", [(), (0.1, 0.0)], [(0.1,)]),
     (schema.Optimizer, "optimizer.lr", [-1.0], [0.0]),
     (schema.Optimizer, "optimizer.lr_batch", [0], [1, None]),
     (schema.Optimizer, "optimizer.betas", [(1.0, 0.9), (-0.1, 0.9)], [(0.0, 0.0)]),

@@ -25,6 +25,7 @@ from vitscale.config.schema import Data
 from vitscale.data.batch import Batch
 from vitscale.data.crop import CenterCrop, RandomCrop
 from vitscale.data.index import ShardIndex, build_index
+from vitscale.data.labels import LabelReader
 from vitscale.data.loader import Loader
 from vitscale.data.order import SUBSTITUTES, Order, SequentialOrder
 from vitscale.errors import DataError
@@ -258,7 +259,12 @@ def test_bad_samples_are_replaced_and_told(tmp_path: Path) -> None:
     bad = bad_samples()
     settings = replace(SETTINGS, lanes=2, window=16)
     clean_index, index = (shard_with(tmp_path / name, what) for name, what in _folders(tmp_path, bad).items())
-    options: dict[str, Any] = {"batch": 8, "micro": 8, "data": settings, "needs_labels": True, "num_labels": 10}
+    options: dict[str, Any] = {
+        "batch": 8,
+        "micro": 8,
+        "data": settings,
+        "labels": LabelReader(required=True, num_labels=10),
+    }
     clean, batches = take(4, clean_index, **options), take(4, index, **options)
     told = {}
     for step, (was, batch) in enumerate(zip(clean, batches, strict=True)):
@@ -303,8 +309,11 @@ def test_labels_may_be_missing_where_none_is_needed(tmp_path: Path) -> None:
 def test_no_label_at_all_is_told_at_the_start(tmp_path: Path) -> None:
     index = write_shards(tmp_path, [30], labels=False)
     with pytest.raises(DataError, match=r"data\.label"):
-        loader(index, needs_labels=True)
-    with loader(index, rank=1, ranks=2, needs_labels=True) as batches, pytest.raises(DataError, match=r"\.cls member"):
+        loader(index, labels=LabelReader(required=True))
+    with (
+        loader(index, rank=1, ranks=2, labels=LabelReader(required=True)) as batches,
+        pytest.raises(DataError, match="no member with one"),
+    ):
         next(batches)  # told by rank 0 before; another rank does not look
 
 
@@ -416,6 +425,7 @@ def test_close_ends_the_reader_and_keeps_the_batch(index: ShardIndex) -> None:
 PARENT = """
 import sys, time
 from tests.data.test_loader import loader, reader_of
+from vitscale.data.labels import LabelReader
 from vitscale.data.index import ShardIndex
 from pathlib import Path
 batches = loader(ShardIndex.load(Path(sys.argv[1])))

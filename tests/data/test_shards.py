@@ -15,6 +15,7 @@ from vitscale.config.schema import Source
 from vitscale.data.assemble import Assembler, Plan
 from vitscale.data.crop import RandomCrop
 from vitscale.data.index import ShardIndex, open_index
+from vitscale.data.labels import LabelReader
 from vitscale.data.loader import fetched_ahead
 from vitscale.data.order import Order
 
@@ -51,7 +52,8 @@ def assembler(
     ahead, table_samples = fetched_ahead(order, SAMPLES, BATCH, ranks)
     plan = Plan(
         index=index, order=order, crop=RandomCrop((0.2, 1.0), (0.75, 4 / 3)), decoder="simplejpeg", channels=3,
-        background=255, max_pixels=10**6, image_size=None, label="cls", needs_labels=True, num_labels=10, seed=7,
+        background=255, max_pixels=10**6, image_size=None, extension="cls",
+        labels=LabelReader(required=True, num_labels=10), seed=7,
         global_batch=BATCH, micro_batch=BATCH // ranks, rank=rank, ranks=ranks, first_batch=0, threads=2, prefetch=2,
         table_samples=table_samples, ahead=ahead,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from tests.data.makers import encoded, write_tar
 from tests.data.test_loader import SETTINGS, loader, ready
 from vitscale.augment.feed import DeviceFeed
 from vitscale.augment.pipeline import Augment
-from vitscale.config import schema
+from vitscale.config.augmentation import Augmentation
 from vitscale.data.batch import Batch
 from vitscale.data.crop import CenterCrop
 from vitscale.data.index import ShardIndex, build_index
@@ -46,7 +46,7 @@ def opened(index: ShardIndex) -> Loader:
 
 
 def feed_of(batches: Loader, device: torch.device) -> DeviceFeed[Batch]:
-    return DeviceFeed(batches, Augment(schema.Augment(), (96, 64), 3, str(device), train=True, labels=True), device)
+    return DeviceFeed(batches, Augment(Augmentation(), (96, 64), 3, str(device), train=True, labels=True), device)
 
 
 @contextmanager

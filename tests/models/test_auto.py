@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models.shapes import EVERY_OPTION, OPTION_SETS, TRAINABLE, inputs, tiny, tiny_keys
 from vitscale.config import model_rules, schema
+from vitscale.config.augmentation import Augmentation
 from vitscale.config.check import check_config
 from vitscale.config.presets import preset
 from vitscale.config.schema import MAE, Model, Multitask, Objective, RunConfig, SimMIM, Train
@@ -219,7 +220,7 @@ def test_what_is_checked_can_be_built(objective: str, model: dict[str, Any], sim
     config = RunConfig(
         model=Model(**model, num_hidden_layers=1, intermediate_size=8),
         objective=Objective(objective, mae=mae, simmim=simmim),
-        augment=schema.Augment(mean=(0.5,), std=(0.5,)),
+        augment=Augmentation(mean=(0.5,), std=(0.5,)),
         train=Train(steps=1),
     )
     try:

@@ -22,7 +22,7 @@ from vitscale.augment.operations import (
 )
 from vitscale.augment.random_steps import RandomSteps, color_jitter, rand_augment, steps, three_augment
 from vitscale.config import schema
-from vitscale.config.augmentation import SHIFT, parse_rand_augment
+from vitscale.config.augmentation import SHIFT, Augmentation, parse_rand_augment
 from vitscale.config.model_rules import pair
 
 _ALIGNMENT = 64  # bytes; what vectorized loads of any type want
@@ -39,7 +39,7 @@ class Augment:
 
     def __init__(
         self,
-        augment: schema.Augment,
+        augment: Augmentation,
         image_size: tuple[int, int],
         num_channels: int,
         device: str,
@@ -88,7 +88,7 @@ class Augment:
         return inputs
 
 
-def _random_steps(augment: schema.Augment, fill: Tensor) -> Iterator[RandomSteps]:
+def _random_steps(augment: Augmentation, fill: Tensor) -> Iterator[RandomSteps]:
     if augment.rand_augment is not None:
         yield RandomSteps(rand_augment(parse_rand_augment(augment.rand_augment)), fill)
     if augment.three_augment:

@@ -24,7 +24,8 @@ from vitscale.augment.pipeline import Augment
 from vitscale.bench.measuring import device_name, device_of, seconds
 from vitscale.bench.photographs import SIZE, photograph
 from vitscale.bench.rounds import benchmark_parser, fastest, figures, first_line, in_turns, report
-from vitscale.config import augmentation, schema
+from vitscale.config import augmentation
+from vitscale.config.augmentation import Augmentation
 from vitscale.data.crop import training_crop
 from vitscale.inference.command import above_zero
 
@@ -55,7 +56,7 @@ def measure(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: the GPU where there is one")
     options = parser.parse_args(arguments)
     device = device_of(options.device)
-    section = schema.Augment(preset=options.preset, **augmentation.PRESETS[options.preset])
+    section = Augmentation(preset=options.preset, **augmentation.PRESETS[options.preset])
     photographs = [np.array(Image.open(io.BytesIO(photograph(seed)))) for seed in range(options.batch)]
     labels = torch.arange(options.batch) % CLASSES
     steps, left_out = {OURS: _ours(section, photographs, labels, options.size, device)}, {}
@@ -82,7 +83,7 @@ def measure(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _ours(
-    section: schema.Augment, photographs: Sequence[np.ndarray], labels: Tensor, size: int, device: torch.device
+    section: Augmentation, photographs: Sequence[np.ndarray], labels: Tensor, size: int, device: torch.device
 ) -> Step:
     heights, widths = (np.array([image.shape[axis] for image in photographs], dtype=np.int32) for axis in (0, 1))
     ends = np.cumsum([image.size for image in photographs])
@@ -105,7 +106,7 @@ def _ours(
 
 
 def _by_image(
-    section: schema.Augment, photographs: Sequence[np.ndarray], labels: Tensor, size: int, device: torch.device
+    section: Augmentation, photographs: Sequence[np.ndarray], labels: Tensor, size: int, device: torch.device
 ) -> Step:
     transform, mix = _torchvision(section, size)
     images = [torch.from_numpy(image).permute(2, 0, 1) for image in photographs]
@@ -118,14 +119,14 @@ def _by_image(
 
 
 def _by_batch(
-    section: schema.Augment, photographs: Sequence[np.ndarray], labels: Tensor, size: int, device: torch.device
+    section: Augmentation, photographs: Sequence[np.ndarray], labels: Tensor, size: int, device: torch.device
 ) -> Step:
     transform, mix = _torchvision(section, size)
     images = torch.from_numpy(np.stack(photographs)).permute(0, 3, 1, 2)
     return lambda: mix(transform(images.to(device, non_blocking=True)), labels.to(device))
 
 
-def _torchvision(section: schema.Augment, size: int) -> tuple[Callable[[Tensor], Tensor], Callable[..., Any]]:
+def _torchvision(section: Augmentation, size: int) -> tuple[Callable[[Tensor], Tensor], Callable[..., Any]]:
     """The section as torchvision's transforms: of images, and of a batch with its labels."""
     v2 = importlib.import_module("torchvision.transforms.v2")
 
@@ -140,7 +141,7 @@ def _torchvision(section: schema.Augment, size: int) -> tuple[Callable[[Tensor],
     return v2.Compose(transforms), v2.RandomChoice(mixes) if mixes else lambda images, labels: (images, labels)
 
 
-def _random_transforms(section: schema.Augment, v2: ModuleType) -> list[Any]:
+def _random_transforms(section: Augmentation, v2: ModuleType) -> list[Any]:
     transforms: list[Any] = []
     if section.rand_augment is not None:
         policy = augmentation.parse_rand_augment(section.rand_augment)

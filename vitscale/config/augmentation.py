@@ -1,4 +1,4 @@
-"""The names, strings and presets of the augmentation: what can be told of them without torch."""
+"""The section `augment` of a run's config: its keys, and the names, strings and presets that they hold."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vitscale.config.typed import one_of, require
 from vitscale.errors import ConfigError
 from vitscale.text import did_you_mean
 
@@ -144,8 +145,55 @@ def _wrong(text: str, reason: str) -> ConfigError:
     )
 
 
-def colour_operations(augment: Any) -> list[str]:
-    """Keys of a schema.Augment, with their values, that only RGB images have a meaning for."""
+@dataclass(frozen=True)
+class Augmentation:
+    """In the order of its keys, all on the device but the crop; every random number is hashed from the sample's key."""
+
+    preset: str | None = None  # mae, simmim, deit3, randaug: its keys, where they are not written beside it
+    repeats: int = 1  # views of a sample in an epoch, near each other (repeated augmentation); an epoch is as many
+    # times longer
+    crop: str = "resized"  # torchvision's RandomResizedCrop, or simple: as much as fits, then moved by up to 4 pixels
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area; of crop=resized, as is the next
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width over height
+    flip: float = 0.5  # probability of a horizontal mirror
+    vertical_flip: float = 0.0
+    quarter_turns: bool = False  # turned by 0, 90, 180 or 270 degrees, each as likely
+    rand_augment: str | None = None  # timm's string, say rand-m9-n2-mstd0.5-inc1
+    three_augment: bool = False  # grey, solarized or blurred, each as likely (DeiT III); RGB
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # of brightness, contrast, saturation, hue
+    steps: tuple[Step, ...] = ()  # further ones: names or {name, probability, low, high}; names: STEPS
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # one a channel, or one for all, of pixels in [0, 1]
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    erase: float = 0.0  # probability of a box of noise
+    mixup: float = 0.0  # both parameters of the beta distribution of the shares; 0: none (timm's mixup)
+    cutmix: float = 0.0  # likewise
+    mix_probability: float = 1.0  # that a pair is mixed
+    mix_switch: float = 0.5  # that it is by cutmix, where mixup is on too
+
+    def __post_init__(self) -> None:
+        if self.rand_augment is not None:
+            parse_rand_augment(self.rand_augment)
+        if self.preset is not None:
+            one_of("augment.preset", self.preset, tuple(PRESETS))
+        one_of("augment.crop", self.crop, ("resized", "simple"))
+        require(1 <= self.repeats <= 64, "augment.repeats", self.repeats, "in 1 to 64")
+        for name in ("vertical_flip", "erase", "mix_probability", "mix_switch"):
+            require(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "in [0, 1]")
+        for name in ("mixup", "cutmix"):
+            require(0 <= getattr(self, name) <= 100, f"augment.{name}", getattr(self, name), "in [0, 100]; 0: none")
+        jitter = self.color_jitter
+        fits = min(jitter) >= 0 and jitter[3] <= 0.5
+        require(fits, "augment.color_jitter", jitter, "0 or more each, the last (hue) 0.5 at most")
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, "augment.crop_scale", self.crop_scale, "0 < low <= high <= 1")
+        low, high = self.crop_ratio
+        require(0 < low <= high, "augment.crop_ratio", self.crop_ratio, "0 < low <= high")
+        require(0 <= self.flip <= 1, "augment.flip", self.flip, "in [0, 1]")
+        require(min(self.std, default=0) > 0, "augment.std", self.std, "above 0 in every channel")
+
+
+def colour_operations(augment: Augmentation) -> list[str]:
+    """Keys of the section, with their values, that only RGB images have a meaning for."""
     strengths = dict(zip(("brightness", "contrast", "saturation", "hue"), augment.color_jitter, strict=True))
     names = [f"color_jitter's {name}" for name, strength in strengths.items() if strength and STEPS[name].needs_rgb]
     names += [f"steps' {step.name}" for step in augment.steps if STEPS[step.name].needs_rgb]

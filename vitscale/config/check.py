@@ -155,7 +155,7 @@ def _check_augment(config: RunConfig) -> None:
     mixing = [f"augment.{name}={getattr(augment, name)}" for name in ("mixup", "cutmix") if getattr(augment, name)]
     if not mixing:
         return
-    if not has_classes(config):
+    if problem_type(config) in (None, "regression"):
         raise ConfigError(
             f"{', '.join(mixing)}: mixes the labels of classes, and objective.name={config.objective.name} has none; "
             "set augment.mixup=0 augment.cutmix=0"
@@ -226,29 +226,30 @@ def _check_labels(config: RunConfig) -> None:
             "set it to the number of classes"
         )
     single = "single_label_classification"
-    if model.problem_type not in ((None, single) if name == "multitask" else (None, single, "regression")):
-        # A shard has one whole number a sample; ViTForImageClassification itself knows all kinds.
+    if name == "multitask" and model.problem_type not in (None, single):
         raise ConfigError(
-            f"model.problem_type={model.problem_type}: is not what objective.name={name} can train, from one whole "
-            f"number a sample; set model.problem_type={single}"
+            f"model.problem_type={model.problem_type}: is not what objective.name=multitask can train; "
+            f"set model.problem_type={single}"
         )
-    if not has_classes(config) and model.num_labels != 1:
+    kind = problem_type(config)
+    if kind != single and smoothing:
         raise ConfigError(
-            f"model.num_labels={model.num_labels}: a sample has one number for model.problem_type=regression; "
-            "set model.num_labels=1"
+            f"objective.classification.label_smoothing={smoothing}: is for one class an image, and "
+            f"model.problem_type is {kind}; set objective.classification.label_smoothing=0"
         )
-    if not has_classes(config) and smoothing:
-        raise ConfigError(
-            f"objective.classification.label_smoothing={smoothing}: there are no classes in a regression; "
-            "set objective.classification.label_smoothing=0"
-        )
+
+
+def problem_type(config: RunConfig) -> str | None:
+    """What a run learns of its labels, in transformers' words; None where it needs none."""
+    if not config.objective.needs_labels:
+        return None
+    is_regression = config.objective.name != "multitask" and config.model.num_labels == 1
+    return config.model.problem_type or ("regression" if is_regression else "single_label_classification")
 
 
 def has_classes(config: RunConfig) -> bool:
-    """Whether labels are numbers of classes: not in a regression, told as transformers does."""
-    model, name = config.model, config.objective.name
-    regression = model.problem_type == "regression" or (model.problem_type is None and model.num_labels == 1)
-    return name == "multitask" or (name == "classification" and not regression)
+    """Whether a label is the number of a class."""
+    return problem_type(config) == "single_label_classification"
 
 
 def _check_grid(config: RunConfig) -> None:

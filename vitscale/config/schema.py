@@ -11,21 +11,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vitscale.config import model_rules
-from vitscale.config.augmentation import PRESETS, Step, parse_rand_augment
+from vitscale.config.augmentation import Augmentation
+from vitscale.config.typed import one_of, require
 from vitscale.errors import ConfigError
 
 OBJECTIVES = ("mae", "simmim", "classification", "multitask")
 PRECISIONS = ("fp32", "bf16")
 DECODERS = ("auto", "nvimgcodec", "simplejpeg", "pillow")
-
-
-def _require(holds: bool, key: str, value: Any, rule: str) -> None:
-    if not holds:
-        raise ConfigError(f"{key}={value!r}: must be {rule}")
-
-
-def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, key, value, "one of " + ", ".join(choices))
 
 
 @dataclass(frozen=True)
@@ -35,7 +27,7 @@ class Run:
     seed: int = 0  # every random choice is a hash of this, the epoch, the sample and the purpose
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
             "run.name",
             self.name,
@@ -90,9 +82,9 @@ class Model:
             raise ConfigError(f"model.{key}={value!r}: must be {choice}{rule}")
         if self.id2label is not None:
             named = len(self.id2label)
-            _require(named > 0, "model.id2label", self.id2label, "the names of one class or more, or null")
+            require(named > 0, "model.id2label", self.id2label, "the names of one class or more, or null")
             rule = f"{named}, as many as model.id2label names"
-            _require(self.num_labels == named, "model.num_labels", self.num_labels, rule)
+            require(self.num_labels == named, "model.num_labels", self.num_labels, rule)
 
 
 @dataclass(frozen=True)
@@ -107,10 +99,10 @@ class MAE:
     decoder_intermediate_size: int = 2048
 
     def __post_init__(self) -> None:
-        _require(0 < self.mask_ratio < 1, "objective.mae.mask_ratio", self.mask_ratio, "in (0, 1)")
+        require(0 < self.mask_ratio < 1, "objective.mae.mask_ratio", self.mask_ratio, "in (0, 1)")
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
             value = getattr(self, f"decoder_{name}")
-            _require(value > 0, f"objective.mae.decoder_{name}", value, "above 0")
+            require(value > 0, f"objective.mae.decoder_{name}", value, "above 0")
 
 
 @dataclass(frozen=True)
@@ -122,9 +114,9 @@ class SimMIM:
     # 2 do not fit the grid, 1 (config/check.py, mask_patch)
 
     def __post_init__(self) -> None:
-        _require(0 < self.mask_ratio < 1, "objective.simmim.mask_ratio", self.mask_ratio, "in (0, 1)")
+        require(0 < self.mask_ratio < 1, "objective.simmim.mask_ratio", self.mask_ratio, "in (0, 1)")
         value = self.mask_patch
-        _require(value is None or value > 0, "objective.simmim.mask_patch", value, "above 0 (in patches) or null")
+        require(value is None or value > 0, "objective.simmim.mask_patch", value, "above 0 (in patches) or null")
 
 
 @dataclass(frozen=True)
@@ -133,7 +125,7 @@ class Classification:
 
     def __post_init__(self) -> None:
         value = self.label_smoothing
-        _require(0 <= value < 1, "objective.classification.label_smoothing", value, "in [0, 1)")
+        require(0 <= value < 1, "objective.classification.label_smoothing", value, "in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -153,7 +145,7 @@ class Objective:
     multitask: Multitask = field(default_factory=Multitask)
 
     def __post_init__(self) -> None:
-        _one_of("objective.name", self.name, OBJECTIVES)
+        one_of("objective.name", self.name, OBJECTIVES)
 
     @property
     def needs_labels(self) -> bool:
@@ -178,7 +170,9 @@ class Data:
     # Samples over all lanes within which the order is shuffled, in blocks of window / lanes: a multiple of lanes where
     # lanes is written, else each block is rounded down.
     window: int = 16384
-    label: str = "cls"  # the extension of the member that holds the label, a whole number
+    validation: tuple[Source, ...] = ()  # labelled shards to score on while training
+    validation_fraction: float = 0.0  # or this share of data.train, chosen by a hash of each sample's key
+    label: str = "cls"  # the extension of the member with the label; json.KEY.KEY: where in a .json it is
     decode: str = "auto"  # nvimgcodec, simplejpeg, pillow, or auto: the first that is installed
     background: int = 255  # what transparent pixels lie on, 0 (black) to 255 (white)
     max_pixels: int = 64_000_000  # a larger image is a bad sample, told from its header
@@ -187,62 +181,27 @@ class Data:
     prefetch: int = 4  # micro-batches read ahead
 
     def __post_init__(self) -> None:
-        _require(self.lanes is None or self.lanes > 0, "data.lanes", self.lanes, "above 0 or null")
-        _require(self.window > 0, "data.window", self.window, "above 0 (samples over all lanes)")
-        _one_of("data.decode", self.decode, DECODERS)
-        _require(0 <= self.background <= 255, "data.background", self.background, "in 0 to 255")
-        _require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
-        _require(self.max_pixels > 0, "data.max_pixels", self.max_pixels, "above 0")
-        _require(self.threads is None or self.threads > 0, "data.threads", self.threads, "above 0 or null")
-        _require(self.prefetch >= 2, "data.prefetch", self.prefetch, "2 or more")
+        require(self.lanes is None or self.lanes > 0, "data.lanes", self.lanes, "above 0 or null")
+        require(self.window > 0, "data.window", self.window, "above 0 (samples over all lanes)")
+        one_of("data.decode", self.decode, DECODERS)
+        value = self.validation_fraction
+        require(0 <= value < 1, "data.validation_fraction", value, "in [0, 1)")
+        require(0 <= self.background <= 255, "data.background", self.background, "in 0 to 255")
+        require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
+        require(self.max_pixels > 0, "data.max_pixels", self.max_pixels, "above 0")
+        require(self.threads is None or self.threads > 0, "data.threads", self.threads, "above 0 or null")
+        require(self.prefetch >= 2, "data.prefetch", self.prefetch, "2 or more")
 
+    @property
+    def label_extension(self) -> str:
+        """Of the member that data.label names."""
+        return "json" if self.label_path else self.label
 
-@dataclass(frozen=True)
-class Augment:
-    """In the order of its keys, all on the device but the crop; every random number is hashed from the sample's key."""
-
-    preset: str | None = None  # mae, simmim, deit3, randaug: its keys, where they are not written beside it
-    repeats: int = 1  # views of a sample in an epoch, near each other (repeated augmentation); an epoch is as many
-    # times longer
-    crop: str = "resized"  # torchvision's RandomResizedCrop, or simple: as much as fits, then moved by up to 4 pixels
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area; of crop=resized, as is the next
-    crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width over height
-    flip: float = 0.5  # probability of a horizontal mirror
-    vertical_flip: float = 0.0
-    quarter_turns: bool = False  # turned by 0, 90, 180 or 270 degrees, each as likely
-    rand_augment: str | None = None  # timm's string, say rand-m9-n2-mstd0.5-inc1
-    three_augment: bool = False  # grey, solarized or blurred, each as likely (DeiT III); RGB
-    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # of brightness, contrast, saturation, hue
-    steps: tuple[Step, ...] = ()  # further ones: names or {name, probability, low, high}; names: STEPS in
-    # config/augmentation.py
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # one a channel, or one for all, of pixels in [0, 1]
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    erase: float = 0.0  # probability of a box of noise
-    mixup: float = 0.0  # both parameters of the beta distribution of the shares; 0: none (timm's mixup)
-    cutmix: float = 0.0  # likewise
-    mix_probability: float = 1.0  # that a pair is mixed
-    mix_switch: float = 0.5  # that it is by cutmix, where mixup is on too
-
-    def __post_init__(self) -> None:
-        if self.rand_augment is not None:
-            parse_rand_augment(self.rand_augment)
-        if self.preset is not None:
-            _one_of("augment.preset", self.preset, tuple(PRESETS))
-        _one_of("augment.crop", self.crop, ("resized", "simple"))
-        _require(1 <= self.repeats <= 64, "augment.repeats", self.repeats, "in 1 to 64")
-        for name in ("vertical_flip", "erase", "mix_probability", "mix_switch"):
-            _require(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "in [0, 1]")
-        for name in ("mixup", "cutmix"):
-            _require(0 <= getattr(self, name) <= 100, f"augment.{name}", getattr(self, name), "in [0, 100]; 0: none")
-        jitter = self.color_jitter
-        fits = min(jitter) >= 0 and jitter[3] <= 0.5
-        _require(fits, "augment.color_jitter", jitter, "0 or more each, the last (hue) 0.5 at most")
-        low, high = self.crop_scale
-        _require(0 < low <= high <= 1, "augment.crop_scale", self.crop_scale, "0 < low <= high <= 1")
-        low, high = self.crop_ratio
-        _require(0 < low <= high, "augment.crop_ratio", self.crop_ratio, "0 < low <= high")
-        _require(0 <= self.flip <= 1, "augment.flip", self.flip, "in [0, 1]")
-        _require(min(self.std, default=0) > 0, "augment.std", self.std, "above 0 in every channel")
+    @property
+    def label_path(self) -> tuple[str, ...]:
+        """The keys to the label inside it."""
+        kind, _, path = self.label.partition(".")
+        return tuple(path.split(".")) if kind == "json" and path else ()
 
 
 @dataclass(frozen=True)
@@ -259,15 +218,15 @@ class Optimizer:
     min_lr: float = 0.0  # where the cosine ends, scaled as lr is
 
     def __post_init__(self) -> None:
-        _require(self.lr >= 0, "optimizer.lr", self.lr, "0 or more")
-        _require(self.lr_batch is None or self.lr_batch > 0, "optimizer.lr_batch", self.lr_batch, "above 0 or null")
-        _require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas, "each in [0, 1)")
-        _require(self.eps > 0, "optimizer.eps", self.eps, "above 0")
-        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
-        _require(self.clip >= 0, "optimizer.clip", self.clip, "0 (none) or more")
-        _require(0 <= self.warmup < 1, "optimizer.warmup", self.warmup, "a share of all steps, in [0, 1)")
+        require(self.lr >= 0, "optimizer.lr", self.lr, "0 or more")
+        require(self.lr_batch is None or self.lr_batch > 0, "optimizer.lr_batch", self.lr_batch, "above 0 or null")
+        require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas, "each in [0, 1)")
+        require(self.eps > 0, "optimizer.eps", self.eps, "above 0")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        require(self.clip >= 0, "optimizer.clip", self.clip, "0 (none) or more")
+        require(0 <= self.warmup < 1, "optimizer.warmup", self.warmup, "a share of all steps, in [0, 1)")
         # Above the peak the cosine would rise to the end, which no one means by a floor.
-        _require(0 <= self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"in [0, optimizer.lr={self.lr}]")
+        require(0 <= self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"in [0, optimizer.lr={self.lr}]")
 
 
 @dataclass(frozen=True)
@@ -284,14 +243,14 @@ class Train:
     max_skipped_steps: int = 5  # steps in a row with a non-finite gradient before the run stops
 
     def __post_init__(self) -> None:
-        _require(self.global_batch > 0, "train.global_batch", self.global_batch, "above 0")
-        _require(self.micro_batch > 0, "train.micro_batch", self.micro_batch, "above 0")
-        _require(self.steps is None or self.steps > 0, "train.steps", self.steps, "above 0")
-        _require(self.epochs is None or self.epochs > 0, "train.epochs", self.epochs, "above 0")
-        _one_of("train.precision", self.precision, PRECISIONS)
+        require(self.global_batch > 0, "train.global_batch", self.global_batch, "above 0")
+        require(self.micro_batch > 0, "train.micro_batch", self.micro_batch, "above 0")
+        require(self.steps is None or self.steps > 0, "train.steps", self.steps, "above 0")
+        require(self.epochs is None or self.epochs > 0, "train.epochs", self.epochs, "above 0")
+        one_of("train.precision", self.precision, PRECISIONS)
         decay = self.ema_decay
-        _require(decay is None or 0 < decay < 1, "train.ema_decay", decay, "in (0, 1) or null")
-        _require(self.max_skipped_steps > 0, "train.max_skipped_steps", self.max_skipped_steps, "above 0")
+        require(decay is None or 0 < decay < 1, "train.ema_decay", decay, "in (0, 1) or null")
+        require(self.max_skipped_steps > 0, "train.max_skipped_steps", self.max_skipped_steps, "above 0")
 
 
 @dataclass(frozen=True)
@@ -302,9 +261,9 @@ class Parallel:
     timeout_s: int = 600  # a collective that takes longer ends the run
 
     def __post_init__(self) -> None:
-        _require(self.zero_stage in (0, 1, 2, 3), "parallel.zero_stage", self.zero_stage, "0, 1, 2 or 3")
-        _require(self.bucket_elements > 0, "parallel.bucket_elements", self.bucket_elements, "above 0")
-        _require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "above 0 seconds")
+        require(self.zero_stage in (0, 1, 2, 3), "parallel.zero_stage", self.zero_stage, "0, 1, 2 or 3")
+        require(self.bucket_elements > 0, "parallel.bucket_elements", self.bucket_elements, "above 0")
+        require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "above 0 seconds")
 
 
 @dataclass(frozen=True)
@@ -314,8 +273,8 @@ class Checkpoint:
     resume_from: str | None = None  # a checkpoint folder to go on from when this run has none
 
     def __post_init__(self) -> None:
-        _require(self.every_steps > 0, "checkpoint.every_steps", self.every_steps, "above 0")
-        _require(self.keep > 0, "checkpoint.keep", self.keep, "above 0")
+        require(self.every_steps > 0, "checkpoint.every_steps", self.every_steps, "above 0")
+        require(self.keep > 0, "checkpoint.keep", self.keep, "above 0")
 
 
 @dataclass(frozen=True)
@@ -340,7 +299,7 @@ class Log:
     trace: bool = False  # trace.jsonl: the sample keys of every step
 
     def __post_init__(self) -> None:
-        _require(self.every_steps > 0, "log.every_steps", self.every_steps, "above 0")
+        require(self.every_steps > 0, "log.every_steps", self.every_steps, "above 0")
 
 
 @dataclass(frozen=True)
@@ -355,9 +314,9 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         value = self.crop_fraction
-        _require(0 < value <= 1, "evaluation.crop_fraction", value, "in (0, 1]")
-        _require(self.neighbours > 0, "evaluation.neighbours", self.neighbours, "above 0")
-        _require(self.batch > 0, "evaluation.batch", self.batch, "above 0")
+        require(0 < value <= 1, "evaluation.crop_fraction", value, "in (0, 1]")
+        require(self.neighbours > 0, "evaluation.neighbours", self.neighbours, "above 0")
+        require(self.batch > 0, "evaluation.batch", self.batch, "above 0")
 
 
 @dataclass(frozen=True)
@@ -366,7 +325,7 @@ class RunConfig:
     model: Model = field(default_factory=Model)
     objective: Objective = field(default_factory=Objective)
     data: Data = field(default_factory=Data)
-    augment: Augment = field(default_factory=Augment)
+    augment: Augmentation = field(default_factory=Augmentation)
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
     parallel: Parallel = field(default_factory=Parallel)

@@ -135,3 +135,14 @@ def kind_of(value: Any) -> str:
             continue
         return type_name(hint)
     return type_name(next((kind for kind in (str, list, dict) if isinstance(value, kind)), type(value)))
+
+
+def require(holds: bool, key: str, value: Any, rule: str) -> None:
+    """ConfigError where a rule of a key does not hold."""
+    if not holds:
+        raise ConfigError(f"{key}={value!r}: must be {rule}")
+
+
+def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """ConfigError where a value is none of those that there are."""
+    require(value in choices, key, value, "one of " + ", ".join(choices))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 from vitscale.data.batch import Batch, Replacement
 from vitscale.data.crop import Crop
 from vitscale.data.index import ShardIndex
+from vitscale.data.labels import Label, LabelReader
 from vitscale.data.order import Refs, SampleOrder
 from vitscale.data.shards import RawSample, Shards
 from vitscale.errors import DataError
@@ -22,7 +22,6 @@ from vitscale.files.header import BadSample, Header, read_header
 from vitscale.files.tar import LARGEST_MEMBER
 
 _CHUNK = 8  # samples that a thread takes at once
-_LABEL = re.compile(rb"\s*(\d{1,18})\s*")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -39,9 +38,8 @@ class Plan:
     background: int
     max_pixels: int
     image_size: tuple[int, int] | None  # (height, width) that boxes are resized to, where known
-    label: str
-    needs_labels: bool
-    num_labels: int | None
+    extension: str  # of the members with labels
+    labels: LabelReader
     seed: int
     global_batch: int
     micro_batch: int
@@ -90,7 +88,7 @@ class _Sample:
 
     raw: RawSample
     header: Header | None
-    label: int
+    label: Label
     bad: BadSample | None = None
 
 
@@ -99,7 +97,7 @@ class Assembler:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._shards = Shards(plan.index, plan.label, plan.table_samples)
+        self._shards = Shards(plan.index, plan.extension, plan.table_samples)
         self._decoder = Decoder(plan.decoder, plan.channels, plan.background, plan.image_size)
         self._pool = ThreadPoolExecutor(plan.threads, thread_name_prefix="decode")
 
@@ -148,23 +146,9 @@ class Assembler:
                 raise BadSample("no_image", "no member with the extension of an image")
             if raw.image_bytes > LARGEST_MEMBER:
                 raise BadSample("too_large", f"{raw.image_bytes} bytes, more than {LARGEST_MEMBER}")
-            return _Sample(raw, read_header(raw.image, self._plan.max_pixels), self._label(raw.label))
+            return _Sample(raw, read_header(raw.image, self._plan.max_pixels), self._plan.labels.read(raw.label))
         except BadSample as bad:
             return _Sample(raw, None, -1, bad)
-
-    def _label(self, data: bytes | None) -> int:
-        """The label as a whole number; -1 where there is none and none is needed."""
-        plan = self._plan
-        match = _LABEL.fullmatch(data) if data is not None else None
-        if match is None:
-            if plan.needs_labels:
-                what = f"no readable .{plan.label} member" if data is None else f"{data[:20]!r} is no whole number"
-                raise BadSample("label", what)
-            return -1
-        label = int(match[1])
-        if plan.needs_labels and plan.num_labels is not None and label >= plan.num_labels:
-            raise BadSample("label", f"{label}, with model.num_labels={plan.num_labels}")
-        return label
 
 
 class _Filling:
@@ -176,7 +160,8 @@ class _Filling:
         self._memory = memory
         self._used = 0  # bytes
         self._offsets = np.zeros(count, dtype=np.int64)
-        self._labels = np.zeros(count, dtype=np.int64)
+        width = plan.labels.width
+        self._labels = np.zeros(count, np.int64) if width is None else np.zeros((count, width), np.float32)
         self._epochs = np.zeros(count, dtype=np.int64)
         self._repeats = np.zeros(count, dtype=np.int64)
         self._ids = np.zeros(count, dtype=np.int64)

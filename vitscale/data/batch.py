@@ -34,7 +34,7 @@ class Batch:
     widths: np.ndarray  # int32 [n]
     channels: int
     boxes: np.ndarray  # float32 [n, 4]: (top, left, bottom, right) in the stored region's pixels
-    labels: np.ndarray  # int64 [n], -1 where the sample has none
+    labels: np.ndarray  # int64 [n], a class, -1 where the sample has none; or float32 [n, num_labels]
     sample_ids: np.ndarray  # int64 [n]: shard << 32 | place in the shard
     sample_keys: np.ndarray  # int64 [n]: Refs.keys, what all of a sample's random choices are drawn from
     names: tuple[str, ...]  # "shard/key"

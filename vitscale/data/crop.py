@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vitscale import rng
-from vitscale.config import schema
+from vitscale.config.augmentation import Augmentation
 
 _ATTEMPTS = 10
 
@@ -78,7 +78,7 @@ class CenterCrop:
 Crop = RandomCrop | SimpleCrop | CenterCrop
 
 
-def training_crop(augment: schema.Augment, size: tuple[int, int]) -> Crop:
+def training_crop(augment: Augmentation, size: tuple[int, int]) -> Crop:
     """What augment.crop asks for. size: (height, width) that boxes are resized to."""
     if augment.crop == "simple":
         return SimpleCrop(size[1] / size[0])

@@ -19,6 +19,7 @@ from vitscale.data.assemble import Plan
 from vitscale.data.batch import Batch
 from vitscale.data.crop import Crop
 from vitscale.data.index import ShardIndex, require_labels
+from vitscale.data.labels import LabelReader
 from vitscale.data.order import SampleOrder
 from vitscale.data.reader import IGNORED_SIGNALS
 from vitscale.data.wire import FREE, Failed, Filled, SharedMemory, receive, send
@@ -68,26 +69,25 @@ class Loader:
         global_batch: int,
         micro_batch: int,
         start: int,
-        needs_labels: bool = False,
-        num_labels: int | None = None,
+        labels: LabelReader | None = None,
         image_size: tuple[int, int] | None = None,
     ) -> None:
         """start: global samples consumed, a multiple of global_batch.
 
-        needs_labels: a sample without a label (or, where num_labels is given, not below it) is a bad one; rank 0
-        looks at once whether the first shard has any.
+        labels: how they are read; where they are required, rank 0 looks at once whether the first shard has any.
         image_size: (height, width) that boxes will be resized to; lets simplejpeg decode at a DCT scale.
         """
         assert start % global_batch == 0
         assert global_batch % (micro_batch * world.world_size) == 0
-        if needs_labels and world.is_main:
-            require_labels(index, data.label)
+        labels = labels or LabelReader(path=data.label_path)
+        if labels.required and world.is_main:
+            require_labels(index, data.label_extension)
         ahead, table_samples = fetched_ahead(order, int(index.samples.max()), global_batch, world.world_size)
         self.decoder = choose_decoder(data.decode)  # what data.decode=auto has become, for the run's record
         self._plan = Plan(
             index=index, order=order, crop=crop, decoder=self.decoder, channels=num_channels,
-            background=data.background, max_pixels=data.max_pixels, image_size=image_size, label=data.label,
-            needs_labels=needs_labels, num_labels=num_labels, seed=seed, global_batch=global_batch,
+            background=data.background, max_pixels=data.max_pixels, image_size=image_size,
+            extension=data.label_extension, labels=labels, seed=seed, global_batch=global_batch,
             micro_batch=micro_batch, rank=world.rank, ranks=world.world_size, first_batch=start // global_batch,
             threads=data.threads or world.cores_per_rank, prefetch=data.prefetch,
             table_samples=table_samples, ahead=ahead,

@@ -50,10 +50,20 @@ class Refs:
 class SampleOrder(Protocol):
     """What reading asks of an order: pure functions of a global batch's number and a slot in it."""
 
-    epochs: int | None  # how many it has; None: endless
-    batches_per_epoch: int
-    lanes: int  # parallel runs through the shards
-    block: int  # samples of a lane that are near each other in its shards and come in any order
+    @property
+    def epochs(self) -> int | None:
+        """How many it has; None: endless."""
+
+    @property
+    def batches_per_epoch(self) -> int: ...
+
+    @property
+    def lanes(self) -> int:
+        """Parallel runs through the shards."""
+
+    @property
+    def block(self) -> int:
+        """Samples of a lane that are near each other in its shards and come in any order."""
 
     def refs(self, batch: int, first_slot: int, last_slot: int) -> Refs:
         """What stands in slots first_slot to last_slot - 1."""

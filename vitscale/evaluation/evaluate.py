@@ -64,7 +64,7 @@ def evaluate(folder: RunFolder, world: World, overrides: Sequence[str] = ()) -> 
     models = {"trained": model, "untrained": new_model(config, config.run.seed).to(device)}
     encoders = {name: pooled(each.get_submodule("vit")) for name, each in models.items()} | {"pixels": pixels()}
     bad = {name: SampleGuard(config.data.max_bad_fraction, {}) for name in ("train", "test")}
-    label, indexed = config.data.label, None if evaluation.train else config.data.index
+    label, indexed = config.data.label_extension, None if evaluation.train else config.data.index
     index = open_index(evaluation.train or config.data.train, indexed, folder.path, label=label)
     train = _features(encoders, index, config, world, bad["train"])
     index = open_index(evaluation.test, None, folder.path, label=label)
@@ -107,7 +107,7 @@ def _record(folder: RunFolder, summary: dict[str, Any], scores: Scores) -> None:
 def _features(
     encoders: dict[str, Any], index: ShardIndex, config: RunConfig, world: World, bad: SampleGuard
 ) -> Features:
-    require_labels(index, config.data.label)
+    require_labels(index, config.data.label_extension)
     return extract(encoders, _batches(index, config, world, bad))
 
 
@@ -151,7 +151,7 @@ def _draw(folder: RunFolder, config: RunConfig, model: Any, world: World) -> Non
         return
     sources = config.evaluation.test
     path = None if sources else config.data.index
-    index = open_index(sources or config.data.train, path, folder.path, label=config.data.label)
+    index = open_index(sources or config.data.train, path, folder.path, label=config.data.label_extension)
     batches = _batches(index, config, world, SampleGuard(1.0, {}))
     pixel_values, _, ids = next(batches)
     batches.close()  # type: ignore[attr-defined]

@@ -12,11 +12,12 @@ from vitscale import __version__
 from vitscale.augment.feed import DeviceFeed
 from vitscale.augment.pipeline import Augment
 from vitscale.checkpoint.store import Checkpoint, save_checkpoint
-from vitscale.config.check import check_config, has_classes, too_few_lanes
+from vitscale.config.check import check_config, too_few_lanes
 from vitscale.config.load import dump_config
 from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig
 from vitscale.data.crop import training_crop
+from vitscale.data.labels import LabelReader
 from vitscale.data.loader import Loader
 from vitscale.engine.backend import peak_memory
 from vitscale.engine.engine import Engine
@@ -127,8 +128,7 @@ class Job:
             global_batch=config.train.global_batch,
             micro_batch=config.train.micro_batch,
             start=samples,
-            needs_labels=config.objective.needs_labels,
-            num_labels=config.model.num_labels if has_classes(config) else None,
+            labels=LabelReader.of(config),
             image_size=pair(config.model.image_size),
         )
 

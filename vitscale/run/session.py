@@ -78,9 +78,9 @@ def _open_index(config: RunConfig, folder: RunFolder) -> ShardIndex:
     data = config.data
     if not data.train:
         raise ConfigError("data.train is empty: give the shards, say data.train='/data/train-{000000..000099}.tar'")
-    index = open_index(data.train, data.index, folder.path, label=data.label)
+    index = open_index(data.train, data.index, folder.path, label=data.label_extension)
     if config.objective.needs_labels:
-        require_labels(index, data.label)
+        require_labels(index, data.label_extension)
     return index
 
 

@@ -1,0 +1,114 @@
+"""Labels as people write them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data.makers import photo, write_shards, write_tar
+from vitscale.config.load import load_config
+from vitscale.data.index import build_index
+from vitscale.data.labels import LabelReader, count_labels
+from vitscale.data.subset import split
+from vitscale.files.header import BadSample
+
+CLASSES = LabelReader(required=True, num_labels=3, names=("cat", "dog", "2"))
+SHARES = LabelReader(required=True, num_labels=3, kind="multi_label_classification")
+PAIR = LabelReader(required=True, num_labels=2, kind="regression")
+
+
+@pytest.mark.parametrize(
+    ("reader", "data", "label"),
+    [
+        (CLASSES, b"1", 1),
+        (CLASSES, b" 1\r\n", 1),
+        (CLASSES, b"\xef\xbb\xbf1", 1),
+        (CLASSES, b"1.0", 1),
+        (CLASSES, b"+1.", 1),
+        (CLASSES, b"0001", 1),
+        (CLASSES, b"dog", 1),
+        (CLASSES, b"2", 2),
+        (LabelReader(required=True, num_labels=2, names=("1", "0")), b"0", 1),
+        (LabelReader(), b"-1", -1),
+        (LabelReader(), b"-7", -1),
+        (LabelReader(), b"word", -1),
+        (LabelReader(), b"\xff\xfe", -1),
+        (LabelReader(), None, -1),
+        (LabelReader(), b"1000", 1000),
+        (SHARES, b"0 1 0.5", (0, 1, 0.5)),
+        (SHARES, b"0,1, 1", (0, 1, 1)),
+        (SHARES, b"[0, 1, 1]", (0, 1, 1)),
+        (PAIR, b"-3.5e2;7", (-350, 7)),
+        (LabelReader(required=True, num_labels=1, kind="regression"), b"2.25", (2.25,)),
+        (LabelReader(required=True, num_labels=3, path=("a", "b")), b'{"a": {"b": 2}}', 2),
+        (LabelReader(required=True, num_labels=3, path=("a", "1")), b'{"a": [0, 1.0]}', 1),
+        (LabelReader(required=True, num_labels=2, names=("x", "y"), path=("c",)), b'{"c": "y", "d": "x"}', 1),
+        (LabelReader(required=True, num_labels=2, kind="regression", path=("c",)), b'{"c": [1, 2.5]}', (1, 2.5)),
+        (LabelReader(required=True, num_labels=1, kind="regression", path=("c",)), b'{"c": 3}', (3,)),
+    ],
+)
+def test_read(reader: LabelReader, data: bytes | None, label: Any) -> None:
+    assert reader.read(data) == label
+
+
+@pytest.mark.parametrize(
+    ("reader", "data", "says"),
+    [
+        (CLASSES, None, "it has no member with one"),
+        (CLASSES, b"", "'' is no whole number, nor one of cat, dog"),
+        (CLASSES, b"cow", "'cow' is no whole number, nor one of cat, dog"),
+        (CLASSES, b"1.5", "'1.5' is no whole number"),
+        (CLASSES, b"3", "3, with model.num_labels=3"),
+        (CLASSES, b"-1", "-1, which stands for none"),
+        (CLASSES, b"\xff1", "is no text"),
+        (SHARES, b"0 1", r"2 number\(s\), with model.num_labels=3"),
+        (SHARES, b"0 1 2", r"each in \[0, 1\]"),
+        (SHARES, b"a b c", r"is not 3 number\(s\)"),
+        (PAIR, b"1 nan", "must be finite"),
+        (LabelReader(required=True, path=("a",)), b'{"b": 1}', "its JSON has no a"),
+        (LabelReader(required=True, path=("a",)), b'{"a": ', "is no JSON"),
+        (LabelReader(required=True, num_labels=3, path=("a",)), b'{"a": null}', "'null' is no whole number"),
+        (LabelReader(required=True, num_labels=3, path=("a",)), b'{"a": true}', "'true' is no whole number"),
+    ],
+)
+def test_refused_with_the_reason(reader: LabelReader, data: bytes | None, says: str) -> None:
+    with pytest.raises(BadSample, match=says):
+        reader.read(data)
+
+
+def test_a_run_reads_what_its_objective_needs(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("train: {steps: 1}\nobjective: {name: classification}\ndata: {label: json.class.id}")
+    config = load_config(path, ["model.id2label=[a, b]"])
+    reader = LabelReader.of(config)
+    assert (config.data.label_extension, config.data.label_path) == ("json", ("class", "id"))
+    assert reader == LabelReader(True, 2, names=("a", "b"), path=("class", "id"))
+    assert LabelReader.of(load_config(path, ["objective.name=mae"])) == LabelReader(path=("class", "id"))
+    many = load_config(path, ["model.problem_type=multi_label_classification", "model.num_labels=7", "data.label=tags"])
+    assert LabelReader.of(many) == LabelReader(True, 7, kind="multi_label_classification")
+    assert many.data.label_extension == "tags"
+
+
+def test_counted_from_the_tables(tmp_path: Path) -> None:
+    index = write_shards(tmp_path, [12, 13])
+    counts = count_labels(index, "cls", LabelReader(required=True, num_labels=9))
+    assert dict(counts.classes) == {**dict.fromkeys(range(9), 2), **dict.fromkeys(range(5), 3)}
+    assert (counts.good, counts.bad) == (23, 2)
+    assert counts.first_bad == "s000/000009: 9, with model.num_labels=9"
+    training, validation = split(index, "cls", 0.4)
+    parts = [count_labels(index, "cls", LabelReader(), part) for part in (training, validation)]
+    assert sum(part.good for part in parts) == 25
+    assert parts[1].good == validation.total
+
+
+def test_long_labels_are_not_in_the_tables(tmp_path: Path) -> None:
+    text = json.dumps({"class": 1, "caption": "x" * 5000}).encode()
+    path = write_tar(
+        tmp_path / "a.tar", [("1.jpg", photo(1)), ("1.json", text), ("2.jpg", photo(2)), ("2.json", b"{}")]
+    )
+    index = build_index([str(path)], label="json")
+    counts = count_labels(index, "json", LabelReader(required=True, num_labels=3, path=("class",)))
+    assert (counts.too_long, counts.good, counts.bad) == (1, 0, 1)

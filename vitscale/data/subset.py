@@ -1,0 +1,100 @@
+"""Some of the samples of an index: a split for validation, and an order over it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from vitscale import rng
+from vitscale.data.index import ShardIndex
+from vitscale.data.order import Refs, SampleOrder
+from vitscale.errors import DataError
+
+_PLACE = (1 << 32) - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """For each shard the places of its samples that belong to it."""
+
+    starts: np.ndarray  # int64 [shards + 1]: where each shard's begin in `places`
+    places: np.ndarray  # int32 [samples], ascending within a shard
+
+    @property
+    def counts(self) -> np.ndarray:
+        """int64 [shards]"""
+        return np.diff(self.starts)
+
+    @property
+    def total(self) -> int:
+        return len(self.places)
+
+    def of_shard(self, shard: int) -> np.ndarray:
+        return self.places[self.starts[shard] : self.starts[shard + 1]]
+
+    def ids(self, ids: np.ndarray) -> np.ndarray:
+        """shard << 32 | number among the shard's chosen ones -> the sample's id; int64 [n]."""
+        shards = ids >> 32
+        return (shards << 32) | self.places[self.starts[shards] + (ids & _PLACE)]
+
+
+def split(index: ShardIndex, label: str, fraction: float) -> tuple[Subset, Subset]:
+    """(training, validation): each sample on one side, by a hash of its key and of nothing else.
+
+    So the split stays whatever the order, the shards or other samples are; samples of the same key are on one side.
+    `fraction`: of validation. Reads the tables of all shards. DataError where one side is empty.
+    """
+    index.complete_tables(label)
+    sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for shard in range(len(index.paths)):
+        hashes = index.table(shard, label).key_hash.astype(np.int64)
+        held_out = rng.uniform(hashes, "validation", 1)[:, 0] < fraction
+        for side, chosen in zip(sides, (~held_out, held_out), strict=True):
+            side.append(np.flatnonzero(chosen).astype(np.int32))
+    training, validation = (
+        Subset(np.concatenate([[0], np.cumsum([len(of_shard) for of_shard in side])]), np.concatenate(side))
+        for side in sides
+    )
+    if not training.total or not validation.total:
+        raise DataError(
+            f"data.validation_fraction={fraction}: leaves {training.total} samples to train on and {validation.total} "
+            "to validate on; change it, or name shards of their own as data.validation"
+        )
+    return training, validation
+
+
+@dataclass(frozen=True, eq=False)
+class SubsetOrder:
+    """A SampleOrder over a subset's counts, as one of the index's samples."""
+
+    order: SampleOrder
+    subset: Subset
+
+    @property
+    def epochs(self) -> int | None:
+        return self.order.epochs
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self.order.batches_per_epoch
+
+    @property
+    def lanes(self) -> int:
+        return self.order.lanes
+
+    @property
+    def block(self) -> int:
+        return self.order.block
+
+    def refs(self, batch: int, first_slot: int, last_slot: int) -> Refs:
+        return self._resolved(self.order.refs(batch, first_slot, last_slot))
+
+    def candidates(self, batch: int, slot: int) -> Refs:
+        return self._resolved(self.order.candidates(batch, slot))
+
+    def shards_ahead(self, batch: int, first_slot: int, last_slot: int, samples: int) -> np.ndarray:
+        return self.order.shards_ahead(batch, first_slot, last_slot, samples)
+
+    def _resolved(self, refs: Refs) -> Refs:
+        return replace(refs, ids=self.subset.ids(refs.ids))
