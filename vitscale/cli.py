@@ -33,8 +33,21 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     here = world.enter()
     from vitscale.run.job import pretrain
 
-    code = pretrain(_config(arguments), here)
-    # torchrun takes every code but 0 for a failure and says so in forty lines; the launcher reads exit.json.
+    return _to_launcher(pretrain(_config(arguments), here), here)
+
+
+def _finetune(arguments: argparse.Namespace) -> int:
+    world.require_started_once()
+    here = world.enter()
+    from vitscale.config.load import load_config
+    from vitscale.run.finetune import complete, finetune
+
+    code = finetune(load_config(arguments.config, arguments.overrides, complete), here)
+    return _to_launcher(code, here)
+
+
+def _to_launcher(code: int, here: world.World) -> int:
+    """torchrun takes every code but 0 for a failure and says so in forty lines; the launcher reads exit.json."""
     return DONE if code == STOPPED and here.supervised and here.world_size > 1 else code
 
 
@@ -155,6 +168,8 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("overrides", metavar="dotted.key=value", nargs="*", help="laid over the file")
 
     takes_config(verb("pretrain", _pretrain, "train, or go on where this run stopped"))
+    text = "train a pretrained encoder on labels, or go on where this run stopped"
+    takes_config(verb("finetune", _finetune, text))
     shown = verb("config", _print_config, "print the resolved config")
     takes_config(shown)
     shown.add_argument("--ranks", type=inference.above_zero, metavar="N", default=1, help="to check for (default: 1)")

@@ -58,6 +58,10 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def validation(self) -> Path:
+        return self.path / "validation.json"
+
+    @property
     def shards(self) -> Path:
         return self.path / "shards.json"
 

@@ -105,8 +105,9 @@ def save_checkpoint(
     ranks: Ranks,
     keep: int,
     report: Callable[[str], None] = to_stderr,
+    kept_step: int | None = None,
 ) -> Path:
-    """Save what the ranks hold as `root/step_XXXXXXXX`, then keep the newest `keep` checkpoints.
+    """Save what the ranks hold as `root/step_XXXXXXXX`, then keep the newest `keep` checkpoints, and that of kept_step.
 
     A collective. `pieces`: this rank's; together they give each element of each tensor once (asserted).
     `state`: JSON-able, rank 0's is kept. Raises CheckpointError on every rank when any rank fails; nothing is
@@ -128,7 +129,7 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)  # what cannot be removed now is swept by the next save
         raise
     if ranks.rank == 0:
-        _retire(root, step, keep, report)
+        _retire(root, step, keep, report, kept_step)
     return target
 
 
@@ -211,7 +212,7 @@ def _publish(temporary: Path, target: Path, manifest: dict[str, Any], tables: Se
     on_progress("root_synced")
 
 
-def _retire(root: Path, step: int, keep: int, report: Callable[[str], None]) -> None:
+def _retire(root: Path, step: int, keep: int, report: Callable[[str], None], kept_step: int | None) -> None:
     """Rank 0: remove checkpoints that the one of `step` makes superfluous; failing to is reported, not fatal."""
     try:
         for old in root.glob(".old-step_*"):
@@ -226,7 +227,10 @@ def _retire(root: Path, step: int, keep: int, report: Callable[[str], None]) -> 
                 shutil.rmtree(older, ignore_errors=True)
             folder.rename(aside)
             report(f"{folder}: later than the step just saved, so not of this run's past; set aside as {aside.name}")
+        spared = None if kept_step is None else root / folder_name(kept_step)
         for folder in folders[saved + keep :]:
+            if folder == spared:
+                continue
             doomed = folder.with_name(f".tmp-{folder.name}")  # so that a half-deleted folder is never a candidate
             folder.rename(doomed)
             on_progress("retiring")

@@ -75,6 +75,7 @@ def check_config(config: RunConfig, world: World) -> None:
     _check_model(config)
     _check_objective(config)
     _check_augment(config)
+    _check_validation(config)
     _check_parallel(config, world)
     train = config.train
     if train.steps is None and train.epochs is None:
@@ -138,6 +139,37 @@ def _check_model(config: RunConfig) -> None:
                 f"augment.{name}={list(values)}: needs one number for all channels or "
                 f"{model.num_channels}, one for each of model.num_channels"
             )
+
+
+def _check_validation(config: RunConfig) -> None:
+    data, train, objective = config.data, config.train, config.objective
+    if data.validation and data.validation_fraction:
+        raise ConfigError(
+            f"data.validation_fraction={data.validation_fraction}: is for a run without data.validation; set it to 0"
+        )
+    if has_validation(config) and objective.name != "classification":
+        raise ConfigError(
+            f"data.validation: scores labels, and objective.name={objective.name}; take objective.name=classification, "
+            "or evaluate the run when it is done (vitscale evaluate)"
+        )
+    if train.keep_best is not None and not has_validation(config):
+        raise ConfigError(
+            f"train.keep_best={train.keep_best}: there is nothing to score: name data.validation, or set "
+            "data.validation_fraction=0.1"
+        )
+    weights, classes = objective.classification.class_weights, config.model.num_labels
+    if weights is not None and not has_classes(config):
+        raise ConfigError(
+            f"objective.classification.class_weights={weights}: is for one class an image; set it to null"
+        )
+    if isinstance(weights, tuple) and len(weights) != classes:
+        raise ConfigError(
+            f"objective.classification.class_weights: are {len(weights)}, and model.num_labels={classes}; give one a "
+            "class"
+        )
+    blocks = config.model.num_hidden_layers
+    if train.freeze > blocks:
+        raise ConfigError(f"train.freeze={train.freeze}: the model has {blocks} blocks; set train.freeze={blocks}")
 
 
 def _check_augment(config: RunConfig) -> None:
@@ -245,6 +277,10 @@ def problem_type(config: RunConfig) -> str | None:
         return None
     is_regression = config.objective.name != "multitask" and config.model.num_labels == 1
     return config.model.problem_type or ("regression" if is_regression else "single_label_classification")
+
+
+def has_validation(config: RunConfig) -> bool:
+    return bool(config.data.validation or config.data.validation_fraction)
 
 
 def has_classes(config: RunConfig) -> bool:

@@ -7,7 +7,7 @@ can say where the value stands.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -31,9 +31,12 @@ _RECORDS = {
 }
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: Iterable[str] = (), complete: Callable[[Flat], Flat] | None = None
+) -> RunConfig:
     """Read a config file and `dotted.key=value` overrides.
 
+    complete: from the keys that are written, further ones, which stand below them.
     Raises ConfigError for a missing file, broken YAML, an unknown key or a value of the wrong type.
     """
     merged: Flat = {}
@@ -45,6 +48,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     if merged.get("augment.preset") in augmentation.PRESETS:  # the schema refuses another one
         keys = augmentation.PRESETS[merged["augment.preset"]]
         merged = {f"augment.{name}": value for name, value in keys.items()} | merged
+    if complete is not None:
+        merged = complete(merged) | merged
     if merged.get("model.id2label") is not None:
         merged.setdefault("model.num_labels", len(merged["model.id2label"]))
     return _build(RunConfig, merged, "")

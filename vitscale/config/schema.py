@@ -121,11 +121,22 @@ class SimMIM:
 
 @dataclass(frozen=True)
 class Classification:
+    """Of classes, of several labels at once or of numbers, as model.problem_type says."""
+
     label_smoothing: float = 0.0
+    loss: str | None = None  # ce, or bce: each class a question of its own (DeiT III); null: by the problem type
+    class_weights: str | tuple[float, ...] | None = None  # of the classes' losses: a list, or balanced: as
+    # 1 / frequency, with a mean over the samples of 1; null: all the same
 
     def __post_init__(self) -> None:
         value = self.label_smoothing
         require(0 <= value < 1, "objective.classification.label_smoothing", value, "in [0, 1)")
+        if self.loss is not None:
+            one_of("objective.classification.loss", self.loss, ("ce", "bce"))
+        weights = self.class_weights
+        fits = weights in (None, "balanced") if isinstance(weights, str | None) else min(weights, default=-1.0) >= 0
+        rule = "balanced, or numbers of 0 or more, one a class, or null"
+        require(fits, "objective.classification.class_weights", weights, rule)
 
 
 @dataclass(frozen=True)
@@ -213,6 +224,7 @@ class Optimizer:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.05
+    layer_decay: float = 1.0  # lr of each block over that of the one behind it (fine-tuning; MAE: 0.65 to 0.75)
     clip: float = 0.0  # largest gradient norm; 0: no clipping
     warmup: float = 0.05  # share of all steps in which lr grows linearly from 0
     min_lr: float = 0.0  # where the cosine ends, scaled as lr is
@@ -223,6 +235,7 @@ class Optimizer:
         require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas, "each in [0, 1)")
         require(self.eps > 0, "optimizer.eps", self.eps, "above 0")
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        require(0 < self.layer_decay <= 1, "optimizer.layer_decay", self.layer_decay, "in (0, 1]")
         require(self.clip >= 0, "optimizer.clip", self.clip, "0 (none) or more")
         require(0 <= self.warmup < 1, "optimizer.warmup", self.warmup, "a share of all steps, in [0, 1)")
         # Above the peak the cosine would rise to the end, which no one means by a floor.
@@ -240,6 +253,9 @@ class Train:
     compile: bool = False  # torch.compile of each block
     deterministic: bool = False  # only algorithms that give the same bits each time; on a GPU slower ones
     ema_decay: float | None = None  # of the weights' moving average, which is evaluated and exported; null: none
+    freeze: int = 0  # so many blocks from the input on, and the patch embedding, stay as they are; -1: the encoder
+    keep_best: str | None = None  # the checkpoint with the best of this score is kept and exported: validation/top1
+    early_stopping: int | None = None  # validations in a row without a better train.keep_best that end the run
     max_skipped_steps: int = 5  # steps in a row with a non-finite gradient before the run stops
 
     def __post_init__(self) -> None:
@@ -250,6 +266,13 @@ class Train:
         one_of("train.precision", self.precision, PRECISIONS)
         decay = self.ema_decay
         require(decay is None or 0 < decay < 1, "train.ema_decay", decay, "in (0, 1) or null")
+        require(self.freeze >= -1, "train.freeze", self.freeze, "blocks, or -1 for the whole encoder")
+        stops = self.early_stopping
+        require(stops is None or stops > 0, "train.early_stopping", stops, "above 0 or null")
+        best = self.keep_best
+        rule = "validation/NAME, say validation/top1, or null"
+        require(best is None or best.startswith("validation/"), "train.keep_best", best, rule)
+        require(stops is None or best is not None, "train.early_stopping", stops, "null without train.keep_best")
         require(self.max_skipped_steps > 0, "train.max_skipped_steps", self.max_skipped_steps, "above 0")
 
 
@@ -304,8 +327,10 @@ class Log:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`vitscale evaluate`: frozen features scored on held-out images."""
+    """How often data.validation is scored in training; and `vitscale evaluate`: frozen features on held-out images."""
 
+    every_steps: int | None = None  # one of the two, or neither: at the end alone
+    every_epochs: float | None = None
     train: tuple[Source, ...] = ()  # labelled shards to fit on; empty: data.train
     test: tuple[Source, ...] = ()  # held-out labelled shards
     crop_fraction: float = 0.875  # side of the centre crop, of the image's shorter side
@@ -315,6 +340,10 @@ class Evaluation:
     def __post_init__(self) -> None:
         value = self.crop_fraction
         require(0 < value <= 1, "evaluation.crop_fraction", value, "in (0, 1]")
+        steps, epochs = self.every_steps, self.every_epochs
+        require(steps is None or steps > 0, "evaluation.every_steps", steps, "above 0 or null")
+        require(epochs is None or epochs > 0, "evaluation.every_epochs", epochs, "above 0 or null")
+        require(None in (steps, epochs), "evaluation.every_steps", steps, "null beside evaluation.every_epochs")
         require(self.neighbours > 0, "evaluation.neighbours", self.neighbours, "above 0")
         require(self.batch > 0, "evaluation.batch", self.batch, "above 0")
 

@@ -170,12 +170,17 @@ def _cut(samples: list[PackedSample], most_samples: int, most_bytes: int) -> lis
     return shards
 
 
+def class_folders(folder: Path) -> list[str]:
+    """The names of a folder's classes, by their labels; none where it is flat."""
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
 def _find(folder: Path) -> tuple[list[PackedSample], list[str]]:
     """All images of a folder with their labels, and the names of the classes (none where it is flat)."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; name one with images, or with one folder of images a class")
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    classes = [entry.name for entry in entries if entry.is_dir()]
+    classes = class_folders(folder)
     loose = [entry for entry in entries if entry.is_file() and _kind(entry) in IMAGE_KINDS]
     if classes and loose:
         raise DataError(

@@ -110,17 +110,23 @@ class Engine:
         metrics = {name: float(value) / self.accumulation for name, value in metric_sums.items()}
         return StepResult(float(loss_sum) / self.accumulation, metrics, norm, applied)
 
-    def evaluate(self, batches: Iterable[T], forwards: int, measure: Measure[T]) -> dict[str, float]:
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def evaluate(
+        self, batches: Iterable[T], forwards: int, measure: Measure[T], average: bool = True
+    ) -> dict[str, float]:
         """Sums by name of `measure(output, batch)` (tensors of one element) over the batches of all ranks.
 
         A collective: every rank does exactly `forwards` forwards, since under ZeRO-3 all take part in each. A rank
         whose batches end before that repeats its last one, which is not counted again; each rank needs at least one.
-        In evaluation mode, without gradients, with the weights' moving average where there is one; the steps that
-        follow are the same bits as without it.
+        In evaluation mode, without gradients, with the weights' moving average where there is one and `average` asks
+        for it; the steps that follow are the same bits as without it.
         """
         source, last = iter(batches), None
         sums: dict[str, torch.Tensor] = {}
-        with self._for_evaluation():
+        with self._for_evaluation(average):
             for _ in range(forwards):
                 fresh = next(source, None)
                 last = last if fresh is None else fresh
@@ -131,19 +137,20 @@ class Engine:
         return self.ranks.sum({name: float(value) for name, value in sums.items()})
 
     @contextlib.contextmanager
-    def _for_evaluation(self) -> Iterator[None]:
+    def _for_evaluation(self, average: bool) -> Iterator[None]:
+        ema = self.ema if average else None
         self.model.eval()
-        self._exchange_ema()
+        self._exchange(ema)
         try:
             with torch.no_grad():
                 yield
         finally:
-            self._exchange_ema()
+            self._exchange(ema)
             self.model.train()
 
-    def _exchange_ema(self) -> None:
-        if self.ema:
-            self.ema.exchange(self.fragments)
+    def _exchange(self, ema: Ema | None) -> None:
+        if ema is not None:
+            ema.exchange(self.fragments)
             zero_state.spread_weights(self.optimizer, self.stage)
 
     def warm_up(self, inputs: Inputs) -> None:

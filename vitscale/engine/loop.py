@@ -66,6 +66,12 @@ class TrainState:
     epoch: int = 0
     skipped: int = 0  # steps whose gradient was not finite
     bad: dict[str, int] = field(default_factory=dict)  # replaced samples by cause
+    best: dict[str, Any] | None = None  # of train.keep_best: its `metric`, `value` and `step`
+    without_better: int = 0  # validations since then
+    early_stopped: bool = False  # then there is nothing more to train
+
+    def is_done(self, total_steps: int) -> bool:
+        return self.early_stopped or self.step >= total_steps
 
 
 @dataclass(frozen=True)
@@ -124,18 +130,18 @@ class TrainingLoop:
     _waiting: list[MicroBatch] = field(default_factory=list, init=False)  # of the warm-up; the first step takes it
 
     def run(self) -> bool:
-        """Train from `state` to `total_steps`; True when it got there, False when asked to stop before.
+        """Train from `state` to `total_steps`, or until a task ends it early; False when asked to stop before.
 
         Raises Diverged or DataError at the guards' limits, on all ranks at once.
         """
         state, batch = self.state, self.config.train.global_batch
         step_guard = StepGuard(self.config.train.max_skipped_steps, state.skipped)
         sample_guard = SampleGuard(self.config.data.max_bad_fraction, state.bad)
-        if state.step < self.total_steps:
+        if not state.is_done(self.total_steps):
             self._waiting.append(next(self.feed))
             self.engine.warm_up(self._waiting[0].inputs)
             self.feed.read_seconds()  # the wait for the first batch is the start's
-        while state.step < self.total_steps:
+        while not state.is_done(self.total_steps):
             lr = lr_at(state.step, self.total_steps, self.config)
             result, consumed = self._step(lr)
             report = self._report(result, consumed).reduced(self.engine.ranks)
@@ -150,13 +156,13 @@ class TrainingLoop:
             state.skipped = step_guard.skipped
             row = _row(state, report, lr)
             for task in self.tasks:
-                at_end = state.step == self.total_steps or (report.stop and task.at_stop)
+                at_end = state.is_done(self.total_steps) or (report.stop and task.at_stop)
                 if at_end or task.due(state.step):
                     with self.meters.measure(task.name):
                         task.run(state, row)
             if report.stop:
                 break
-        return state.step >= self.total_steps
+        return state.is_done(self.total_steps)
 
     def _step(self, lr: float) -> tuple[StepResult, list[Consumed]]:
         """One optimizer step on this rank; also what is known of the micro-batches it took."""

@@ -248,11 +248,16 @@ class ViTImageProcessor:
         return values
 
 
-def processor_dict(config: ViTConfig, image_mean: Sequence[float], image_std: Sequence[float]) -> dict[str, Any]:
+def processor_dict(
+    config: ViTConfig, image_mean: Sequence[float], image_std: Sequence[float], crop: float | None = None
+) -> dict[str, Any]:
     """preprocessor_config.json for a model: bicubic to the model's size, [0, 1], normalized.
 
-    image_mean, image_std: one number, or one a channel.
+    image_mean, image_std: one number, or one a channel. crop: the side of a centre crop as a share of the shorter side,
+    for square images; None: all of the image is squeezed to the size.
     """
+    height, width = pair(config.image_size)
+    crops = crop is not None and height == width
     channels = config.num_channels
     mean, std = (list(each) * channels if len(each) == 1 else list(each) for each in (image_mean, image_std))
     if len(mean) != channels or len(std) != channels:
@@ -261,7 +266,9 @@ def processor_dict(config: ViTConfig, image_mean: Sequence[float], image_std: Se
         )
     return ViTImageProcessor(
         do_convert_rgb=channels == 3,
-        size=pair(config.image_size),
+        size={"shortest_edge": round(height / crop)} if crop and crops else (height, width),
+        do_center_crop=crops,
+        crop_size=(height, width),
         resample=Image.Resampling.BICUBIC,
         image_mean=mean,
         image_std=std,

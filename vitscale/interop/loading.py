@@ -161,26 +161,33 @@ def load_pretrained(
 
 
 @torch.no_grad()
-def start_from(model: ViTPreTrainedModel, folder: str | Path) -> LoadReport:
-    """Let a new model of any objective start from the weights of a model's or a run's folder.
+def start_from(model: ViTPreTrainedModel, folder: str | Path, adapt: bool = False) -> LoadReport:
+    """Let a new model of any objective start from the weights of a model's or a run's folder, or a name on the hub.
 
     The encoder must be in the folder whole, of the same shape and grid (else CheckpointError, and the
-    model is as it was); a head, decoder or mask token is taken where name and shape agree.
+    model is as it was); a head, decoder or mask token is taken where name and shape agree. adapt: positions and patch
+    projection are made to fit another image size and other channels, as from_pretrained does.
     """
     saved = read_source(folder, type(model), _left_open(model.config, {}))
     for note in saved.notes:
         to_stderr(f"{folder}: {note}")
-    tensors = _from_encoder(saved)
+    tensors, adapted = _from_encoder(saved), []
+    for name in (_PROJECTION, *_POSITIONS) if adapt else ():
+        made, how = _adapted(name, tensors[name], saved.config, model.config) if name in tensors else (None, "")
+        if made is not None:
+            tensors[name] = made
+            adapted.append(f"{name} {how}")
     parameters = dict(model.named_parameters())
     taken = {name for name, value in parameters.items() if name in tensors and tensors[name].shape == value.shape}
     encoder = {name: value for name, value in parameters.items() if name.startswith(ENCODER)}
     encoder.pop(f"{ENCODER}embeddings.mask_token", None)
     require_equal(shapes(encoder), shapes({name: tensors[name] for name in encoder if name in tensors}), str(folder))
-    if grids := _grids(saved.config, model.config, "instead of"):
+    if not adapt and (grids := _grids(saved.config, model.config, "instead of")):
         refuse(str(folder), other=[f"{name} {grids}" for name in _POSITIONS if name in taken])
     for name in taken:
         parameters[name].copy_(tensors[name])
-    return LoadReport(fresh=sorted(parameters.keys() - taken), unused=_unused(model, tensors, taken, saved))
+    unused = _unused(model, tensors, taken, saved)
+    return LoadReport(fresh=sorted(parameters.keys() - taken), unused=unused, adapted=adapted)
 
 
 def _left_open(config: ViTConfig | None, overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitscale.config.check import has_validation
 from vitscale.config.schema import RunConfig
 from vitscale.errors import CheckpointError
 from vitscale.files.model_folder import CONFIG, PROCESSOR, as_text, read_json
@@ -52,7 +53,8 @@ class SavedModel:
 def save_run_model(folder: str | Path, config: RunConfig, state: State) -> None:
     """`save_model` for the model of a run."""
     name = OBJECTIVES[config.objective.name].__name__
-    save_model(folder, name, vit_config(config), state, config.augment.mean, config.augment.std)
+    crop = config.evaluation.crop_fraction if has_validation(config) else None  # as its scores were measured
+    save_model(folder, name, vit_config(config), state, config.augment.mean, config.augment.std, crop=crop)
 
 
 def save_model(
@@ -63,17 +65,18 @@ def save_model(
     image_mean: Sequence[float],
     image_std: Sequence[float],
     max_shard_size: int | str = MAX_SHARD_SIZE,
+    crop: float | None = None,
 ) -> None:
     """Write a model's folder.
 
     `state`: the model's `state_dict()` or its named parameters, tensors or arrays by our names;
-    `image_mean`, `image_std`: what pixels in [0, 1] were normalized by, one number or one a channel.
-    Raises CheckpointError where names or shapes are not those of the model.
+    `image_mean`, `image_std`: what pixels in [0, 1] were normalized by, one number or one a channel; crop: see
+    processor_dict. Raises CheckpointError where names or shapes are not those of the model.
     """
     model = _skeleton(CLASSES[class_name], config, state)
     tensors = {name: torch.as_tensor(value).detach().cpu() for name, value in state.items()}
     require_equal(shapes(model.state_dict()), shapes(tensors), f"the state of {class_name}")
-    processor = processor_dict(config, image_mean, image_std)
+    processor = processor_dict(config, image_mean, image_std, crop)
     write_model(folder, class_name, config, tensors | fixed_positions(model), max_shard_size, {PROCESSOR: processor})
 
 

@@ -23,6 +23,7 @@ from types import FrameType
 from vitscale.config.check import check_config
 from vitscale.config.load import load_config
 from vitscale.config.schema import RunConfig
+from vitscale.data.image_folder import is_image_folder
 from vitscale.data.index import open_index
 from vitscale.errors import ConfigError, LaunchError, VitscaleError
 from vitscale.launch.snapshot import keep_snapshot
@@ -111,26 +112,29 @@ def _visible_gpus() -> int:
 def prepare(arguments: Sequence[str], layout: Layout, script: str, patience_s: float = 0.0) -> RunFolder:
     """Check config, world and data before there is any rank, clear what an earlier start left, keep a snapshot.
 
-    `arguments`: `pretrain CONFIG.yaml [dotted.key=value ...]`; `script`: the launch script, for the record;
+    `arguments`: `pretrain|finetune CONFIG.yaml [dotted.key=value ...]`; `script`: the launch script, for the record;
     `patience_s`: how long to wait for a folder that is in use. Shards not yet counted are counted here, however
     long that takes: ranks that wait for each other give up after parallel.timeout_s.
     """
     config = read_config(arguments)
-    check_config(config, layout.world())
+    if arguments[0] == "pretrain":  # finetune's keys are complete once the encoder is looked at
+        check_config(config, layout.world())
     folder = RunFolder.at(config.run.dir, config.run.name)
     with folder.locked(shared=True, patience_s=patience_s):
         folder.clear_exit()
         folder.stop.unlink(missing_ok=True)
-        if config.data.train:  # without any, the run itself says what to give
-            open_index(config.data.train, config.data.index, folder.path, label=config.data.label)
+        train = config.data.train
+        if train and not is_image_folder(train[0].pattern):  # without any, the run itself says what to give
+            open_index(train, config.data.index, folder.path, label=config.data.label_extension)
         keep_snapshot(folder, Path(arguments[1]), [script, *arguments])
     return folder
 
 
 def read_config(arguments: Sequence[str]) -> RunConfig:
-    """The RunConfig that `pretrain CONFIG.yaml [dotted.key=value ...]` means."""
-    if len(arguments) < 2 or arguments[0] != "pretrain":
-        raise ConfigError(f"arguments {' '.join(arguments)!r}: must be pretrain CONFIG.yaml [dotted.key=value ...]")
+    """The RunConfig that `pretrain|finetune CONFIG.yaml [dotted.key=value ...]` means."""
+    if len(arguments) < 2 or arguments[0] not in ("pretrain", "finetune"):
+        rule = "must be pretrain or finetune CONFIG.yaml [dotted.key=value ...]"
+        raise ConfigError(f"arguments {' '.join(arguments)!r}: {rule}")
     return load_config(arguments[1], arguments[2:])
 
 

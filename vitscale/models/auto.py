@@ -57,7 +57,7 @@ def vit_config(config: RunConfig) -> ViTConfig:
     if objective.needs_labels:
         names = None if model.id2label is None else dict(enumerate(model.id2label))
         keys |= {"num_labels": model.num_labels, "id2label": names, "problem_type": model.problem_type}
-        keys |= _values(objective.classification)
+        keys["label_smoothing"] = objective.classification.label_smoothing
     if objective.name in ("simmim", "multitask"):
         keys |= {**_values(objective.simmim), "mask_patch": mask_patch(config), "encoder_stride": model.patch_size}
     if objective.name == "classification":

@@ -26,6 +26,7 @@ class ViTForImageClassification(ViTPreTrainedModel):
         self.vit = ViTModel(config, add_pooling_layer=False)
         self.fc_norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.fc_norm else nn.Identity()
         self.classifier = nn.Linear(width, config.num_labels) if config.num_labels else nn.Identity()
+        self.loss_function: Loss | None = None  # of a call that gives none; None: classification_loss
 
     @can_return_tuple
     def forward(
@@ -44,6 +45,7 @@ class ViTForImageClassification(ViTPreTrainedModel):
         value, metrics = None, {}
         if labels is not None:
             config = self.config
+            loss = loss or self.loss_function
             value = classification_loss(config, logits, labels) if loss is None else loss(logits.float(), labels)
             if are_classes(logits, labels) and problem_type(config, labels) == "single_label_classification":
                 metrics = {"accuracy": label_metrics(logits, labels)["correct"]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,33 @@ def classification_loss(config: ViTConfig, logits: Tensor, labels: Tensor) -> Te
     if kind == "regression":
         return F.mse_loss(logits.float().view(labels.shape), labels.float())
     return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
+
+
+def supervised_loss(config: ViTConfig, kind: str | None, class_weights: Sequence[float] | None) -> Loss:
+    """The loss of a run that trains on labels: `classification_loss`, or what its config asks for beyond that.
+
+    kind: "bce": a yes or no for each class, mixed images being both of theirs (DeiT III, its engine.py); class_weights:
+    factors of the classes' losses. Divided by the number of images, whatever their weights, so that neither the
+    micro-batch nor the ranks matter.
+    """
+    weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        if kind != "bce" and weights is None:
+            return classification_loss(config, logits, labels)
+        _check_classes(logits, labels)
+        own = None if weights is None else weights.to(logits.device)
+        if kind == "bce":
+            shares = labels if labels.is_floating_point() else F.one_hot(labels.long(), logits.shape[1])
+            targets = (shares > 0).float() * (1 - config.label_smoothing) + config.label_smoothing / logits.shape[1]
+            return F.binary_cross_entropy_with_logits(logits.float(), targets, weight=own)
+        targets = labels.float() if labels.is_floating_point() else labels.long()
+        each = F.cross_entropy(
+            logits.float(), targets, weight=own, reduction="none", label_smoothing=config.label_smoothing
+        )
+        return each.sum() / len(labels)
+
+    return loss
 
 
 def are_classes(logits: Tensor, labels: Tensor) -> bool:

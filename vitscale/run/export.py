@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vitscale.checkpoint.store import MANIFEST, SoleRank, open_checkpoint, open_newest
+from vitscale.checkpoint.store import MANIFEST, SoleRank, folder_name, open_checkpoint, open_newest
 from vitscale.config.load import load_config
 from vitscale.errors import CheckpointError
 from vitscale.interop.pretrained import save_run_model
@@ -12,7 +12,7 @@ from vitscale.run_folder import RunFolder
 
 
 def export_run(source: Path, out: Path | None = None) -> Path:
-    """A run's newest good checkpoint (or a checkpoint folder) as a model folder; default: the run's model/.
+    """A run's best or else newest good checkpoint (or a checkpoint folder) as a model folder; default: its model/.
 
     Of trained weights it takes the moving average (train.ema_decay) where the checkpoint has one. On the
     CPU, from the pieces, without the world that made them.
@@ -26,6 +26,9 @@ def export_run(source: Path, out: Path | None = None) -> Path:
         )
     if folder.checkpoints.is_dir():
         checkpoint = open_newest(folder.checkpoints, SoleRank(), print)
+        best = checkpoint.state.get("best") if checkpoint is not None else None
+        if best is not None:  # of train.keep_best
+            checkpoint = open_checkpoint(folder.checkpoints / folder_name(best["step"]), SoleRank())
     else:
         folder = RunFolder(source.parent.parent)
         checkpoint = open_checkpoint(source, SoleRank())

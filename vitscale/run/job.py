@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,14 +18,17 @@ from vitscale.config.load import dump_config
 from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig
 from vitscale.data.crop import training_crop
+from vitscale.data.index import ShardIndex
 from vitscale.data.labels import LabelReader
 from vitscale.data.loader import Loader
+from vitscale.data.subset import Subset
 from vitscale.engine.backend import peak_memory
 from vitscale.engine.engine import Engine
 from vitscale.engine.loop import PeriodicTask, TrainingLoop, TrainState, every_n_steps
 from vitscale.engine.records import Records
-from vitscale.errors import VitscaleError
+from vitscale.errors import ConfigError, VitscaleError
 from vitscale.evaluation.figures import draw_curves
+from vitscale.evaluation.validation import Validation
 from vitscale.files.atomic import write_atomically
 from vitscale.files.header import CAUSES
 from vitscale.launch.snapshot import code_version, commit
@@ -32,7 +36,7 @@ from vitscale.models.auto import model_keys, new_model
 from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.run.export import export_run
 from vitscale.run.session import Session, config_digest, open_session
-from vitscale.run.start import keep_shards, order_keys, say_changed_keys, start
+from vitscale.run.start import is_early, keep_shards, order_keys, say_changed_keys, start
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder
 from vitscale.tracking.jsonl import JsonlFile
 from vitscale.tracking.meters import Meters
@@ -75,8 +79,11 @@ def run_locked(job: Job) -> int:
 class Job:
     """One start of a run: pretraining, and what other kinds of run share with it. Making it does no I/O.
 
-    Another kind of run overrides some of `build`, `engine`, `loader`, `augment`, `tasks` and `finish`.
+    Another kind of run overrides some of `prepare`, `look_at_data`, `build`, `engine`, `loader`, `augment`, `tasks` and
+    `finish`.
     """
+
+    adapts = False  # whether weights of another image size or other channels are made to fit
 
     def __init__(self, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world
@@ -84,20 +91,21 @@ class Job:
 
     def run(self) -> int:
         """From joining the process group to leaving it; DONE, or STOPPED with a checkpoint saved."""
-        session = open_session(self.config, self.world, self.folder)
-        model = self.build(session.config)
+        if self.world.is_main:
+            self.prepare()
+        session = open_session(self.config, self.world, self.folder, self.look_at_data, self.adapts)
+        model = self.build(session)
         parameters = model.num_parameters()  # ZeRO-3 leaves none of them whole
         checkpoint, state = start(session, model)
         self._describe(session, model, parameters)
-        done = state.step >= session.total_steps
+        done = state.is_done(session.total_steps)
         if not (done and self._is_finished(session, state)):
             with self._records(session, state) as records:
                 done = done or self._train(session, model, checkpoint, state, records)
                 if done:
                     self.finish(session, state, parameters)
                 records.status = "FINISHED" if done else "KILLED"
-        outcome = "done" if done else "stopped"
-        session.say(f"{outcome}: step {state.step} of {session.total_steps}")
+        session.say(f"{'done' if done else 'stopped'}: step {state.step} of {session.total_steps}{_of_best(state)}")
         session.stop.honour()
         code = DONE if done else STOPPED
         if self.world.is_main:
@@ -106,9 +114,15 @@ class Job:
         session.backend.close()
         return code
 
-    def build(self, config: RunConfig) -> ViTPreTrainedModel:
+    def prepare(self) -> None:
+        """What rank 0 does before it looks for the data."""
+
+    def look_at_data(self, config: RunConfig, index: ShardIndex, training: Subset | None) -> Any:
+        """What rank 0 finds in the data before it joins the others: `data_facts` of the session."""
+
+    def build(self, session: Session) -> ViTPreTrainedModel:
         """The model on the CPU with its initial values, the same on every rank."""
-        return new_model(config, config.run.seed)
+        return new_model(session.config, session.config.run.seed)
 
     def engine(self, session: Session, model: ViTPreTrainedModel) -> Engine:
         """The engine that trains `model`. See Backend.wrap for learning rates by parameter, and what is not decayed."""
@@ -141,7 +155,21 @@ class Job:
 
         A row is logged before its checkpoint is saved, or a kill between them would lose the row.
         """
-        config = session.config
+        config, checkpoints = session.config, session.config.checkpoint
+        validates, best_steps = _validation_steps(session), set[int]()
+        held_out = session.held_out
+        validation = None if held_out is None else Validation(config, session.world, held_out)
+
+        def validate(state: TrainState, row: dict[str, Any]) -> None:
+            assert validation is not None
+            outcome = validation.run(engine)
+            row |= outcome.scores
+            is_better = judge(state, outcome.scores, config)
+            if is_better:
+                best_steps.add(state.step)
+            if session.world.is_main and (is_better or config.train.keep_best is None):
+                content = {"step": state.step, "scores": outcome.scores, **outcome.details}
+                write_atomically(session.folder.validation, json.dumps(content) + "\n")
 
         def log(state: TrainState, row: dict[str, Any]) -> None:
             records.log(row | meters.read())
@@ -150,9 +178,11 @@ class Job:
             records.sync()  # a checkpoint must not know of rows that a power cut can take
             _save(session, engine, state)
 
+        logs, saves = every_n_steps(config.log.every_steps), every_n_steps(checkpoints.every_steps)
         return (
-            PeriodicTask("tracking", every_n_steps(config.log.every_steps), log),
-            PeriodicTask("save", every_n_steps(config.checkpoint.every_steps), save, at_stop=True),
+            *([PeriodicTask("evaluation", validates, validate)] if validation else []),
+            PeriodicTask("tracking", lambda step: logs(step) or validates(step), log),
+            PeriodicTask("save", lambda step: saves(step) or step in best_steps, save, at_stop=True),
         )
 
     def finish(self, session: Session, state: TrainState, parameters: int) -> None:
@@ -181,6 +211,7 @@ class Job:
             "skipped_steps": state.skipped,
             "bad_samples": state.bad,
             "model": str(out),
+            **({} if state.best is None else {"best": state.best}),
             "vitscale": __version__,
         }
         write_atomically(folder.summary, json.dumps(summary, indent=2) + "\n")
@@ -266,4 +297,40 @@ def _save(session: Session, engine: Engine, state: TrainState) -> None:
         "vitscale": __version__,
     }
     keep, folder = config.checkpoint.keep, session.folder.checkpoints
-    save_checkpoint(folder, state.step, engine.snapshot(), manifest, session.ranks, keep)
+    kept_step = None if state.best is None else int(state.best["step"])
+    save_checkpoint(folder, state.step, engine.snapshot(), manifest, session.ranks, keep, kept_step=kept_step)
+
+
+def _validation_steps(session: Session) -> Callable[[int], bool]:
+    """At which steps held-out images are scored, beside the last one."""
+    evaluation = session.config.evaluation
+    steps = evaluation.every_steps
+    if evaluation.every_epochs is not None:
+        steps = max(1, round(evaluation.every_epochs * session.order.batches_per_epoch))
+    return (lambda step: False) if steps is None or session.held_out is None else every_n_steps(steps)
+
+
+def judge(state: TrainState, scores: Mapping[str, float], config: RunConfig) -> bool:
+    """Whether these are the run's best scores so far, by train.keep_best; the state then says so, and whether the run
+    is to end early. ConfigError for a score that there is not."""
+    metric = config.train.keep_best
+    if metric is None:
+        return False
+    if metric not in scores:
+        raise ConfigError(f"train.keep_best={metric}: must be one of {', '.join(scores)}")
+    value, before = scores[metric], math.nan if state.best is None else state.best["value"]
+    sign = -1 if metric.rpartition("/")[2].removeprefix("raw_") in ("loss", "mse", "mae") else 1
+    is_better = not math.isnan(value) and not sign * value <= sign * before
+    if is_better:
+        finite = {name: score for name, score in scores.items() if math.isfinite(score)}
+        state.best = {"metric": metric, "value": value, "step": state.step, "scores": finite}
+    state.without_better = 0 if is_better else state.without_better + 1
+    state.early_stopped = is_early(state, config)
+    return is_better
+
+
+def _of_best(state: TrainState) -> str:
+    if state.best is None:
+        return ""
+    early = "; stopped early" if state.early_stopped else ""
+    return f"{early}; best {state.best['metric']} {state.best['value']:.4f} at step {state.best['step']}"

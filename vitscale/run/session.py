@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from vitscale import __version__
 from vitscale.config.check import has_classes
 from vitscale.config.load import dump_config
 from vitscale.config.schema import RunConfig
 from vitscale.data.index import ShardIndex, open_index, require_labels
-from vitscale.data.order import Order, training_order
+from vitscale.data.order import SampleOrder, training_order
+from vitscale.data.subset import Subset, SubsetOrder, split
 from vitscale.engine.backend import Backend
 from vitscale.engine.preempt import StopRequest
 from vitscale.engine.ranks import ProcessRanks
 from vitscale.errors import ConfigError, LaunchError
+from vitscale.evaluation.validation import HeldOut
 from vitscale.files.classes import class_names
 from vitscale.files.decode import choose_decoder
 from vitscale.run_folder import RunFolder
@@ -31,8 +35,11 @@ class Session:
     backend: Backend
     stop: StopRequest
     index: ShardIndex
-    order: Order
+    order: SampleOrder
     decoder: str
+    held_out: HeldOut | None  # what data.validation names, or data.validation_fraction sets apart
+    data_facts: Any = None  # what the job's `look_at_data` found
+    adapts: bool = False  # whether weights of another image size or other channels are made to fit
 
     @property
     def ranks(self) -> ProcessRanks:
@@ -50,13 +57,20 @@ class Session:
             print(line, flush=True)
 
 
-def open_session(config: RunConfig, world: World, folder: RunFolder) -> Session:
+# (the config with the classes' names, the index, what of it is trained on) -> what the job wants to know on all ranks
+LookAtData = Callable[[RunConfig, ShardIndex, Subset | None], Any]
+
+
+def open_session(
+    config: RunConfig, world: World, folder: RunFolder, look_at_data: LookAtData | None = None, adapts: bool = False
+) -> Session:
     """Join the ranks, open the index once for all of them, and check that all are of the same run.
 
-    Raises ConfigError, DataError or LaunchError.
+    look_at_data: called on rank 0 before it joins. Raises ConfigError, DataError or LaunchError.
     """
     # Rank 0 opens the index before it joins the others, so that a missing shard is an error at once.
     opened = _open_index(config, folder) if world.is_main else None
+    sides, held_out_index, facts = _held_out(config, folder, opened, look_at_data) if opened else (None, None, None)
     backend = Backend(config, world)
     packed = backend.ranks.broadcast(opened.to_bytes() if opened else None)
     # Not before: a rank that waits in C++ for the others could not answer a TERM.
@@ -65,8 +79,31 @@ def open_session(config: RunConfig, world: World, folder: RunFolder) -> Session:
     decoder = choose_decoder(config.data.decode)
     _require_agreement(config, backend.ranks, folder, index, decoder)
     config = _with_class_names(config, backend.ranks, index)
-    order = training_order(config, index.samples)
-    return Session(config, world, folder, backend, stop, index, order, decoder)
+    sides, held_out_index, facts = backend.ranks.gather((sides, held_out_index, facts))[0]
+    held_out = None
+    if held_out_index is not None:
+        held_out = HeldOut(ShardIndex.from_bytes(held_out_index))
+    order: SampleOrder = training_order(config, index.samples)
+    if sides is not None:
+        training, validation = sides
+        order, held_out = SubsetOrder(training_order(config, training.counts), training), HeldOut(index, validation)
+    return Session(config, world, folder, backend, stop, index, order, decoder, held_out, facts, adapts)
+
+
+def _held_out(
+    config: RunConfig, folder: RunFolder, index: ShardIndex, look_at_data: LookAtData | None
+) -> tuple[tuple[Subset, Subset] | None, bytes | None, Any]:
+    """Rank 0: the two sides of the index where it is split, the index of other shards to score on, the job's facts."""
+    data, label = config.data, config.data.label_extension
+    sides = split(index, label, data.validation_fraction) if data.validation_fraction else None
+    other = None
+    if data.validation:
+        opened = open_index(data.validation, None, folder.path, label=label)
+        require_labels(opened, label)
+        other = opened.to_bytes()
+    named = _named_classes(config, class_names(index.paths))
+    facts = look_at_data(named, index, sides and sides[0]) if look_at_data is not None else None
+    return sides, other, facts
 
 
 def config_digest(config: RunConfig) -> str:
@@ -89,8 +126,12 @@ def _with_class_names(config: RunConfig, ranks: ProcessRanks, index: ShardIndex)
     model = config.model
     if not has_classes(config) or not config.objective.needs_labels or model.id2label is not None:
         return config
-    names = ranks.gather(class_names(index.paths) if ranks.rank == 0 else None)[0]
-    if names is None or len(names) != model.num_labels:
+    return _named_classes(config, ranks.gather(class_names(index.paths) if ranks.rank == 0 else None)[0])
+
+
+def _named_classes(config: RunConfig, names: Sequence[str] | None) -> RunConfig:
+    model = config.model
+    if names is None or model.id2label is not None or len(names) != model.num_labels or not has_classes(config):
         return config
     return replace(config, model=replace(model, id2label=tuple(names)))
 

@@ -11,7 +11,7 @@ from typing import Any
 from vitscale.checkpoint.store import Checkpoint, open_checkpoint, open_newest
 from vitscale.config.check import lanes
 from vitscale.config.load import load_config
-from vitscale.config.schema import as_dict
+from vitscale.config.schema import RunConfig, as_dict
 from vitscale.data.index import ShardIndex
 from vitscale.engine.engine import load_weights
 from vitscale.engine.loop import TrainState
@@ -24,6 +24,8 @@ from vitscale.run.session import Session
 from vitscale.run_folder import RunFolder
 from vitscale.text import listed
 from vitscale.tracking.outbox import flat_params
+
+_USUAL = {"augment.repeats": 1, "data.validation_fraction": 0.0}  # with these a manifest does not name them
 
 
 def start(session: Session, model: ViTPreTrainedModel) -> tuple[Checkpoint | None, TrainState]:
@@ -43,15 +45,29 @@ def start(session: Session, model: ViTPreTrainedModel) -> tuple[Checkpoint | Non
         _require_same_model(session, checkpoint)
         _say_changes(session, checkpoint)
         load_weights(model, checkpoint)
-        return checkpoint, TrainState(**{item.name: checkpoint.state[item.name] for item in fields(TrainState)})
+        return checkpoint, _restored(checkpoint, config)
     if config.model.init_from:
-        report = start_from(model, Path(config.model.init_from))
+        report = start_from(model, config.model.init_from, adapt=session.adapts)
         session.say(f"start: weights of {config.model.init_from}")
-        for what, names in (("new here", report.fresh), ("of it not used", report.unused)):
+        for what, names in (("new here", report.fresh), ("adapted", report.adapted), ("not used", report.unused)):
             session.say(f"  {what}: {', '.join(names) or 'nothing'}")
     else:
         session.say("start: from scratch")
     return None, TrainState()
+
+
+def _restored(checkpoint: Checkpoint, config: RunConfig) -> TrainState:
+    """Where the run stood; what an older version did not save is at its default."""
+    names = [item.name for item in fields(TrainState) if item.name in checkpoint.state]
+    state = TrainState(**{name: checkpoint.state[name] for name in names})
+    state.early_stopped = is_early(state, config)
+    return state
+
+
+def is_early(state: TrainState, config: RunConfig) -> bool:
+    """Whether the run ends before its last step, by train.early_stopping as it is now."""
+    most = config.train.early_stopping
+    return most is not None and state.without_better >= most
 
 
 def order_keys(session: Session) -> dict[str, Any]:
@@ -64,15 +80,15 @@ def order_keys(session: Session) -> dict[str, Any]:
         "data.window": config.data.window,
         "the index": session.index.digest,
     }
-    repeats = config.augment.repeats
-    return keys if repeats == 1 else keys | {"augment.repeats": repeats}
+    optional = {"augment.repeats": config.augment.repeats, "data.validation_fraction": config.data.validation_fraction}
+    return keys | {name: value for name, value in optional.items() if value != _USUAL[name]}
 
 
 def _require_same_order(session: Session, checkpoint: Checkpoint) -> None:
     saved = checkpoint.state["order"]
     own = order_keys(session)
     for name in own | saved:
-        value, before = own.get(name, 1), saved.get(name, 1)  # augment.repeats may be in neither
+        value, before = own.get(name, _USUAL.get(name)), saved.get(name, _USUAL.get(name))
         if before != value:
             if name == "the index":
                 _require_same_shards(session, checkpoint)

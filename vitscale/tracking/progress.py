@@ -23,6 +23,8 @@ class Progress(TerminalLine):
             f"step {row['step']}/{self._total}  loss {_number(row.get('loss'), '.4f')}  "
             f"lr {_number(row.get('lr'), '.2e')}  {speed:,.0f} images/s  {duration(left)} left"
         )
+        for key in ("validation/loss", "validation/top1", "validation/map", "validation/mae"):
+            text += f"  {key} {_number(row[key], '.4f')}" if key in row else ""
         for key in ("skipped_steps", "bad_samples"):
             text += f"  {row[key]} {key.replace('_', ' ')}" if row.get(key) else ""
         if self._in_place:

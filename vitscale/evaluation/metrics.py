@@ -1,0 +1,81 @@
+"""Scores of predictions: fractions, errors and losses by problem type, from logits and labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn import metrics
+
+MOST_RANKED = 20_000_000  # logits that are sorted for areas under curves
+MOST_SHOWN = 200  # classes of a confusion matrix
+
+
+def scores_of(kind: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """By transformers' problem_type; logits float32 [n, classes]; labels int64 [n] or float32 like logits.
+
+    single_label_classification: loss (cross-entropy), top1, top5, balanced_accuracy, macro_f1, auc (the mean over
+    classes of each against the rest); multi_label_classification: loss (binary cross-entropy), map (the mean over
+    classes of the average precision), macro_f1 at 0.5, auc; regression: loss and mse, mae, r2. What cannot be told,
+    as the auc of a class that is absent, is left out.
+    """
+    if kind == "single_label_classification":
+        return _of_classes(logits, labels)
+    if kind == "multi_label_classification":
+        return _of_many_labels(logits, labels)
+    mse = float(metrics.mean_squared_error(labels, logits))
+    r2 = {} if len(labels) < 2 else {"r2": float(metrics.r2_score(labels, logits))}
+    return {"loss": mse, "mse": mse, "mae": float(metrics.mean_absolute_error(labels, logits)), **r2}
+
+
+def _of_classes(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    predicted, classes = logits.argmax(axis=1), logits.shape[1]
+    loss = F.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(labels))
+    scores = {"loss": float(loss), "top1": float((predicted == labels).mean())}
+    if classes > 5:
+        best = np.argpartition(-logits, 5, axis=1)[:, :5]
+        scores["top5"] = float((best == labels[:, None]).any(axis=1).mean())
+    present = np.unique(labels)
+    recalls = [float((predicted[labels == each] == each).mean()) for each in present]
+    scores["balanced_accuracy"] = float(np.mean(recalls))
+    scores["macro_f1"] = float(metrics.f1_score(labels, predicted, labels=present, average="macro", zero_division=0))
+    return scores | _auc(logits, np.eye(classes, dtype=bool)[labels] if logits.size <= MOST_RANKED else None)
+
+
+def _of_many_labels(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    loss = F.binary_cross_entropy_with_logits(torch.from_numpy(logits).double(), torch.from_numpy(labels).double())
+    truth = labels >= 0.5
+    present = truth.any(axis=0)
+    scores = {"loss": float(loss)}
+    if present.any():
+        precisions = [metrics.average_precision_score(truth[:, k], logits[:, k]) for k in np.flatnonzero(present)]
+        scores["map"] = float(np.mean(precisions))
+    scores["macro_f1"] = float(metrics.f1_score(truth, logits > 0, average="macro", zero_division=0))
+    return scores | _auc(logits, truth if logits.size <= MOST_RANKED else None)
+
+
+def _auc(logits: np.ndarray, truth: np.ndarray | None) -> dict[str, float]:
+    """truth: bool [n, classes]; None: too many to sort."""
+    if truth is None:
+        return {}
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    ranked = exponentials / exponentials.sum(axis=1, keepdims=True) if (truth.sum(axis=1) == 1).all() else logits
+    both = np.flatnonzero(truth.any(axis=0) & ~truth.all(axis=0))
+    areas = [metrics.roc_auc_score(truth[:, each], ranked[:, each]) for each in both]
+    return {"auc": float(np.mean(areas))} if areas else {}
+
+
+def by_class(logits: np.ndarray, labels: np.ndarray, names: list[str]) -> dict[str, Any]:
+    """For single_label_classification: a row a class, and the confusion matrix (rows: the true class)."""
+    classes = range(len(names))
+    predicted = logits.argmax(axis=1)
+    precision, recall, f1, support = metrics.precision_recall_fscore_support(
+        labels, predicted, labels=classes, zero_division=0
+    )
+    columns = zip(names, support.tolist(), precision.tolist(), recall.tolist(), f1.tolist(), strict=True)
+    rows = [dict(zip(("class", "images", "precision", "recall", "f1"), row, strict=True)) for row in columns]
+    if len(names) > MOST_SHOWN:
+        return {"classes": rows}
+    return {"classes": rows, "confusion": metrics.confusion_matrix(labels, predicted, labels=classes).tolist()}

@@ -1,0 +1,223 @@
+"""`vitscale finetune`: a pretrained encoder trained on labels, by the same loop as pretraining."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from vitscale.config.check import check_config, has_classes, problem_type
+from vitscale.config.load import Flat
+from vitscale.config.schema import Model, RunConfig
+from vitscale.data.image_folder import PACKED, classes_of, is_image_folder, pack_once, packed_sources
+from vitscale.data.index import ShardIndex
+from vitscale.data.labels import LabelCounts, LabelReader, count_labels
+from vitscale.data.patterns import expand
+from vitscale.data.subset import Subset
+from vitscale.engine.engine import Engine
+from vitscale.errors import CheckpointError, ConfigError, DataError
+from vitscale.files.classes import class_names
+from vitscale.files.model_folder import CONFIG, PROCESSOR, read_json
+from vitscale.files.sources import locate
+from vitscale.models.classification import ViTForImageClassification
+from vitscale.models.configuration import ViTConfig
+from vitscale.models.losses import supervised_loss
+from vitscale.models.vit import ViTPreTrainedModel
+from vitscale.run.job import Job, run_locked
+from vitscale.run.session import Session
+from vitscale.text import listed
+from vitscale.world import World
+
+# What fine-tuning decides itself, whatever the encoder was trained with.
+_OWN = {"num_labels", "id2label", "problem_type", "drop_path_rate", "pooling", "fc_norm", "encoder_stride",
+        "hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_output_size", "pooler_act"}  # fmt: skip
+
+
+def finetune(config: RunConfig, world: World) -> int:
+    """Train, or resume where this run stopped; the exit code (DONE or STOPPED).
+
+    Raises VitscaleError where the user can mend the cause.
+    """
+    job = Finetune(config, world)
+    check_config(job.config, world)
+    return run_locked(job)
+
+
+def complete(written: Flat) -> Flat:
+    """Keys that stand below what a config says: the encoder's, from model.init_from; the classes, from the data."""
+    keys: Flat = {"objective.name": "classification"}
+    source = written.get("model.init_from")
+    if source is not None:
+        keys |= _of_checkpoint(str(source))
+    if not written.keys() & {"model.num_labels", "model.id2label"} and written.get("data.train"):
+        keys |= _of_labels(written)
+    return keys
+
+
+def _of_labels(written: Flat) -> Flat:
+    """How many labels there are, where the config does not say."""
+    kind = written.get("model.problem_type")
+    if kind == "regression":
+        return {"model.num_labels": 1}
+    names = _classes(written) if kind != "multi_label_classification" else None
+    if names is None:
+        raise ConfigError(
+            "model.num_labels: is not written, and no classes.json beside data.train names the classes (vitscale pack "
+            "writes it): set model.num_labels, or model.id2label=[NAME, NAME, ...]"
+        )
+    return {"model.id2label": tuple(names), "model.num_labels": len(names)}
+
+
+def _of_checkpoint(source: str) -> Flat:
+    """The sizes of its encoder and what its pixels were normalized by; nothing of a file of weights alone."""
+    if Path(source).is_file():
+        return {}
+    folder = locate(source)
+    config = ViTConfig.of_any_type(read_json(folder / CONFIG))
+    shared = {item.name for item in fields(Model)} & {item.name for item in fields(ViTConfig)} - _OWN
+    keys = {f"model.{name}": getattr(config, name) for name in shared}
+    if config.position_embeddings != "none":  # a fixed table is trained on from here, as by the MAE code
+        keys["model.position_embeddings"] = "learned"
+    if (folder / PROCESSOR).is_file():
+        content = read_json(folder / PROCESSOR)
+        for name in ("mean", "std"):
+            value = content.get(f"image_{name}")
+            if isinstance(value, list):
+                keys[f"augment.{name}"] = tuple(map(float, value))
+    return keys
+
+
+def _classes(written: Flat) -> list[str] | None:
+    sources = written["data.train"]
+    folders = classes_of(sources)
+    if folders is not None:
+        return folders
+    if any(is_image_folder(source.pattern) for source in sources):
+        return None
+    return class_names(expand(sources))
+
+
+class Finetune(Job):
+    """A Job that starts from an encoder, and whose labels are looked at before the first step."""
+
+    adapts = True
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        super().__init__(config, world)
+        if config.objective.name != "classification":
+            raise ConfigError(
+                f"objective.name={config.objective.name}: vitscale finetune trains on labels; leave it out "
+                "(model.problem_type says of what kind they are), or use vitscale pretrain"
+            )
+        data, path = config.data, self.folder.path
+        self._folders = {PACKED: data.train, f"{PACKED}-validation": data.validation}
+        packed = {name: packed_sources(sources, path / name) for name, sources in self._folders.items()}
+        train, validation = packed.values()
+        self.config = replace(config, data=replace(data, train=train, validation=validation))
+
+    def prepare(self) -> None:
+        """Rank 0, before the others are joined: pack folders of images."""
+        for name, sources in self._folders.items():
+            if sources != packed_sources(sources, self.folder.path / name):
+                pack_once(sources[0].pattern, self.folder.path / name)
+
+    def look_at_data(self, config: RunConfig, index: ShardIndex, training: Subset | None) -> Any:
+        """Rank 0: DataError where the labels are not such as can be learned. How many images each class has."""
+        reader, extension = LabelReader.of(config), config.data.label_extension
+        counts = count_labels(index, extension, reader, training)
+        _require_names(config, index)
+        _require_labels(config, counts)
+        return sorted(counts.classes.items())
+
+    def build(self, session: Session) -> ViTPreTrainedModel:
+        model = super().build(session)
+        assert isinstance(model, ViTForImageClassification)
+        classification = session.config.objective.classification
+        weights = classification.class_weights
+        if weights == "balanced":
+            counts = dict(session.data_facts)
+            total, classes = sum(counts.values()), len(counts)
+            found = [counts.get(number, 0) for number in range(session.config.model.num_labels)]
+            weights = tuple(total / (classes * count) if count else 0.0 for count in found)
+        assert not isinstance(weights, str)
+        model.loss_function = supervised_loss(model.config, classification.loss, weights)
+        freeze(model, session.config.train.freeze)
+        return model
+
+    def engine(self, session: Session, model: ViTPreTrainedModel) -> Engine:
+        decay = session.config.optimizer.layer_decay
+        scales = layer_scales(model, decay) if decay < 1 else None
+        tokens = {name for name, _ in model.named_parameters() if _is_token(name)}  # timm's and MAE's fine-tuning
+        return session.backend.wrap(model, session.config, scales, tokens)
+
+
+def freeze(model: ViTPreTrainedModel, blocks: int) -> None:
+    """Leave the embeddings and the first `blocks` as they are; -1: the whole encoder, 0: nothing."""
+    most = model.config.num_hidden_layers if blocks < 0 else blocks
+    for name, parameter in model.named_parameters():
+        depth = _depth(name, model.config.num_hidden_layers)
+        is_frozen = (blocks != 0 and depth <= most) or (blocks < 0 and name.startswith("vit."))
+        parameter.requires_grad_(not is_frozen)
+
+
+def layer_scales(model: ViTPreTrainedModel, decay: float) -> dict[str, float]:
+    """Factors of the learning rate: 1 for the head and the last norm, `decay` for the last block, and so on down to the
+    embeddings (MAE's util/lr_decay.py, after BEiT)."""
+    layers = model.config.num_hidden_layers
+    return {name: decay ** (layers + 1 - _depth(name, layers)) for name, _ in model.named_parameters()}
+
+
+def _depth(name: str, layers: int) -> int:
+    """0 for the embeddings, i + 1 for block i, layers + 1 for what comes after."""
+    if name.startswith("vit.embeddings."):
+        return 0
+    prefix = "vit.encoder.layers."
+    return int(name.removeprefix(prefix).partition(".")[0]) + 1 if name.startswith(prefix) else layers + 1
+
+
+def _is_token(name: str) -> bool:
+    return name.rpartition(".")[2] in ("cls_token", "register_tokens", "mask_token", "position_embeddings")
+
+
+def _require_names(config: RunConfig, index: ShardIndex) -> None:
+    """The classes of config, data and checkpoint must be the same, or numbers would stand for others."""
+    names, model = class_names(index.paths) if has_classes(config) else None, config.model
+    if names is not None and model.id2label is not None and tuple(names) != model.id2label:
+        raise DataError(
+            f"model.id2label is {listed(model.id2label)}, and classes.json beside the shards says {listed(names)}: the "
+            "labels' numbers would stand for other classes; leave model.id2label out"
+        )
+    if not model.init_from or Path(model.init_from).is_file() or model.id2label is None:
+        return
+    content = read_json(locate(model.init_from) / CONFIG)
+    before = ViTConfig.of_any_type(content)
+    classifies = any("ForImageClassification" in str(name) for name in content.get("architectures") or ())
+    if classifies and before.has_class_names and before.num_labels == model.num_labels:
+        own = tuple((before.id2label or {}).values())
+        if own != model.id2label:
+            raise CheckpointError(
+                f"model.init_from={model.init_from}: its classes are {listed(own)}, those of the data "
+                f"{listed(model.id2label)}: its classifier is of others; start from its encoder alone: "
+                f"ViTModel.from_pretrained({model.init_from!r}).save_pretrained(FOLDER)"
+            )
+
+
+def _require_labels(config: RunConfig, counts: LabelCounts) -> None:
+    data, model, seen = config.data, config.model, counts.good + counts.bad
+    most = max(3, data.max_bad_fraction * seen)
+    classes = {label for label in counts.classes if label >= 0}
+    if counts.bad > most:
+        raise DataError(
+            f"data.label={data.label}: {counts.bad} of {seen} labels are not what {problem_type(config)} needs "
+            f"({counts.first_bad}){_one_based(model.num_labels, classes, counts.first_bad)}"
+        )
+    if has_classes(config) and len(classes) == 1 and not counts.too_long:
+        raise DataError(
+            f"data.label={data.label}: every image has the label {classes.pop()}; a classifier needs two classes"
+        )
+
+
+def _one_based(num_labels: int, classes: set[int], first_bad: str) -> str:
+    if 0 in classes or not first_bad.endswith(f"{num_labels}, with model.num_labels={num_labels}"):
+        return "; mend them, or set data.label, model.num_labels, model.id2label or model.problem_type"
+    return f"; they count from 1 to {num_labels}: write them from 0 to {num_labels - 1}"
