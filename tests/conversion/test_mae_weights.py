@@ -17,7 +17,8 @@ from tests.models.shapes import TINY
 from vitscale.conversion.mae import write_mae
 from vitscale.errors import CheckpointError, ConfigError, VitscaleError
 from vitscale.interop.bare import read_bare
-from vitscale.interop.image_processing import ViTImageProcessor, processor_dict
+from vitscale.interop.image_processing import ViTImageProcessor
+from vitscale.interop.pretrained import processor_dict
 from vitscale.interop.vision_transformer import Opened, state_of
 from vitscale.models.auto import initialize
 from vitscale.models.classification import ViTForImageClassification

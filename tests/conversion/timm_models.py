@@ -11,7 +11,8 @@ from torch import nn
 
 from tests.conversion.comparing import close, shaken
 from tests.models.shapes import TINY
-from vitscale.interop.image_processing import ViTImageProcessor, processor_dict
+from vitscale.interop.image_processing import ViTImageProcessor
+from vitscale.interop.pretrained import processor_dict
 from vitscale.interop.vision_transformer import Opened
 from vitscale.models.auto import initialize
 from vitscale.models.classification import ViTForImageClassification

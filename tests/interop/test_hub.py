@@ -15,7 +15,7 @@ from tests.interop.hub_server import TOKEN, Client, Hub
 from tests.models.shapes import tiny
 from vitscale.errors import CheckpointError
 from vitscale.files.sources import locate
-from vitscale.interop.image_processing import processor_dict
+from vitscale.interop.pretrained import processor_dict
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.vit import ViTModel

@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 from tests.models.shapes import TRAINABLE, tiny
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.interop.channels import adapt_channels
-from vitscale.interop.image_processing import processor_dict
 from vitscale.interop.loading import LoadReport, start_from
-from vitscale.interop.pretrained import load_model
+from vitscale.interop.pretrained import load_model, processor_dict
 from vitscale.models.auto import initialize
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig

@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard
 from tests.models.shapes import TRAINABLE, tiny
 from vitscale.config.load import dump_config, load_config
 from vitscale.errors import CheckpointError
-from vitscale.interop.image_processing import processor_dict
 from vitscale.interop.model_card import RunRecord, model_card
+from vitscale.interop.pretrained import processor_dict
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.multitask import ViTForMultitaskPreTraining

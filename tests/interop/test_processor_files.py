@@ -15,7 +15,8 @@ import torch
 from tests.interop.pictures import CHINA, THEIRS, assert_alike, by_both, transformers
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.interop.auto import AutoImageProcessor
-from vitscale.interop.image_processing import ViTImageProcessor, processor_dict
+from vitscale.interop.image_processing import ViTImageProcessor
+from vitscale.interop.pretrained import processor_dict
 from vitscale.models.configuration import ViTConfig
 
 FLAGS = ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize")

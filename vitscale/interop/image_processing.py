@@ -13,13 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vitscale.config.model_rules import pair
 from vitscale.config.typed import is_finite
 from vitscale.errors import CheckpointError, ConfigError, DataError
 from vitscale.files.model_folder import as_text, read_json, write_json
 from vitscale.files.sources import locate
 from vitscale.interop.image_arrays import MAX_PIXELS, as_array, flatten
-from vitscale.models.configuration import ViTConfig
 from vitscale.text import did_you_mean
 
 PROCESSOR = "preprocessor_config.json"
@@ -246,33 +244,6 @@ class ViTImageProcessor:
         values *= scale.astype(np.float32)
         values -= shift.astype(np.float32)
         return values
-
-
-def processor_dict(
-    config: ViTConfig, image_mean: Sequence[float], image_std: Sequence[float], crop: float | None = None
-) -> dict[str, Any]:
-    """preprocessor_config.json for a model: bicubic to the model's size, [0, 1], normalized.
-
-    image_mean, image_std: one number, or one a channel. crop: the side of a centre crop as a share of the shorter side,
-    for square images; None: all of the image is squeezed to the size.
-    """
-    height, width = pair(config.image_size)
-    crops = crop is not None and height == width
-    channels = config.num_channels
-    mean, std = (list(each) * channels if len(each) == 1 else list(each) for each in (image_mean, image_std))
-    if len(mean) != channels or len(std) != channels:
-        raise ConfigError(
-            f"image_mean={mean}, image_std={std}: need one number, or one for each of the {channels} channels"
-        )
-    return ViTImageProcessor(
-        do_convert_rgb=channels == 3,
-        size={"shortest_edge": round(height / crop)} if crop and crops else (height, width),
-        do_center_crop=crops,
-        crop_size=(height, width),
-        resample=Image.Resampling.BICUBIC,
-        image_mean=mean,
-        image_std=std,
-    ).to_dict()
 
 
 def _is_unmet(name: str, value: Any) -> bool:

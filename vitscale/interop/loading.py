@@ -18,9 +18,9 @@ from vitscale.interop.bare import KEYS, read_bare
 from vitscale.interop.channels import adapt_channels
 from vitscale.interop.checkpoints import WEIGHT_FILES
 from vitscale.interop.config_files import config_as
-from vitscale.interop.image_processing import ViTImageProcessor, processor_dict
+from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.interop.keymaps import places
-from vitscale.interop.pretrained import ENCODER, SavedModel, prefix_of, read_model, strict_model
+from vitscale.interop.pretrained import ENCODER, SavedModel, prefix_of, processor_dict, read_model, strict_model
 from vitscale.interop.strict import refuse, require_equal, shapes
 from vitscale.interop.timm import is_timm, read_timm
 from vitscale.interop.vision_transformer import Opened

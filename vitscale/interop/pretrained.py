@@ -14,15 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from vitscale.config.check import has_validation
+from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig
-from vitscale.errors import CheckpointError
+from vitscale.errors import CheckpointError, ConfigError
 from vitscale.files.model_folder import CONFIG, PROCESSOR, as_text, read_json
 from vitscale.interop.checkpoints import HF_ANCHOR, Checkpoint, unwrap
 from vitscale.interop.config_files import architecture, config_as, read_config
-from vitscale.interop.image_processing import processor_dict
+from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.interop.keymaps import canonical, places
 from vitscale.interop.strict import refuse, require_equal, shapes
 from vitscale.interop.weight_files import MAX_SHARD_SIZE, read_weights, write_folder
@@ -78,6 +80,33 @@ def save_model(
     require_equal(shapes(model.state_dict()), shapes(tensors), f"the state of {class_name}")
     processor = processor_dict(config, image_mean, image_std, crop)
     write_model(folder, class_name, config, tensors | fixed_positions(model), max_shard_size, {PROCESSOR: processor})
+
+
+def processor_dict(
+    config: ViTConfig, image_mean: Sequence[float], image_std: Sequence[float], crop: float | None = None
+) -> dict[str, Any]:
+    """preprocessor_config.json for a model: bicubic to the model's size, [0, 1], normalized.
+
+    image_mean, image_std: one number, or one a channel. crop: the side of a centre crop as a share of the shorter side,
+    for square images; None: all of the image is squeezed to the size.
+    """
+    height, width = pair(config.image_size)
+    crops = crop is not None and height == width
+    channels = config.num_channels
+    mean, std = (list(each) * channels if len(each) == 1 else list(each) for each in (image_mean, image_std))
+    if len(mean) != channels or len(std) != channels:
+        raise ConfigError(
+            f"image_mean={mean}, image_std={std}: need one number, or one for each of the {channels} channels"
+        )
+    return ViTImageProcessor(
+        do_convert_rgb=channels == 3,
+        size={"shortest_edge": round(height / crop)} if crop and crops else (height, width),
+        do_center_crop=crops,
+        crop_size=(height, width) if crops else None,
+        resample=Image.Resampling.BICUBIC,
+        image_mean=mean,
+        image_std=std,
+    ).to_dict()
 
 
 def save_pretrained(model: ViTPreTrainedModel, folder: str | Path, max_shard_size: int | str) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from vitscale import __version__
@@ -26,17 +26,17 @@ from vitscale.engine.backend import peak_memory
 from vitscale.engine.engine import Engine
 from vitscale.engine.loop import PeriodicTask, TrainingLoop, TrainState, every_n_steps
 from vitscale.engine.records import Records
-from vitscale.errors import ConfigError, VitscaleError
+from vitscale.errors import VitscaleError
 from vitscale.evaluation.figures import draw_curves
-from vitscale.evaluation.validation import Validation
 from vitscale.files.atomic import write_atomically
 from vitscale.files.header import CAUSES
 from vitscale.launch.snapshot import code_version, commit
 from vitscale.models.auto import model_keys, new_model
 from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.run.export import export_run
+from vitscale.run.scoring import Scoring
 from vitscale.run.session import Session, config_digest, open_session
-from vitscale.run.start import is_early, keep_shards, order_keys, say_changed_keys, start
+from vitscale.run.start import keep_shards, order_keys, say_changed_keys, start
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder
 from vitscale.tracking.jsonl import JsonlFile
 from vitscale.tracking.meters import Meters
@@ -155,21 +155,7 @@ class Job:
 
         A row is logged before its checkpoint is saved, or a kill between them would lose the row.
         """
-        config, checkpoints = session.config, session.config.checkpoint
-        validates, best_steps = _validation_steps(session), set[int]()
-        held_out = session.held_out
-        validation = None if held_out is None else Validation(config, session.world, held_out)
-
-        def validate(state: TrainState, row: dict[str, Any]) -> None:
-            assert validation is not None
-            outcome = validation.run(engine)
-            row |= outcome.scores
-            is_better = judge(state, outcome.scores, config)
-            if is_better:
-                best_steps.add(state.step)
-            if session.world.is_main and (is_better or config.train.keep_best is None):
-                content = {"step": state.step, "scores": outcome.scores, **outcome.details}
-                write_atomically(session.folder.validation, json.dumps(content) + "\n")
+        config, scoring = session.config, Scoring(session)
 
         def log(state: TrainState, row: dict[str, Any]) -> None:
             records.log(row | meters.read())
@@ -178,11 +164,11 @@ class Job:
             records.sync()  # a checkpoint must not know of rows that a power cut can take
             _save(session, engine, state)
 
-        logs, saves = every_n_steps(config.log.every_steps), every_n_steps(checkpoints.every_steps)
+        logs, saves = every_n_steps(config.log.every_steps), every_n_steps(config.checkpoint.every_steps)
         return (
-            *([PeriodicTask("evaluation", validates, validate)] if validation else []),
-            PeriodicTask("tracking", lambda step: logs(step) or validates(step), log),
-            PeriodicTask("save", lambda step: saves(step) or step in best_steps, save, at_stop=True),
+            *([PeriodicTask("evaluation", scoring.due, partial(scoring.run, engine))] if scoring.is_wanted else []),
+            PeriodicTask("tracking", lambda step: logs(step) or scoring.due(step), log),
+            PeriodicTask("save", lambda step: saves(step) or scoring.is_best(step), save, at_stop=True),
         )
 
     def finish(self, session: Session, state: TrainState, parameters: int) -> None:
@@ -299,34 +285,6 @@ def _save(session: Session, engine: Engine, state: TrainState) -> None:
     keep, folder = config.checkpoint.keep, session.folder.checkpoints
     kept_step = None if state.best is None else int(state.best["step"])
     save_checkpoint(folder, state.step, engine.snapshot(), manifest, session.ranks, keep, kept_step=kept_step)
-
-
-def _validation_steps(session: Session) -> Callable[[int], bool]:
-    """At which steps held-out images are scored, beside the last one."""
-    evaluation = session.config.evaluation
-    steps = evaluation.every_steps
-    if evaluation.every_epochs is not None:
-        steps = max(1, round(evaluation.every_epochs * session.order.batches_per_epoch))
-    return (lambda step: False) if steps is None or session.held_out is None else every_n_steps(steps)
-
-
-def judge(state: TrainState, scores: Mapping[str, float], config: RunConfig) -> bool:
-    """Whether these are the run's best scores so far, by train.keep_best; the state then says so, and whether the run
-    is to end early. ConfigError for a score that there is not."""
-    metric = config.train.keep_best
-    if metric is None:
-        return False
-    if metric not in scores:
-        raise ConfigError(f"train.keep_best={metric}: must be one of {', '.join(scores)}")
-    value, before = scores[metric], math.nan if state.best is None else state.best["value"]
-    sign = -1 if metric.rpartition("/")[2].removeprefix("raw_") in ("loss", "mse", "mae") else 1
-    is_better = not math.isnan(value) and not sign * value <= sign * before
-    if is_better:
-        finite = {name: score for name, score in scores.items() if math.isfinite(score)}
-        state.best = {"metric": metric, "value": value, "step": state.step, "scores": finite}
-    state.without_better = 0 if is_better else state.without_better + 1
-    state.early_stopped = is_early(state, config)
-    return is_better
 
 
 def _of_best(state: TrainState) -> str:

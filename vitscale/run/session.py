@@ -37,7 +37,7 @@ class Session:
     index: ShardIndex
     order: SampleOrder
     decoder: str
-    held_out: HeldOut | None  # what data.validation names, or data.validation_fraction sets apart
+    held_out: HeldOut | None = None  # what data.validation names, or data.validation_fraction sets apart
     data_facts: Any = None  # what the job's `look_at_data` found
     adapts: bool = False  # whether weights of another image size or other channels are made to fit
 

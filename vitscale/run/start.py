@@ -20,6 +20,7 @@ from vitscale.files.atomic import write_atomically
 from vitscale.interop.loading import start_from
 from vitscale.models.auto import model_keys
 from vitscale.models.vit import ViTPreTrainedModel
+from vitscale.run.scoring import is_early
 from vitscale.run.session import Session
 from vitscale.run_folder import RunFolder
 from vitscale.text import listed
@@ -62,12 +63,6 @@ def _restored(checkpoint: Checkpoint, config: RunConfig) -> TrainState:
     state = TrainState(**{name: checkpoint.state[name] for name in names})
     state.early_stopped = is_early(state, config)
     return state
-
-
-def is_early(state: TrainState, config: RunConfig) -> bool:
-    """Whether the run ends before its last step, by train.early_stopping as it is now."""
-    most = config.train.early_stopping
-    return most is not None and state.without_better >= most
 
 
 def order_keys(session: Session) -> dict[str, Any]:

@@ -1,0 +1,65 @@
+"""Scores by hand, and beside scikit-learn's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.special import softmax
+from sklearn import metrics
+
+from vitscale.evaluation.metrics import by_class, scores_of
+
+
+def test_classes_by_hand() -> None:
+    logits = np.log(np.array([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.5, 0.3, 0.2], [0.2, 0.3, 0.5]], np.float32))
+    labels = np.array([0, 1, 1, 2])
+    scores = scores_of("single_label_classification", logits, labels)
+    assert scores["loss"] == pytest.approx(-np.log([0.7, 0.6, 0.3, 0.5]).mean(), rel=1e-6)
+    assert scores["top1"] == 0.75
+    assert scores["balanced_accuracy"] == pytest.approx((1 + 0.5 + 1) / 3)
+    assert "top5" not in scores, "of three classes"
+    table = by_class(logits, labels, ["a", "b", "c"])
+    assert table["confusion"] == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    assert table["classes"][1] == {
+        "class": "b",
+        "images": 2,
+        "precision": 1.0,
+        "recall": 0.5,
+        "f1": pytest.approx(2 / 3),
+    }
+
+
+def test_classes_beside_scikit_learn() -> None:
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 10, 300)
+    logits = random.normal(size=(300, 10)).astype(np.float32)
+    logits[np.arange(300), labels] += 1
+    scores = scores_of("single_label_classification", logits, labels)
+    shares = softmax(logits.astype(np.float64), axis=1)
+    assert scores["loss"] == pytest.approx(metrics.log_loss(labels, shares), rel=1e-6)
+    assert scores["top5"] == pytest.approx(metrics.top_k_accuracy_score(labels, logits, k=5))
+    assert scores["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(labels, logits.argmax(1)))
+    assert scores["auc"] == pytest.approx(metrics.roc_auc_score(labels, shares, multi_class="ovr"), abs=1e-6)
+    absent = scores_of("single_label_classification", logits[labels < 9], labels[labels < 9])
+    assert 0.5 < absent["auc"] < 1, "a class that is absent is left out"
+    alone = scores_of("single_label_classification", logits[labels == 3], labels[labels == 3])
+    assert "auc" not in alone
+    assert alone["balanced_accuracy"] == alone["top1"]
+
+
+def test_several_labels_and_numbers() -> None:
+    random = np.random.default_rng(1)
+    labels = (random.random((200, 4)) < 0.3).astype(np.float32)
+    labels[:, 3] = 0
+    logits = (random.normal(size=(200, 4)) + 2 * labels).astype(np.float32)
+    scores = scores_of("multi_label_classification", logits, labels)
+    assert scores["map"] == pytest.approx(
+        metrics.average_precision_score(labels[:, :3], logits[:, :3], average="macro")
+    )
+    assert scores["auc"] == pytest.approx(metrics.roc_auc_score(labels[:, :3], logits[:, :3], average="macro"))
+    values = random.normal(size=(50, 2)).astype(np.float32)
+    scores = scores_of("regression", values + 0.5, values)
+    assert scores["mse"] == pytest.approx(0.25, rel=1e-5)
+    assert scores["mae"] == pytest.approx(0.5, rel=1e-5)
+    assert scores["r2"] == pytest.approx(metrics.r2_score(values, values + 0.5))
+    assert "r2" not in scores_of("regression", values[:1], values[:1])
