@@ -10,6 +10,7 @@ import pytest
 
 from tests.data.makers import photo, write_shards, write_tar
 from vitscale.config.load import load_config
+from vitscale.config.schema import Data
 from vitscale.data.index import build_index
 from vitscale.data.labels import LabelReader, count_labels
 from vitscale.data.subset import split
@@ -98,7 +99,7 @@ def test_counted_from_the_tables(tmp_path: Path) -> None:
     assert dict(counts.classes) == {**dict.fromkeys(range(9), 2), **dict.fromkeys(range(5), 3)}
     assert (counts.good, counts.bad) == (23, 2)
     assert counts.first_bad == "s000/000009: 9, with model.num_labels=9"
-    training, validation = split(index, "cls", 0.4)
+    training, validation = split(index, Data(validation_fraction=0.4), 0)
     parts = [count_labels(index, "cls", LabelReader(), part) for part in (training, validation)]
     assert sum(part.good for part in parts) == 25
     assert parts[1].good == validation.total

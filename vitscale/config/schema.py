@@ -181,6 +181,7 @@ class Data:
     # Samples over all lanes within which the order is shuffled, in blocks of window / lanes: a multiple of lanes where
     # lanes is written, else each block is rounded down.
     window: int = 16384
+    fraction: float = 1.0  # of data.train to train on, chosen by a hash of run.seed and each sample's key
     validation: tuple[Source, ...] = ()  # labelled shards to score on while training
     validation_fraction: float = 0.0  # or this share of data.train, chosen by a hash of each sample's key
     label: str = "cls"  # the extension of the member with the label; json.KEY.KEY: where in a .json it is
@@ -195,6 +196,7 @@ class Data:
         require(self.lanes is None or self.lanes > 0, "data.lanes", self.lanes, "above 0 or null")
         require(self.window > 0, "data.window", self.window, "above 0 (samples over all lanes)")
         one_of("data.decode", self.decode, DECODERS)
+        require(0 < self.fraction <= 1, "data.fraction", self.fraction, "in (0, 1]")
         value = self.validation_fraction
         require(0 <= value < 1, "data.validation_fraction", value, "in [0, 1)")
         require(0 <= self.background <= 255, "data.background", self.background, "in 0 to 255")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vitscale import rng
+from vitscale.config.schema import Data
 from vitscale.data.index import ShardIndex
 from vitscale.data.order import Refs, SampleOrder
 from vitscale.errors import DataError
@@ -39,27 +40,31 @@ class Subset:
         return (shards << 32) | self.places[self.starts[shards] + (ids & _PLACE)]
 
 
-def split(index: ShardIndex, label: str, fraction: float) -> tuple[Subset, Subset]:
-    """(training, validation): each sample on one side, by a hash of its key and of nothing else.
+def split(index: ShardIndex, data: Data, seed: int) -> tuple[Subset, Subset]:
+    """(training, validation) by data.validation_fraction and data.fraction; reads the tables of all shards.
 
-    So the split stays whatever the order, the shards or other samples are; samples of the same key are on one side.
-    `fraction`: of validation. Reads the tables of all shards. DataError where one side is empty.
+    On which side a sample is follows from a hash of its key and of nothing else, so that the split stays whatever the
+    order, the shards, the seed or other samples are; samples of the same key are on one side. What of the training side
+    is used follows from the seed too. DataError where one side is empty.
     """
+    label = data.label_extension
     index.complete_tables(label)
     sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for shard in range(len(index.paths)):
-        hashes = index.table(shard, label).key_hash.astype(np.int64)
-        held_out = rng.uniform(hashes, "validation", 1)[:, 0] < fraction
-        for side, chosen in zip(sides, (~held_out, held_out), strict=True):
+        keys = index.table(shard, label).key_hash.astype(np.int64)
+        held_out = rng.uniform(keys, "validation", 1)[:, 0] < data.validation_fraction
+        used = rng.uniform(rng.fold(keys, seed), "fraction", 1)[:, 0] < data.fraction
+        for side, chosen in zip(sides, (~held_out & used, held_out), strict=True):
             side.append(np.flatnonzero(chosen).astype(np.int32))
     training, validation = (
         Subset(np.concatenate([[0], np.cumsum([len(of_shard) for of_shard in side])]), np.concatenate(side))
         for side in sides
     )
-    if not training.total or not validation.total:
+    if not training.total or (data.validation_fraction and not validation.total):
         raise DataError(
-            f"data.validation_fraction={fraction}: leaves {training.total} samples to train on and {validation.total} "
-            "to validate on; change it, or name shards of their own as data.validation"
+            f"data.validation_fraction={data.validation_fraction}, data.fraction={data.fraction}: leave "
+            f"{training.total} samples to train on and {validation.total} to validate on; change them, or name shards "
+            "of their own as data.validation"
         )
     return training, validation
 

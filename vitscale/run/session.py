@@ -86,7 +86,8 @@ def open_session(
     order: SampleOrder = training_order(config, index.samples)
     if sides is not None:
         training, validation = sides
-        order, held_out = SubsetOrder(training_order(config, training.counts), training), HeldOut(index, validation)
+        order = SubsetOrder(training_order(config, training.counts), training)
+        held_out = HeldOut(index, validation) if validation.total else held_out
     return Session(config, world, folder, backend, stop, index, order, decoder, held_out, facts, adapts)
 
 
@@ -95,7 +96,7 @@ def _held_out(
 ) -> tuple[tuple[Subset, Subset] | None, bytes | None, Any]:
     """Rank 0: the two sides of the index where it is split, the index of other shards to score on, the job's facts."""
     data, label = config.data, config.data.label_extension
-    sides = split(index, label, data.validation_fraction) if data.validation_fraction else None
+    sides = split(index, data, config.run.seed) if data.validation_fraction or data.fraction < 1 else None
     other = None
     if data.validation:
         opened = open_index(data.validation, None, folder.path, label=label)

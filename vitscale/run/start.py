@@ -26,7 +26,8 @@ from vitscale.run_folder import RunFolder
 from vitscale.text import listed
 from vitscale.tracking.outbox import flat_params
 
-_USUAL = {"augment.repeats": 1, "data.validation_fraction": 0.0}  # with these a manifest does not name them
+# With these values a manifest does not name the keys.
+_USUAL = {"augment.repeats": 1, "data.validation_fraction": 0.0, "data.fraction": 1.0}
 
 
 def start(session: Session, model: ViTPreTrainedModel) -> tuple[Checkpoint | None, TrainState]:
@@ -75,7 +76,11 @@ def order_keys(session: Session) -> dict[str, Any]:
         "data.window": config.data.window,
         "the index": session.index.digest,
     }
-    optional = {"augment.repeats": config.augment.repeats, "data.validation_fraction": config.data.validation_fraction}
+    optional = {
+        "augment.repeats": config.augment.repeats,
+        "data.validation_fraction": config.data.validation_fraction,
+        "data.fraction": config.data.fraction,
+    }
     return keys | {name: value for name, value in optional.items() if value != _USUAL[name]}
 
 
