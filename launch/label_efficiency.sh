@@ -6,7 +6,7 @@
 # Some eight hours on 2 cores. Every run goes on where it stopped: the same command continues.
 set -eu
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-set_up
+set_up run
 cd "$ROOT"
 shards=${1:?a folder with train/*.tar, test/*.tar and classes.json} out=${2:-runs/label_efficiency}
 train="data.train=$shards/train/*.tar" test="data.validation=$shards/test/*.tar"
