@@ -24,6 +24,13 @@ RANKS = {  # as the record says
     "pretrain_vit_h_mae.yaml": 32,
     "pretrain_vit_b_simmim.yaml": 16,
     "pretrain_vit_b_classification.yaml": 8,
+    "pretrain_vit_b_deit3.yaml": 8,
+    "finetune_quickstart.yaml": 2,
+    "finetune_vit_b_mae.yaml": 8,
+    "finetune_vit_l_mae.yaml": 32,
+    "finetune_vit_h_mae.yaml": 64,
+    "cifar10_mae.yaml": 1,
+    "cifar10_finetune.yaml": 1,
 }
 # Of the trainable model, its decoder or head with it. MAE's B, L and H: mmpretrain's configs/mae/README.md.
 PARAMETERS = {
@@ -34,11 +41,16 @@ PARAMETERS = {
     "pretrain_vit_h_mae.yaml": 657.07e6,
     "pretrain_vit_b_simmim.yaml": 86.4e6,
     "pretrain_vit_b_classification.yaml": 86.57e6,
+    "pretrain_vit_b_deit3.yaml": 86.6e6,
+    "finetune_vit_b_mae.yaml": 86.57e6,
+    "finetune_vit_l_mae.yaml": 304.3e6,
+    "finetune_vit_h_mae.yaml": 632.1e6,
 }
+SCORED = ("finetune_", "cifar10_finetune", "pretrain_vit_b_deit3")  # the command names what they are scored on
 
 
 def load(name: str) -> RunConfig:
-    return load_config(FOLDER / name)
+    return load_config(FOLDER / name, ["data.validation=/val.tar"] if name.startswith(SCORED) else [])
 
 
 def test_every_config_has_its_ranks_told() -> None:
@@ -81,6 +93,22 @@ def test_mae_sizes_share_the_published_recipe(size: str) -> None:
     assert config.model.patch_size == (14 if size == "h" else 16)
     with torch.device("meta"):
         assert build_model(config).config.position_embeddings == "sincos"
+
+
+@pytest.mark.parametrize(
+    ("size", "lr", "decay", "epochs"), [("b", 2e-3, 0.65, 100), ("l", 4e-3, 0.75, 50), ("h", 4e-3, 0.75, 50)]
+)
+def test_fine_tuning_of_mae_is_the_published_recipe(size: str, lr: float, decay: float, epochs: int) -> None:
+    """facebookresearch/mae, FINETUNE.md and main_finetune.py."""
+    config = load(f"finetune_vit_{size}_mae.yaml")
+    optimizer, train, augment = config.optimizer, config.train, config.augment
+    assert optimizer.lr * train.global_batch / optimizer.lr_batch == pytest.approx(lr)
+    assert optimizer.min_lr * train.global_batch / optimizer.lr_batch == pytest.approx(1e-6)
+    assert (optimizer.layer_decay, optimizer.weight_decay, optimizer.betas) == (decay, 0.05, (0.9, 0.999))
+    assert (train.global_batch, train.epochs, optimizer.warmup * train.epochs) == (1024, epochs, pytest.approx(5))
+    assert (augment.mixup, augment.cutmix, augment.erase) == (0.8, 1.0, 0.25)
+    assert (config.model.pooling, config.model.fc_norm) == ("mean", True)
+    assert config.objective.classification.label_smoothing == 0.1
 
 
 @pytest.mark.parametrize("change", ["mae", "simmim", "classification", "multitask"])
