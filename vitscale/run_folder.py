@@ -62,6 +62,10 @@ class RunFolder:
         return self.path / "validation.json"
 
     @property
+    def baselines(self) -> Path:
+        return self.path / "baselines.json"
+
+    @property
     def shards(self) -> Path:
         return self.path / "shards.json"
 

@@ -162,7 +162,7 @@ def test_prepare_refuses_a_folder_in_use(config: Path) -> None:
 @pytest.mark.parametrize("arguments", [["c.yaml"], ["evaluate", "c.yaml"], ["pretrain"]])
 def test_arguments_that_mean_nothing(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
-    assert "must be pretrain CONFIG.yaml" in capsys.readouterr().err
+    assert "must be pretrain or finetune CONFIG.yaml" in capsys.readouterr().err
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.models.shapes import EVERY_OPTION, OPTION_SETS, TRAINABLE, inputs, tiny, tiny_keys
 from vitscale.config import model_rules, schema
 from vitscale.config.augmentation import Augmentation
-from vitscale.config.check import check_config
+from vitscale.config.check import check_config, problem_type
 from vitscale.config.presets import preset
 from vitscale.config.schema import MAE, Model, Multitask, Objective, RunConfig, SimMIM, Train
 from vitscale.errors import ConfigError
@@ -230,7 +230,10 @@ def test_what_is_checked_can_be_built(objective: str, model: dict[str, Any], sim
     with torch.device("meta"):
         built = build_model(config)
     initialize(built, 0)
-    assert torch.isfinite(built(**inputs(built, n=2)).loss)
+    given = inputs(built, n=2)
+    if problem_type(config) in ("multi_label_classification", "regression"):
+        given["labels"] = torch.rand(2, config.model.num_labels)
+    assert torch.isfinite(built(**given).loss)
 
 
 def test_model_keys_are_what_the_weights_depend_on() -> None:

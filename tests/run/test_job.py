@@ -39,7 +39,7 @@ def test_rows_are_logged_and_synced_before_their_checkpoint(tmp_path: Path, monk
     monkeypatch.setattr(job, "_save", lambda session, engine, state: events.append(f"save {state.step}"))
     records: Any = SimpleNamespace(log=lambda row: events.append("log"), sync=lambda: events.append("sync"))
     config = make_config(tmp_path, log=Log(every_steps=2), checkpoint=Checkpoint(every_steps=3))
-    session: Any = SimpleNamespace(config=config, held_out=None)
+    session: Any = SimpleNamespace(config=config, held_out=None, probed=None)
     engine: Any = None
     tasks = Job(config, World()).tasks(session, engine, records, Meters())
     for task in tasks:

@@ -147,11 +147,6 @@ def _check_validation(config: RunConfig) -> None:
         raise ConfigError(
             f"data.validation_fraction={data.validation_fraction}: is for a run without data.validation; set it to 0"
         )
-    if has_validation(config) and objective.name != "classification":
-        raise ConfigError(
-            f"data.validation: scores labels, and objective.name={objective.name}; take objective.name=classification, "
-            "or evaluate the run when it is done (vitscale evaluate)"
-        )
     if train.keep_best is not None and not has_validation(config):
         raise ConfigError(
             f"train.keep_best={train.keep_best}: there is nothing to score: name data.validation, or set "

@@ -333,6 +333,7 @@ class Evaluation:
 
     every_steps: int | None = None  # one of the two, or neither: at the end alone
     every_epochs: float | None = None
+    images: int = 20_000  # of train and of test, in training; `vitscale evaluate` takes all
     train: tuple[Source, ...] = ()  # labelled shards to fit on; empty: data.train
     test: tuple[Source, ...] = ()  # held-out labelled shards
     crop_fraction: float = 0.875  # side of the centre crop, of the image's shorter side
@@ -346,6 +347,7 @@ class Evaluation:
         require(steps is None or steps > 0, "evaluation.every_steps", steps, "above 0 or null")
         require(epochs is None or epochs > 0, "evaluation.every_epochs", epochs, "above 0 or null")
         require(None in (steps, epochs), "evaluation.every_steps", steps, "null beside evaluation.every_epochs")
+        require(self.images > 0, "evaluation.images", self.images, "above 0")
         require(self.neighbours > 0, "evaluation.neighbours", self.neighbours, "above 0")
         require(self.batch > 0, "evaluation.batch", self.batch, "above 0")
 

@@ -69,6 +69,16 @@ def split(index: ShardIndex, data: Data, seed: int) -> tuple[Subset, Subset]:
     return training, validation
 
 
+def chosen_by_hash(index: ShardIndex, label: str, share: float) -> Subset:
+    """About this share of all samples, by a hash of their keys."""
+    index.complete_tables(label)
+    places = []
+    for shard in range(len(index.paths)):
+        keys = index.table(shard, label).key_hash.astype(np.int64)
+        places.append(np.flatnonzero(rng.uniform(keys, "evaluation", 1)[:, 0] < share).astype(np.int32))
+    return Subset(np.concatenate([[0], np.cumsum([len(each) for each in places])]), np.concatenate(places))
+
+
 @dataclass(frozen=True, eq=False)
 class SubsetOrder:
     """A SampleOrder over a subset's counts, as one of the index's samples."""

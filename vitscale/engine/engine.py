@@ -115,14 +115,20 @@ class Engine:
         return self.accelerator.device
 
     def evaluate(
-        self, batches: Iterable[T], forwards: int, measure: Measure[T], average: bool = True
+        self,
+        batches: Iterable[T],
+        forwards: int,
+        measure: Measure[T],
+        average: bool = True,
+        forward: Callable[[Any, T], Any] | None = None,
     ) -> dict[str, float]:
         """Sums by name of `measure(output, batch)` (tensors of one element) over the batches of all ranks.
 
         A collective: every rank does exactly `forwards` forwards, since under ZeRO-3 all take part in each. A rank
         whose batches end before that repeats its last one, which is not counted again; each rank needs at least one.
         In evaluation mode, without gradients, with the weights' moving average where there is one and `average` asks
-        for it; the steps that follow are the same bits as without it.
+        for it; the steps that follow are the same bits as without it. forward: what is done with the plain module and
+        a batch instead of the model's own forward, say a part of it.
         """
         source, last = iter(batches), None
         sums: dict[str, torch.Tensor] = {}
@@ -131,7 +137,7 @@ class Engine:
                 fresh = next(source, None)
                 last = last if fresh is None else fresh
                 assert last is not None, "a rank without a batch cannot take part in an evaluation"
-                output = self.model(**last.inputs)
+                output = self.model(**last.inputs) if forward is None else forward(self.module, last)
                 for name, value in ({} if fresh is None else measure(output, last)).items():
                     sums[name] = sums.get(name, 0.0) + value.detach().double()
         return self.ranks.sum({name: float(value) for name, value in sums.items()})

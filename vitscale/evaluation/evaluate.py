@@ -25,7 +25,7 @@ from vitscale.data.order import SequentialOrder
 from vitscale.engine.guard import SampleGuard
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.evaluation.features import Features, extract, pixels, pooled
-from vitscale.evaluation.figures import draw_curves, draw_reconstructions, reconstruct
+from vitscale.evaluation.figures import SHOWN, draw_curves, draw_reconstructions, reconstruct
 from vitscale.evaluation.scores import score_features
 from vitscale.files.atomic import write_atomically
 from vitscale.interop.pretrained import load_model
@@ -33,8 +33,6 @@ from vitscale.models.auto import new_model
 from vitscale.run_folder import RunFolder
 from vitscale.tracking.jsonl import JsonlFile
 from vitscale.world import World
-
-SHOWN = 12  # images in the figure of reconstructions
 
 Scores = dict[str, dict[str, float]]
 Batches = Iterator[tuple[torch.Tensor, np.ndarray, np.ndarray]]

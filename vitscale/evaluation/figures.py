@@ -18,6 +18,7 @@ from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.vit import ViTPreTrainedModel
 
 LOSS, RATE, QUIET = "#1f5fa8", "#b4551e", "#6b6b6b"
+SHOWN = 12  # images in the figure of reconstructions
 HIDDEN = (0.56, 0.66, 0.77)  # a blue that neither a grey image nor most photographs have
 
 

@@ -25,6 +25,8 @@ from vitscale.errors import DataError
 from vitscale.evaluation.metrics import by_class, scores_of
 from vitscale.world import World
 
+CHUNK = 64  # images of a forward whose loss is not split by image
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -53,22 +55,42 @@ class Outcome:
 
 
 class Validation:
-    """Runs on all ranks at once, whatever wraps the model; what follows in training is the same bits."""
+    """Scores labels, or the loss of hidden patches, on all ranks at once, whatever wraps the model; what follows in
+    training is the same bits."""
 
     def __init__(self, config: RunConfig, world: World, held_out: HeldOut) -> None:
         self._config, self._world, self._held_out = config, world, held_out
+        self._is_supervised = problem_type(config) is not None and config.objective.name == "classification"
         share = -(-held_out.total // world.world_size)
-        self._micro = min(config.evaluation.batch, share)
+        self._micro = min(config.evaluation.batch, share if self._is_supervised else min(CHUNK, held_out.total))
 
     def run(self, engine: Engine) -> Outcome:
         """Score the weights, and beside their moving average, if there is one, the weights themselves as
         "validation/raw_...". A collective. DataError where no image can be read."""
+        if not self._is_supervised:
+            return Outcome(self._loss_of_hidden_patches(engine), {})
         scores, details = self._scores(engine, average=True)
         named = {f"validation/{name}": value for name, value in scores.items()}
         if engine.ema is not None:
             raw, _ = self._scores(engine, average=False)
             named |= {f"validation/raw_{name}": value for name, value in raw.items() if name not in ("images", "bad")}
         return Outcome(named, details)
+
+    def _loss_of_hidden_patches(self, engine: Engine) -> dict[str, float]:
+        """The objective's own loss, its masks hashed from the samples' keys, so the same every time.
+
+        In chunks of CHUNK images, as many on any number of ranks; what is left after the last whole one is not scored.
+        """
+
+        def measure(output: Any, batch: FedBatch) -> dict[str, Tensor]:
+            whole = float((batch.repeats == 0).all())
+            return {"loss": whole * output.loss.detach(), "chunks": torch.tensor(whole)}
+
+        batch = self._micro * self._world.world_size
+        with self._loader() as loader, DeviceFeed(loader, self._augment(engine), engine.device) as feed:
+            sums = engine.evaluate(feed, self._held_out.order(batch).batches_per_epoch, measure)
+        images = sums["chunks"] * self._micro
+        return {"validation/loss": sums["loss"] / sums["chunks"], "validation/images": images}
 
     def _scores(self, engine: Engine, average: bool) -> tuple[dict[str, float], dict[str, Any]]:
         own: list[tuple[np.ndarray, np.ndarray]] = []  # logits and labels of this rank's images
@@ -130,4 +152,5 @@ class Validation:
     def _augment(self, engine: Engine) -> Augment:
         config = self._config
         size, channels = pair(config.model.image_size), config.model.num_channels
-        return Augment(config.augment, size, channels, str(engine.device), train=False, labels=True)
+        labels = config.objective.needs_labels
+        return Augment(config.augment, size, channels, str(engine.device), train=False, labels=labels)

@@ -34,6 +34,7 @@ from vitscale.launch.snapshot import code_version, commit
 from vitscale.models.auto import model_keys, new_model
 from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.run.export import export_run
+from vitscale.run.probes import Probes
 from vitscale.run.scoring import Scoring
 from vitscale.run.session import Session, config_digest, open_session
 from vitscale.run.start import keep_shards, order_keys, say_changed_keys, start
@@ -96,7 +97,11 @@ class Job:
         session = open_session(self.config, self.world, self.folder, self.look_at_data, self.adapts)
         model = self.build(session)
         parameters = model.num_parameters()  # ZeRO-3 leaves none of them whole
+        probes = Probes(session)
+        probes.baseline("untrained", model)
         checkpoint, state = start(session, model)
+        if checkpoint is None and session.config.model.init_from:
+            probes.baseline("the start", model)
         self._describe(session, model, parameters)
         done = state.is_done(session.total_steps)
         if not (done and self._is_finished(session, state)):
@@ -155,7 +160,7 @@ class Job:
 
         A row is logged before its checkpoint is saved, or a kill between them would lose the row.
         """
-        config, scoring = session.config, Scoring(session)
+        config, scoring, probes = session.config, Scoring(session), Probes(session)
 
         def log(state: TrainState, row: dict[str, Any]) -> None:
             records.log(row | meters.read())
@@ -166,8 +171,9 @@ class Job:
 
         logs, saves = every_n_steps(config.log.every_steps), every_n_steps(config.checkpoint.every_steps)
         return (
-            *([PeriodicTask("evaluation", scoring.due, partial(scoring.run, engine))] if scoring.is_wanted else []),
-            PeriodicTask("tracking", lambda step: logs(step) or scoring.due(step), log),
+            *([PeriodicTask("validation", scoring.due, partial(scoring.run, engine))] if scoring.is_wanted else []),
+            *([PeriodicTask("evaluation", probes.due, partial(probes.run, engine))] if probes.is_wanted else []),
+            PeriodicTask("tracking", lambda step: logs(step) or scoring.due(step) or probes.due(step), log),
             PeriodicTask("save", lambda step: saves(step) or scoring.is_best(step), save, at_stop=True),
         )
 

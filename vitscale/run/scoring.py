@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vitscale.config.schema import RunConfig
 from vitscale.engine.engine import Engine
-from vitscale.engine.loop import TrainState
+from vitscale.engine.loop import TrainState, every_n_steps
 from vitscale.errors import ConfigError
 from vitscale.evaluation.validation import Validation
 from vitscale.files.atomic import write_atomically
@@ -22,22 +22,16 @@ class Scoring:
     """The periodic task that scores data.validation, or what data.validation_fraction sets apart."""
 
     def __init__(self, session: Session) -> None:
-        held_out, evaluation = session.held_out, session.config.evaluation
+        held_out = session.held_out
         self._session = session
         self._validation = None if held_out is None else Validation(session.config, session.world, held_out)
-        self._every = evaluation.every_steps
-        if evaluation.every_epochs is not None:
-            self._every = max(1, round(evaluation.every_epochs * session.order.batches_per_epoch))
+        self.due = evaluation_steps(session) if self.is_wanted else (lambda step: False)
         self._best_step: int | None = None
 
     @property
     def is_wanted(self) -> bool:
         """Whether there is anything to score."""
         return self._validation is not None
-
-    def due(self, step: int) -> bool:
-        """At every steps of evaluation.every_steps or every_epochs; the last one is always among them."""
-        return self.is_wanted and self._every is not None and step % self._every == 0
 
     def run(self, engine: Engine, state: TrainState, row: dict[str, Any]) -> None:
         """Add the scores to the row, and judge them. A collective."""
@@ -53,6 +47,15 @@ class Scoring:
     def is_best(self, step: int) -> bool:
         """Whether this step's scores are the best so far: its checkpoint is then saved."""
         return self._best_step == step
+
+
+def evaluation_steps(session: Session) -> Callable[[int], bool]:
+    """At which steps is scored by evaluation.every_steps or every_epochs, beside the last one."""
+    evaluation = session.config.evaluation
+    steps = evaluation.every_steps
+    if evaluation.every_epochs is not None:
+        steps = max(1, round(evaluation.every_epochs * session.order.batches_per_epoch))
+    return (lambda step: False) if steps is None else every_n_steps(steps)
 
 
 def judge(state: TrainState, scores: Mapping[str, float], config: RunConfig) -> bool:

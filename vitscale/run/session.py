@@ -10,7 +10,7 @@ from typing import Any
 from vitscale import __version__
 from vitscale.config.check import has_classes
 from vitscale.config.load import dump_config
-from vitscale.config.schema import RunConfig
+from vitscale.config.schema import RunConfig, Source
 from vitscale.data.index import ShardIndex, open_index, require_labels
 from vitscale.data.order import SampleOrder, training_order
 from vitscale.data.subset import Subset, SubsetOrder, split
@@ -38,6 +38,7 @@ class Session:
     order: SampleOrder
     decoder: str
     held_out: HeldOut | None = None  # what data.validation names, or data.validation_fraction sets apart
+    probed: tuple[HeldOut, HeldOut] | None = None  # evaluation.train and test, where they are scored in training
     data_facts: Any = None  # what the job's `look_at_data` found
     adapts: bool = False  # whether weights of another image size or other channels are made to fit
 
@@ -70,7 +71,7 @@ def open_session(
     """
     # Rank 0 opens the index before it joins the others, so that a missing shard is an error at once.
     opened = _open_index(config, folder) if world.is_main else None
-    sides, held_out_index, facts = _held_out(config, folder, opened, look_at_data) if opened else (None, None, None)
+    others = _other_data(config, folder, opened, look_at_data) if opened else None
     backend = Backend(config, world)
     packed = backend.ranks.broadcast(opened.to_bytes() if opened else None)
     # Not before: a rank that waits in C++ for the others could not answer a TERM.
@@ -79,32 +80,52 @@ def open_session(
     decoder = choose_decoder(config.data.decode)
     _require_agreement(config, backend.ranks, folder, index, decoder)
     config = _with_class_names(config, backend.ranks, index)
-    sides, held_out_index, facts = backend.ranks.gather((sides, held_out_index, facts))[0]
-    held_out = None
-    if held_out_index is not None:
-        held_out = HeldOut(ShardIndex.from_bytes(held_out_index))
+    others = backend.ranks.gather(others)[0]
+    assert others is not None
+    sides, facts = others.sides, others.facts
+    held_out, train, test = (packed and HeldOut(ShardIndex.from_bytes(packed)) for packed in others.indexes)
     order: SampleOrder = training_order(config, index.samples)
     if sides is not None:
         training, validation = sides
         order = SubsetOrder(training_order(config, training.counts), training)
         held_out = HeldOut(index, validation) if validation.total else held_out
-    return Session(config, world, folder, backend, stop, index, order, decoder, held_out, facts, adapts)
+    probed = None if test is None else (train or HeldOut(index), test)
+    return Session(config, world, folder, backend, stop, index, order, decoder, held_out, probed, facts, adapts)
 
 
-def _held_out(
-    config: RunConfig, folder: RunFolder, index: ShardIndex, look_at_data: LookAtData | None
-) -> tuple[tuple[Subset, Subset] | None, bytes | None, Any]:
-    """Rank 0: the two sides of the index where it is split, the index of other shards to score on, the job's facts."""
+@dataclass(frozen=True)
+class _OtherData:
+    """What rank 0 found beside the index."""
+
+    sides: tuple[Subset, Subset] | None  # (training, validation) of the index
+    indexes: tuple[bytes | None, bytes | None, bytes | None]  # of data.validation, evaluation.train, evaluation.test
+    facts: Any  # the job's
+
+
+def _other_data(config: RunConfig, folder: RunFolder, index: ShardIndex, look_at_data: LookAtData | None) -> _OtherData:
     data, label = config.data, config.data.label_extension
     sides = split(index, data, config.run.seed) if data.validation_fraction or data.fraction < 1 else None
-    other = None
-    if data.validation:
-        opened = open_index(data.validation, None, folder.path, label=label)
-        require_labels(opened, label)
-        other = opened.to_bytes()
+    evaluation = config.evaluation
+    probes = bool(evaluation.test) and (evaluation.every_steps or evaluation.every_epochs) is not None
+
+    def opened(sources: tuple[Source, ...], needs_labels: bool = True) -> bytes | None:
+        if not sources:
+            return None
+        other = open_index(sources, None, folder.path, label=label)
+        if needs_labels:
+            require_labels(other, label)
+        return other.to_bytes()
+
+    if probes and not evaluation.train:
+        require_labels(index, label)
+    indexes = (
+        opened(data.validation, config.objective.needs_labels),
+        opened(evaluation.train) if probes else None,
+        opened(evaluation.test) if probes else None,
+    )
     named = _named_classes(config, class_names(index.paths))
     facts = look_at_data(named, index, sides and sides[0]) if look_at_data is not None else None
-    return sides, other, facts
+    return _OtherData(sides, indexes, facts)
 
 
 def config_digest(config: RunConfig) -> str:
