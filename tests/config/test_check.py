@@ -184,6 +184,20 @@ def test_colours_are_of_three_channels(base: Path, override: str, name: str) -> 
     check_config(made(base, *one, "augment.color_jitter=[0.2,0.2,0,0]", "augment.steps=[equalize, rotate]"), World())
 
 
+def test_what_a_validation_needs(base: Path) -> None:
+    scored = (*LABELLED, "data.validation=/v.tar")
+    check_config(made(base, *scored, "train.keep_best=validation/top1", "train.early_stopping=3"), World())
+    check_config(made(base, "data.validation=/v.tar"), World())
+    assert "there is nothing to score" in refusal(base, 1, *LABELLED, "train.keep_best=validation/top1")
+    mended(base, 1, *scored, "train.ema_decay=0.9", "train.keep_best=validation/raw_top1")
+    assert "data.validation_fraction=0.1" in refusal(base, 1, *scored, "data.validation_fraction=0.1")
+    many = "objective.classification.class_weights=[1,2]"
+    assert "are 2, and model.num_labels=10" in refusal(base, 1, *LABELLED, many)
+    assert "train.freeze=13: the model has 12 blocks" in refusal(base, 1, *LABELLED, "train.freeze=13")
+    number = ("objective.name=classification", "model.num_labels=1")
+    assert "is for one class an image" in refusal(base, 1, *number, "objective.classification.class_weights=balanced")
+
+
 def test_shapes_that_an_augmentation_needs(base: Path) -> None:
     assert "must be a square" in refusal(base, 1, "augment.quarter_turns=true", "model.image_size=[64, 32]")
     small = ("model.image_size=4", "model.patch_size=2", "augment.crop=simple")

@@ -152,6 +152,12 @@ def _check_validation(config: RunConfig) -> None:
             f"train.keep_best={train.keep_best}: there is nothing to score: name data.validation, or set "
             "data.validation_fraction=0.1"
         )
+    if train.keep_best is not None and train.keep_best.startswith("validation/raw_"):
+        way = train.keep_best.replace("raw_", "")
+        raise ConfigError(
+            f"train.keep_best={train.keep_best}: is of the weights themselves, and model/ gets their moving average "
+            f"(train.ema_decay); set train.keep_best={way}"
+        )
     weights, classes = objective.classification.class_weights, config.model.num_labels
     if weights is not None and not has_classes(config):
         raise ConfigError(

@@ -23,10 +23,13 @@ def packed_sources(sources: tuple[Source, ...], out: Path) -> tuple[Source, ...]
     return sources
 
 
-def pack_once(folder: str, out: Path) -> None:
-    """Pack a folder of images into `out` unless an earlier start has done so."""
+def pack_folder(sources: tuple[Source, ...], out: Path) -> None:
+    """Pack a folder of images into `out`, unless an earlier start has done so; nothing for other sources."""
+    if sources == packed_sources(sources, out):
+        return
+    folder = sources[0].pattern
     if (out / "index.json").exists():
-        print(f"{folder}: packed before in {out}; remove that folder to have it packed again", flush=True)
+        print(f"{folder}: packed in {out}; remove that folder to have it packed again", flush=True)
         return
     print(f"{folder}: is a folder of images; packing it into {out}, once", flush=True)
     for draft in out.glob("*") if out.is_dir() else ():  # of a start that was cut off: the index comes last

@@ -23,7 +23,7 @@ from types import FrameType
 from vitscale.config.check import check_config
 from vitscale.config.load import load_config
 from vitscale.config.schema import RunConfig
-from vitscale.data.image_folder import is_image_folder
+from vitscale.data.image_folder import PACKED, pack_folder, packed_sources
 from vitscale.data.index import open_index
 from vitscale.errors import ConfigError, LaunchError, VitscaleError
 from vitscale.launch.snapshot import keep_snapshot
@@ -124,7 +124,10 @@ def prepare(arguments: Sequence[str], layout: Layout, script: str, patience_s: f
         folder.clear_exit()
         folder.stop.unlink(missing_ok=True)
         train = config.data.train
-        if train and not is_image_folder(train[0].pattern):  # without any, the run itself says what to give
+        if arguments[0] == "finetune":
+            pack_folder(train, folder.path / PACKED)
+            train = packed_sources(train, folder.path / PACKED)
+        if train:  # without any, the run itself says what to give
             open_index(train, config.data.index, folder.path, label=config.data.label_extension)
         keep_snapshot(folder, Path(arguments[1]), [script, *arguments])
     return folder

@@ -9,7 +9,7 @@ from typing import Any
 from vitscale.config.check import check_config, has_classes, problem_type
 from vitscale.config.load import Flat
 from vitscale.config.schema import Model, RunConfig
-from vitscale.data.image_folder import PACKED, classes_of, is_image_folder, pack_once, packed_sources
+from vitscale.data.image_folder import PACKED, classes_of, is_image_folder, pack_folder, packed_sources
 from vitscale.data.index import ShardIndex
 from vitscale.data.labels import LabelCounts, LabelReader, count_labels
 from vitscale.data.patterns import expand
@@ -118,8 +118,7 @@ class Finetune(Job):
     def prepare(self) -> None:
         """Rank 0, before the others are joined: pack folders of images."""
         for name, sources in self._folders.items():
-            if sources != packed_sources(sources, self.folder.path / name):
-                pack_once(sources[0].pattern, self.folder.path / name)
+            pack_folder(sources, self.folder.path / name)
 
     def look_at_data(self, config: RunConfig, index: ShardIndex, training: Subset | None) -> Any:
         """Rank 0: DataError where the labels are not such as can be learned. How many images each class has."""
@@ -137,6 +136,11 @@ class Finetune(Job):
         if weights == "balanced":
             counts = dict(session.data_facts)
             total, classes = sum(counts.values()), len(counts)
+            if not counts:
+                raise DataError(
+                    "objective.classification.class_weights=balanced: the labels are too long to be counted; "
+                    "write the weights as a list"
+                )
             found = [counts.get(number, 0) for number in range(session.config.model.num_labels)]
             weights = tuple(total / (classes * count) if count else 0.0 for count in found)
         assert not isinstance(weights, str)

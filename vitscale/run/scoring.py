@@ -38,9 +38,10 @@ class Scoring:
         assert self._validation is not None
         outcome, session = self._validation.run(engine), self._session
         row |= outcome.scores
-        if judge(state, outcome.scores, session.config):
+        is_better = judge(state, outcome.scores, session.config)
+        if is_better:
             self._best_step = state.step
-        if session.world.is_main and self._best_step in (None, state.step):
+        if session.world.is_main and (is_better or session.config.train.keep_best is None):
             content = {"step": state.step, "scores": outcome.scores, **outcome.details}
             write_atomically(session.folder.validation, json.dumps(content) + "\n")
 
