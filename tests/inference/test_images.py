@@ -227,3 +227,13 @@ def test_the_limit_on_pixels_can_be_raised_and_lowered(tmp_path: Path) -> None:
         assert sum(len(batch.names) for batch in read) == good
         reasons = [entry.bad for batch in read for entry in batch.entries if entry.bad]
         assert all(f"more than {most} pixels" in reason and "--max-pixels" in reason for reason in reasons)
+
+
+def test_what_would_be_waited_for_or_searched_by_mistake_is_bad(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (pipe,) = find_images([str(tmp_path)], NO_INPUT)
+    with pytest.raises(DataError, match="is no regular file"):
+        pipe.read()
+    (unset,) = find_images([""], NO_INPUT)
+    with pytest.raises(DataError, match="is a variable unset"):
+        unset.read()

@@ -16,7 +16,7 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 _NAMES |= {list: "a list", dict: "a mapping", tuple: "a list"}
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _NULL = ("null", "~", "")
-_WHOLE = re.compile(r"[+-]?\d[\d_]*")
+_WHOLE = re.compile(r"[+-]?\d+(_\d+)*", re.ASCII)
 
 
 class Plain(str):
@@ -80,8 +80,8 @@ def _of_plain(hint: Any, text: Plain) -> Any:
         return None
     if hint is bool and text.lower() in _BOOLS:
         return _BOOLS[text.lower()]
-    if hint is int and _WHOLE.fullmatch(text):
-        return int(text)
+    if hint is int and _WHOLE.fullmatch(text) and len(text) < 4000:  # Python reads no longer ones
+        return int(str(text))
     if hint is float:
         try:
             number = float(str(text))  # its error would ask for the text's repr

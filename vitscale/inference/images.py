@@ -172,6 +172,9 @@ def _is_image(head: bytes) -> bool:
 
 
 def _from_argument(text: str) -> Iterator[ImageSource]:
+    if not text:
+        yield _bad("''", "is an empty argument; is a variable unset?")
+        return
     if "://" in text:
         yield _bad(text, "URLs are not read; download it, and name the file")
         return
@@ -220,7 +223,11 @@ def _from_folder(folder: Path) -> Iterator[ImageSource]:
             kind = os.path.splitext(name)[1][1:].lower()
             if not name.startswith(".") and kind in (*IMAGE_KINDS, "tar"):
                 empty = False
-                yield from _from_path(Path(place, name))
+                path = Path(place, name)
+                if path.exists() and not path.is_file():  # a pipe would be waited for
+                    yield _bad(_shown(path), "is no regular file")
+                else:
+                    yield from _from_path(path)
     if empty:
         yield _bad(_shown(folder), f"holds no images ({', '.join(IMAGE_KINDS)}) or shards (tar)")
 
