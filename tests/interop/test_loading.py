@@ -340,3 +340,16 @@ def test_the_processor_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(content)
     save(model, tmp_path)
     assert (tmp_path / "preprocessor_config.json").read_text() == content
+
+
+def test_a_file_beside_a_models_own_weights_is_not_taken_for_them(tmp_path: Path) -> None:
+    """Neither kind: the named file is read, or nothing is."""
+    model = tiny(ViTForImageClassification)
+    model.save_pretrained(tmp_path)
+    other = {name: value + 1 for name, value in load_file(tmp_path / "model.safetensors").items()}
+    save_file(other, tmp_path / "ema.safetensors")
+    named = {"image_size": 8, "patch_size": 4}
+    with pytest.raises(ConfigError, match="num_attention_heads"):
+        ViTForImageClassification.from_pretrained(tmp_path / "ema.safetensors", **named)
+    same = ViTForImageClassification.from_pretrained(tmp_path / "model.safetensors")
+    assert torch.equal(same.classifier.weight, model.classifier.weight)

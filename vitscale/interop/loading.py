@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.files.model_folder import CONFIG, PROCESSOR, read_json
+from vitscale.files.model_folder import CONFIG, INDEX, KINDS, PROCESSOR, read_json
 from vitscale.files.sources import locate
 from vitscale.interop.bare import KEYS, read_bare
 from vitscale.interop.channels import adapt_channels
@@ -114,13 +114,19 @@ def _saved(path: Path, opened: Opened) -> SavedModel:
 
 
 def _bare_file(source: str | Path) -> Path | None:
-    """A file of weights that no config.json lies beside."""
+    """A file of weights by itself; None where it is what the folder around it, with its config.json, is read from."""
     path = Path(source).expanduser()
     if path.suffix in WEIGHT_FILES and not path.exists():
         raise CheckpointError(f"{source}: no such file; name a file of weights, a model's folder or a name on the hub")
-    if not path.is_file() or (path.suffix == ".safetensors" and path.with_name(CONFIG).is_file()):
+    if not path.is_file():
         return None
-    return path
+    read = next((kind for kind in KINDS if path.with_name(kind).is_file()), None) if _has_config(path) else None
+    is_shard = read is not None and read.endswith(INDEX) and path.suffix == ".safetensors"
+    return None if path.name == read or is_shard else path
+
+
+def _has_config(file: Path) -> bool:
+    return file.with_name(CONFIG).is_file()
 
 
 def _folder(source: str | Path, where: Mapping[str, Any]) -> Path:
