@@ -173,3 +173,11 @@ def test_it_is_light() -> None:
     root = Path(world.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_mpi_left_is_taken_away_for_a_single_process(environment: pytest.MonkeyPatch) -> None:
+    for name in ("OMPI_COMM_WORLD_LOCAL_RANK", "PMI_SIZE", "TORCHELASTIC_RUN_ID"):
+        environment.setitem(os.environ, name, "4")
+    enter()
+    assert not [name for name in os.environ if name.startswith(("OMPI_COMM", "PMI_", "TORCHELASTIC_RUN"))]
+    assert os.environ["MASTER_PORT"] == "0"

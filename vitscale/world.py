@@ -15,8 +15,9 @@ from vitscale.text import listed, to_stderr
 _START = "start the processes with launch/torchrun.sh, launch/slurm.sh or torchrun"
 _OF_LAUNCHERS = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
-    "TORCHELASTIC_USE_AGENT_STORE",
+    *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID"),
 )
+_OF_MPI = ("OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_")  # which DeepSpeed holds against the ranks
 _COUNTED = (
     ("SLURM_PROCID", "SLURM_NTASKS"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -83,7 +84,7 @@ def enter() -> World:
     world = read_world()
     leftovers = [name for name in os.environ if name.startswith(_OF_ACCELERATE)]
     if _is_single():
-        leftovers += [name for name in _OF_LAUNCHERS if name in os.environ]
+        leftovers += [name for name in os.environ if name in _OF_LAUNCHERS or name.startswith(_OF_MPI)]
     if world.device == "cpu" and os.environ.get("DS_ACCELERATOR", "cpu") != "cpu":
         leftovers.append("DS_ACCELERATOR")
     if leftovers and world.is_main:
