@@ -218,3 +218,8 @@ def test_what_transformers_autoencoder_cannot_express() -> None:
 def test_a_classifier_needs_its_config() -> None:
     with pytest.raises(ConfigError, match="hidden_act='gelo'"):
         ViTForImageClassification(ViTConfig(**TINY, hidden_act="gelo"))
+
+
+def test_timms_config_is_not_taken_for_the_default() -> None:
+    with pytest.raises(ConfigError, match=r"architecture='vit_tiny_patch16_224': is timm's"):
+        ViTConfig.of_any_type({"architecture": "vit_tiny_patch16_224", "num_classes": 10})

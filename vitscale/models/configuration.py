@@ -228,6 +228,11 @@ class ViTConfig:
     def of_any_type(cls, content: dict[str, Any]) -> Self:
         """As from_dict, and from the config.json of another objective's model: the encoder's keys, and defaults for the
         objective's."""
+        if "architecture" in content and "model_type" not in content:
+            raise ConfigError(
+                f"architecture={content['architecture']!r}: is timm's config.json; open the model by "
+                "AutoModel.from_pretrained, which has its config"
+            )
         kind = str(content.get("model_type")).removeprefix("vitscale_")
         if kind == cls.model_type or kind not in MODEL_TYPES:
             return cls.from_dict(content)

@@ -73,7 +73,10 @@ def _of_checkpoint(source: str) -> Flat:
     if Path(source).is_file():
         return {}
     folder = locate(source)
-    config = ViTConfig.of_any_type(read_json(folder / CONFIG))
+    content = read_json(folder / CONFIG)
+    if "model_type" not in content:  # timm's: its sizes are to be written
+        return {}
+    config = ViTConfig.of_any_type(content)
     shared = {item.name for item in fields(Model)} & {item.name for item in fields(ViTConfig)} - _OWN
     keys = {f"model.{name}": getattr(config, name) for name in shared}
     if config.position_embeddings != "none":  # a fixed table is trained on from here, as by the MAE code
