@@ -96,17 +96,18 @@ def _index(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     here = world.enter()
     from vitscale.config.load import load_config
-    from vitscale.evaluation.evaluate import as_table, evaluate, saved_scores
+    from vitscale.run.evaluate import as_table, evaluate, saved_scores
     from vitscale.tracking.tracker import sync
 
-    folder = RunFolder(Path(arguments.run))
+    out = None if arguments.out is None else Path(arguments.out)
     if arguments.show:
-        print(as_table(saved_scores(folder)))
+        print(as_table(saved_scores(RunFolder(out or Path(arguments.source)))))
         return DONE
-    print(as_table(evaluate(folder, here, arguments.overrides)))
-    config = load_config(folder.config)
-    if config.tracking.mlflow:
-        sync(folder.path, config)
+    results = evaluate(arguments.source, here, arguments.overrides, out)
+    if here.is_main:
+        print(as_table(saved_scores(results)))
+        if results.config.exists() and (config := load_config(results.config)).tracking.mlflow:
+            sync(results.path, config)
     return DONE
 
 
@@ -184,9 +185,10 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("patterns", nargs="+", metavar="PATTERN")
     added.add_argument("--out", required=True, metavar="index.json")
     added.add_argument("--label", default="cls", help="the extension of members with labels (default: cls)")
-    added = verb("evaluate", _evaluate, "score a run's frozen features, draw its figures")
-    added.add_argument("run", metavar="RUN_FOLDER")
+    added = verb("evaluate", _evaluate, "score the features of a run or of any model on labelled images")
+    added.add_argument("source", metavar="RUN|MODEL", help="a run's folder, a model's, a file of weights, a hub name")
     added.add_argument("overrides", metavar="dotted.key=value", nargs="*", help="say evaluation.test='held_out/*.tar'")
+    added.add_argument("--out", metavar="FOLDER", help="for scores and figures (default: the run's own folder)")
     added.add_argument("--show", action="store_true", help="print the scores that are there, without work")
     added = verb("stop", _stop, "ask a run to save and stop")
     added.add_argument("run", metavar="RUN_FOLDER")

@@ -2,48 +2,92 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from sklearn.linear_model import RidgeClassifier
+from sklearn.preprocessing import StandardScaler
 
-from vitscale.evaluation.frozen import STRENGTHS, frozen_scores, spread_of
+from tests.evaluation.tables import CPU, clouds, sole, table
+from vitscale.config.schema import Evaluation
+from vitscale.errors import DataError
+from vitscale.evaluation.frozen import frozen_scores, spread_of
+from vitscale.evaluation.linear_probe import STRENGTHS
 from vitscale.evaluation.probing import warnings_of
 
 
-def clouds(
-    n: int, classes: int = 4, width: int = 16, noise: float = 1.0, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    random = np.random.default_rng(seed)
-    centers = np.random.default_rng(9).normal(size=(classes, width)) * 2
-    labels = random.integers(0, classes, n)
-    return (centers[labels] + noise * random.normal(size=(n, width))).astype(np.float16), labels
+def scores(folder: Path, train: Any, train_y: Any, test: Any, test_y: Any, **options: Any) -> dict[str, float]:
+    sides = table(folder, train_y, **train), table(folder, test_y, **test)
+    evaluation = Evaluation(neighbours=10, **options)
+    return frozen_scores(*sides, tuple(train), evaluation, sole(), CPU, shots=(1, 10))
 
 
-def test_features_that_tell_and_features_that_do_not() -> None:
+def test_features_that_tell_and_features_that_do_not(tmp_path: Path) -> None:
     (train, train_y), (test, test_y) = clouds(400), clouds(200, seed=1)
     nothing = np.random.default_rng(2).normal(size=train.shape).astype(np.float16)
-    told = frozen_scores({"mean": train}, train_y, {"mean": test}, test_y, 10)
-    assert told["linear_probe"] > 0.97
-    assert told["knn"] > 0.97
-    chance = frozen_scores({"mean": nothing}, train_y, {"mean": nothing[:200]}, test_y, 10)
-    assert chance["linear_probe"] < 0.45
-    assert chance["knn"] < 0.45
-    both = frozen_scores({"mean": nothing, "cls": train}, train_y, {"mean": nothing[:200], "cls": test}, test_y, 10)
-    assert both["linear_probe"] == told["linear_probe"], "the better pooling is found on a part of the training set"
+    told = scores(tmp_path, {"mean": train}, train_y, {"mean": test}, test_y)
+    for name in ("linear_probe", "knn", "linear_probe_folds", "few_shot_10"):
+        assert told[name] > 0.97
+    assert told["few_shot_1"] > 0.5
+    assert told["few_shot_1_sd"] > told["few_shot_10_sd"]
+    chance = scores(tmp_path, {"mean": nothing}, train_y, {"mean": nothing[:200]}, test_y)
+    for name in ("linear_probe", "knn", "linear_probe_folds", "few_shot_10"):
+        assert chance[name] < 0.45
+    both = scores(tmp_path, {"mean": nothing, "cls": train}, train_y, {"mean": nothing[:200], "cls": test}, test_y)
+    assert both["linear_probe"] == told["linear_probe"], "the better pooling is found by cross-validation"
 
 
-def test_the_probe_is_a_ridge_classifier() -> None:
-    (train, train_y), (test, test_y) = clouds(500, noise=4.0), clouds(400, noise=4.0, seed=1)
-    ours = frozen_scores({"mean": train}, train_y, {"mean": test}, test_y, 10)["linear_probe"]
-    fitted = np.arange(500) % 5 != 4
-    mean, std = train.astype(np.float32).mean(0), train.astype(np.float32).std(0)
-    scale = lambda x: (x.astype(np.float32) - mean) / std  # noqa: E731
-    best = max(
-        (RidgeClassifier(alpha=400 * strength).fit(scale(train[fitted]), train_y[fitted]) for strength in STRENGTHS),
-        key=lambda model: model.score(scale(train[~fitted]), train_y[~fitted]),
-    )
-    assert ours == pytest.approx(best.score(scale(test), test_y), abs=0.006)
-    assert 0.4 < ours < 0.95
+def test_cross_validation_is_sklearns(tmp_path: Path) -> None:
+    """The mean over the folds of ridge classifiers fitted on the others, at the strength that does best."""
+    (train, train_y), (test, test_y) = clouds(500, noise=5.0), clouds(400, noise=5.0, seed=1)
+    ours = scores(tmp_path, {"mean": train}, train_y, {"mean": test}, test_y, folds=3)
+    from vitscale import rng
+
+    fold = (rng.uniform(np.arange(500), "fold", 1)[:, 0] * 3).astype(int)
+    assert set(np.bincount(fold) > 100) == {True}
+    theirs = []
+    for strength in STRENGTHS["ridge"]:
+        accuracies = []
+        for number in range(3):
+            fitted, asked = train[fold != number].astype(np.float64), train[fold == number].astype(np.float64)
+            scaler = StandardScaler().fit(fitted)
+            model = RidgeClassifier(alpha=len(fitted) * strength).fit(scaler.transform(fitted), train_y[fold != number])
+            accuracies.append(model.score(scaler.transform(asked), train_y[fold == number]))
+        theirs.append((float(np.mean(accuracies)), float(np.std(accuracies, ddof=1))))
+    assert (ours["linear_probe_folds"], ours["linear_probe_folds_sd"]) == pytest.approx(max(theirs), abs=0.004)
+    assert 0.4 < ours["linear_probe_folds"] < 0.95
+    assert ours["linear_probe_se"] == pytest.approx(np.sqrt(ours["linear_probe"] * (1 - ours["linear_probe"]) / 400))
+
+
+def test_without_held_out_images_cross_validation_is_all(tmp_path: Path) -> None:
+    train, train_y = clouds(300)
+    told = frozen_scores(table(tmp_path, train_y, mean=train), None, ("mean",), Evaluation(), sole(), CPU)
+    assert told.keys() == {"linear_probe_folds", "linear_probe_folds_sd"}
+
+
+def test_logistic_regression_is_a_choice(tmp_path: Path) -> None:
+    (train, train_y), (test, test_y) = clouds(400, noise=2.0), clouds(200, noise=2.0, seed=1)
+    told = scores(tmp_path, {"mean": train}, train_y, {"mean": test}, test_y, probe="logistic", folds=3)
+    assert told["linear_probe"] > 0.9
+    assert told["linear_probe_folds"] > 0.9
+    assert told["linear_probe_folds_sd"] > 0
+
+
+def test_labels_that_do_not_serve(tmp_path: Path) -> None:
+    train, train_y = clouds(20)
+    with pytest.raises(DataError, match=r"evaluation\.train: 20 labelled images of 1 class"):
+        scores(tmp_path, {"mean": train}, np.zeros_like(train_y), {"mean": train}, train_y)
+    with pytest.raises(DataError, match=r"evaluation\.test: no labelled image could be read"):
+        scores(tmp_path, {"mean": train}, train_y, {"mean": train[:0]}, train_y[:0])
+
+
+def test_a_class_that_was_never_fitted_is_never_told(tmp_path: Path) -> None:
+    train, train_y = clouds(200)
+    told = scores(tmp_path, {"mean": train}, 5 + train_y, {"mean": train}, np.where(train_y == 0, 99, 5 + train_y))
+    assert told["linear_probe"] == pytest.approx((train_y != 0).mean(), abs=0.02)
+    assert told["knn"] == pytest.approx((train_y != 0).mean(), abs=0.02)
 
 
 def test_spread() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -62,3 +63,72 @@ def test_the_start_is_a_baseline_where_there_is_one(
     assert baselines["the start"] != baselines["untrained"]
     scored = [row for row in rows(tmp_path / "runs" / "second") if "evaluation/knn" in row]
     assert [row["step"] for row in scored] == [4]
+
+
+def test_fewer_images_where_seconds_are_few(launcher: Launcher, config: Path, shards: Path, tmp_path: Path) -> None:
+    """What evaluation.seconds leaves is found once, and kept by every later start."""
+    argv = ["pretrain", str(config), "evaluation.every_steps=2", f"evaluation.test={shards}/*.tar"]
+    first = launcher.run([*argv, "train.steps=2", "evaluation.seconds=0.001"])
+    assert "150 images took" in first
+    assert "100 of each side are scored from here on, by evaluation.seconds=0.001" in first
+    baselines = json.loads((tmp_path / "runs" / "run" / "baselines.json").read_text())
+    assert baselines.pop("cut to") == {"images": 100}
+    assert sorted(baselines) == ["pixels", "untrained"]
+    again = launcher.run([*argv, "train.steps=4", "evaluation.seconds=1000"], ranks=2)
+    assert "images took" not in again
+    images = [row["evaluation/images"] for row in rows(tmp_path / "runs" / "run")[1::2]]
+    assert len(images) == 2
+    assert len(set(images)) == 1
+    assert 80 < images[0] < 120, "chosen by a hash, so about 100"
+
+
+def evaluated(launcher: Launcher, source: Path, out: Path, *keys: str, ranks: int = 1) -> dict[str, dict[str, float]]:
+    launcher.run(["evaluate", str(source), "--out", str(out), *keys], ranks=ranks)
+    (row,) = (json.loads(line) for line in (out / "evaluation.jsonl").read_text().splitlines())
+    scores = json.loads((out / "summary.json").read_text())["evaluation"]["scores"]
+    assert row["evaluation/linear_probe_folds_trained"] == scores["trained"]["linear_probe_folds"]
+    return scores
+
+
+def test_evaluate_on_any_ranks_and_of_any_model(launcher: Launcher, config: Path, shards: Path, tmp_path: Path) -> None:
+    launcher.run(["pretrain", str(config), "train.steps=8", "evaluation.crop_fraction=1.0"])
+    run = tmp_path / "runs" / "run"
+    sides = [f"evaluation.{side}={shards}/*.tar" for side in ("train", "test")]
+    keys = [*sides, "evaluation.batch=16", "evaluation.shots=[1,5]", "evaluation.seeds=3"]
+    one, two, four = (evaluated(launcher, run, tmp_path / f"out{n}", *keys, ranks=n) for n in (1, 2, 4))
+    assert tuple(one) == ("trained", "untrained", "pixels")
+    for other in (two, four):
+        for name, scores in one.items():
+            assert other[name].keys() == scores.keys()
+            assert {"few_shot_1", "few_shot_5_sd", "linear_probe_se", "knn", "rankme"} <= scores.keys()
+            for kind, value in scores.items():
+                assert other[name][kind] == pytest.approx(value, rel=1e-3, abs=1 / 150 + 1e-6), (name, kind)
+    assert one["trained"]["knn"] > 0.5, "every image is among its own neighbours"
+    assert sorted(path.name for path in (tmp_path / "out2" / "figures").iterdir()) == [
+        "loss.png",
+        "reconstructions.png",
+    ]
+    model = evaluated(launcher, run / "model", tmp_path / "of-model", *keys, "evaluation.crop_fraction=1.0", ranks=2)
+    for kind, value in one["trained"].items():
+        assert model["trained"][kind] == pytest.approx(value, rel=1e-3, abs=1 / 150 + 1e-6), kind
+    alone = evaluated(launcher, run, tmp_path / "alone", sides[0])
+    assert alone["trained"].keys() == {"linear_probe_folds", "linear_probe_folds_sd"}
+    for kind in alone["trained"]:
+        assert alone["trained"][kind] == pytest.approx(one["trained"][kind], abs=1 / 150)
+    assert "--out FOLDER" in launcher.run(["evaluate", str(run / "model"), *sides], code=2)
+
+
+def test_a_classifier_scores_what_the_run_scored(
+    launcher: Launcher, config: Path, shards: Path, tmp_path: Path
+) -> None:
+    held_out = [f"data.validation={shards}/*.tar", "objective.name=classification", "train.steps=6"]
+    launcher.run(["pretrain", str(config), *held_out, "train.ema_decay=0.5"])
+    run = tmp_path / "runs" / "run"
+    evaluated(
+        launcher, run, tmp_path / "out", *(f"evaluation.{side}={shards}/*.tar" for side in ("train", "test")), ranks=2
+    )
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())["evaluation"]
+    last = rows(run)[-1]
+    for name in ("loss", "top1", "balanced_accuracy", "macro_f1"):
+        assert found["test_scores"][f"test/{name}"] == pytest.approx(last[f"validation/{name}"], rel=1e-5)
+    assert np.array(found["confusion"]).sum() == 150

@@ -86,7 +86,7 @@ def test_curves_and_scores(quickstart: QuickStart) -> None:
     assert tuple(evaluation["scores"]) == FEATURES
     for name, scores in evaluation["scores"].items():
         assert {"linear_probe", "knn"} <= scores.keys()
-        assert all(0 <= score <= 1 for score in scores.values()), name
+        assert all(0 <= score <= 1 for kind, score in scores.items() if kind.startswith(("linear", "knn", "few"))), name
     assert evaluation["scores"]["pixels"]["knn"] > 0.9  # digits are easy: else labels and images do not belong together
     assert evaluation["scores"]["untrained"]["linear_probe"] > 0.3  # three times chance
 

@@ -39,8 +39,17 @@ def load_config(
     complete: from the keys that are written, further ones, which stand below them.
     Raises ConfigError for a missing file, broken YAML, an unknown key or a value of the wrong type.
     """
+    return _resolved([*_file_layers(Path(path), ()), _override_layer(overrides)], complete)
+
+
+def config_of(keys: Flat, overrides: Iterable[str] = ()) -> RunConfig:
+    """A config of keys that no file says, and overrides. Raises ConfigError as load_config does."""
+    return _resolved([keys, _override_layer(overrides)])
+
+
+def _resolved(layers: Iterable[Flat], complete: Callable[[Flat], Flat] | None = None) -> RunConfig:
     merged: Flat = {}
-    for layer in [*_file_layers(Path(path), ()), _override_layer(overrides)]:
+    for layer in layers:
         _overlay(merged, layer)
     if merged.get("model.preset") is not None:
         sizes = preset(merged["model.preset"])

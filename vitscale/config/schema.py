@@ -329,15 +329,20 @@ class Log:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How often data.validation is scored in training; and `vitscale evaluate`: frozen features on held-out images."""
+    """How often a run is scored while it trains, and frozen features, there and by `vitscale evaluate`."""
 
     every_steps: int | None = None  # one of the two, or neither: at the end alone
     every_epochs: float | None = None
     images: int = 20_000  # of train and of test, in training; `vitscale evaluate` takes all
+    seconds: float | None = None  # what scoring frozen features may take each time in training: fewer images then
     train: tuple[Source, ...] = ()  # labelled shards to fit on; empty: data.train
     test: tuple[Source, ...] = ()  # held-out labelled shards
     crop_fraction: float = 0.875  # side of the centre crop, of the image's shorter side
     neighbours: int = 20  # k of kNN
+    probe: str = "ridge"  # ridge in closed form, or logistic: regression by L-BFGS, slower
+    folds: int = 5  # of the cross-validation that chooses the probe's pooling and strength
+    shots: tuple[int, ...] = (1, 5, 10)  # labels a class for few-shot scores of `vitscale evaluate`
+    seeds: int = 5  # draws of those labels
     batch: int = 256
 
     def __post_init__(self) -> None:
@@ -348,7 +353,12 @@ class Evaluation:
         require(epochs is None or epochs > 0, "evaluation.every_epochs", epochs, "above 0 or null")
         require(None in (steps, epochs), "evaluation.every_steps", steps, "null beside evaluation.every_epochs")
         require(self.images > 0, "evaluation.images", self.images, "above 0")
+        require(self.seconds is None or self.seconds > 0, "evaluation.seconds", self.seconds, "above 0 or null")
         require(self.neighbours > 0, "evaluation.neighbours", self.neighbours, "above 0")
+        one_of("evaluation.probe", self.probe, ("ridge", "logistic"))
+        require(self.folds > 1, "evaluation.folds", self.folds, "above 1")
+        require(all(shot > 0 for shot in self.shots), "evaluation.shots", self.shots, "numbers above 0")
+        require(self.seeds > 0, "evaluation.seeds", self.seeds, "above 0")
         require(self.batch > 0, "evaluation.batch", self.batch, "above 0")
 
 

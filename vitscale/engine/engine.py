@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,23 +22,10 @@ from vitscale.engine import zero_state
 from vitscale.engine.ema import Ema
 from vitscale.engine.optim import ScaledAdamW, fill_state, make_optimizer, scaled_runs
 from vitscale.engine.ranks import ProcessRanks
+from vitscale.engine.whole import Inputs, Measure, T, sum_measures
 from vitscale.errors import CheckpointError
 from vitscale.text import listed
 from vitscale.world import World
-
-Inputs = Mapping[str, torch.Tensor]
-
-
-class HasInputs(Protocol):
-    """A micro-batch, whatever else it carries (ids, names)."""
-
-    @property
-    def inputs(self) -> Inputs:
-        """The model's keyword arguments, on the device."""
-
-
-T = TypeVar("T", bound=HasInputs)
-Measure = Callable[[Any, T], Mapping[str, torch.Tensor]]  # (the model's output, the micro-batch)
 
 
 @dataclass(frozen=True)
@@ -130,17 +117,13 @@ class Engine:
         for it; the steps that follow are the same bits as without it. forward: what is done with the plain module and
         a batch instead of the model's own forward, say a part of it.
         """
-        source, last = iter(batches), None
-        sums: dict[str, torch.Tensor] = {}
+
+        def run(batch: T) -> Any:
+            return self.model(**batch.inputs) if forward is None else forward(self.module, batch)
+
         with self._for_evaluation(average):
-            for _ in range(forwards):
-                fresh = next(source, None)
-                last = last if fresh is None else fresh
-                assert last is not None, "a rank without a batch cannot take part in an evaluation"
-                output = self.model(**last.inputs) if forward is None else forward(self.module, last)
-                for name, value in ({} if fresh is None else measure(output, last)).items():
-                    sums[name] = sums.get(name, 0.0) + value.detach().double()
-        return self.ranks.sum({name: float(value) for name, value in sums.items()})
+            sums = sum_measures(batches, forwards, run, measure)
+        return self.ranks.sum(sums)
 
     @contextlib.contextmanager
     def _for_evaluation(self, average: bool) -> Iterator[None]:

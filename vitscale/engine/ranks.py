@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from vitscale.world import World
 
 
 class ProcessRanks:
@@ -59,21 +62,43 @@ class ProcessRanks:
             totals += of_rank
         return dict(zip(names, totals.tolist(), strict=True))
 
-    def broadcast(self, data: bytes | None) -> bytes:
-        """Rank 0's bytes, on every rank; the others give None."""
-        assert (data is not None) == (self.rank == 0), "rank 0 alone has what is broadcast"
+    def sum_in_place(self, value: torch.Tensor) -> None:
+        """A tensor of any device becomes its sum over the ranks, the same bits on every rank."""
+        if self.world_size == 1:
+            return
+        summed = value.detach().cpu()
+        dist.all_reduce(summed, group=self._group)
+        value.detach().copy_(summed)
+
+    def broadcast(self, data: bytes | None, source: int = 0) -> bytes:
+        """The bytes of rank `source`, on every rank; the others give None."""
+        assert (data is not None) == (self.rank == source), "one rank alone has what is broadcast"
         if self.world_size == 1:
             assert data is not None
             return data
         size = torch.tensor([len(data) if data is not None else 0])
-        dist.broadcast(size, src=0, group=self._group)
+        dist.broadcast(size, src=source, group=self._group)
         content = torch.empty(int(size), dtype=torch.uint8)
         if data is not None:
             content.copy_(torch.tensor(np.frombuffer(data, dtype=np.uint8)))
-        dist.broadcast(content, src=0, group=self._group)
+        dist.broadcast(content, src=source, group=self._group)
         return content.numpy().tobytes()
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world_size > 1:
             dist.barrier(group=self._group)
+
+
+@contextlib.contextmanager
+def joined(world: World, timeout_s: float) -> Iterator[ProcessRanks]:
+    """The ranks of a launcher as a process group over gloo, where nothing trains; one rank needs no group."""
+    timeout = timedelta(seconds=timeout_s)
+    if world.device == "cuda":
+        torch.cuda.set_device(world.local_rank)
+    if world.world_size == 1:
+        yield ProcessRanks(timeout)
+        return
+    dist.init_process_group("gloo", timeout=timeout)
+    yield ProcessRanks(timeout)
+    dist.destroy_process_group()  # not after an error: the others would be waited for

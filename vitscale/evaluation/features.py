@@ -1,84 +1,104 @@
-"""Frozen features of labelled images, from an encoder or from the pixels themselves."""
+"""Frozen features of labelled images: what makes them, and a table of those that this rank has made."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from vitscale.errors import ConfigError
 from vitscale.models.vit import ViTModel
 
-# [n, channels, height, width] normalised -> [n, features]
-Encoder = Callable[[Tensor], Tensor]
+Encode = Callable[[Tensor], Mapping[str, Tensor]]  # normalised [n, channels, height, width] -> [n, width] by pooling
+_LARGEST = 65504.0  # of float16
+_ON_DEVICE = 0.25  # of a GPU's free memory may hold features
 
 
-@dataclass(frozen=True)
-class Features:
-    """Features by encoder's name, each float32 [n, width], of samples in the order of their ids."""
+class FeatureTable:
+    """Features by pooling, float16, with the labels and ids of their images: this rank's rows.
 
-    values: dict[str, np.ndarray]
-    labels: np.ndarray  # int64 [n], -1 where a sample has none
-    sample_ids: np.ndarray  # int64 [n]
-
-
-@torch.inference_mode()
-def extract(encoders: Mapping[str, Encoder], batches: Iterable[tuple[Tensor, np.ndarray, np.ndarray]]) -> Features:
-    """Run every encoder over the same batches: (pixel_values on the device, labels, sample ids).
-
-    Each sample counts once, by its id, however the batches were padded or repeated.
+    They lie in memory-mapped files without a name in `folder`, so that ImageNet's need no memory, and a kill leaves
+    nothing behind.
     """
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in encoders}
-    labels, ids = [], []
-    for pixel_values, batch_labels, batch_ids in batches:
-        for name, encode in encoders.items():
-            parts[name].append(encode(pixel_values).float().cpu().numpy().copy())
-        labels.append(np.array(batch_labels))  # copies: whoever made the batch may use its memory again
-        ids.append(np.array(batch_ids))
-    assert ids, "no batches to take features of"
-    sample_ids, first = np.unique(np.concatenate(ids), return_index=True)
-    values = {name: np.concatenate(rows)[first] for name, rows in parts.items()}
-    return Features(values, np.concatenate(labels)[first], sample_ids)
+
+    def __init__(self, folder: Path, capacity: int) -> None:
+        """capacity: the most images that this rank will have."""
+        self._folder, self._capacity, self._rows = folder, capacity, 0
+        self._ids, self._labels = (np.empty(capacity, np.int64) for _ in range(2))
+        self._values: dict[str, np.ndarray] = {}
+        self._resident: dict[str, Tensor] = {}
+        self.bad: Counter[str] = Counter()  # images that could not be read, by cause
+
+    def append(self, ids: np.ndarray, labels: np.ndarray, values: Mapping[str, Tensor]) -> None:
+        """ids, labels: int64 [n]; values: by pooling [n, width], on any device."""
+        rows = slice(self._rows, self._rows + len(ids))
+        self._ids[rows], self._labels[rows] = ids, labels
+        for name, value in values.items():
+            if name not in self._values:
+                self._values[name] = self._mapped(value.shape[1])
+            self._values[name][rows] = value.float().clamp(-_LARGEST, _LARGEST).cpu().numpy()
+        self._rows = rows.stop
+
+    def _mapped(self, width: int) -> np.ndarray:
+        with tempfile.TemporaryFile(dir=self._folder) as file:
+            return np.memmap(file, np.float16, "w+", shape=(max(1, self._capacity), width))
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self._ids[: self._rows]
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self._labels[: self._rows]
+
+    @property
+    def poolings(self) -> tuple[str, ...]:
+        return tuple(self._values)
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def rows(self, pooling: str, where: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """float16 [n, width]"""
+        return self._values[pooling][: self._rows][where]
+
+    def chunks(self, pooling: str, device: torch.device, size: int = 8192) -> Iterator[tuple[slice, Tensor]]:
+        """All rows in parts: (which, float32 on `device`). A GPU keeps them where they are few enough."""
+        values = self.rows(pooling)
+        if pooling not in self._resident and values.nbytes < _spare(device):
+            self._resident[pooling] = torch.from_numpy(np.array(values)).to(device)
+        for first in range(0, len(values), size):
+            rows = slice(first, min(first + size, len(values)))
+            if pooling in self._resident:
+                yield rows, self._resident[pooling][rows].float()
+            else:
+                yield rows, torch.from_numpy(values[rows].astype(np.float32)).to(device)
 
 
-def pooled(vit: nn.Module, pool: str = "mean") -> Encoder:
-    """The features of a ViTModel, in evaluation mode, with every patch visible.
+def _spare(device: torch.device) -> float:
+    """Bytes of a GPU's memory that features may take."""
+    return _ON_DEVICE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0.0
 
-    pool: "mean" of the patch tokens after the last norm, or "cls", the class token. Pretraining
-    models have their encoder as `.vit`.
-    """
-    if pool not in ("mean", "cls"):
-        raise ConfigError(f"pool={pool!r}: must be mean (of the patch tokens) or cls")
-    assert isinstance(vit, ViTModel), type(vit)
-    if pool == "cls" and not vit.config.use_cls_token:
-        raise ConfigError("pool='cls': this model has no class token; set pool to mean")
-    vit.eval()
 
-    def encode(pixel_values: Tensor) -> Tensor:
+def of_vit(vit: ViTModel) -> Encode:
+    """Mean of the patch tokens and, where there is one, the class token, with every patch visible."""
+
+    def encode(pixel_values: Tensor) -> dict[str, Tensor]:
         tokens = vit(pixel_values=pixel_values).last_hidden_state
-        return tokens[:, 0] if pool == "cls" else vit.patch_tokens(tokens).mean(dim=1)
+        cls = {"cls": tokens[:, 0]} if vit.config.use_cls_token else {}
+        return {"mean": vit.patch_tokens(tokens).mean(dim=1), **cls}
 
     return encode
 
 
-def pixels(side: int = 32) -> Encoder:
+def pixels(pixel_values: Tensor, side: int = 32) -> dict[str, Tensor]:
     """The pixels themselves, averaged down to at most `side` x `side`: what an encoder has to beat."""
-
-    def encode(pixel_values: Tensor) -> Tensor:
-        height, width = pixel_values.shape[-2:]
-        if max(height, width) > side:
-            pixel_values = F.adaptive_avg_pool2d(pixel_values, (min(side, height), min(side, width)))
-        return pixel_values.flatten(1)
-
-    return encode
-
-
-def standardize(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both with the mean and standard deviation of `train`; a constant feature stays at its distance."""
-    mean, std = train.mean(axis=0, dtype=np.float64), train.std(axis=0, dtype=np.float64)
-    std[std < 1e-7 * max(1.0, float(np.abs(mean).max()))] = 1.0
-    return ((train - mean) / std).astype(np.float32), ((test - mean) / std).astype(np.float32)
+    height, width = pixel_values.shape[-2:]
+    if max(height, width) > side:
+        pixel_values = F.adaptive_avg_pool2d(pixel_values, (min(side, height), min(side, width)))
+    return {"pixels": pixel_values.flatten(1)}

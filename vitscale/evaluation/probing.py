@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,17 +19,13 @@ from vitscale.data.crop import CenterCrop
 from vitscale.data.labels import LabelReader
 from vitscale.data.loader import Loader
 from vitscale.data.subset import chosen_by_hash
-from vitscale.engine.engine import Engine
-from vitscale.engine.ranks import ProcessRanks
-from vitscale.errors import DataError
-from vitscale.evaluation.features import pixels
+from vitscale.engine.whole import Evaluable
+from vitscale.evaluation.features import Encode, FeatureTable, of_vit
 from vitscale.evaluation.figures import SHOWN, Reconstructions, reconstruct
 from vitscale.evaluation.frozen import frozen_scores
 from vitscale.evaluation.validation import HeldOut
-from vitscale.models.vit import ViTModel
 from vitscale.world import World
 
-Encode = Callable[[Tensor], Mapping[str, Tensor]]  # pixel_values -> features by pooling, each [n, width]
 Scores = dict[str, float]
 _COLLAPSED = {"feature_deviation": 0.05, "rankme": 2.0}  # below these features say next to nothing
 
@@ -35,79 +33,80 @@ _COLLAPSED = {"feature_deviation": 0.05, "rankme": 2.0}  # below these features 
 class Probing:
     """evaluation.train and evaluation.test, or a part of them that is small enough, scored by frozen features."""
 
-    def __init__(self, config: RunConfig, world: World, train: HeldOut, test: HeldOut) -> None:
-        """Of each at most evaluation.images, the same ones every time, chosen by a hash of their keys."""
-        self._config, self._world = config, world
-        self._sides = [self._capped(side) for side in (train, test)]
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        train: HeldOut,
+        test: HeldOut | None,
+        scratch: Path,
+        most: int | None = None,
+    ) -> None:
+        """scratch: a folder for features, which leave no file; most: images of each side, the same ones every time,
+        chosen by a hash of their keys (None: all)."""
+        self._config, self._world, self._scratch = config, world, scratch
+        self.train = self._capped(train, most)
+        self.test = None if test is None else self._capped(test, most)
 
-    def _capped(self, side: HeldOut) -> HeldOut:
-        most = self._config.evaluation.images
-        if side.total <= most:
+    def _capped(self, side: HeldOut, most: int | None) -> HeldOut:
+        if most is None or side.total <= most:
             return side
-        return HeldOut(side.index, chosen_by_hash(side.index, self._config.data.label_extension, most / side.total))
+        chosen = chosen_by_hash(side.index, self._config.data.label_extension, most / side.total)
+        return replace(side, subset=chosen)
 
-    def of_engine(self, engine: Engine) -> Scores:
-        """The encoder in training (its moving average where there is one). A collective; the same on every rank."""
+    def scores(self, model: Evaluable, encode: Callable[[Any], Encode]) -> Scores:
+        """Of the encoder that `encode` makes of the plain module (its moving average in training, where there is one);
+        the same on every rank. A collective."""
+        train, test = self.tables(model, encode)
+        return self.scores_of(model, train, test, train.poolings)
 
-        def features(side: HeldOut) -> list[Any]:
-            kept: list[Any] = []
-            with self._feed(side, engine.device) as feed:
-                engine.evaluate(
-                    feed,
-                    side.order(self._batch(side)).batches_per_epoch,
-                    lambda output, batch: self._keep(kept, output, batch),
-                    forward=lambda model, batch: of_vit(model.vit)(batch.inputs["pixel_values"]),
-                )
-            return kept
+    def tables(self, model: Evaluable, encode: Callable[[Any], Encode]) -> tuple[FeatureTable, FeatureTable | None]:
+        """This rank's features of both sides, of the labelled images that can be read. A collective."""
+        train = self._table(model, encode, self.train)
+        return train, None if self.test is None else self._table(model, encode, self.test)
 
-        return self._scores(engine.ranks, features)
+    def scores_of(
+        self,
+        model: Evaluable,
+        train: FeatureTable,
+        test: FeatureTable | None,
+        poolings: Sequence[str],
+        shots: Sequence[int] = (),
+    ) -> Scores:
+        """Of some poolings of these tables. A collective."""
+        return frozen_scores(train, test, poolings, self._config.evaluation, model.ranks, model.device, shots)
 
-    @torch.no_grad()
-    def of_encoder(self, encode: Encode, ranks: ProcessRanks, device: torch.device) -> Scores:
-        """Any encoder that every rank holds whole, in evaluation mode on `device`. A collective."""
+    def _table(self, model: Evaluable, encode: Callable[[Any], Encode], side: HeldOut) -> FeatureTable:
+        batch, order = self._batch(side), side.order(self._batch(side))
+        micro = batch // self._world.world_size
+        table = FeatureTable(self._scratch, order.batches_per_epoch * micro)
 
-        def features(side: HeldOut) -> list[Any]:
-            kept: list[Any] = []
-            with self._feed(side, device) as feed:
-                for batch in feed:
-                    self._keep(kept, encode(batch.inputs["pixel_values"]), batch)
-            return kept
+        def keep(output: Mapping[str, Tensor], fed: FedBatch) -> dict[str, Tensor]:
+            labels, chosen = fed.inputs["labels"].cpu().numpy(), fed.repeats == 0  # not what fills up the last batch
+            for each in fed.replaced:  # another image stands there, which is counted in its own place
+                slot = each.slot - self._world.rank * micro
+                table.bad[each.cause] += int(chosen[slot])
+                chosen[slot] = False
+            chosen &= labels >= 0
+            rows = torch.from_numpy(np.flatnonzero(chosen)).to(model.device)
+            table.append(fed.sample_ids[chosen], labels[chosen], {name: value[rows] for name, value in output.items()})
+            return {}
 
-        return self._scores(ranks, features)
+        with self._feed(side, model.device) as feed:
+            model.evaluate(feed, order.batches_per_epoch, keep, forward=_of_pixels(encode))
+        return table
 
-    def of_pixels(self, ranks: ProcessRanks, device: torch.device) -> Scores:
-        """What the images themselves give, averaged down to 32 pixels a side."""
-        encode = pixels()
-        return self.of_encoder(lambda pixel_values: {"pixels": encode(pixel_values)}, ranks, device)
-
-    def reconstructions(self, engine: Engine) -> Reconstructions:
-        """What the model in training makes of hidden patches of the first test images. A collective."""
+    def reconstructions(self, model: Evaluable) -> Reconstructions:
+        """What the model makes of hidden patches of the first test images. A collective."""
         config, panels = self._config, list[Reconstructions]()
 
-        def forward(model: Any, batch: FedBatch) -> None:
+        def forward(module: Any, batch: FedBatch) -> None:
             images, keys = (batch.inputs[name][:SHOWN] for name in ("pixel_values", "sample_key"))
-            panels.append(reconstruct(model, images, keys, config.augment.mean, config.augment.std))
+            panels.append(reconstruct(module, images, keys, config.augment.mean, config.augment.std))
 
-        with self._feed(self._sides[1], engine.device) as feed:
-            engine.evaluate(feed, 1, lambda output, batch: {"batches": torch.ones(())}, forward=forward)
+        with self._feed(self.test or self.train, model.device) as feed:
+            model.evaluate(feed, 1, lambda output, batch: {}, forward=forward)
         return panels[0]
-
-    def _scores(self, ranks: ProcessRanks, features: Callable[[HeldOut], list[Any]]) -> Scores:
-        gathered = [ranks.collect(features(side)) for side in self._sides]
-        scores = None
-        if ranks.rank == 0:
-            (train, train_y), (test, test_y) = (_joined(of_ranks) for of_ranks in gathered)
-            scores = frozen_scores(train, train_y, test, test_y, self._config.evaluation.neighbours)
-        scores = ranks.gather(scores)[0]
-        assert scores is not None
-        return scores
-
-    def _keep(self, kept: list[Any], output: Mapping[str, Tensor], batch: FedBatch) -> dict[str, Tensor]:
-        """The features of images that were not here before, as float16."""
-        chosen = (batch.repeats == 0) & (batch.inputs["labels"].cpu().numpy() >= 0)
-        values = {name: value.float().cpu().numpy()[chosen].astype(np.float16) for name, value in output.items()}
-        kept.append((batch.sample_ids[chosen], batch.inputs["labels"].cpu().numpy()[chosen], values))
-        return {"images": torch.tensor(float(chosen.sum()))}
 
     def _batch(self, side: HeldOut) -> int:
         ranks = self._world.world_size
@@ -129,7 +128,7 @@ class Probing:
             global_batch=batch,
             micro_batch=batch // self._world.world_size,
             start=0,
-            labels=LabelReader(path=config.data.label_path, names=config.model.id2label or ()),
+            labels=LabelReader(path=config.data.label_path, names=config.model.id2label or side.class_names),
             image_size=size,
         )
 
@@ -152,15 +151,13 @@ class _Feed(DeviceFeed[Any]):
         self._own.close()
 
 
-def of_vit(vit: ViTModel) -> Encode:
-    """Mean of the patch tokens and, where there is one, the class token, with every patch visible."""
+def _of_pixels(encode: Callable[[Any], Encode]) -> Callable[[Any, FedBatch], Mapping[str, Tensor]]:
+    return lambda module, batch: encode(module)(batch.inputs["pixel_values"])
 
-    def encode(pixel_values: Tensor) -> dict[str, Tensor]:
-        tokens = vit(pixel_values=pixel_values).last_hidden_state
-        cls = {"cls": tokens[:, 0]} if vit.config.use_cls_token else {}
-        return {"mean": vit.patch_tokens(tokens).mean(dim=1), **cls}
 
-    return encode
+def encoder_of(model: Any) -> Encode:
+    """The features of any objective's model."""
+    return of_vit(model.vit)
 
 
 def warnings_of(scores: Scores, baselines: Mapping[str, Scores]) -> list[str]:
@@ -181,13 +178,3 @@ def warnings_of(scores: Scores, baselines: Mapping[str, Scores]) -> list[str]:
                 "or look for images that are all alike"
             )
     return lines
-
-
-def _joined(of_ranks: list[Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Features by pooling and labels of all ranks, in the order of the samples' ids."""
-    rows = [row for of_rank in of_ranks for row in of_rank if len(row[0])]
-    if not rows:
-        raise DataError("evaluation: no labelled image could be read; look at evaluation.train and data.label")
-    _, first = np.unique(np.concatenate([row[0] for row in rows]), return_index=True)
-    labels = np.concatenate([row[1] for row in rows])[first]
-    return {name: np.concatenate([row[2][name] for row in rows])[first] for name in rows[0][2]}, labels

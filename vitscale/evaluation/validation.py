@@ -20,7 +20,7 @@ from vitscale.data.labels import LabelReader
 from vitscale.data.loader import Loader
 from vitscale.data.order import SampleOrder, SequentialOrder
 from vitscale.data.subset import Subset, SubsetOrder
-from vitscale.engine.engine import Engine
+from vitscale.engine.whole import Evaluable
 from vitscale.errors import DataError
 from vitscale.evaluation.metrics import by_class, scores_of
 from vitscale.world import World
@@ -34,6 +34,7 @@ class HeldOut:
 
     index: ShardIndex
     subset: Subset | None = None
+    class_names: tuple[str, ...] = ()  # beside the shards, where their labels are names
 
     @property
     def total(self) -> int:
@@ -58,25 +59,27 @@ class Validation:
     """Scores labels, or the loss of hidden patches, on all ranks at once, whatever wraps the model; what follows in
     training is the same bits."""
 
-    def __init__(self, config: RunConfig, world: World, held_out: HeldOut) -> None:
+    def __init__(self, config: RunConfig, world: World, held_out: HeldOut, name: str = "validation") -> None:
+        """name: what the scores begin with."""
+        self._name = name
         self._config, self._world, self._held_out = config, world, held_out
         self._is_supervised = problem_type(config) is not None and config.objective.name == "classification"
         share = -(-held_out.total // world.world_size)
         self._micro = min(config.evaluation.batch, share if self._is_supervised else min(CHUNK, held_out.total))
 
-    def run(self, engine: Engine) -> Outcome:
+    def run(self, engine: Evaluable) -> Outcome:
         """Score the weights, and beside their moving average, if there is one, the weights themselves as
         "validation/raw_...". A collective. DataError where no image can be read."""
         if not self._is_supervised:
             return Outcome(self._loss_of_hidden_patches(engine), {})
         scores, details = self._scores(engine, average=True)
-        named = {f"validation/{name}": value for name, value in scores.items()}
+        named = {f"{self._name}/{name}": value for name, value in scores.items()}
         if engine.ema is not None:
             raw, _ = self._scores(engine, average=False)
-            named |= {f"validation/raw_{name}": value for name, value in raw.items() if name not in ("images", "bad")}
+            named |= {f"{self._name}/raw_{name}": value for name, value in raw.items() if name not in ("images", "bad")}
         return Outcome(named, details)
 
-    def _loss_of_hidden_patches(self, engine: Engine) -> dict[str, float]:
+    def _loss_of_hidden_patches(self, engine: Evaluable) -> dict[str, float]:
         """The objective's own loss, its masks hashed from the samples' keys, so the same every time.
 
         In chunks of CHUNK images, as many on any number of ranks; what is left after the last whole one is not scored.
@@ -90,9 +93,9 @@ class Validation:
         with self._loader() as loader, DeviceFeed(loader, self._augment(engine), engine.device) as feed:
             sums = engine.evaluate(feed, self._held_out.order(batch).batches_per_epoch, measure)
         images = sums["chunks"] * self._micro
-        return {"validation/loss": sums["loss"] / sums["chunks"], "validation/images": images}
+        return {f"{self._name}/loss": sums["loss"] / sums["chunks"], f"{self._name}/images": images}
 
-    def _scores(self, engine: Engine, average: bool) -> tuple[dict[str, float], dict[str, Any]]:
+    def _scores(self, engine: Evaluable, average: bool) -> tuple[dict[str, float], dict[str, Any]]:
         own: list[tuple[np.ndarray, np.ndarray]] = []  # logits and labels of this rank's images
         bad = 0
 
@@ -149,7 +152,7 @@ class Validation:
             image_size=size,
         )
 
-    def _augment(self, engine: Engine) -> Augment:
+    def _augment(self, engine: Evaluable) -> Augment:
         config = self._config
         size, channels = pair(config.model.image_size), config.model.num_channels
         labels = config.objective.needs_labels

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
-from vitscale.engine.engine import Engine
+from torch import nn
+
 from vitscale.engine.loop import TrainState
+from vitscale.engine.whole import Evaluable, WholeModel
+from vitscale.evaluation.features import Encode, pixels
 from vitscale.evaluation.figures import draw_reconstructions
-from vitscale.evaluation.probing import Probing, Scores, of_vit, warnings_of
+from vitscale.evaluation.probing import Probing, Scores, encoder_of, warnings_of
 from vitscale.files.atomic import write_atomically
-from vitscale.models.vit import ViTModel, ViTPreTrainedModel
+from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.run.scoring import evaluation_steps
 from vitscale.run.session import Session
+
+_FEWEST = 100  # images that evaluation.seconds leaves of a side
 
 
 class Probes:
@@ -20,34 +26,61 @@ class Probes:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._probing = None if session.probed is None else Probing(session.config, session.world, *session.probed)
         self.due = evaluation_steps(session) if self.is_wanted else (lambda step: False)
         self._baselines: dict[str, Scores] = self._kept() if self.is_wanted else {}
+        if self.is_wanted:
+            self._probing = self._of_at_most(int(self._baselines.get("cut to", {}).get("images", self._most)))
 
     @property
     def is_wanted(self) -> bool:
         """Whether there is anything to score."""
-        return self._probing is not None
+        return self._session.probed is not None
+
+    @property
+    def _most(self) -> int:
+        return self._session.config.evaluation.images
+
+    def _of_at_most(self, images: int) -> Probing:
+        session = self._session
+        assert session.probed is not None
+        return Probing(session.config, session.world, *session.probed, scratch=session.folder.path, most=images)
 
     def baseline(self, name: str, model: ViTPreTrainedModel) -> None:
         """Score an encoder once a run, under this name, before it is wrapped. A collective."""
-        if self._probing is None or name in self._baselines:
+        if not self.is_wanted or name in self._baselines:
             return
         session, was_training = self._session, model.training
-        device = session.backend.device
-        encoder = model.to(device).eval().get_submodule("vit")
-        assert isinstance(encoder, ViTModel), "every objective's model has its encoder there"
-        self._keep(name, self._probing.of_encoder(of_vit(encoder), session.ranks, device))
+        whole = WholeModel(model, session.ranks, session.backend.device)
+        self._keep(name, self._in_time(whole))
         model.to("cpu").train(was_training)
         if "pixels" not in self._baselines:
-            self._keep("pixels", self._probing.of_pixels(session.ranks, device))
+            nothing = WholeModel(nn.Identity(), session.ranks, session.backend.device)
+            self._keep("pixels", self._probing.scores(nothing, _pixels))
 
-    def run(self, engine: Engine, state: TrainState, row: dict[str, Any]) -> None:
+    def _in_time(self, whole: WholeModel) -> Scores:
+        """Scores of as many images as evaluation.seconds leaves; later ones are of the same."""
+        started, budget = time.monotonic(), self._session.config.evaluation.seconds
+        scores = self._probing.scores(whole, encoder_of)
+        seconds = self._session.ranks.gather(time.monotonic() - started)[0]
+        if budget is None or seconds <= budget or "cut to" in self._baselines:
+            return scores
+        largest = min(self._most, max(side.total for side in (self._probing.train, self._probing.test) if side))
+        images = max(_FEWEST, int(largest * budget / seconds))
+        if images >= largest:
+            return scores
+        self._session.say(
+            f"evaluation: {largest} images took {seconds:.1f} s; {images} of each side are scored from here on, "
+            f"by evaluation.seconds={budget:g}"
+        )
+        self._baselines["cut to"] = {"images": images}
+        self._probing = self._of_at_most(images)
+        return self._probing.scores(whole, encoder_of)
+
+    def run(self, engine: Evaluable, state: TrainState, row: dict[str, Any]) -> None:
         """Add the scores to the row; say what is wrong with them; draw reconstructions. A collective."""
-        assert self._probing is not None
-        scores = self._probing.of_engine(engine)
+        scores = self._probing.scores(engine, encoder_of)
         row |= {f"evaluation/{name}": value for name, value in scores.items()}
-        for line in warnings_of(scores, self._baselines):
+        for line in warnings_of(scores, {name: each for name, each in self._baselines.items() if name != "cut to"}):
             self._session.say(f"step {state.step}: {line}")
         config, folder = self._session.config, self._session.folder
         if config.objective.name != "classification":
@@ -69,3 +102,7 @@ class Probes:
         self._session.say(f"evaluation: {name}: {told}")
         if self._session.world.is_main:
             write_atomically(self._session.folder.baselines, json.dumps(self._baselines, indent=1) + "\n")
+
+
+def _pixels(module: nn.Module) -> Encode:
+    return pixels

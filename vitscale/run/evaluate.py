@@ -1,0 +1,289 @@
+"""`vitscale evaluate RUN|MODEL`: frozen features, and a classifier's or decoder's own scores, on held-out images.
+
+The code that scores a run while it trains, on all images instead of some, on all ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitscale.config.load import Flat, config_of, load_config
+from vitscale.config.schema import Model, RunConfig, Source
+from vitscale.data.index import ShardIndex, open_index, require_labels
+from vitscale.engine.ranks import ProcessRanks, joined
+from vitscale.engine.whole import WholeModel
+from vitscale.errors import CheckpointError, ConfigError, DataError
+from vitscale.evaluation.features import Encode, FeatureTable, of_vit, pixels
+from vitscale.evaluation.figures import draw_curves, draw_reconstructions
+from vitscale.evaluation.probing import Probing
+from vitscale.evaluation.validation import HeldOut, Validation
+from vitscale.files.atomic import write_atomically
+from vitscale.files.classes import class_names
+from vitscale.interop.image_processing import ViTImageProcessor
+from vitscale.interop.loading import open_model, start_from
+from vitscale.interop.pretrained import load_model
+from vitscale.models.auto import OBJECTIVES, initialize, new_model
+from vitscale.models.configuration import ViTConfig
+from vitscale.models.mae import ViTMAEForPreTraining
+from vitscale.models.simmim import MaskedImageModel
+from vitscale.models.vit import ViTModel, ViTPreTrainedModel
+from vitscale.run_folder import RunFolder
+from vitscale.text import aligned, to_stderr
+from vitscale.tracking.jsonl import JsonlFile
+from vitscale.world import World
+
+Scores = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is scored, and what it is compared with."""
+
+    config: RunConfig  # evaluation and data say what on
+    models: dict[str, ViTPreTrainedModel]  # "trained" first, then "untrained" and, where there is one, "start"
+
+
+def evaluate(source: str, world: World, overrides: Sequence[str] = (), out: Path | None = None) -> RunFolder:
+    """Score a run's or any model's features on evaluation.test, or by cross-validation on evaluation.train alone.
+
+    `source`: a run's folder, or what `open_model` takes; `overrides`: of the run's config, for keys of data and
+    evaluation; `out`: where evaluation.jsonl, summary.json and figures/ go, for a run its own folder if None. The
+    scores are in summary.json of the folder that is returned. Raises VitscaleError where the user can mend the cause.
+    """
+    folder = RunFolder(Path(source).expanduser())
+    is_run = folder.config.exists()
+    if not is_run and out is None:
+        raise ConfigError(f"{source}: is no run's folder; say where the scores of a model go by --out FOLDER")
+    results = RunFolder(out) if out else folder
+    results.path.mkdir(parents=True, exist_ok=True)
+    subject = _of_run(folder, overrides) if is_run else _of_model(source, overrides)
+    config = subject.config
+    if is_run and world.is_main:
+        draw_curves(JsonlFile(folder.metrics).rows(), results.figures / "loss.png", _title(config))
+    opened = _open(config, results) if world.is_main else None
+    with joined(world, config.parallel.timeout_s) as ranks:
+        train, test = _held_out(opened, ranks)
+        device = torch.device(world.device, world.local_rank) if world.device == "cuda" else torch.device("cpu")
+        probing = Probing(config, world, train, test, results.path)
+        model = subject.models["trained"]
+        if isinstance(model, (ViTMAEForPreTraining, MaskedImageModel)):
+            panels = probing.reconstructions(WholeModel(model, ranks, device))
+            if world.is_main:
+                title = f"{_title(config)}, {'held-out' if test else 'training'} images"
+                draw_reconstructions(panels, results.figures / "reconstructions.png", title)
+        if not _is_labelled(config):
+            raise ConfigError(
+                f"evaluation.test is empty: figures are in {results.figures}, but features are scored on held-out "
+                "labelled shards, as `vitscale pack --held-out` makes them: add evaluation.test='FOLDER/test/*.tar'"
+            )
+        scores, summary = _score(subject, probing, ranks, device, world)
+        if world.is_main:
+            _write(results, summary | {"source": str(source), "scores": scores})
+        ranks.barrier()
+    return results
+
+
+def saved_scores(folder: RunFolder) -> dict[str, Any]:
+    """What an earlier evaluation left in summary.json."""
+    summary = _summary(folder)
+    if "evaluation" not in summary:
+        raise CheckpointError(f"{folder.summary}: holds no scores yet; `vitscale evaluate {folder.path}` makes them")
+    return summary["evaluation"]
+
+
+def as_table(evaluation: Mapping[str, Any]) -> str:
+    """The scores for the terminal, in percent with one standard error or, of folds and draws, one deviation."""
+    scores: Scores = evaluation["scores"]
+    kinds = {"linear_probe": "linear probe", "knn": "kNN", "linear_probe_folds": "cross-validated"}
+    kinds |= {name: f"{name.removeprefix('few_shot_')} a class" for row in scores.values() for name in row
+              if name.startswith("few_shot_") and not name.endswith("_sd")}  # fmt: skip
+    kinds = {name: title for name, title in kinds.items() if any(name in row for row in scores.values())}
+    lines = [("features", *kinds.values())]
+    for name, row in scores.items():
+        errors = {kind: row.get(f"{kind}_se", row.get(f"{kind}_sd", 0.0)) for kind in kinds}
+        lines.append((name, *(f"{100 * row[kind]:.1f} +- {100 * errors[kind]:.1f} %" for kind in kinds)))
+    own = [f"{name} {value:.4g}" for name, value in evaluation.get("test_scores", {}).items()]
+    return "\n".join([aligned(lines, right=range(1, len(kinds) + 1)), *([f"its own: {', '.join(own)}"] if own else [])])
+
+
+def _of_run(folder: RunFolder, overrides: Sequence[str]) -> Subject:
+    if not (folder.model / "config.json").exists():
+        raise CheckpointError(
+            f"{folder.path}: has no model/ yet; let the run end, or make it from the newest checkpoint with "
+            f"`vitscale export {folder.path}`"
+        )
+    config = load_config(folder.config, overrides)
+    models = {"trained": load_model(folder.model), "untrained": new_model(config, config.run.seed)}
+    if config.model.init_from:
+        try:
+            start = new_model(config, config.run.seed)
+            start_from(start, config.model.init_from, adapt=True)
+            models["start"] = start
+        except (CheckpointError, ConfigError) as error:
+            to_stderr(f"what the run started from is not scored: {error}")
+    return Subject(config, models)
+
+
+def _of_model(source: str, overrides: Sequence[str]) -> Subject:
+    opened = open_model(source)
+    for note in opened.notes:
+        to_stderr(f"{source}: {note}")
+    model = opened.model
+    keys = model_keys_of(model.config) | processor_keys(opened.processor) | {"run.name": Path(source).name}
+    objective = next((name for name, each in OBJECTIVES.items() if each is type(model)), None)
+    config = config_of(keys | ({"objective.name": objective} if objective else {}), overrides)
+    with torch.device("meta"):
+        untrained = type(model)(model.config)
+    initialize(untrained, config.run.seed)
+    return Subject(config, {"trained": model, "untrained": untrained})
+
+
+def model_keys_of(config: ViTConfig) -> Flat:
+    """A model's sizes and classes as keys of a run's config."""
+    shared = {item.name for item in fields(Model)} & {item.name for item in fields(ViTConfig)}
+    keys = {f"model.{name}": getattr(config, name) for name in shared - {"id2label"}}
+    if config.id2label is not None:
+        keys["model.id2label"] = tuple(config.id2label[number] for number in sorted(config.id2label))
+    return keys
+
+
+def processor_keys(processor: ViTImageProcessor) -> Flat:
+    """How a model's images are prepared, as keys of a run's config."""
+    keys: Flat = {}
+    for name in ("mean", "std"):
+        value = getattr(processor, f"image_{name}")
+        keys[f"augment.{name}"] = value if isinstance(value, tuple) else (value,)
+    edge = (processor.size or {}).get("shortest_edge")
+    if processor.do_center_crop and edge:
+        keys["evaluation.crop_fraction"] = min(1.0, processor.crop_size["height"] / edge)
+    return keys
+
+
+def _open(config: RunConfig, results: RunFolder) -> dict[str, tuple[bytes, tuple[str, ...]] | None]:
+    """The shards of both sides and the names of their classes, as rank 0 finds them."""
+    evaluation, label = config.evaluation, config.data.label_extension
+    train = evaluation.train or config.data.train
+    if not train:
+        raise ConfigError("evaluation.train is empty: name labelled shards, say evaluation.train='FOLDER/train/*.tar'")
+
+    def opened(sources: tuple[Source, ...], indexed: str | None) -> tuple[bytes, tuple[str, ...]]:
+        index = open_index(sources, indexed, results.path, label=label)
+        if _is_labelled(config):
+            require_labels(index, label)
+        return index.to_bytes(), tuple(class_names(index.paths) or ())
+
+    indexed = None if evaluation.train else config.data.index
+    test = opened(evaluation.test, None) if evaluation.test else None
+    return {"train": opened(train, indexed), "test": test}
+
+
+def _held_out(opened: Any, ranks: ProcessRanks) -> tuple[HeldOut, HeldOut | None]:
+    found = ranks.gather(opened)[0]
+    train, test = (
+        found[side] and HeldOut(ShardIndex.from_bytes(found[side][0]), class_names=found[side][1])
+        for side in ("train", "test")
+    )
+    return train, test
+
+
+def _score(
+    subject: Subject, probing: Probing, ranks: ProcessRanks, device: torch.device, world: World
+) -> tuple[Scores, dict[str, Any]]:
+    """One pass over the images for all encoders, then the scores of each."""
+    config, models = subject.config, nn.ModuleDict(subject.models)
+    whole = WholeModel(models, ranks, device)
+    train, test = probing.tables(whole, _all_encoders)
+    summary = _counts(config, probing, {"train": train, "test": test}, ranks)
+    scores = {}
+    for name in (*subject.models, "pixels"):
+        poolings = [pooling for pooling in train.poolings if pooling.startswith(f"{name}/")]
+        scores[name] = probing.scores_of(whole, train, test, poolings, config.evaluation.shots)
+    if probing.test is not None and _own_scores_fit(subject, probing.test):
+        own = Validation(config, world, probing.test, name="test")
+        outcome = own.run(WholeModel(subject.models["trained"], ranks, device))
+        summary |= {"test_scores": outcome.scores, **outcome.details}
+    return scores, summary
+
+
+def _all_encoders(models: Any) -> Encode:
+    """Features of every model and of the pixels, by "model/pooling"."""
+    encoders: dict[str, Encode] = {name: of_vit(encoder(model)) for name, model in models.items()} | {"pixels": pixels}
+
+    def encode(pixel_values: Tensor) -> dict[str, Tensor]:
+        return {
+            f"{name}/{pooling}": value
+            for name, encode in encoders.items()
+            for pooling, value in encode(pixel_values).items()
+        }
+
+    return encode
+
+
+def encoder(model: Any) -> ViTModel:
+    """The encoder in a model of any class, or the model itself."""
+    return model if isinstance(model, ViTModel) else model.vit
+
+
+def _counts(
+    config: RunConfig, probing: Probing, tables: Mapping[str, FeatureTable | None], ranks: ProcessRanks
+) -> dict[str, Any]:
+    """How many images were scored, and how many could not be read. DataError where these are too many."""
+    summary: dict[str, Any] = {"bad_samples": {}}
+    for name, side, features in (("train", probing.train, tables["train"]), ("test", probing.test, tables["test"])):
+        if side is None or features is None:
+            continue
+        of_ranks = ranks.gather((len(features), features.bad))
+        summary[name], bad = sum(each[0] for each in of_ranks), sum((each[1] for each in of_ranks), Counter[str]())
+        summary["bad_samples"][name] = dict(bad)
+        if bad.total() > max(3, config.data.max_bad_fraction * side.total):
+            causes = ", ".join(f"{count} {cause}" for cause, count in bad.most_common())
+            raise DataError(
+                f"evaluation.{name}: {bad.total()} of {side.total} images cannot be read ({causes}): more than "
+                f"data.max_bad_fraction={config.data.max_bad_fraction}; mend the shards or raise it"
+            )
+    return summary
+
+
+def _own_scores_fit(subject: Subject, test: HeldOut) -> bool:
+    """Whether there are scores by what the model was trained for: of any that hides patches, of a classifier on its
+    classes."""
+    config = subject.config
+    if type(subject.models["trained"]) is ViTModel:
+        return False
+    names = config.model.id2label
+    if config.objective.name != "classification" or not names or not test.class_names or names == test.class_names:
+        return True
+    to_stderr("the model's own classes are others than those of evaluation.test: its classifier is not scored")
+    return False
+
+
+def _is_labelled(config: RunConfig) -> bool:
+    """Whether features are to be scored; else there are figures alone."""
+    return bool(config.evaluation.test or config.evaluation.train)
+
+
+def _title(config: RunConfig) -> str:
+    return f"{config.run.name}: {config.objective.name}"
+
+
+def _summary(folder: RunFolder) -> dict[str, Any]:
+    return json.loads(folder.summary.read_text(encoding="utf-8")) if folder.summary.exists() else {}
+
+
+def _write(results: RunFolder, evaluation: dict[str, Any]) -> None:
+    """summary.json, and the scores as a row of evaluation.jsonl, at the step of the model; MLflow is fed from it."""
+    summary, scores = _summary(results), evaluation["scores"]
+    row = {f"evaluation/{kind}_{name}": value for name in scores for kind, value in scores[name].items()}
+    row |= evaluation.get("test_scores", {})
+    now = int(time.time() * 1000)
+    JsonlFile(results.path / "evaluation.jsonl").append({"step": summary.get("steps", 0), **row, "time": now})
+    write_atomically(results.summary, json.dumps(summary | {"evaluation": evaluation}, indent=2) + "\n")
