@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import RidgeClassifier
 from sklearn.preprocessing import StandardScaler
 
 from tests.evaluation.tables import CPU, clouds, sole, table
 from vitscale.config.schema import Evaluation
 from vitscale.errors import DataError
+from vitscale.evaluation.features import FeatureTable
 from vitscale.evaluation.frozen import frozen_scores, spread_of
 from vitscale.evaluation.linear_probe import STRENGTHS
 from vitscale.evaluation.probing import warnings_of
@@ -114,3 +117,33 @@ def test_what_is_said_of_bad_features() -> None:
     assert "features are worse than untrained: knn 0.800 (there 0.850)" in line
     (line,) = warnings_of(good | {"rankme": 1.2}, {})
     assert "features have collapsed: rankme 1.2" in line
+
+
+def test_features_need_no_memory(tmp_path: Path) -> None:
+    """Twice 77 MB of features are scored in a part of that, read from the process: they lie in files."""
+    count, width = 300_000, 128
+    labels = np.arange(count) % 10
+    features = FeatureTable(tmp_path, count)
+    for rows in np.array_split(np.arange(count), 100):
+        values = torch.randn(len(rows), width, generator=torch.Generator().manual_seed(int(rows[0])))
+        features.append(rows, labels[rows], {"mean": values, "cls": values * 2})
+    test, test_y = clouds(50, classes=10, width=width)
+    before, peak, done = _anonymous_bytes(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            peak[0] = max(peak[0], _anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    frozen_scores(
+        features, table(tmp_path, test_y, mean=test, cls=test), ("mean", "cls"), Evaluation(), sole(), CPU, (10,)
+    )
+    done.set()
+    watcher.join()
+    assert peak[0] - before < 70_000_000, f"{peak[0] - before:,} bytes more for {2 * 2 * count * width:,} of features"
+
+
+def _anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
