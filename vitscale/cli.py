@@ -111,6 +111,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from vitscale.run.report import report
+
+    print(report(RunFolder(Path(arguments.run))))
+    return DONE
+
+
 def _stop(arguments: argparse.Namespace) -> int:
     folder = RunFolder(Path(arguments.run))
     if not folder.config.exists():
@@ -190,6 +197,8 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("overrides", metavar="dotted.key=value", nargs="*", help="say evaluation.test='held_out/*.tar'")
     added.add_argument("--out", metavar="FOLDER", help="for scores and figures (default: the run's own folder)")
     added.add_argument("--show", action="store_true", help="print the scores that are there, without work")
+    added = verb("report", _report, "what a run came to, as one report.html")
+    added.add_argument("run", metavar="RUN_FOLDER")
     added = verb("stop", _stop, "ask a run to save and stop")
     added.add_argument("run", metavar="RUN_FOLDER")
     added = verb("sync", _sync, "send what MLflow has missed")

@@ -58,6 +58,10 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def validation(self) -> Path:
         return self.path / "validation.json"
 

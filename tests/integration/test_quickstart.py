@@ -125,8 +125,8 @@ def test_mlflow_has_it_all(quickstart: QuickStart) -> None:
     wanted = {f"evaluation/{kind}_{name}": scores[name][kind] for name in FEATURES for kind in ("linear_probe", "knn")}
     assert {name: value for name, value in run.data.metrics.items() if name in wanted} == wanted
     figures = {item.path for item in client.list_artifacts(run.info.run_id, "figures")}
-    assert figures == {"figures/loss.png", "figures/reconstructions.png"}
-    assert {"config.yaml", "summary.json"} <= {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert figures == {f"figures/{name}.png" for name in ("loss", "reconstructions", "neighbours", "patches")}
+    assert {"config.yaml", "summary.json", "report.html"} <= {item.path for item in client.list_artifacts(run.info.run_id)}
 
 
 def test_same_command_is_done_and_more_steps_go_on(quickstart: QuickStart, launcher: Launcher) -> None:

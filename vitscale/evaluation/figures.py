@@ -1,4 +1,4 @@
-"""A run in pictures: its loss curve, and what its model makes of hidden patches."""
+"""A run in pictures: its loss curve, what its model makes of hidden patches, and what its features see."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from vitscale.config.model_rules import pair
 from vitscale.models.mae import ViTMAEForPreTraining
-from vitscale.models.vit import ViTPreTrainedModel
+from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 
-LOSS, RATE, QUIET = "#1f5fa8", "#b4551e", "#6b6b6b"
+LOSS, RATE = "#1f5fa8", "#b4551e"
+GOOD, BAD = "#2e7d32", "#c62828"
 SHOWN = 12  # images in the figure of reconstructions
 HIDDEN = (0.56, 0.66, 0.77)  # a blue that neither a grey image nor most photographs have
 
@@ -77,14 +78,105 @@ def reconstruct(
         hidden, filled = output.bool_masked_pos, output.reconstruction.float()
     (rows, columns), (height, width) = model.config.grid, pair(model.config.patch_size)
     where = hidden.view(-1, 1, rows, columns).repeat_interleave(height, 2).repeat_interleave(width, 3)
-    scale, shift = (torch.tensor(values, device=original.device).view(1, -1, 1, 1) for values in (std, mean))
-    original, filled = ((images * scale + shift).clamp(0, 1) for images in (original, filled))
+    original, filled = (seen(images, mean, std) for images in (original, filled))
     return Reconstructions(
         original=_channels_last(original),
         masked=_channels_last(original.masked_fill(where, float("nan"))),
         reconstruction=_channels_last(torch.where(where, filled, original)),
         note=note,
     )
+
+
+def seen(pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images in [0, 1] again, float32 [n, c, h, w], of those that were normalised."""
+    scale, shift = (torch.tensor(values, device=pixel_values.device).view(1, -1, 1, 1) for values in (std, mean))
+    return (pixel_values.float() * scale + shift).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Images in [0, 1], float32 [n, height, width, channels], and what an encoder makes of them."""
+
+    images: np.ndarray
+    labels: np.ndarray  # int64 [n], -1 where there is none
+    pooled: np.ndarray  # float32 [n, width]
+    patches: np.ndarray  # float32 [SHOWN, rows, columns, width]
+
+
+@torch.inference_mode()
+def features_of(
+    vit: ViTModel, pixel_values: Tensor, labels: Tensor, mean: Sequence[float], std: Sequence[float]
+) -> Features:
+    """Of a batch of normalised images."""
+    patches = vit.patch_tokens(vit(pixel_values=pixel_values).last_hidden_state).float()
+    first = patches[:SHOWN].unflatten(1, vit.config.grid)
+    images = _channels_last(seen(pixel_values, mean, std))
+    return Features(images, labels.cpu().numpy(), patches.mean(dim=1).cpu().numpy(), first.cpu().numpy())
+
+
+def draw_neighbours(features: Features, path: Path, title: str = "", queries: int = 8, neighbours: int = 6) -> None:
+    """A PNG of images, each with those whose features are nearest (cosine) below it, framed by whether labels agree."""
+    unit = features.pooled / np.linalg.norm(features.pooled, axis=1, keepdims=True).clip(min=1e-12)
+    queries, neighbours = min(queries, len(unit)), min(neighbours, len(unit) - 1)
+    similarity = unit[:queries] @ unit.T
+    similarity[np.arange(queries), np.arange(queries)] = -np.inf
+    nearest = np.argsort(-similarity, axis=1)[:, :neighbours]
+    figure = Figure(figsize=(1.2 * queries + 1.2, 1.2 * (neighbours + 1) + 0.7), layout="constrained")
+    grid = figure.subplots(neighbours + 1, queries, squeeze=False)
+    for query in range(queries):
+        _show(grid[0, query], features.images[query])
+        for place, other in enumerate(nearest[query], start=1):
+            _show(grid[place, query], features.images[other])
+            if features.labels[query] >= 0 and features.labels[other] >= 0:
+                agrees = features.labels[query] == features.labels[other]
+                grid[place, query].spines[:].set(edgecolor=GOOD if agrees else BAD, linewidth=2.5)
+    grid[0, 0].set_ylabel("image", fontsize=10)
+    grid[1, 0].set_ylabel("nearest", fontsize=10)
+    labelled = "; green: of the same label, red: of another" if (features.labels >= 0).any() else ""
+    figure.suptitle(f"{title}\nnearest among {len(unit)} held-out images{labelled}", x=0.01, ha="left", fontsize=10)
+    _save(figure, path)
+
+
+def draw_patches(features: Features, path: Path, title: str = "") -> None:
+    """A PNG of images, below each its patches in the colours of the first three principal components of all of them."""
+    count, rows, columns, width = features.patches.shape
+    flat = features.patches.reshape(-1, width).astype(np.float64)
+    centred = flat - flat.mean(axis=0)
+    _, _, directions = np.linalg.svd(centred, full_matrices=False)
+    components = centred @ directions[:3].T
+    low, high = np.percentile(components, [2, 98], axis=0)
+    colours = np.zeros((len(flat), 3))
+    colours[:, : components.shape[1]] = ((components - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+    figure = Figure(figsize=(1.2 * count + 1.2, 1.2 * 2 + 0.7), layout="constrained")
+    grid = figure.subplots(2, count, squeeze=False)
+    for column in range(count):
+        _show(grid[0, column], features.images[column])
+        _show(grid[1, column], colours.reshape(count, rows, columns, 3)[column])
+    grid[0, 0].set_ylabel("image", fontsize=10)
+    grid[1, 0].set_ylabel("patches", fontsize=10)
+    heading = f"{title}\nfeatures of patches: three principal components as red, green, blue"
+    figure.suptitle(heading, x=0.01, ha="left", fontsize=10)
+    _save(figure, path)
+
+
+def confusion_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
+    """matrix: int [classes, classes], rows the true class; shares of each row as shades, numbers where they fit."""
+    count = len(names)
+    figure = Figure(figsize=(4.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    shares = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if count <= 20:
+        for row, column in zip(*np.nonzero(matrix), strict=True):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, matrix[row, column], ha="center", va="center", fontsize=7, color=colour)
+    if count <= 40:
+        short = [name if len(name) <= 14 else name[:13] + "…" for name in names]
+        axes.set_xticks(range(count), short, rotation=90, fontsize=7)
+        axes.set_yticks(range(count), short, fontsize=7)
+    axes.set_xlabel("predicted", fontsize=8)
+    axes.set_ylabel("true", fontsize=8)
+    return figure
 
 
 def _channels_last(images: Tensor) -> np.ndarray:

@@ -21,9 +21,19 @@ from vitscale.data.loader import Loader
 from vitscale.data.subset import chosen_by_hash
 from vitscale.engine.whole import Evaluable
 from vitscale.evaluation.features import Encode, FeatureTable, of_vit
-from vitscale.evaluation.figures import SHOWN, Reconstructions, reconstruct
+from vitscale.evaluation.figures import (
+    SHOWN,
+    draw_neighbours,
+    draw_patches,
+    draw_reconstructions,
+    features_of,
+    reconstruct,
+)  # fmt: skip
 from vitscale.evaluation.frozen import frozen_scores
 from vitscale.evaluation.validation import HeldOut
+from vitscale.models.mae import ViTMAEForPreTraining
+from vitscale.models.simmim import MaskedImageModel
+from vitscale.models.vit import ViTModel
 from vitscale.world import World
 
 Scores = dict[str, float]
@@ -96,17 +106,24 @@ class Probing:
             model.evaluate(feed, order.batches_per_epoch, keep, forward=_of_pixels(encode))
         return table
 
-    def reconstructions(self, model: Evaluable) -> Reconstructions:
-        """What the model makes of hidden patches of the first test images. A collective."""
-        config, panels = self._config, list[Reconstructions]()
+    def draw(self, model: Evaluable, folder: Path, title: str) -> None:
+        """What the model makes of the first held-out images, as PNGs of rank 0: reconstructions of hidden patches where
+        its objective hides some, nearest neighbours, patches in colours. A collective."""
+        config = self._config
+        mean, std = config.augment.mean, config.augment.std
 
         def forward(module: Any, batch: FedBatch) -> None:
-            images, keys = (batch.inputs[name][:SHOWN] for name in ("pixel_values", "sample_key"))
-            panels.append(reconstruct(module, images, keys, config.augment.mean, config.augment.std))
+            pixel_values, labels, keys = (batch.inputs[name] for name in ("pixel_values", "labels", "sample_key"))
+            made = features_of(encoder_in(module), pixel_values, labels, mean, std)
+            panels = reconstruct(module, pixel_values[:SHOWN], keys[:SHOWN], mean, std) if _hides(module) else None
+            if self._world.is_main:
+                draw_neighbours(made, folder / "neighbours.png", title)
+                draw_patches(made, folder / "patches.png", title)
+            if self._world.is_main and panels is not None:
+                draw_reconstructions(panels, folder / "reconstructions.png", title)
 
         with self._feed(self.test or self.train, model.device) as feed:
             model.evaluate(feed, 1, lambda output, batch: {}, forward=forward)
-        return panels[0]
 
     def _batch(self, side: HeldOut) -> int:
         ranks = self._world.world_size
@@ -155,9 +172,18 @@ def _of_pixels(encode: Callable[[Any], Encode]) -> Callable[[Any, FedBatch], Map
     return lambda module, batch: encode(module)(batch.inputs["pixel_values"])
 
 
+def encoder_in(model: Any) -> ViTModel:
+    """The encoder in a model of any class, or the model itself."""
+    return model if isinstance(model, ViTModel) else model.vit
+
+
 def encoder_of(model: Any) -> Encode:
-    """The features of any objective's model."""
-    return of_vit(model.vit)
+    """The features of a model of any class."""
+    return of_vit(encoder_in(model))
+
+
+def _hides(model: Any) -> bool:
+    return isinstance(model, (ViTMAEForPreTraining, MaskedImageModel))
 
 
 def warnings_of(scores: Scores, baselines: Mapping[str, Scores]) -> list[str]:

@@ -22,9 +22,9 @@ from vitscale.data.index import ShardIndex, open_index, require_labels
 from vitscale.engine.ranks import ProcessRanks, joined
 from vitscale.engine.whole import WholeModel
 from vitscale.errors import CheckpointError, ConfigError, DataError
-from vitscale.evaluation.features import Encode, FeatureTable, of_vit, pixels
-from vitscale.evaluation.figures import draw_curves, draw_reconstructions
-from vitscale.evaluation.probing import Probing
+from vitscale.evaluation.features import Encode, FeatureTable, pixels
+from vitscale.evaluation.figures import draw_curves
+from vitscale.evaluation.probing import Probing, encoder_of
 from vitscale.evaluation.validation import HeldOut, Validation
 from vitscale.files.atomic import write_atomically
 from vitscale.files.classes import class_names
@@ -33,9 +33,8 @@ from vitscale.interop.loading import open_model, start_from
 from vitscale.interop.pretrained import load_model
 from vitscale.models.auto import OBJECTIVES, initialize, new_model
 from vitscale.models.configuration import ViTConfig
-from vitscale.models.mae import ViTMAEForPreTraining
-from vitscale.models.simmim import MaskedImageModel
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
+from vitscale.run.report import report
 from vitscale.run_folder import RunFolder
 from vitscale.text import aligned, to_stderr
 from vitscale.tracking.jsonl import JsonlFile
@@ -74,12 +73,8 @@ def evaluate(source: str, world: World, overrides: Sequence[str] = (), out: Path
         train, test = _held_out(opened, ranks)
         device = torch.device(world.device, world.local_rank) if world.device == "cuda" else torch.device("cpu")
         probing = Probing(config, world, train, test, results.path)
-        model = subject.models["trained"]
-        if isinstance(model, (ViTMAEForPreTraining, MaskedImageModel)):
-            panels = probing.reconstructions(WholeModel(model, ranks, device))
-            if world.is_main:
-                title = f"{_title(config)}, {'held-out' if test else 'training'} images"
-                draw_reconstructions(panels, results.figures / "reconstructions.png", title)
+        title = f"{_title(config)}, {'held-out' if test else 'training'} images"
+        probing.draw(WholeModel(subject.models["trained"], ranks, device), results.figures, title)
         if not _is_labelled(config):
             raise ConfigError(
                 f"evaluation.test is empty: figures are in {results.figures}, but features are scored on held-out "
@@ -88,6 +83,7 @@ def evaluate(source: str, world: World, overrides: Sequence[str] = (), out: Path
         scores, summary = _score(subject, probing, ranks, device, world)
         if world.is_main:
             _write(results, summary | {"source": str(source), "scores": scores})
+            report(results)
         ranks.barrier()
     return results
 
@@ -216,7 +212,8 @@ def _score(
 
 def _all_encoders(models: Any) -> Encode:
     """Features of every model and of the pixels, by "model/pooling"."""
-    encoders: dict[str, Encode] = {name: of_vit(encoder(model)) for name, model in models.items()} | {"pixels": pixels}
+    encoders: dict[str, Encode] = {name: encoder_of(model) for name, model in models.items()}
+    encoders["pixels"] = pixels
 
     def encode(pixel_values: Tensor) -> dict[str, Tensor]:
         return {
@@ -226,11 +223,6 @@ def _all_encoders(models: Any) -> Encode:
         }
 
     return encode
-
-
-def encoder(model: Any) -> ViTModel:
-    """The encoder in a model of any class, or the model itself."""
-    return model if isinstance(model, ViTModel) else model.vit
 
 
 def _counts(

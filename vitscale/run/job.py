@@ -35,6 +35,7 @@ from vitscale.models.auto import model_keys, new_model
 from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.run.export import export_run
 from vitscale.run.probes import Probes
+from vitscale.run.report import report
 from vitscale.run.scoring import Scoring
 from vitscale.run.session import Session, config_digest, open_session
 from vitscale.run.start import keep_shards, order_keys, say_changed_keys, start
@@ -207,6 +208,7 @@ class Job:
             "vitscale": __version__,
         }
         write_atomically(folder.summary, json.dumps(summary, indent=2) + "\n")
+        report(folder)
 
     def _train(
         self,

@@ -11,7 +11,6 @@ from torch import nn
 from vitscale.engine.loop import TrainState
 from vitscale.engine.whole import Evaluable, WholeModel
 from vitscale.evaluation.features import Encode, pixels
-from vitscale.evaluation.figures import draw_reconstructions
 from vitscale.evaluation.probing import Probing, Scores, encoder_of, warnings_of
 from vitscale.files.atomic import write_atomically
 from vitscale.models.vit import ViTPreTrainedModel
@@ -82,12 +81,9 @@ class Probes:
         row |= {f"evaluation/{name}": value for name, value in scores.items()}
         for line in warnings_of(scores, {name: each for name, each in self._baselines.items() if name != "cut to"}):
             self._session.say(f"step {state.step}: {line}")
-        config, folder = self._session.config, self._session.folder
-        if config.objective.name != "classification":
-            panels = self._probing.reconstructions(engine)
-            if self._session.world.is_main:
-                title = f"{config.run.name}: {config.objective.name}, step {state.step}, held-out images"
-                draw_reconstructions(panels, folder.figures / "reconstructions.png", title)
+        config = self._session.config
+        title = f"{config.run.name}: {config.objective.name}, step {state.step}, held-out images"
+        self._probing.draw(engine, self._session.folder.figures, title)
 
     def _kept(self) -> dict[str, Scores]:
         """The baselines of an earlier start, as rank 0 sees them. A collective."""

@@ -15,7 +15,7 @@ from typing import Any
 from vitscale.files.atomic import write_atomically
 
 FILE = "mlflow_outbox.json"
-STANDARD = ("config.yaml", "summary.json", "figures")  # artifacts of every run, where they are there
+STANDARD = ("config.yaml", "summary.json", "report.html", "figures")  # artifacts of every run, where they are there
 
 
 class Outbox:
