@@ -63,6 +63,7 @@ def _print_config(arguments: argparse.Namespace) -> int:
 
 def _pack(arguments: argparse.Namespace) -> int:
     from vitscale.data.pack import pack
+    from vitscale.files.classes import read_names
 
     pack(
         Path(arguments.folder),
@@ -71,6 +72,7 @@ def _pack(arguments: argparse.Namespace) -> int:
         held_out=arguments.held_out,
         workers=arguments.workers,
         seed=arguments.seed,
+        classes=None if arguments.classes is None else read_names(Path(arguments.classes)),
     )
     return DONE
 
@@ -188,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--held-out", type=float, default=0.0, help="share of images for OUT/test (default: 0)")
     added.add_argument("--workers", type=inference.above_zero, default=None, help="processes (default: one a core)")
     added.add_argument("--seed", type=int, default=0, help="of the order and the split (default: 0)")
+    added.add_argument("--classes", metavar="FILE", help="classes.json of other shards, whose labels these are to have")
     added = verb("index", _index, "count and hash shards into an index.json")
     added.add_argument("patterns", nargs="+", metavar="PATTERN")
     added.add_argument("--out", required=True, metavar="index.json")

@@ -15,6 +15,7 @@ from vitscale.data.digits import write_digits
 from vitscale.data.index import ShardIndex
 from vitscale.data.pack import pack
 from vitscale.errors import DataError
+from vitscale.files.classes import class_names
 from vitscale.files.tar import scan_shard
 
 
@@ -113,6 +114,17 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     }  # fmt: skip
     assert len(index.paths) == 4
     assert not (tmp_path / "out" / "classes.json").exists()
+
+
+def test_classes_of_other_shards(folder: Path, tmp_path: Path) -> None:
+    """A folder that lacks a class has the labels of the one that has it."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    index = pack(folder, tmp_path / "out", classes=["aardvark", *names])[""]
+    labels = {key.split("/")[0]: int(members["cls"]) for key, members in contents(index.paths).items()}
+    assert labels == {name: place for place, name in enumerate(names, start=1)}
+    assert class_names(index.paths) == ["aardvark", *names]
+    with pytest.raises(DataError, match=f"{names[1]}: is none of the classes {names[0]}"):
+        pack(folder, tmp_path / "other", classes=names[:1])
 
 
 def test_bad_input(folder: Path, tmp_path: Path) -> None:

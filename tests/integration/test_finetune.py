@@ -170,6 +170,38 @@ def test_a_folder_of_images(launcher: Launcher, encoder: Path, tmp_path: Path) -
     assert "packed" in (tmp_path / "tuned" / "config.yaml").read_text()
 
 
+def test_folders_named_by_numbers_one_of_them_absent_from_validation(
+    launcher: Launcher, encoder: Path, tmp_path: Path
+) -> None:
+    """Labels are the places of the training's folders: 1, 10, 2, whatever their names look like."""
+    images = make_images(tmp_path / "images")
+    for old, new in (("class0", "1"), ("class1", "2"), ("class2", "10")):
+        (images / old).rename(images / new)
+    held_out = tmp_path / "held_out"
+    shutil.copytree(images, held_out)
+    shutil.rmtree(held_out / "10")
+    path = tmp_path / "config.yaml"
+    path.write_text(KEYS.format(folder=tmp_path, encoder=encoder, shards="X").replace("X/*.tar", str(images)))
+    keys = ["data.validation_fraction=0", f"data.validation={held_out}", "train.steps=2"]
+    launcher.run(["finetune", str(path), *keys])
+    content = json.loads((tmp_path / "tuned" / "validation.json").read_text())
+    assert {row["class"]: row["images"] for row in content["classes"]} == {"1": 50, "10": 0, "2": 50}
+
+
+def test_shards_whose_classes_are_numbered_otherwise(
+    launcher: Launcher, config: Path, shards: Path, tmp_path: Path
+) -> None:
+    images = make_images(tmp_path / "images")
+    shutil.rmtree(images / "class0")
+    pack(images, tmp_path / "fewer", workers=1)
+    keys = ["data.validation_fraction=0", f"data.validation={tmp_path}/fewer/*.tar"]
+    output = launcher.run(["finetune", str(config), *keys], code=2)
+    assert "data.validation: classes.json beside its shards says class1, class2, that of training class0" in output
+    assert "--classes" in output
+    sides = [f"evaluation.train={shards}/*.tar", f"evaluation.test={tmp_path}/fewer/*.tar"]
+    assert "evaluation.test: classes.json" in launcher.run(["finetune", str(config), *sides], code=2)
+
+
 @pytest.mark.parametrize(
     ("kind", "labels", "score"),
     [

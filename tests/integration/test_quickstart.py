@@ -126,7 +126,8 @@ def test_mlflow_has_it_all(quickstart: QuickStart) -> None:
     assert {name: value for name, value in run.data.metrics.items() if name in wanted} == wanted
     figures = {item.path for item in client.list_artifacts(run.info.run_id, "figures")}
     assert figures == {f"figures/{name}.png" for name in ("loss", "reconstructions", "neighbours", "patches")}
-    assert {"config.yaml", "summary.json", "report.html"} <= {item.path for item in client.list_artifacts(run.info.run_id)}
+    files = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert {"config.yaml", "summary.json", "report.html"} <= files
 
 
 def test_same_command_is_done_and_more_steps_go_on(quickstart: QuickStart, launcher: Launcher) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from vitscale.config.schema import Source
@@ -23,8 +24,11 @@ def packed_sources(sources: tuple[Source, ...], out: Path) -> tuple[Source, ...]
     return sources
 
 
-def pack_folder(sources: tuple[Source, ...], out: Path) -> None:
-    """Pack a folder of images into `out`, unless an earlier start has done so; nothing for other sources."""
+def pack_folder(sources: tuple[Source, ...], out: Path, classes: Sequence[str] | None = None) -> None:
+    """Pack a folder of images into `out`, unless an earlier start has done so; nothing for other sources.
+
+    classes: their names by label, where these are not the folder's own.
+    """
     if sources == packed_sources(sources, out):
         return
     folder = sources[0].pattern
@@ -34,7 +38,7 @@ def pack_folder(sources: tuple[Source, ...], out: Path) -> None:
     print(f"{folder}: is a folder of images; packing it into {out}, once", flush=True)
     for draft in out.glob("*") if out.is_dir() else ():  # of a start that was cut off: the index comes last
         draft.unlink()
-    pack(Path(folder), out)
+    pack(Path(folder), out, classes=classes)
 
 
 def classes_of(sources: tuple[Source, ...]) -> list[str] | None:

@@ -83,9 +83,9 @@ class LabelReader:
 
     def _class(self, value: object) -> int:
         text = value if isinstance(value, str) else json.dumps(value)
-        if text in self.names:
-            return self.names.index(text)
-        if not _WHOLE.fullmatch(text):
+        if not _WHOLE.fullmatch(text):  # a number is never a name: folders 1, 2, 3 have the labels 0, 1, 2
+            if text in self.names:
+                return self.names.index(text)
             way = "is no whole number" if not self.names else f"is no whole number, nor one of {listed(self.names)}"
             raise BadSample("label", f"{text[:40]!r} {way}")
         number = int(text.partition(".")[0])

@@ -18,6 +18,7 @@ from vitscale.errors import DataError
 from vitscale.files.atomic import replaced
 from vitscale.files.classes import CLASSES
 from vitscale.files.header import IMAGE_KINDS
+from vitscale.text import listed
 
 Report = Callable[[str], None]
 
@@ -51,6 +52,7 @@ def pack(
     held_out: float = 0.0,
     workers: int | None = None,
     seed: int = 0,
+    classes: Sequence[str] | None = None,
     report: Report = print,
 ) -> dict[str, ShardIndex]:
     """Write the images of `folder` as shards; the indexes by split.
@@ -58,13 +60,14 @@ def pack(
     folder: one folder a class (labels are the sorted folders' places, kept in classes.json), or images side by
     side without labels. out: must not exist or be empty; holds the shards and index.json, or with held_out > 0
     train/ and test/ of them, an image's split being a hash of its name: adding images moves none. Samples are
-    shuffled by hash, so that classes mix. A shard ends at shard_samples images or shard_bytes.
+    shuffled by hash, so that classes mix. A shard ends at shard_samples images or shard_bytes. classes: names by
+    label where they are not the folders' own, as of images that a model of more classes is to be scored on.
     """
     if not 0 <= held_out < 1:
         raise DataError(f"held_out={held_out}: must be in [0, 1), the share of images set apart for testing")
     if shard_samples < 1 or shard_bytes < 1:
         raise DataError(f"shard_samples={shard_samples}, shard_bytes={shard_bytes}: must be above 0")
-    samples, classes = _find(Path(folder))
+    samples, classes = _find(Path(folder), classes)
     splits: dict[str, list[PackedSample]] = {"": samples}
     if held_out > 0:
         splits = {"train": [], "test": []}
@@ -175,28 +178,33 @@ def class_folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _find(folder: Path) -> tuple[list[PackedSample], list[str]]:
+def _find(folder: Path, classes: Sequence[str] | None) -> tuple[list[PackedSample], Sequence[str]]:
     """All images of a folder with their labels, and the names of the classes (none where it is flat)."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; name one with images, or with one folder of images a class")
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    classes = class_folders(folder)
-    loose = [entry for entry in entries if entry.is_file() and _kind(entry) in IMAGE_KINDS]
-    if classes and loose:
+    folders = class_folders(folder)
+    classes = folders if classes is None else classes
+    if others := [name for name in folders if name not in classes]:
         raise DataError(
-            f"{folder}: has images ({loose[0].name}) beside folders ({classes[0]}): "
+            f"{folder / others[0]}: is none of the classes {listed(classes)}; rename the folder or remove it"
+        )
+    loose = [entry for entry in entries if entry.is_file() and _kind(entry) in IMAGE_KINDS]
+    if folders and loose:
+        raise DataError(
+            f"{folder}: has images ({loose[0].name}) beside folders ({folders[0]}): "
             "put all images into class folders, or all side by side"
         )
     images: list[tuple[Path, int | None]] = [(path, None) for path in loose]
-    for label, name in enumerate(classes):
+    for name in folders:
         inside = sorted(path for path in (folder / name).rglob("*") if _kind(path) in IMAGE_KINDS and path.is_file())
         inside = [path for path in inside if not path.name.startswith(".")]
         if not inside:
             raise DataError(f"{folder / name}: is a class folder without images; fill or remove it")
-        images += [(path, label) for path in inside]
+        images += [(path, classes.index(name)) for path in inside]
     if not images:
         raise DataError(f"{folder}: holds no images ({', '.join(IMAGE_KINDS)})")
-    return _named(folder, images), classes
+    return _named(folder, images), classes if folders else ()
 
 
 def _named(folder: Path, images: list[tuple[Path, int | None]]) -> list[PackedSample]:

@@ -24,11 +24,12 @@ def class_names(shards: Iterable[str | Path]) -> list[str] | None:
 def _of_folder(folder: Path) -> list[str] | None:
     for path in (folder / CLASSES, folder.absolute().parent / CLASSES):
         if path.is_file():
-            return _read(path)
+            return read_names(path)
     return None
 
 
-def _read(path: Path) -> list[str]:
+def read_names(path: Path) -> list[str]:
+    """The names in a classes.json. DataError where it is none."""
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

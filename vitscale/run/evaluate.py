@@ -35,6 +35,7 @@ from vitscale.models.auto import OBJECTIVES, initialize, new_model
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 from vitscale.run.report import report
+from vitscale.run.session import require_same_classes
 from vitscale.run_folder import RunFolder
 from vitscale.text import aligned, to_stderr
 from vitscale.tracking.jsonl import JsonlFile
@@ -179,7 +180,10 @@ def _open(config: RunConfig, results: RunFolder) -> dict[str, tuple[bytes, tuple
 
     indexed = None if evaluation.train else config.data.index
     test = opened(evaluation.test, None) if evaluation.test else None
-    return {"train": opened(train, indexed), "test": test}
+    fitted = opened(train, indexed)
+    if test is not None:
+        require_same_classes("evaluation.test", test[1], "evaluation.train", fitted[1])
+    return {"train": fitted, "test": test}
 
 
 def _held_out(opened: Any, ranks: ProcessRanks) -> tuple[HeldOut, HeldOut | None]:

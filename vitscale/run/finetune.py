@@ -113,6 +113,7 @@ class Finetune(Job):
                 "(model.problem_type says of what kind they are), or use vitscale pretrain"
             )
         data, path = config.data, self.folder.path
+        self._classes = classes_of(data.train)  # the validation's labels are numbered as the training's
         self._folders = {PACKED: data.train, f"{PACKED}-validation": data.validation}
         packed = {name: packed_sources(sources, path / name) for name, sources in self._folders.items()}
         train, validation = packed.values()
@@ -121,7 +122,7 @@ class Finetune(Job):
     def prepare(self) -> None:
         """Rank 0, before the others are joined: pack folders of images."""
         for name, sources in self._folders.items():
-            pack_folder(sources, self.folder.path / name)
+            pack_folder(sources, self.folder.path / name, self.config.model.id2label or self._classes)
 
     def look_at_data(self, config: RunConfig, index: ShardIndex, training: Subset | None) -> Any:
         """Rank 0: DataError where the labels are not such as can be learned. How many images each class has."""

@@ -17,11 +17,12 @@ from vitscale.data.subset import Subset, SubsetOrder, split
 from vitscale.engine.backend import Backend
 from vitscale.engine.preempt import StopRequest
 from vitscale.engine.ranks import ProcessRanks
-from vitscale.errors import ConfigError, LaunchError
+from vitscale.errors import ConfigError, DataError, LaunchError
 from vitscale.evaluation.validation import HeldOut
 from vitscale.files.classes import class_names
 from vitscale.files.decode import choose_decoder
 from vitscale.run_folder import RunFolder
+from vitscale.text import listed
 from vitscale.world import World
 
 
@@ -83,7 +84,9 @@ def open_session(
     others = backend.ranks.gather(others)[0]
     assert others is not None
     sides, facts = others.sides, others.facts
-    held_out, train, test = (packed and HeldOut(ShardIndex.from_bytes(packed)) for packed in others.indexes)
+    held_out, train, test = (
+        packed and HeldOut(ShardIndex.from_bytes(packed[0]), class_names=packed[1]) for packed in others.indexes
+    )
     order: SampleOrder = training_order(config, index.samples)
     if sides is not None:
         training, validation = sides
@@ -93,12 +96,15 @@ def open_session(
     return Session(config, world, folder, backend, stop, index, order, decoder, held_out, probed, facts, adapts)
 
 
+Packed = tuple[bytes, tuple[str, ...]]  # an index, and the names of the classes beside its shards
+
+
 @dataclass(frozen=True)
 class _OtherData:
     """What rank 0 found beside the index."""
 
     sides: tuple[Subset, Subset] | None  # (training, validation) of the index
-    indexes: tuple[bytes | None, bytes | None, bytes | None]  # of data.validation, evaluation.train, evaluation.test
+    indexes: tuple[Packed | None, Packed | None, Packed | None]  # of data.validation, evaluation.train, evaluation.test
     facts: Any  # the job's
 
 
@@ -108,13 +114,13 @@ def _other_data(config: RunConfig, folder: RunFolder, index: ShardIndex, look_at
     evaluation = config.evaluation
     probes = bool(evaluation.test) and (evaluation.every_steps or evaluation.every_epochs) is not None
 
-    def opened(sources: tuple[Source, ...], needs_labels: bool = True) -> bytes | None:
+    def opened(sources: tuple[Source, ...], needs_labels: bool = True) -> Packed | None:
         if not sources:
             return None
         other = open_index(sources, None, folder.path, label=label)
         if needs_labels:
             require_labels(other, label)
-        return other.to_bytes()
+        return other.to_bytes(), tuple(class_names(other.paths) or ())
 
     if probes and not evaluation.train:
         require_labels(index, label)
@@ -123,9 +129,24 @@ def _other_data(config: RunConfig, folder: RunFolder, index: ShardIndex, look_at
         opened(evaluation.train) if probes else None,
         opened(evaluation.test) if probes else None,
     )
-    named = _named_classes(config, class_names(index.paths))
+    own = class_names(index.paths)
+    named = _named_classes(config, own)
+    validation, train, test = indexes
+    if validation is not None and has_classes(config):
+        require_same_classes("data.validation", validation[1], "training", named.model.id2label or own)
+    if test is not None:
+        require_same_classes("evaluation.test", test[1], "evaluation.train", own if train is None else train[1])
     facts = look_at_data(named, index, sides and sides[0]) if look_at_data is not None else None
     return _OtherData(sides, indexes, facts)
+
+
+def require_same_classes(key: str, names: Sequence[str], other: str, expected: Sequence[str] | None) -> None:
+    """DataError where both sides name their classes, and not alike: a label's number would mean two things."""
+    if names and expected and tuple(names) != tuple(expected):
+        raise DataError(
+            f"{key}: classes.json beside its shards says {listed(names)}, that of {other} {listed(expected)}: a label "
+            "would mean another class; pack both at once (vitscale pack --held-out), or with --classes classes.json"
+        )
 
 
 def config_digest(config: RunConfig) -> str:
