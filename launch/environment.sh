@@ -40,12 +40,16 @@ find_python() {
 
 # set_up run|dev: make the virtual environment and install this checkout into it, unless that is done.
 set_up() {
-    local kind=$1 stamp log base
+    local kind=$1 stamp log base other
     stamp="$ROOT $(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" | cksum)"
     log=$VENV/setup.log
     if "$VENV/bin/python" -c '' 2>/dev/null && grep -qsxF "$stamp" "$VENV/installed-dev" "$VENV/installed-$kind"; then
         use_python
         return
+    fi
+    other=$(cat "$VENV"/installed-* 2>/dev/null | head -n 1 | sed 's/ [0-9]* [0-9]*$//')
+    if [ -n "$other" ] && [ "$other" != "$ROOT" ] && [ -d "$other" ]; then
+        fail "$VENV belongs to the checkout $other; name another folder by VITSCALE_VENV"
     fi
     base=$(find_python) || exit 1
     if has_gpu; then cost="PyTorch comes with CUDA's libraries, several GB"; else cost="about 3 minutes and 2 GB"; fi
