@@ -64,8 +64,9 @@ def tolerate_any_text() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def to_stderr(*lines: str) -> None:
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
 
 
 class TerminalLine:

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 
 from tests.inference.conftest import LABELS, save
 from vitscale.cli import main
+from vitscale.conversion.convert import convert
 from vitscale.data.pack import pack
 from vitscale.interop.pretrained import load_model
 from vitscale.models.classification import ViTForImageClassification
@@ -108,6 +109,22 @@ def test_bad_files_are_named_and_skipped(
     code, out, err = predict(capsys, classifier, *bad_files)
     assert (code, out) == (BAD_INPUT, "")
     assert err.splitlines()[-1] == "vitscale: error: no image could be read"
+
+
+@pytest.mark.parametrize(("to", "name"), [("timm", "folder"), ("mae", "file.pth")])
+def test_models_of_others_open_as_they_are(
+    to: str, name: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same labels as by our folder, and their modules."""
+    own = save(tmp_path / "own", layer_norm_eps=1e-6)
+    convert(own, tmp_path / name, to)
+    expected = rows(predict(capsys, own, photos, "--format", "jsonl")[1])
+    found = rows(predict(capsys, tmp_path / name, photos, "--format", "jsonl")[1])
+    for row, other in zip(found, expected, strict=True):
+        labels, others = ({each["label"]: each["probability"] for each in r["predictions"]} for r in (row, other))
+        assert labels == pytest.approx(others, abs=1e-5)
+    assert main(["inspect", str(tmp_path / name), "--depth", "1"]) == DONE
+    assert "ViTForImageClassification" in capsys.readouterr().out
 
 
 def test_the_format_is_the_one_that_the_file_is_named_for(

@@ -10,15 +10,19 @@ import pytest
 import torch
 
 import vitscale
+from tests.conversion.comparing import shaken
 from tests.models.shapes import TRAINABLE, tiny
+from vitscale.conversion.convert import convert
 from vitscale.errors import CheckpointError
 from vitscale.interop.auto import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForMaskedImageModeling,
     AutoModelForPreTraining,
 )
+from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.configuration_mae import ViTMAEConfig
@@ -49,6 +53,33 @@ def test_every_model(tmp_path: Path, model_class: type[ViTPreTrainedModel]) -> N
     else:
         with pytest.raises(CheckpointError, match=f"architectures names {model_class.__name__}, which is not for pre"):
             AutoModelForPreTraining.from_pretrained(tmp_path)
+
+
+def test_whatever_is_a_model_opens_by_every_class(tmp_path: Path) -> None:
+    """As a folder, as timm's, as MAE's file, and by the weights in a folder."""
+    mae, classifier = (
+        shaken(tiny(each, layer_norm_eps=1e-6)) for each in (ViTMAEForPreTraining, ViTForImageClassification)
+    )
+    own = ViTImageProcessor(size=16, image_mean=(0.1, 0.2, 0.3))
+    for model, name in ((mae, "mae"), (classifier, "classifier")):
+        model.save_pretrained(tmp_path / name)
+        own.save_pretrained(tmp_path / name)
+        convert(tmp_path / name, tmp_path / f"{name}.pth", "mae")
+    convert(tmp_path / "classifier", tmp_path / "timm", "timm")
+    for name in ("classifier", "classifier/model.safetensors", "timm", "classifier.pth"):
+        source, keys = tmp_path / name, {"num_attention_heads": 2} if name.endswith(".pth") else {}
+        config = AutoConfig.from_pretrained(source)
+        assert config == ViTConfig.from_pretrained(source) == AutoModel.from_pretrained(source).config
+        assert ViTConfig.from_pretrained(source, **keys, label_smoothing=0.1).label_smoothing == 0.1
+        assert AutoImageProcessor.from_pretrained(source, **keys).image_mean == pytest.approx(own.image_mean)
+        assert AutoImageProcessor.from_pretrained(source, do_resize=False).do_resize is False
+        with pytest.raises(CheckpointError, match="ViTForImageClassification, which is not for pretraining"):
+            AutoModelForPreTraining.from_pretrained(source)
+    for name in ("mae", "mae.pth"):
+        again = AutoModelForPreTraining.from_pretrained(tmp_path / name)
+        assert all(torch.equal(value, mae.state_dict()[name]) for name, value in again.state_dict().items())
+        assert ViTMAEConfig.from_pretrained(tmp_path / name) == again.config
+        assert type(ViTConfig.from_pretrained(tmp_path / name)) is ViTConfig
 
 
 def test_a_config_with_other_keys(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ def register(verb: Callable[..., argparse.ArgumentParser], export_run: ExportRun
     added = verb("export", partial(export, export_run=export_run), text)
     added.add_argument(
         "source", metavar="MODEL",
-        help="a model folder, a run's folder, or a name on the hub; without --format and --prune a run's folder or a "
-        "checkpoint in it",
+        help="a run's or a model's folder, a file of weights, or a hub name; without --format and --prune a run's "
+        "folder or a checkpoint in it",
     )  # fmt: skip
     added.add_argument("--format", choices=tuple(FORMATS), default="hf", help="default: hf, a model folder")
     added.add_argument("--out", default=None, help="default: RUN_FOLDER/model of a checkpoint, else the model's name")

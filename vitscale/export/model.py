@@ -20,10 +20,7 @@ from vitscale.export.prune import magnitudes, opens_in, prune, taylor
 from vitscale.export.served import Served, trace
 from vitscale.files.atomic import staged
 from vitscale.files.model_folder import CONFIG, PROCESSOR
-from vitscale.files.sources import locate
 from vitscale.inference.model import load
-from vitscale.interop.auto import AutoImageProcessor
-from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.interop.pretrained import load_model, write_model
 from vitscale.interop.weight_files import MAX_SHARD_SIZE
 from vitscale.models.classification import ViTForImageClassification
@@ -48,15 +45,8 @@ class Export:
         """arguments: those of the verb (see command.py), checked; prunings: heads or mlp, and the fraction to go;
         say: told what is being done, and in the end what came out."""
         self._arguments, self._prunings, self._out, self._say = arguments, prunings, out, say
-        folder = locate(arguments.source)
-        self._processor: ViTImageProcessor | None = None
-        if arguments.images or arguments.calibrate:
-            loaded = load(arguments.source, "cpu")
-            self._model, self._processor = loaded.model, loaded.processor
-        else:
-            self._model = load_model(folder)
-            if (folder / PROCESSOR).is_file():
-                self._processor = AutoImageProcessor.from_pretrained(folder)
+        loaded = load(arguments.source, "cpu", runs_images=bool(arguments.images or arguments.calibrate))
+        self._model, self._processor = loaded.model, loaded.processor
         served = self._served(self._model)
         chooses = served.num_labels and problem_type(self._model.config) == "single_label_classification"
         if arguments.labelled and not chooses:
@@ -106,7 +96,9 @@ class Export:
 
     def _save(self, model: ViTPreTrainedModel, target: Path) -> None:
         tensors = {**model.state_dict(), **fixed_positions(model)}
-        write_model(target, type(model).__name__, model.config, tensors, MAX_SHARD_SIZE, self._processor_file())
+        write_model(
+            target, type(model).__name__, model.config, tensors, MAX_SHARD_SIZE, {PROCESSOR: self._processor.to_dict()}
+        )
         again = self._served(load_model(target))
         name = "folder" if isinstance(model, (ViTModel, ViTForImageClassification)) else "folder, its decoder too"
         self._variants.append(Variant(name, _runner(again), _bytes(target), is_exact=True))
@@ -171,16 +163,11 @@ class Export:
     def _named(self, named: Sequence[str], key: str, most: int | None) -> Images | None:
         if not named:
             return None
-        assert self._processor is not None
         return Images(named, key, self._processor, self._model.config, labelled=self._arguments.labelled, most=most)
 
     def _about(self, model: ViTPreTrainedModel) -> dict[str, Any]:
         """What whoever runs the file wants to know: the labels' names, how pixels are made."""
-        return {CONFIG: model.config.to_dict(), **self._processor_file()}
-
-    def _processor_file(self) -> dict[str, dict[str, Any]]:
-        """Its name and content, where the model came with a processor."""
-        return {} if self._processor is None else {PROCESSOR: self._processor.to_dict()}
+        return {CONFIG: model.config.to_dict(), PROCESSOR: self._processor.to_dict()}
 
 
 @contextmanager

@@ -63,6 +63,14 @@ def weight_map(index: Path) -> dict[str, str]:
     return placed
 
 
+def stands_for_folder(file: Path) -> bool:
+    """Whether this is a file of weights that the folder around it, with its config.json, is read from."""
+    if not file.is_file() or not file.with_name(CONFIG).is_file():
+        return False
+    read = next((kind for kind in KINDS if file.with_name(kind).is_file()), "")
+    return file.name == read or (read.endswith(INDEX) and file.suffix == ".safetensors")
+
+
 def is_weights(file: str) -> bool:
     """Whether we could have written a file of this name with weights, or their index."""
     return file in (WEIGHTS, WEIGHTS + INDEX) or _SHARD.fullmatch(file) is not None

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.files.model_folder import CONFIG
+from vitscale.files.model_folder import CONFIG, stands_for_folder
 from vitscale.run_folder import RunFolder
 from vitscale.text import nearest
+
+HUB_OPTIONS = ("revision", "cache_dir", "local_files_only", "token", "subfolder")  # of `locate`
 
 
 def locate(
@@ -22,13 +24,14 @@ def locate(
 ) -> Path:
     """The folder of a model's files, downloaded where `source` is a name on the hub.
 
-    source: a model's folder, a run's folder (its model/ is meant), or a hub name such as
+    source: a model's folder or the weights in it, a run's folder (its model/ is meant), or a hub name such as
     facebook/vit-mae-base; what is on this disk goes before the hub. only: the one file that is
     needed, so that nothing else is downloaded (default: config.json, the weights and
     preprocessor_config.json where there is one). The other options are huggingface_hub's.
     CheckpointError, naming what comes nearest, where there is no such model.
     """
     path = Path(source).expanduser()
+    path = path.parent if stands_for_folder(path) else path
     if path.is_dir():
         if revision not in (None, "main"):
             raise ConfigError(f"revision={revision!r}: is for the hub, and {source} is a folder; leave it out")

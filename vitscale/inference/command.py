@@ -46,7 +46,7 @@ def register(verb: Verb) -> None:
 
 def _takes_images(added: argparse.ArgumentParser) -> None:
     added.epilog = _CODES
-    added.add_argument("model", metavar="MODEL", help="a run's folder, a model's folder or a hub name")
+    added.add_argument("model", metavar="MODEL", help="a run's or a model's folder, a file of weights, or a hub name")
     added.add_argument("images", metavar="IMAGES", nargs="+", help=_IMAGES)
     added.add_argument("--batch", type=above_zero, default=32, metavar="N", help="images at once (default: 32)")
     added.add_argument(

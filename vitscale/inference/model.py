@@ -1,4 +1,4 @@
-"""A model folder made ready to be run on images."""
+"""A model made ready to be run on images."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from torch import Tensor
 
 from vitscale.config.model_rules import pair
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.files.sources import locate
-from vitscale.interop.auto import AutoImageProcessor
 from vitscale.interop.image_processing import ViTImageProcessor
-from vitscale.interop.pretrained import load_model
+from vitscale.interop.loading import open_model
 from vitscale.models.vit import ViTPreTrainedModel
+from vitscale.text import to_stderr
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in evaluation mode on its device, and the processor that was saved with it."""
+    """A model in evaluation mode on its device, and the processor that came with it."""
 
     source: str  # as it was named
     model: ViTPreTrainedModel
@@ -35,16 +34,18 @@ class Loaded:
             )
 
 
-def load(source: str, device: str | None) -> Loaded:
-    """A model by whatever `locate` takes. ConfigError where it and its processor do not fit.
+def load(source: str, device: str | None, runs_images: bool = True) -> Loaded:
+    """A model by whatever `open_model` takes, whose notes go to stderr. ConfigError where it and its processor do not
+    fit, if images will be run.
 
     device: torch's name of one; None: the GPU where there is one.
     """
     place = _device(device)
-    folder = locate(source)
-    model, processor = load_model(folder), AutoImageProcessor.from_pretrained(folder)
-    _require_fit(source, model, processor)
-    return Loaded(source, model.to(place).eval(), processor, place)
+    opened = open_model(source)
+    to_stderr(*(f"{source}: {note}" for note in opened.notes))
+    if runs_images:
+        _require_fit(source, opened.model, opened.processor)
+    return Loaded(source, opened.model.to(place), opened.processor, place)
 
 
 def _device(name: str | None) -> torch.device:

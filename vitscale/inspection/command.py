@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from vitscale.inference.model import Loaded
     from vitscale.interop.image_processing import ViTImageProcessor
     from vitscale.models.vit import ViTPreTrainedModel
 
@@ -25,7 +26,7 @@ RANDOM_IMAGES = 8
 def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the verb `inspect`."""
     added = verb("inspect", inspect, "a model's modules, shapes, parameters, FLOPs; its gradients and attention")
-    added.add_argument("model", metavar="MODEL", help="a model folder, a run's folder, or a name on the hub")
+    added.add_argument("model", metavar="MODEL", help="a run's or a model's folder, a file of weights, or a hub name")
     added.add_argument("--depth", type=_levels, default=None, metavar="N", help="levels of the tree (default: all)")
     added.add_argument("--gradients", action="store_true", help="gradient norms by layer, of one backward of its loss")
     added.add_argument(
@@ -49,18 +50,16 @@ def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
 def inspect(arguments: argparse.Namespace) -> int:
     """Print the tree, or what was asked for instead."""
     world.enter()
-    from vitscale.files.sources import locate
-    from vitscale.interop.pretrained import load_model
+    from vitscale.inference.model import load
 
     _check(arguments)
-    folder = locate(arguments.model)
-    model = load_model(folder)
+    loaded = load(arguments.model, "cpu", runs_images=bool(arguments.images or arguments.attention))
     if arguments.gradients:
-        _gradients(model, folder, arguments)
+        _gradients(loaded, arguments)
     if arguments.attention:
-        _attention(model, folder, arguments)
+        _attention(loaded, arguments)
     if not arguments.gradients and not arguments.attention:
-        _tree(model, arguments.depth)
+        _tree(loaded.model, arguments.depth)
     return DONE
 
 
@@ -93,14 +92,15 @@ def _tree(model: ViTPreTrainedModel, depth: int | None) -> None:
     print(f"{tree.total:,} parameters; of one image: {forward:,.4g} {name} forward, {training:,.4g} {name} in training")
 
 
-def _gradients(model: ViTPreTrainedModel, folder: Path, arguments: argparse.Namespace) -> None:
+def _gradients(loaded: Loaded, arguments: argparse.Namespace) -> None:
     import torch
 
     from vitscale.config.model_rules import pair
     from vitscale.inspection.gradients import as_table, draw, gradient_norms
 
+    model = loaded.model
     if arguments.images:
-        images = _images(model, folder, arguments.images)
+        images = _images(loaded, arguments.images)
     else:
         shape = (RANDOM_IMAGES, model.config.num_channels, *pair(model.config.image_size))
         images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -112,16 +112,15 @@ def _gradients(model: ViTPreTrainedModel, folder: Path, arguments: argparse.Name
         print(path)
 
 
-def _images(model: ViTPreTrainedModel, folder: Path, named: Sequence[str]) -> Tensor:
+def _images(loaded: Loaded, named: Sequence[str]) -> Tensor:
     """All images that are named, as one batch; DataError for a bad one."""
     import torch
 
     from vitscale.inference.images import batches, find_images
-    from vitscale.interop.image_processing import ViTImageProcessor
 
     sources = find_images(named, sys.stdin.buffer)
     threads = world.read_world().cores_per_rank
-    read = list(batches(sources, ViTImageProcessor.from_pretrained(folder), model.config.num_channels, 32, threads))
+    read = list(batches(sources, loaded.processor, loaded.model.config.num_channels, 32, threads))
     for entry in (entry for batch in read for entry in batch.entries):
         if entry.bad is not None:
             raise DataError(f"--images: {entry.name}: {entry.bad}; leave it out")
@@ -156,13 +155,12 @@ def _labels(given: Sequence[float] | None, model: ViTPreTrainedModel, images: in
     return labels.long()
 
 
-def _attention(model: ViTPreTrainedModel, folder: Path, arguments: argparse.Namespace) -> None:
+def _attention(loaded: Loaded, arguments: argparse.Namespace) -> None:
     from vitscale.inspection.attention import attention_maps, draw
-    from vitscale.interop.image_processing import ViTImageProcessor
 
-    processor = ViTImageProcessor.from_pretrained(folder)
+    processor = loaded.processor
     pixel_values = processor(arguments.attention, return_tensors="pt").pixel_values
-    maps = attention_maps(model, pixel_values)
+    maps = attention_maps(loaded.model, pixel_values)
     path = _folder(arguments.out or ".") / f"{Path(arguments.attention).stem}-attention.png"
     aspect = None
     if not processor.do_center_crop:  # the whole image, but maybe squeezed

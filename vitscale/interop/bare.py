@@ -190,7 +190,7 @@ class _Keys:
             widths = listed(sorted(usual))
             raise ConfigError(
                 f"{key}: {self.where} does not say, and its width {width} is none of the published models' ({widths}); "
-                f"give {key}=N"
+                f"give {key}=N to from_pretrained, or to `vitscale convert`, whose folder opens everywhere"
             )
         return usual[width]
 

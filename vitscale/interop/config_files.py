@@ -32,8 +32,7 @@ def read_config(path: Path, content: dict[str, Any] | None = None) -> ViTConfig:
     content = read_json(path) if content is None else content
     kind = content.get("model_type")
     if kind not in MODEL_TYPES:
-        timm = "; this is timm's config: `vitscale convert` reads such folders" if "architecture" in content else ""
-        raise CheckpointError(f"{path}: model_type={kind!r}: must be one of {', '.join(MODEL_TYPES)}{timm}")
+        raise CheckpointError(f"{path}: model_type={kind!r}: must be one of {', '.join(MODEL_TYPES)}")
     try:
         return CONFIGS[kind.removeprefix("vitscale_")].from_dict(content)
     except ConfigError as error:

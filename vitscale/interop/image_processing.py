@@ -16,7 +16,7 @@ from PIL import Image
 from vitscale.config.typed import is_finite
 from vitscale.errors import CheckpointError, ConfigError, DataError
 from vitscale.files.model_folder import as_text, read_json, write_json
-from vitscale.files.sources import locate
+from vitscale.files.sources import HUB_OPTIONS, locate
 from vitscale.interop.image_arrays import MAX_PIXELS, as_array, flatten
 from vitscale.text import did_you_mean
 
@@ -30,7 +30,6 @@ _FLAGS = ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_nor
 _REMARKS = {"image_processor_type", "feature_extractor_type", "processor_class", "_valid_processor_keys", "auto_map"}
 _REMARKS |= {"_valid_kwargs_names", "device", "disable_grouping", "return_tensors", "pad_size", "vitscale_version"}
 _RULES = {"data_format": ("channels_first", None), "default_to_square": (True, False, None)}
-_HUB = ("revision", "cache_dir", "local_files_only", "token", "subfolder")
 _SIZES = (
     {"height", "width"},
     {"shortest_edge"},
@@ -136,7 +135,7 @@ class ViTImageProcessor:
         kind = None if return_tensors is None else str(getattr(return_tensors, "value", return_tensors))
         if kind not in (None, "pt", "np"):
             raise ConfigError(f"return_tensors={kind!r}: must be pt (torch), np (NumPy) or None (a list of arrays)")
-        resolved = self._with(options)
+        resolved = self.overridden(options)
         done = [resolved._process(image, input_data_format) for image in flatten(images)]
         if not done:
             raise DataError("no images were given")
@@ -160,8 +159,8 @@ class ViTImageProcessor:
         options: revision, cache_dir, local_files_only, token, subfolder (see sources.locate), and fields of this
         class, laid over the file's. CheckpointError for a file that is not there, broken, or of another processor.
         """
-        path = processor_file(source, {name: options.pop(name) for name in _HUB if name in options})
-        return cls.from_dict(read_json(path), str(path))._with(options)
+        path = processor_file(source, {name: options.pop(name) for name in HUB_OPTIONS if name in options})
+        return cls.from_dict(read_json(path), str(path)).overridden(options)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], where: str = PROCESSOR) -> Self:
@@ -177,7 +176,7 @@ class ViTImageProcessor:
         if not content.get("default_to_square", True) and type(content.get("size")) is int:
             known["size"] = {"shortest_edge": content["size"]}
         try:
-            return cls()._with(known)
+            return cls().overridden(known)
         except ConfigError as error:
             raise CheckpointError(f"{where}: {error}") from None
 
@@ -198,7 +197,7 @@ class ViTImageProcessor:
     def to_json_string(self) -> str:
         return as_text(self.to_dict())
 
-    def _with(self, options: dict[str, Any]) -> Self:
+    def overridden(self, options: dict[str, Any]) -> Self:
         """This processor with other options; checked again, since fields may have been set by hand."""
         names = [field.name for field in fields(self)]
         for name in options.keys() - set(names):
@@ -367,8 +366,8 @@ def _number(name: str, value: Any, rule: str = "a number") -> float:
 
 def processor_file(source: str | Path, where: dict[str, Any]) -> Path:
     """The preprocessor_config.json of a source; where: options of sources.locate."""
-    path = Path(source)
-    if path.is_file():
+    path = Path(source).expanduser()
+    if path.suffix == ".json" and path.is_file():
         return path
     try:
         return locate(source, only=PROCESSOR, **where) / PROCESSOR

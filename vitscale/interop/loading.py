@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.files.model_folder import CONFIG, INDEX, KINDS, PROCESSOR, read_json
+from vitscale.files.model_folder import CONFIG, PROCESSOR, read_json, stands_for_folder
 from vitscale.files.sources import locate
 from vitscale.interop.bare import KEYS, read_bare
 from vitscale.interop.channels import adapt_channels
 from vitscale.interop.checkpoints import WEIGHT_FILES
-from vitscale.interop.config_files import config_as
+from vitscale.interop.config_files import config_as, read_config
 from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.interop.keymaps import places
 from vitscale.interop.pretrained import ENCODER, SavedModel, prefix_of, processor_dict, read_model, strict_model
@@ -70,68 +70,77 @@ def open_model(
     options: what a file of weights leaves open (bare.KEYS); take: which of its sets of weights; where: options of
     `locate`. CheckpointError and ConfigError name what cannot be read, and what to do.
     """
-    if (file := _bare_file(source)) is not None:
-        return read_bare(file, options or {}, take)
+    path = _find(source, **where)
+    if path.is_file():
+        return read_bare(path, options or {}, take)
     for name, value in (options or {}).items():
         raise ConfigError(f"{name}={value!r}: is for a bare file of weights, and {source} says its own; leave it out")
-    folder = _folder(source, where)
-    if is_timm(read_json(folder / CONFIG)):
-        return read_timm(folder, take)
-    saved = read_model(folder, take=take)
+    if _is_of_timm(path):
+        return read_timm(path, take)
+    saved = read_model(path, take=take)
     model, notes = strict_model(saved), list(saved.notes)
     tensors = sum(len(each.names) for each in places(saved.state))
-    if (folder / PROCESSOR).is_file():
-        return Opened("hf", model, ViTImageProcessor.from_pretrained(folder), tensors, notes)
+    if (path / PROCESSOR).is_file():
+        return Opened("hf", model, ViTImageProcessor.from_pretrained(path), tensors, notes)
     processor = ViTImageProcessor.from_dict(processor_dict(model.config, (0.5,), (0.5,)))
     notes.append(f"it has no {PROCESSOR}: images are taken to be resized and normalized by 0.5 and 0.5")
     return Opened("hf", model, processor, tensors, notes)
 
 
+def open_by_tensors(
+    source: str | Path, defaults: Mapping[str, Any], take: str | None = None, **where: Any
+) -> Opened | None:
+    """The model of a file of weights or a folder of timm, whose config and processor follow from its tensors; None for
+    a folder of ours or of transformers.
+
+    defaults: see `read_source`.
+    """
+    path = _find(source, **where, only=CONFIG)
+    if path.is_file():
+        return read_bare(path, {}, take, defaults)
+    return read_timm(_find(source, **where), take) if _is_of_timm(path) else None
+
+
+def config_of(source: str | Path, overrides: Mapping[str, Any], take: str | None = None, **where: Any) -> ViTConfig:
+    """The config of whatever `open_model` takes, without its weights where they are not needed.
+
+    overrides: what a caller will lay over it; says what a file of weights leaves open.
+    """
+    opened = open_by_tensors(source, keys_for_files(None, overrides), take, **where)
+    return read_config(locate(source, only=CONFIG, **where) / CONFIG) if opened is None else opened.model.config
+
+
 def read_source(
     source: str | Path,
     default: type[ViTPreTrainedModel],
-    usual: Mapping[str, Any],
+    defaults: Mapping[str, Any],
     take: str | None = None,
     **where: Any,
 ) -> SavedModel:
     """The state at `source`, as `open_model` finds it, for a model of any class.
 
-    default: the class of a folder whose config.json names none of ours; usual: what the caller's model has of what
+    default: the class of a folder whose config.json names none of ours; defaults: what the caller's model has of what
     a file of weights leaves open.
     """
-    if (file := _bare_file(source)) is not None:
-        return _saved(file, read_bare(file, {}, take, usual))
-    folder = _folder(source, where)
-    if is_timm(read_json(folder / CONFIG)):
-        return _saved(folder, read_timm(folder, take))
-    return read_model(folder, default, take)
-
-
-def _saved(path: Path, opened: Opened) -> SavedModel:
+    path = _find(source, **where)
+    if path.is_dir() and not _is_of_timm(path):
+        return read_model(path, default, take)
+    opened = read_bare(path, {}, take, defaults) if path.is_file() else read_timm(path, take)
     model = opened.model
     state = {**model.state_dict(), **fixed_positions(model)}
     return SavedModel(path, type(model), model.config, state, [], opened.notes)
 
 
-def _bare_file(source: str | Path) -> Path | None:
-    """A file of weights by itself; None where it is what the folder around it, with its config.json, is read from."""
+def _find(source: str | Path, **where: Any) -> Path:
+    """A file of weights by itself, or the folder of a model."""
     path = Path(source).expanduser()
     if path.suffix in WEIGHT_FILES and not path.exists():
         raise CheckpointError(f"{source}: no such file; name a file of weights, a model's folder or a name on the hub")
-    if not path.is_file():
-        return None
-    read = next((kind for kind in KINDS if path.with_name(kind).is_file()), None) if _has_config(path) else None
-    is_shard = read is not None and read.endswith(INDEX) and path.suffix == ".safetensors"
-    return None if path.name == read or is_shard else path
+    return path if path.is_file() and not stands_for_folder(path) else locate(source, **where)
 
 
-def _has_config(file: Path) -> bool:
-    return file.with_name(CONFIG).is_file()
-
-
-def _folder(source: str | Path, where: Mapping[str, Any]) -> Path:
-    path = Path(source).expanduser()
-    return path.parent if path.is_file() else locate(source, **where)
+def _is_of_timm(folder: Path) -> bool:
+    return is_timm(read_json(folder / CONFIG))
 
 
 def load_pretrained(
@@ -149,7 +158,7 @@ def load_pretrained(
     options = {name: overrides.pop(name) for name in ("add_pooling_layer", "use_mask_token") if name in overrides}
     if options and not issubclass(model_class, ViTModel):
         raise ConfigError(f"{', '.join(options)}: is for ViTModel, and this is {model_class.__name__}; leave it out")
-    saved = read_source(source, model_class, _left_open(config, overrides), take, **where)
+    saved = read_source(source, model_class, keys_for_files(config, overrides), take, **where)
     target = _config(model_class, saved, config, overrides)
     tensors = _from_encoder(saved)
     if issubclass(model_class, ViTModel):
@@ -158,10 +167,8 @@ def load_pretrained(
     with torch.device("meta"):
         model = model_class(target, **options)
     report = _fit(model, tensors, saved, str(source), ignore_mismatched_sizes)
-    for note in saved.notes:
-        to_stderr(f"{source}: {note}")
-    for line in report.lines():
-        to_stderr(f"{source}, as a {model_class.__name__}: {line}")
+    to_stderr(*(f"{source}: {note}" for note in saved.notes))
+    to_stderr(*(f"{source}, as a {model_class.__name__}: {line}" for line in report.lines()))
     kept = next(iter(saved.state.values())).dtype
     return model.to(_dtype(dtype, kept)).eval(), report
 
@@ -174,9 +181,8 @@ def start_from(model: ViTPreTrainedModel, folder: str | Path, adapt: bool = Fals
     model is as it was); a head, decoder or mask token is taken where name and shape agree. adapt: positions and patch
     projection are made to fit another image size and other channels, as from_pretrained does.
     """
-    saved = read_source(folder, type(model), _left_open(model.config, {}))
-    for note in saved.notes:
-        to_stderr(f"{folder}: {note}")
+    saved = read_source(folder, type(model), keys_for_files(model.config, {}))
+    to_stderr(*(f"{folder}: {note}" for note in saved.notes))
     tensors, adapted = _from_encoder(saved), []
     for name in (_PROJECTION, *_POSITIONS) if adapt else ():
         made, how = _adapted(name, tensors[name], saved.config, model.config) if name in tensors else (None, "")
@@ -196,7 +202,7 @@ def start_from(model: ViTPreTrainedModel, folder: str | Path, adapt: bool = Fals
     return LoadReport(fresh=sorted(parameters.keys() - taken), unused=unused, adapted=adapted)
 
 
-def _left_open(config: ViTConfig | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def keys_for_files(config: ViTConfig | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Of what a bare file of weights may leave open, what a config or its overrides have.
 
     Not image_size among overrides, which asks for positions of another size.

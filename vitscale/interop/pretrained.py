@@ -146,8 +146,7 @@ def load_model(folder: str | Path) -> ViTPreTrainedModel:
     printed on stderr.
     """
     saved = read_model(folder)
-    for note in saved.notes:
-        to_stderr(f"{folder}: {note}")
+    to_stderr(*(f"{folder}: {note}" for note in saved.notes))
     return strict_model(saved)
 
 

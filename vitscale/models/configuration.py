@@ -11,9 +11,8 @@ import vitscale
 from vitscale.config import model_rules
 from vitscale.config.model_rules import MOST_LABELS, Size, Violation, pair
 from vitscale.config.typed import typed_fields
-from vitscale.errors import CheckpointError, ConfigError, DataError
-from vitscale.files.model_folder import CONFIG, read_json, write_json
-from vitscale.files.sources import locate
+from vitscale.errors import ConfigError, DataError
+from vitscale.files.model_folder import CONFIG, write_json
 from vitscale.text import did_you_mean
 
 MODEL_TYPES = ("vit", "vit_mae")
@@ -241,37 +240,13 @@ class ViTConfig:
         return cls.from_dict({**shared, "mask_ratio": cls.mask_ratio})
 
     @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        subfolder: str = "",
-        **overrides: Any,
-    ) -> Self:
-        """The config of whatever a model's from_pretrained takes; `overrides`: other values for keys of it.
+    def from_pretrained(cls, source: str | Path, **options: Any) -> Self:
+        """The config of whatever a model's from_pretrained takes, as one of this class.
 
-        A ViTConfig of an MAE's folder is that of its encoder. CheckpointError for folders and names, ConfigError for
-        keys.
+        options: revision, cache_dir, local_files_only, token, subfolder, take as there, and other values for keys. A
+        ViTConfig of an MAE is that of its encoder. CheckpointError for folders and names, ConfigError for keys.
         """
-        folder = locate(
-            source,
-            revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-            subfolder=subfolder,
-            only=CONFIG,
-        )
-        path = folder / CONFIG
-        try:
-            config = cls.of_any_type(read_json(path))
-        except ConfigError as error:
-            raise CheckpointError(f"{path}: {error}") from None
-        return config.overridden(overrides)
+        return vitscale.AutoConfig.from_pretrained(source, config_class=cls, **options)  # stands above this room
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json. CheckpointError if the folder cannot be written."""
