@@ -60,7 +60,7 @@ ONLY_IN = {
     "onnxruntime": ("export",),
     "torchao": ("export.torch_export",),
     # Between a rank and its own reader process; the name of the error with which torch refuses a pickle.
-    "pickle": ("data.wire", "interop.checkpoints"),
+    "pickle": ("data.wire", "interop.weight_files"),
 }
 MOST_CIRCLES, MOST_IN_A_CIRCLE = 1, 12  # of modules that import each other, however late
 ENVIRONMENT = ("world", "launch")

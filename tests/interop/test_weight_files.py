@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
+import re
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +18,7 @@ from torch import Tensor
 
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.interop import weight_files
-from vitscale.interop.weight_files import read_weights, write_folder
+from vitscale.interop.weight_files import read_file, read_weights, write_folder
 
 TENSORS = {name: torch.full((256,), float(place)) for place, name in enumerate("abcdef")}  # 1 KB each
 INDEX = "model.safetensors.index.json"
@@ -143,15 +147,41 @@ def test_cut_files(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     write_folder(tmp_path, {}, TENSORS)
     whole = path.read_bytes()
-    for content in (whole[:-10], whole[:100], whole[:4], b"", b"\0" * 64):
+    cut = {whole[:-10]: "cannot be read as safetensors: ", whole[:100]: "cannot be read as safetensors: "}
+    for content, what in (cut | dict.fromkeys((whole[:4], b"", b"\0" * 64), "holds no weights, ")).items():
         path.write_bytes(content)
         said = one_line(tmp_path)
-        assert f"{path}: cannot be read as safetensors" in said
-        assert said.endswith("; it is cut or damaged: fetch it again")
-    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 3\n")
-    assert one_line(tmp_path).endswith("it is a git-lfs pointer: `git lfs pull`")
+        assert f"{path}: {what}" in said
+        assert said.endswith("it is cut or damaged: fetch it again")
     path.unlink()
     assert f"{path}: no such file" in one_line(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize("name", ["weights.ckpt", "weights.safetensors", "weights.SAFETENSORS", "weights"])
+def test_the_content_tells_what_a_file_is_not_its_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    save_file(TENSORS, path)
+    assert_equal(read_file(path), TENSORS)
+    for zipped in (True, False):
+        torch.save(TENSORS, path, _use_new_zipfile_serialization=zipped)
+        assert_equal(read_file(path), TENSORS)
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script")
+    np.savez(tmp_path / "arrays.npz", a=np.ones(2))
+    with tarfile.open(tmp_path / "archive", "w") as archive:
+        archive.add(path, "weights")
+    for content, what in (
+        ((tmp_path / "script").read_bytes(), "is TorchScript"),
+        ((tmp_path / "arrays.npz").read_bytes(), "is NumPy's archive"),
+        ((tmp_path / "archive").read_bytes(), "is a tar archive: unpack it"),
+        (gzip.compress(path.read_bytes()), "is compressed"),
+        (b"\n\n<!DOCTYPE html><title>Sign in</title>", "is a web page"),
+        (b' {"model_type": "vit"}', "is JSON: name the folder"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 3\n", "is a git-lfs pointer: `git"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"^{re.escape(str(path))}: holds no weights, it {what}"):
+            read_file(path)
 
 
 def test_missing_and_other_shards(tmp_path: Path) -> None:
@@ -176,11 +206,11 @@ def test_pytorchs_pickle(tmp_path: Path) -> None:
     torch.save(TENSORS, path)
     assert_equal(read_weights(tmp_path), TENSORS)
     whole = path.read_bytes()
-    for content in (whole[:-20], whole[:100], b"", b"no pickle", b"hello, world", b'{"a": 1}', b"<html>", b"\x8a" * 9):
+    for content in (whole[:-20], whole[:100], b"", b"no pickle", b"hello, world", b"\x80\x02hello", b"\x8a" * 9):
         path.write_bytes(content)
         said = one_line(tmp_path)
-        assert f"{path}: cannot be read as PyTorch's pickle" in said
-        assert said.endswith("; it is cut or damaged: fetch it again")
+        assert f"{path}: " in said
+        assert said.endswith("it is cut or damaged: fetch it again")
     torch.save([TENSORS], path)
     assert "must hold tensors by name, and holds list" in one_line(tmp_path)
     path.unlink()

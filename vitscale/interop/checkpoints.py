@@ -2,30 +2,20 @@
 
 Frameworks wrap a model's tensors: under keys ("state_dict", "model", "teacher"), and under a prefix that every
 name carries ("module.", "_orig_mod.", "backbone."). Both are found by where a whole encoder lies, not by a list
-of such words, taken off, and told in `notes`. Nothing that a file holds is run: see `read_file`.
+of such words, taken off, and told in `notes`.
 """
 
 from __future__ import annotations
 
-import argparse
-import collections
-import datetime
-import pathlib
-import re
-import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError  # to name what torch.load raises; nothing is unpickled here
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vitscale.errors import CheckpointError, ConfigError
+from vitscale.interop.weight_files import SAVE_STATE, read_file
 from vitscale.text import listed
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
@@ -38,55 +28,6 @@ _PREFERRED = (
 )
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "backbone", "encoder", "model", "vit", "state_dict"}
 _DEEPEST = 3  # mappings within mappings that are looked through
-_POINTER = b"version https://git-lfs"
-
-
-class _Inert:
-    """Stands for a class or function that is not known: whatever it is given, it does nothing and keeps nothing."""
-
-    def __new__(cls, *arguments: Any) -> Any:
-        return object.__new__(cls)
-
-    def __init__(self, *arguments: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-class _InertMapping:
-    """The same for a mapping: what comes of it is a Counter, which torch lets a pickle fill."""
-
-    def __new__(cls, *arguments: Any) -> Any:
-        return collections.Counter()
-
-
-class _InertList:
-    def __new__(cls, *arguments: Any) -> Any:
-        return []
-
-
-# Harmless classes that checkpoints hold beside tensors, by the names under which they may be pickled.
-_HARMLESS: tuple[tuple[Any, str], ...] = (
-    *((kind, f"builtins.{kind.__name__}") for kind in (bool, int, float, str, list, tuple, dict, frozenset, slice)),
-    (argparse.Namespace, "argparse.Namespace"),
-    (types.SimpleNamespace, "types.SimpleNamespace"),
-    (_InertMapping, "collections.defaultdict"),
-    (datetime.datetime, "datetime.datetime"),
-    (datetime.timedelta, "datetime.timedelta"),
-    *((pathlib.PurePath, f"pathlib{local}.{name}") for local in ("", "._local") for name in (
-        "Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")),
-    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    *((np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-    (np.ndarray, "numpy.ndarray"),
-    (np.dtype, "numpy.dtype"),
-    *((kind, f"numpy.dtypes.{kind.__name__}") for kind in {type(np.dtype(code)) for code in "?bhilqBHILQefdSU"}),
-)  # fmt: skip
-# Modules whose names no checkpoint needs: a file that asks for them is an attack, or no checkpoint.
-_NEVER = re.compile(
-    r"(__builtin__|builtins|os|posix|nt|sys|subprocess|commands|shutil|socket|importlib|runpy|ctypes|pickle|_pickle"
-    r"|code|pty|webbrowser)(\.|$)"
-)
 
 
 @dataclass(frozen=True)
@@ -106,11 +47,8 @@ def read_checkpoint(path: Path, take: str | None = None) -> Checkpoint:
     """
     content = read_file(path)
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: must hold tensors by name, and holds {type(content).__name__}; {_SAVE_STATE}")
+        raise CheckpointError(f"{path}: must hold tensors by name, and holds {type(content).__name__}; {SAVE_STATE}")
     return unwrap(content, str(path), take)
-
-
-_SAVE_STATE = "save model.state_dict() with torch.save, and name that file"
 
 
 def unwrap(content: Mapping[Any, Any], where: str, take: str | None = None) -> Checkpoint:
@@ -229,76 +167,6 @@ def _no_encoder(content: Mapping[Any, Any], where: str) -> str:
         f"{where}: must hold a Vision Transformer by the names of timm or transformers, with a tensor that ends in "
         f"{TIMM_ANCHOR} or {HF_ANCHOR}; {holds}"
     )
-
-
-def read_file(path: Path) -> Any:
-    """What a file of weights holds, tensors on the CPU. CheckpointError if it is broken, or would run anything.
-
-    torch reads pickles with weights_only. Beside tensors and plain values, classes that are harmless are made,
-    and those that are not known become inert objects; names of modules that can do harm are refused.
-    """
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: cannot be read as safetensors: {error}{_remedy(path)}") from None
-    inert: dict[str, Any] = {}
-    while True:
-        known: list[Any] = [*_HARMLESS, *((stand_in, name) for name, stand_in in inert.items())]
-        try:
-            with torch.serialization.safe_globals(known):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-        except UnpicklingError as error:
-            if (filled := _filled(error, inert)) is not None:
-                inert |= filled
-                continue
-            name = _refused_name(error, path)
-            if _NEVER.match(name) or name in inert or "." not in name:
-                raise CheckpointError(
-                    f"{path}: asks for {name}, which could run anything; get these weights as safetensors"
-                ) from None
-            inert[name] = type(name, (_Inert,), {})
-        except Exception as error:  # on a damaged file it raises nearly anything
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(": ")
-            raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle: {reason}{_remedy(path)}") from None
-        else:
-            if isinstance(content, (_Inert, collections.Counter)):
-                raise CheckpointError(f"{path}: holds an object ({', '.join(inert)}), not its tensors; {_SAVE_STATE}")
-            return content
-
-
-def _filled(error: UnpicklingError, inert: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The stand-in that torch would not fill with items, as one that it does: a mapping or a list."""
-    text = str(error)
-    name = next((name for name, kind in inert.items() if f".{name}'" in text and issubclass(kind, _Inert)), None)
-    if name is None or not ("SETITEM" in text or "append to lists" in text or "extend lists" in text):
-        return None
-    return {name: type(name, (_InertMapping if "SETITEM" in text else _InertList,), {})}
-
-
-def _refused_name(error: UnpicklingError, path: Path) -> str:
-    """The global that torch did not let in; CheckpointError if it ended for another cause."""
-    asked = re.search(r"GLOBAL (\S+)", str(error))
-    if asked is not None:
-        return asked[1]
-    if "Only persistent_load" in str(error):
-        raise CheckpointError(f"{path}: holds modules in the format before torch 1.6; {_SAVE_STATE}") from None
-    if "DTensor" in str(error):
-        raise CheckpointError(
-            f"{path}: its tensors are sharded (DTensor of FSDP2); gather them before saving: "
-            "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True"
-        ) from None
-    raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle{_remedy(path)}") from None
-
-
-def _remedy(path: Path) -> str:
-    """What to do about a file that cannot be read; git may have fetched the note that stands for a large one."""
-    try:
-        with open(path, "rb") as stream:
-            is_pointer = stream.read(len(_POINTER)) == _POINTER
-    except OSError:
-        return ""
-    return "; it is a git-lfs pointer: `git lfs pull`" if is_pointer else "; it is cut or damaged: fetch it again"
 
 
 def _counted(sets: list[_Set]) -> str:

@@ -5,20 +5,91 @@ Names here are those on disk; keymaps.py knows ours.
 
 from __future__ import annotations
 
+import argparse
+import collections
+import datetime
+import pathlib
+import re
+import types
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError  # to name what torch.load raises; nothing is unpickled here
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.files.atomic import flush_to_disk, staged
 from vitscale.files.model_folder import INDEX, KINDS, PICKLE, WEIGHTS, as_text, is_weights, shards_of, weight_map
-from vitscale.interop.checkpoints import read_file
 
 MAX_SHARD_SIZE = "50GB"  # transformers' default
+SAVE_STATE = "save model.state_dict() with torch.save, and name that file"
+# What a file may be that is none of weights, by its first bytes or a name in its zip archive, and what to do.
+_OTHERS = (
+    (b"version https://git-lfs", "is a git-lfs pointer: `git lfs pull`"),
+    (b"<", "is a web page: fetch the file that it is about"),
+    (b"{", "is JSON: name the folder that it lies in, or the weights"),
+    (b"\x1f\x8b", "is compressed: unpack it by gunzip"),
+    (b"\x89HDF", "is HDF5, as of TensorFlow: fetch PyTorch's or safetensors' file of that model"),
+)
+_IN_ARCHIVES = (
+    ("constants.pkl", "is TorchScript: name a file of torch.jit.load(FILE).state_dict()"),
+    (".npy", "is NumPy's archive: make tensors of its arrays, and save them by safetensors"),
+)
+_CUT = "is cut or damaged: fetch it again"
+
+
+class _Inert:
+    """Stands for a class or function that is not known: whatever it is given, it does nothing and keeps nothing."""
+
+    def __new__(cls, *arguments: Any) -> Any:
+        return object.__new__(cls)
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _InertMapping:
+    """The same for a mapping: what comes of it is a Counter, which torch lets a pickle fill."""
+
+    def __new__(cls, *arguments: Any) -> Any:
+        return collections.Counter()
+
+
+class _InertList:
+    def __new__(cls, *arguments: Any) -> Any:
+        return []
+
+
+# Harmless classes that checkpoints hold beside tensors, by the names under which they may be pickled.
+_HARMLESS: tuple[tuple[Any, str], ...] = (
+    *((kind, f"builtins.{kind.__name__}") for kind in (bool, int, float, str, list, tuple, dict, frozenset, slice)),
+    (argparse.Namespace, "argparse.Namespace"),
+    (types.SimpleNamespace, "types.SimpleNamespace"),
+    (_InertMapping, "collections.defaultdict"),
+    (datetime.datetime, "datetime.datetime"),
+    (datetime.timedelta, "datetime.timedelta"),
+    *((pathlib.PurePath, f"pathlib{local}.{name}") for local in ("", "._local") for name in (
+        "Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")),
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    (np.ndarray, "numpy.ndarray"),
+    (np.dtype, "numpy.dtype"),
+    *((kind, f"numpy.dtypes.{kind.__name__}") for kind in {type(np.dtype(code)) for code in "?bhilqBHILQefdSU"}),
+)  # fmt: skip
+# Modules whose names no checkpoint needs: a file that asks for them is an attack, or no checkpoint.
+_NEVER = re.compile(
+    r"(__builtin__|builtins|os|posix|nt|sys|subprocess|commands|shutil|socket|importlib|runpy|ctypes|pickle|_pickle"
+    r"|code|pty|webbrowser)(\.|$)"
+)
 
 
 def read_weights(folder: Path) -> dict[str, Any]:
@@ -51,6 +122,92 @@ def _mapping(path: Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: must hold tensors by name, and holds {type(content).__name__}")
     return dict(content)
+
+
+def read_file(path: Path) -> Any:
+    """What a file of weights holds, tensors on the CPU. CheckpointError if it is broken, or would run anything.
+
+    torch reads pickles with weights_only. Beside tensors and plain values, classes that are harmless are made,
+    and those that are not known become inert objects; names of modules that can do harm are refused.
+    """
+    try:
+        with open(path, "rb") as stream:
+            start = stream.read(512)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    if start[8:9] == b"{":  # behind the length of the header
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be read as safetensors: {error}; it {_CUT}") from None
+    if (other := _what_else(path, start)) is not None:
+        raise CheckpointError(f"{path}: holds no weights, it {other}")
+    return _read_pickle(path)
+
+
+def _read_pickle(path: Path) -> Any:
+    inert: dict[str, Any] = {}
+    while True:
+        known: list[Any] = [*_HARMLESS, *((stand_in, name) for name, stand_in in inert.items())]
+        try:  # by its name torch would go by the ending
+            with torch.serialization.safe_globals(known), open(path, "rb") as stream:
+                content = torch.load(stream, map_location="cpu", weights_only=True)
+        except UnpicklingError as error:
+            if (filled := _filled(error, inert)) is not None:
+                inert |= filled
+                continue
+            name = _refused_name(error, path)
+            if _NEVER.match(name) or name in inert or "." not in name:
+                raise CheckpointError(
+                    f"{path}: asks for {name}, which could run anything; get these weights as safetensors"
+                ) from None
+            inert[name] = type(name, (_Inert,), {})
+        except Exception as error:  # on a damaged file it raises nearly anything
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(": ")
+            raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle: {reason}; it {_CUT}") from None
+        else:
+            if isinstance(content, (_Inert, collections.Counter)):
+                raise CheckpointError(f"{path}: holds an object ({', '.join(inert)}), not its tensors; {SAVE_STATE}")
+            return content
+
+
+def _filled(error: UnpicklingError, inert: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The stand-in that torch would not fill with items, as one that it does: a mapping or a list."""
+    text = str(error)
+    name = next((name for name, kind in inert.items() if f".{name}'" in text and issubclass(kind, _Inert)), None)
+    if name is None or not ("SETITEM" in text or "append to lists" in text or "extend lists" in text):
+        return None
+    return {name: type(name, (_InertMapping if "SETITEM" in text else _InertList,), {})}
+
+
+def _refused_name(error: UnpicklingError, path: Path) -> str:
+    """The global that torch did not let in; CheckpointError if it ended for another cause."""
+    asked = re.search(r"GLOBAL (\S+)", str(error))
+    if asked is not None:
+        return asked[1]
+    if "Only persistent_load" in str(error):
+        raise CheckpointError(f"{path}: holds modules in the format before torch 1.6; {SAVE_STATE}") from None
+    if "DTensor" in str(error):
+        raise CheckpointError(
+            f"{path}: its tensors are sharded (DTensor of FSDP2); gather them before saving: "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True"
+        ) from None
+    raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle; it {_CUT}") from None
+
+
+def _what_else(path: Path, start: bytes) -> str | None:
+    """What a file of these first bytes is, where it is neither safetensors nor a file of torch.save."""
+    if start.startswith(b"PK"):
+        try:
+            names = zipfile.ZipFile(path).namelist()
+        except zipfile.BadZipFile:  # torch says why
+            return None
+        return next((text for end, text in _IN_ARCHIVES if any(name.endswith(end) for name in names)), None)
+    if start.startswith(b"\x80"):
+        return None
+    if start[257:262] == b"ustar":
+        return "is a tar archive: unpack it, and name the weights in it"
+    return next((text for magic, text in _OTHERS if start.lstrip().startswith(magic)), _CUT)
 
 
 def write_folder(
