@@ -106,6 +106,38 @@ def test_sets_of_which_none_is_preferred_are_asked_for(tmp_path: Path) -> None:
         read(tmp_path, {"left": STATE, "right": STATE})
 
 
+def changed(change: Any) -> dict[str, Tensor]:
+    return {name: change(value) if value.ndim == 2 else value for name, value in STATE.items()}
+
+
+@pytest.mark.filterwarnings("ignore:.*(quantize|TypedStorage|Sparse)")
+@pytest.mark.parametrize(
+    "change",
+    [Tensor.to_sparse, Tensor.to_sparse_csr, lambda value: torch.quantize_per_tensor(value, 1e-3, 0, torch.qint32)],
+    ids=["coo", "csr", "quantized"],
+)
+def test_sparse_and_quantized_tensors_become_plain_ones(tmp_path: Path, change: Any) -> None:
+    checkpoint = read(tmp_path, {"model": changed(change)})
+    for name, value in checkpoint.tensors.items():
+        assert value.layout is torch.strided
+        assert torch.allclose(value, STATE[name], atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested")
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda value: value.to("meta"), "on meta"),
+        (lambda value: (value * 127).to(torch.int8), "torch.int8"),
+        (lambda value: torch.nested.nested_tensor(list(value)), "nested"),
+        (lambda value: value.to(torch.complex64), "torch.complex64"),
+    ],
+)
+def test_tensors_without_numbers_are_named(tmp_path: Path, change: Any, reason: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"floating point: blocks.0.attn.qkv.weight \(.*{reason}\).*; load the"):
+        read(tmp_path, {"model": changed(change)})
+
+
 class Settings(dict):  # type: ignore[type-arg]
     """As easydict and Lightning's AttributeDict: a mapping with attributes."""
 

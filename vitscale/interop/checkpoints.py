@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vitscale.errors import CheckpointError, ConfigError
@@ -73,7 +74,26 @@ def unwrap(content: Mapping[Any, Any], where: str, take: str | None = None) -> C
             f"{where}: its tensors are empty, as DeepSpeed's ZeRO-3 leaves them; run the zero_to_fp32.py that lies "
             "beside it, and name the file that it writes"
         )
-    return Checkpoint(chosen.tensors, notes, content)
+    return Checkpoint(_dense(chosen.tensors, where), notes, content)
+
+
+def _dense(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Sparse and quantized tensors as plain ones; CheckpointError for what has no numbers in floating point."""
+    dense, wrong = {}, []
+    for name, tensor in tensors.items():
+        is_integer = tensor.ndim > 1 and not tensor.is_floating_point() and not tensor.is_quantized  # but counters
+        if tensor.is_meta or tensor.is_nested or is_integer:
+            wrong.append(f"{name} ({tensor.dtype}{', on meta' * tensor.is_meta}{', nested' * tensor.is_nested})")
+        elif tensor.is_quantized:
+            dense[name] = tensor.dequantize()
+        else:
+            dense[name] = tensor if tensor.layout is torch.strided else tensor.to_dense()
+    if wrong:
+        raise CheckpointError(
+            f"{where}: tensors without numbers in floating point: {listed(wrong)}; load the model, dequantize it, and "
+            "save its state_dict()"
+        )
+    return dense
 
 
 @dataclass(frozen=True, eq=False)
