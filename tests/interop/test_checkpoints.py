@@ -160,7 +160,9 @@ def test_harmless_and_unknown_classes_beside_the_tensors(tmp_path: Path, zipped:
     counts: dict[str, list[int]] = collections.defaultdict(list)
     counts["a"].append(1)
     beside = {
-        "numbers": [np.float32(1), np.int64(2), np.bool_(True), np.str_("x"), np.arange(3)],
+        "numbers": [np.float32(1), np.int64(2), np.bool_(True), np.str_("x"), np.arange(3), np.complex128(1j)],
+        "arrays": [np.array([{}, None]), np.zeros(2, "f4,O"), np.array(["a"]), np.array([1, 2], "M8[s]")],
+        "types": [np.dtype("c16"), np.dtype("O"), np.dtype(">f4")],
         "args": argparse.Namespace(output_dir=pathlib.Path("/x"), data=pathlib.PureWindowsPath("c:/x")),
         "config": Settings(model=Settings(width=3)),
         "options": Options(),
@@ -202,6 +204,32 @@ class Touch:
         raise AssertionError("state was set")
 
 
+class Reduced:
+    """Pickled as whatever is said."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def __reduce__(self) -> Any:
+        return self.parts
+
+
+def test_an_array_of_forged_flags_is_not_made(tmp_path: Path) -> None:
+    """With them NumPy would take the bytes for the address of an object."""
+    fields = {"a": (np.dtype("O"), 0)}
+    dtype = Reduced(np.dtype, ("V8", False, True), (3, "|", None, ("a",), fields, 8, 1, 0))
+    make, arguments, _ = np.zeros(1).__reduce__()  # type: ignore[misc]
+    array = Reduced(make, arguments, (1, (1,), dtype, False, b"\x01" * 8))
+    checkpoint = read(tmp_path, {"model": STATE, "x": array})
+    same(checkpoint)
+    assert checkpoint.content["x"].tensor is None
+
+
+def test_a_whole_file_that_torch_will_not_read_is_not_called_damaged(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"PyTorch's pickle: Can only append to lists.*OrderedDict.*; save model"):
+        read(tmp_path, {"model": STATE, "x": Reduced(collections.OrderedDict, (), None, iter([1]))})
+
+
 @pytest.mark.parametrize("function", [Touch, torch.hub.load_state_dict_from_url, torch.load, torch.save])
 def test_what_is_not_known_stays_inert(tmp_path: Path, function: Any) -> None:
     same(read(tmp_path, {"model": STATE, "x": Evil(function, str(tmp_path / "ran"))}))
@@ -211,7 +239,7 @@ def test_what_is_not_known_stays_inert(tmp_path: Path, function: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (nn.Linear(2, 2), r"holds an object \(torch.nn.modules.linear.Linear.*save model.state_dict"),
+        (nn.Linear(2, 2), r"holds a torch.nn.modules.linear.Linear, not.*save model.state_dict"),
         ({"module": {name: torch.zeros(0) for name in STATE}}, "ZeRO-3 .*zero_to_fp32.py"),
         ({"layer1.0.conv1.weight": torch.zeros(2)}, "must hold a Vision Transformer .*layer1.0.conv1.weight"),
         ({"optimizer_state_dict": {"state": {}}}, "an optimizer's state"),

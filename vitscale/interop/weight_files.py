@@ -69,6 +69,30 @@ class _InertList:
         return []
 
 
+class _DType:
+    """NumPy's dtype: the code of a number, and its byte order."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = state[1]
+
+
+class Array:
+    """NumPy's array, as a tensor where it is of plain numbers. NumPy itself makes none: a file may give its dtype flags
+    with which bytes would be taken for addresses of objects."""
+
+    def __init__(self, *_: Any) -> None:
+        self.tensor: Tensor | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, by_columns, data = state
+        if isinstance(data, bytes) and re.fullmatch("f[248]|i[1248]|u1|b1", dtype.code):
+            numbers = np.frombuffer(data, np.dtype(dtype.code).newbyteorder(dtype.order)).astype(dtype.code)
+            self.tensor = torch.from_numpy(numbers.reshape(shape, order="F" if by_columns else "C"))
+
+
 # Harmless classes that checkpoints hold beside tensors, by the names under which they may be pickled.
 _HARMLESS: tuple[tuple[Any, str], ...] = (
     *((kind, f"builtins.{kind.__name__}") for kind in (bool, int, float, str, list, tuple, dict, frozenset, slice)),
@@ -79,11 +103,8 @@ _HARMLESS: tuple[tuple[Any, str], ...] = (
     (datetime.timedelta, "datetime.timedelta"),
     *((pathlib.PurePath, f"pathlib{local}.{name}") for local in ("", "._local") for name in (
         "Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")),
-    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    *((np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-    (np.ndarray, "numpy.ndarray"),
-    (np.dtype, "numpy.dtype"),
-    *((kind, f"numpy.dtypes.{kind.__name__}") for kind in {type(np.dtype(code)) for code in "?bhilqBHILQefdSU"}),
+    *((Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    (_DType, "numpy.dtype"),
 )  # fmt: skip
 # Modules whose names no checkpoint needs: a file that asks for them is an attack, or no checkpoint.
 _NEVER = re.compile(
@@ -163,11 +184,11 @@ def _read_pickle(path: Path) -> Any:
                 ) from None
             inert[name] = type(name, (_Inert,), {})
         except Exception as error:  # on a damaged file it raises nearly anything
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(": ")
+            reason = _first_sentence(f"{type(error).__name__}: {error}")
             raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle: {reason}; it {_CUT}") from None
         else:
-            if isinstance(content, (_Inert, collections.Counter)):
-                raise CheckpointError(f"{path}: holds an object ({', '.join(inert)}), not its tensors; {SAVE_STATE}")
+            if isinstance(content, _Inert):
+                raise CheckpointError(f"{path}: holds a {type(content).__name__}, not its tensors; {SAVE_STATE}")
             return content
 
 
@@ -192,7 +213,13 @@ def _refused_name(error: UnpicklingError, path: Path) -> str:
             f"{path}: its tensors are sharded (DTensor of FSDP2); gather them before saving: "
             "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True"
         ) from None
-    raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle; it {_CUT}") from None
+    reason = _first_sentence(str(error).rpartition("WeightsUnpickler error:")[2])
+    remedy = f"it {_CUT}" if "Unsupported operand" in reason else SAVE_STATE
+    raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle: {reason}; {remedy}") from None
+
+
+def _first_sentence(text: str) -> str:
+    return text.strip().partition("\n")[0].partition(". ")[0].rstrip(": ")
 
 
 def _what_else(path: Path, start: bytes) -> str | None:
