@@ -106,10 +106,10 @@ _HARMLESS: tuple[tuple[Any, str], ...] = (
     *((Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
     (_DType, "numpy.dtype"),
 )  # fmt: skip
-# Modules whose names no checkpoint needs: a file that asks for them is an attack, or no checkpoint.
+# Modules and functions that no checkpoint needs: a file that asks for them is an attack, or no checkpoint.
 _NEVER = re.compile(
-    r"(__builtin__|builtins|os|posix|nt|sys|subprocess|commands|shutil|socket|importlib|runpy|ctypes|pickle|_pickle"
-    r"|code|pty|webbrowser)(\.|$)"
+    r"(os|posix|nt|sys|subprocess|commands|shutil|socket|importlib|runpy|ctypes|pickle|_pickle|code|pty|webbrowser)(\.|$)"
+    r"|(__import__|apply|breakpoint|compile|delattr|eval|exec|execfile|getattr|globals|input|open|setattr)$"
 )
 
 
@@ -169,7 +169,8 @@ def read_file(path: Path) -> Any:
 def _read_pickle(path: Path) -> Any:
     inert: dict[str, Any] = {}
     while True:
-        known: list[Any] = [*_HARMLESS, *((stand_in, name) for name, stand_in in inert.items())]
+        stand_ins = ((each, f"{module}{name}") for name, each in inert.items() for module in ("", "builtins."))
+        known: list[Any] = [*_HARMLESS, *stand_ins]  # torch's errors leave out "builtins."
         try:  # by its name torch would go by the ending
             with torch.serialization.safe_globals(known), open(path, "rb") as stream:
                 content = torch.load(stream, map_location="cpu", weights_only=True)
@@ -178,7 +179,7 @@ def _read_pickle(path: Path) -> Any:
                 inert |= filled
                 continue
             name = _refused_name(error, path)
-            if _NEVER.match(name) or name in inert or "." not in name:
+            if _NEVER.match(name) or name in inert:
                 raise CheckpointError(
                     f"{path}: asks for {name}, which could run anything; get these weights as safetensors"
                 ) from None
