@@ -29,6 +29,7 @@ REFUSED = [
     (schema.Model, "model.hidden_dropout_prob", [-0.1, 1.0], [0.0]),
     (schema.Model, "model.attention_probs_dropout_prob", [-0.1, 1.0], [0.0]),
     (schema.Model, "model.id2label", [()], [None]),
+    (schema.Model, "model.init_take", ["teacher"], [None]),
     (schema.Model, "model.problem_type", ["regress"], [*model_rules.PROBLEM_TYPES, None]),
     (schema.Model, "model.position_embeddings", ["rope"], ["learned", "sincos", "none", "auto"]),
     (schema.Model, "model.num_register_tokens", [-1], [0, 4]),

@@ -102,7 +102,7 @@ def test_one_of_several_sets_of_weights(tmp_path: Path, content: Any, usual: str
 
 
 def test_sets_of_which_none_is_preferred_are_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"several sets of weights: left \(\d+ tensors\), right .*--take NAME"):
+    with pytest.raises(ConfigError, match=r"several .*: left \(\d+ tensors\), right .*--take NAME, model.init_take="):
         read(tmp_path, {"left": STATE, "right": STATE})
 
 
@@ -367,6 +367,9 @@ def test_from_pretrained_and_init_from_take_them(tmp_path: Path, capsys: pytest.
     initialize(run, 0)
     assert sorted(start_from(run, path).fresh) == ["classifier.bias", "classifier.weight"]
     assert torch.equal(run.vit.embeddings.cls_token, STATE["cls_token"])
+    torch.save({"left": STATE, "right": changed(torch.neg)}, path)
+    start_from(run, path, take="right")
+    assert torch.equal(run.vit.encoder.layers[0].mlp.fc1.weight, -STATE["blocks.0.mlp.fc1.weight"])
     save_file(under("net."), tmp_path / "alone.safetensors")
     larger = ViTModel.from_pretrained(tmp_path / "alone.safetensors", num_attention_heads=4, image_size=32)
     assert larger.config.grid == (8, 8)

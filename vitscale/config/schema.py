@@ -71,7 +71,8 @@ class Model:
     id2label: tuple[str, ...] | None = None  # the classes' names: a list, or a mapping from 0, 1, ...
     problem_type: str | None = None  # regression, single_label_classification (the only one of multitask),
     # multi_label_classification, or null: regression where num_labels is 1, else single-label
-    init_from: str | None = None  # a saved model folder whose weights a fresh run starts from
+    init_from: str | None = None  # a model's folder, or file of weights, that a fresh run starts from
+    init_take: str | None = None  # which set of weights of a file that has several, such as teacher or student
 
     def __post_init__(self) -> None:
         values = vars(self) | {
@@ -85,6 +86,8 @@ class Model:
             require(named > 0, "model.id2label", self.id2label, "the names of one class or more, or null")
             rule = f"{named}, as many as model.id2label names"
             require(self.num_labels == named, "model.num_labels", self.num_labels, rule)
+        if self.init_from is None:
+            require(self.init_take is None, "model.init_take", self.init_take, "null without model.init_from")
 
 
 @dataclass(frozen=True)

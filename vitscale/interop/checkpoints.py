@@ -171,7 +171,8 @@ def _chosen(sets: list[_Set], where: str, take: str | None) -> _Set:
             return preferred[0]
     has = listed(f"{each.name} ({len(each.tensors)} tensors)" for each in sets)
     raise ConfigError(
-        f"{where}: holds several sets of weights: {has}; name one with --take NAME (in Python: take=NAME)"
+        f"{where}: holds several sets of weights: {has}; name one: take=NAME (vitscale convert --take NAME, "
+        "model.init_take=NAME of a run)"
     )
 
 

@@ -174,15 +174,17 @@ def load_pretrained(
 
 
 @torch.no_grad()
-def start_from(model: ViTPreTrainedModel, folder: str | Path, adapt: bool = False) -> LoadReport:
-    """Let a new model of any objective start from the weights of a model's or a run's folder, or a name on the hub.
+def start_from(
+    model: ViTPreTrainedModel, source: str | Path, adapt: bool = False, take: str | None = None
+) -> LoadReport:
+    """Let a new model of any objective start from the weights of whatever `open_model` takes.
 
-    The encoder must be in the folder whole, of the same shape and grid (else CheckpointError, and the
+    The encoder must be in it whole, of the same shape and grid (else CheckpointError, and the
     model is as it was); a head, decoder or mask token is taken where name and shape agree. adapt: positions and patch
     projection are made to fit another image size and other channels, as from_pretrained does.
     """
-    saved = read_source(folder, type(model), keys_for_files(model.config, {}))
-    to_stderr(*(f"{folder}: {note}" for note in saved.notes))
+    saved = read_source(source, type(model), keys_for_files(model.config, {}), take)
+    to_stderr(*(f"{source}: {note}" for note in saved.notes))
     tensors, adapted = _from_encoder(saved), []
     for name in (_PROJECTION, *_POSITIONS) if adapt else ():
         made, how = _adapted(name, tensors[name], saved.config, model.config) if name in tensors else (None, "")
@@ -193,9 +195,9 @@ def start_from(model: ViTPreTrainedModel, folder: str | Path, adapt: bool = Fals
     taken = {name for name, value in parameters.items() if name in tensors and tensors[name].shape == value.shape}
     encoder = {name: value for name, value in parameters.items() if name.startswith(ENCODER)}
     encoder.pop(f"{ENCODER}embeddings.mask_token", None)
-    require_equal(shapes(encoder), shapes({name: tensors[name] for name in encoder if name in tensors}), str(folder))
+    require_equal(shapes(encoder), shapes({name: tensors[name] for name in encoder if name in tensors}), str(source))
     if not adapt and (grids := _grids(saved.config, model.config, "instead of")):
-        refuse(str(folder), other=[f"{name} {grids}" for name in _POSITIONS if name in taken])
+        refuse(str(source), other=[f"{name} {grids}" for name in _POSITIONS if name in taken])
     for name in taken:
         parameters[name].copy_(tensors[name])
     unused = _unused(model, tensors, taken, saved)

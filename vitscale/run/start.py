@@ -49,7 +49,7 @@ def start(session: Session, model: ViTPreTrainedModel) -> tuple[Checkpoint | Non
         load_weights(model, checkpoint)
         return checkpoint, _restored(checkpoint, config)
     if config.model.init_from:
-        report = start_from(model, config.model.init_from, adapt=session.adapts)
+        report = start_from(model, config.model.init_from, session.adapts, config.model.init_take)
         session.say(f"start: weights of {config.model.init_from}")
         for what, names in (("new here", report.fresh), ("adapted", report.adapted), ("not used", report.unused)):
             session.say(f"  {what}: {', '.join(names) or 'nothing'}")
