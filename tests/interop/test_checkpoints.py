@@ -61,6 +61,8 @@ def same(checkpoint: Checkpoint, state: dict[str, Tensor] = STATE) -> None:
     ("content", "notes"),
     [
         ({"net": {"params": STATE}, "iter": 3}, ["under 'net.params'"]),
+        ({"run": {"state": {"models": {"vit": {"0": under("trunk.")}}}}}, ["'trunk.'", "'run.state.models.vit.0'"]),
+        ({"w": {n: v.numpy().astype(">f4") for n, v in STATE.items()}, "rng": np.random.get_state()}, ["under 'w'"]),
         ({"model_state_dict": under("_fsdp_wrapped_module.module.")}, ["'_fsdp_wrapped_module.module.'"]),
         (
             {"state_dict": under("student.net.trunk.") | {"loss.weight": torch.ones(2)}},
@@ -245,6 +247,7 @@ def test_what_is_not_known_stays_inert(tmp_path: Path, function: Any) -> None:
         ({"layer1.0.conv1.weight": torch.zeros(2)}, "must hold a Vision Transformer .*layer1.0.conv1.weight"),
         ({"optimizer_state_dict": {"state": {}}}, "an optimizer's state"),
         ([STATE], "holds list"),
+        ({"epoch": 1, "nets": {"ema": nn.Sequential(nn.Linear(2, 2))}}, r"Sequential under 'nets.ema', not .*; save "),
     ],
 )
 def test_what_is_no_checkpoint_of_a_vit(tmp_path: Path, content: Any, reason: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.interop.weight_files import SAVE_STATE, read_file
+from vitscale.interop.weight_files import SAVE_STATE, Array, Inert, read_file
 from vitscale.text import listed
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
@@ -28,7 +28,7 @@ _PREFERRED = (
     "base_encoder",
 )
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "backbone", "encoder", "model", "vit", "state_dict"}
-_DEEPEST = 3  # mappings within mappings that are looked through
+_DEEPEST = 5  # mappings within mappings that are looked through
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def read_checkpoint(path: Path, take: str | None = None) -> Checkpoint:
 
 def unwrap(content: Mapping[Any, Any], where: str, take: str | None = None) -> Checkpoint:
     """What `read_checkpoint` gives, of content that has been read; `where` names it in errors."""
-    sets = [each for mapping in _mappings(content, ()) for each in _sets(*mapping)]
+    sets = [each for keys, mapping in _mappings(content, ()) for each in _sets(keys, _tensors(mapping))]
     if not sets:
         raise CheckpointError(_no_encoder(content, where))
     chosen = _chosen(sets, where, take)
@@ -116,13 +116,15 @@ class _Set:
         return ".".join(word for word in self.words if word not in _WRAPPERS) or ".".join(self.words) or "model"
 
 
-def _mappings(content: Mapping[Any, Any], keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Every mapping that holds tensors by name, and the keys that lead to it."""
-    tensors = {
-        key: value.detach() for key, value in content.items() if isinstance(value, Tensor) and isinstance(key, str)
-    }
-    if tensors:
-        yield keys, tensors
+def _tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Those that a mapping holds by name, NumPy's arrays too."""
+    values = {key: value.tensor if isinstance(value, Array) else value for key, value in mapping.items()}
+    return {key: each.detach() for key, each in values.items() if isinstance(each, Tensor) and isinstance(key, str)}
+
+
+def _mappings(content: Mapping[Any, Any], keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+    """Every mapping, and the keys that lead to it."""
+    yield keys, content
     if len(keys) < _DEEPEST:
         for key, value in content.items():
             if isinstance(value, Mapping):
@@ -177,7 +179,13 @@ def _chosen(sets: list[_Set], where: str, take: str | None) -> _Set:
 
 
 def _no_encoder(content: Mapping[Any, Any], where: str) -> str:
-    names = [name for _, tensors in _mappings(content, ()) for name in tensors]
+    mappings = list(_mappings(content, ()))
+    names = [name for _, mapping in mappings for name in _tensors(mapping)]
+    values = (((*keys, str(key)), value) for keys, mapping in mappings for key, value in mapping.items())
+    module = next((each for each in values if isinstance(each[1], Inert) and each[1].is_module), None)
+    if module is not None:
+        keys, value = module
+        return f"{where}: holds a {type(value).__name__} under {'.'.join(keys)!r}, not its tensors; {SAVE_STATE}"
     if "optim" in Path(where).name or ("optimizer_state_dict" in content and not names):
         return (
             f"{where}: holds an optimizer's state, not a model's weights; name the file of the model beside it "

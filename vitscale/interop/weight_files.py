@@ -44,8 +44,10 @@ _IN_ARCHIVES = (
 _CUT = "is cut or damaged: fetch it again"
 
 
-class _Inert:
+class Inert:
     """Stands for a class or function that is not known: whatever it is given, it does nothing and keeps nothing."""
+
+    is_module = False  # a torch.nn.Module, as its state tells
 
     def __new__(cls, *arguments: Any) -> Any:
         return object.__new__(cls)
@@ -54,7 +56,7 @@ class _Inert:
         pass
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        self.is_module = isinstance(state, Mapping) and "_modules" in state
 
 
 class _InertMapping:
@@ -183,12 +185,12 @@ def _read_pickle(path: Path) -> Any:
                 raise CheckpointError(
                     f"{path}: asks for {name}, which could run anything; get these weights as safetensors"
                 ) from None
-            inert[name] = type(name, (_Inert,), {})
+            inert[name] = type(name, (Inert,), {})
         except Exception as error:  # on a damaged file it raises nearly anything
             reason = _first_sentence(f"{type(error).__name__}: {error}")
             raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle: {reason}; it {_CUT}") from None
         else:
-            if isinstance(content, _Inert):
+            if isinstance(content, Inert):
                 raise CheckpointError(f"{path}: holds a {type(content).__name__}, not its tensors; {SAVE_STATE}")
             return content
 
@@ -196,7 +198,7 @@ def _read_pickle(path: Path) -> Any:
 def _filled(error: UnpicklingError, inert: Mapping[str, Any]) -> dict[str, Any] | None:
     """The stand-in that torch would not fill with items, as one that it does: a mapping or a list."""
     text = str(error)
-    name = next((name for name, kind in inert.items() if f".{name}'" in text and issubclass(kind, _Inert)), None)
+    name = next((name for name, kind in inert.items() if f".{name}'" in text and issubclass(kind, Inert)), None)
     if name is None or not ("SETITEM" in text or "append to lists" in text or "extend lists" in text):
         return None
     return {name: type(name, (_InertMapping if "SETITEM" in text else _InertList,), {})}
