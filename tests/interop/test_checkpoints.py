@@ -91,6 +91,10 @@ def test_wrappers_and_prefixes_are_taken_off_and_noted(tmp_path: Path, content: 
         ({"encoder": under("module."), "target_encoder": under("module.")}, "target_encoder", "encoder"),
         ({"state_dict": under("module.base_encoder.") | under("module.momentum_encoder.")}, "base", "momentum_encoder"),
         (under("net.") | under("ema_model.net."), "ema_model", "net"),
+        ({"models": {"student_s": STATE, "Teacher_s": STATE}}, "Teacher_s", "student_s"),
+        ({"state_dict": under("model.") | under("average_model."), "epoch": 1}, "average_model", "model"),
+        ({"net": STATE, "net_ema2": STATE}, "net_ema2", "net"),
+        ({"online_network": STATE, "momentum_network": STATE}, "momentum_network", "online_network"),
     ],
 )
 def test_one_of_several_sets_of_weights(tmp_path: Path, content: Any, usual: str, other: str) -> None:

@@ -7,6 +7,7 @@ of such words, taken off, and told in `notes`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +23,9 @@ from vitscale.text import listed
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 # What every encoder has: its patch projection, by the names of timm (and MAE, DINO, SimMIM) and of transformers.
 TIMM_ANCHOR, HF_ANCHOR = "patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight"
-# Of several sets in one file the first of these is taken: averages and teachers before what was trained by gradients.
-_PREFERRED = (
-    *("teacher", "state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "target_encoder"),
-    "base_encoder",
-)
+# Of several sets in one file that with the first of these in its name is taken: averages and teachers before what was
+# trained by gradients, but what MoCo v3 evaluates.
+_PREFERRED = ("base_encoder", "teacher", "ema", "swa", "avg", "average", "averaged", "shadow", "target", "momentum")
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "backbone", "encoder", "model", "vit", "state_dict"}
 _DEEPEST = 5  # mappings within mappings that are looked through
 
@@ -168,7 +167,7 @@ def _chosen(sets: list[_Set], where: str, take: str | None) -> _Set:
     if len(sets) == 1:
         return sets[0]
     for word in _PREFERRED:
-        preferred = [each for each in sets if word in each.words]
+        preferred = [each for each in sets if word in {*each.words, *re.split(r"[_.\d]", ".".join(each.words).lower())}]
         if len(preferred) == 1:
             return preferred[0]
     has = listed(f"{each.name} ({len(each.tensors)} tensors)" for each in sets)
