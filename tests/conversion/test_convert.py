@@ -272,7 +272,7 @@ def test_bad_input_is_one_line(
 
 
 def test_a_pickle_that_would_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save({"model": {"a": print}}, tmp_path / "a.pth")
+    torch.save({"model": {"a": exec}}, tmp_path / "a.pth")
     assert main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "to"), "--to", "hf"]) == BAD_INPUT
     error = capsys.readouterr().err
     assert "which could run anything" in error

@@ -359,6 +359,23 @@ def test_simmims_own_file(tmp_path: Path) -> None:
     assert torch.equal(opened.model.decoder[0].weight, decoder["decoder.0.weight"])
 
 
+@pytest.mark.parametrize(
+    ("more", "remedy"),
+    [
+        ({"dist_token": torch.zeros(1, 1, 32)}, "of DeiT's distillation token, which no ViTConfig has: take another"),
+        ({"blocks.0.attn.relative_position_bias_table": torch.zeros(9, 4)}, "of relative positions, .*: take another"),
+        ({"norm_pre.weight": torch.zeros(32)}, "of CLIP's norm before the blocks, which no"),
+        ({"blocks.0.adapter.weight": torch.zeros(2, 32)}, "save the state without them"),
+        ({"norm.weight": torch.zeros(3)}, "give the sizes that they have"),
+        ({"blocks.1.norm1.bias": None}, "name a file with the whole model"),
+    ],
+)
+def test_tensors_that_do_not_fit_say_what_to_do(tmp_path: Path, more: dict[str, Any], remedy: str) -> None:
+    state = {name: value for name, value in (STATE | more).items() if value is not None}
+    with pytest.raises(CheckpointError, match=f"; (they are )?{remedy}"):
+        read_bare(saved(tmp_path, state), HEADS)
+
+
 def test_from_pretrained_and_init_from_take_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = saved(tmp_path, {"student": under("backbone."), "teacher": under("module.backbone.")})  # type: ignore[arg-type]
     model, report = ViTForImageClassification.from_pretrained(

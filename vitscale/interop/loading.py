@@ -195,9 +195,11 @@ def start_from(
     taken = {name for name, value in parameters.items() if name in tensors and tensors[name].shape == value.shape}
     encoder = {name: value for name, value in parameters.items() if name.startswith(ENCODER)}
     encoder.pop(f"{ENCODER}embeddings.mask_token", None)
-    require_equal(shapes(encoder), shapes({name: tensors[name] for name in encoder if name in tensors}), str(source))
+    named = {name: tensors[name] for name in encoder if name in tensors}
+    hint = _differing(saved.config, model.config)
+    require_equal(shapes(encoder), shapes(named), str(source), hint)
     if not adapt and (grids := _grids(saved.config, model.config, "instead of")):
-        refuse(str(source), other=[f"{name} {grids}" for name in _POSITIONS if name in taken])
+        refuse(str(source), other=[f"{name} {grids}" for name in _POSITIONS if name in taken], hint=hint)
     for name in taken:
         parameters[name].copy_(tensors[name])
     unused = _unused(model, tensors, taken, saved)
@@ -256,7 +258,7 @@ def _fit(
             other[name] = f"{name} {list(value.shape)} instead of {list(parameter.shape)}"
     head = [name for name in other if not (prefix + name).startswith(ENCODER)]
     of_encoder = [text for name, text in other.items() if name not in head]
-    refuse(source, missing=missing, other=of_encoder, way=_differing(saved.config, model.config))
+    refuse(source, missing=missing, other=of_encoder, hint=_differing(saved.config, model.config))
     if head and not ignore_mismatched_sizes:
         raise CheckpointError(_way_out(source, saved.config, model.config, [other[name] for name in head]))
     report.fresh.extend(sorted(fresh + head))
@@ -297,7 +299,7 @@ def _differing(config: ViTConfig, target: ViTConfig) -> str:
     names = [item.name for item in fields(config) if hasattr(target, item.name)]
     pairs = {name: (getattr(config, name), getattr(target, name)) for name in names}
     different = [f"{name}={value!r}, not {other!r}" for name, (value, other) in pairs.items() if value != other]
-    return f"; its config has {', '.join(different[:4])}" if different else ""
+    return f"its config has {', '.join(different[:4])}: ask for the same" if different else ""
 
 
 def _way_out(source: str, config: ViTConfig, target: ViTConfig, other: list[str]) -> str:
