@@ -123,7 +123,7 @@ def _of_run(folder: RunFolder, overrides: Sequence[str]) -> Subject:
     if config.model.init_from:
         try:
             start = new_model(config, config.run.seed)
-            start_from(start, config.model.init_from, adapt=True)
+            start_from(start, config.model.init_from, adapt=True, take=config.model.init_take)
             models["start"] = start
         except (CheckpointError, ConfigError) as error:
             to_stderr(f"what the run started from is not scored: {error}")
