@@ -10,7 +10,7 @@ import pytest
 
 from tests.integration.worlds import Launcher
 from tests.torchvision_ops import DeclareOperators
-from vitscale.world import enter, read_world
+from vitscale.world import enter, local_device
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run several processes on few cores
 sys.meta_path.insert(0, DeclareOperators())
@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if read_world().device == "cpu":
+    if local_device() == "cpu":
         for item in items:
             if item.get_closest_marker("gpu"):  # `keywords` has the folders' names too
                 item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))

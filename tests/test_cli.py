@@ -146,6 +146,27 @@ def test_no_such_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert "nowhere.yaml" in refused(capsys, verb, tmp_path / "nowhere.yaml")
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [("config", "nosuch"), ("stop", "nosuch"), ("sync", "nosuch"), ("evaluate", "nosuch"), ("export", "nosuch"),
+     ("index", "nosuch/*.tar", "--out", "i.json"), ("pack", "nosuch", "out"), ("predict", "./nosuch", "a.png"),
+     ("inspect", "./nosuch"), ("convert", "./nosuch", "out", "--to", "hf")],
+)  # fmt: skip
+def test_a_verb_without_ranks_is_rank_0(
+    argv: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Whatever the shell has: its error is printed, and what is ignored is said."""
+    monkeypatch.chdir(tmp_path)
+    left = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_PORT": "http"}
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert main(argv) == BAD_INPUT
+    ignored, error = capsys.readouterr().err.splitlines()
+    assert all(f"{name}={value}" in ignored for name, value in left.items())
+    assert error.startswith("vitscale: error: ")
+    assert "nosuch" in error
+
+
 # ---- pack, index
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from vitscale import world
 from vitscale.errors import LaunchError
-from vitscale.world import World, child_environment, enter, read_world, require_started_once
+from vitscale.world import World, child_environment, enter, local_device, read_world
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1"}
 TORCHRUN |= {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
@@ -21,7 +21,7 @@ TORCHRUN |= {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A process that no launcher started, on a machine without a GPU; what `enter` sets is taken back."""
     monkeypatch.setattr(os, "environ", {**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-    for name in (*TORCHRUN, "DS_ACCELERATOR", "TORCHINDUCTOR_COMPILE_THREADS", "SLURM_PROCID"):
+    for name in (*TORCHRUN, "DS_ACCELERATOR", "TORCHINDUCTOR_COMPILE_THREADS", "SLURM_PROCID", "SLURM_NTASKS_PER_NODE"):
         monkeypatch.delitem(os.environ, name, raising=False)
     return monkeypatch
 
@@ -46,6 +46,13 @@ def test_torchruns_variables(environment: pytest.MonkeyPatch) -> None:
         ({"RANK": "8"}, ["RANK=8", "WORLD_SIZE=8"]),
         ({"RANK": "-1"}, ["RANK=-1"]),
         ({"LOCAL_RANK": "4"}, ["LOCAL_RANK=4", "LOCAL_WORLD_SIZE=4"]),
+        ({"LOCAL_RANK": None}, ["LOCAL_RANK=None", "whole number"]),
+        ({"LOCAL_WORLD_SIZE": None}, ["LOCAL_RANK=1", "LOCAL_WORLD_SIZE", "export it"]),
+        ({"RANK": "\u00b2"}, ["RANK='\u00b2'", "whole number"]),
+        ({"WORLD_SIZE": "--8"}, ["WORLD_SIZE='--8'", "whole number"]),
+        ({"WORLD_SIZE": "1"}, ["RANK=5", "WORLD_SIZE=1"]),
+        ({"MASTER_PORT": "http"}, ["MASTER_PORT='http'", "whole number"]),
+        ({"MASTER_PORT": "65536"}, ["MASTER_PORT=65536", "65535"]),
     ],
 )
 def test_what_no_launcher_sets(
@@ -66,20 +73,48 @@ def test_what_no_launcher_sets(
         {"RANK": "3"},
         {"RANK": "", "WORLD_SIZE": "8", "GROUP_RANK": "1"},
         {"LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_USE_AGENT_STORE": "True"},
+        {"ROLE_RANK": "2", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_MAX_RESTARTS": "0"},
+        {"OMPI_COMM_WORLD_LOCAL_RANK": "2", "PMI_SIZE": "4", "MV2_COMM_WORLD_SIZE": "4"},
     ],
 )
 def test_leftovers_of_a_launcher_are_ignored_and_named(
     environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], left: dict[str, str]
 ) -> None:
     os.environ.update(left)
-    assert enter() == World()
+    assert enter(on_ranks=True) == World()
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert all(f"{name}={value}" in error for name, value in left.items())
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("0", "1", "0")
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("127.0.0.1", "0")
-    assert enter() == World()
+    assert not [name for name in left if name.startswith(("OMPI", "PMI", "MV2", "TORCHELASTIC")) and name in os.environ]
+    assert enter(on_ranks=True) == World()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("left", [{"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, {"MASTER_ADDR": "10.255.255.1"}])
+def test_one_rank_of_one_is_a_single_process(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], left: dict[str, str]
+) -> None:
+    os.environ.update({"RANK": "0", "WORLD_SIZE": "1"} | left)
+    assert enter(on_ranks=True) == World()
+    error = capsys.readouterr().err
+    assert all(f"{name}={value}" in error for name, value in left.items())
+    assert " RANK=0" not in error  # which it is
+    assert (os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]) == ("0", "1")
+
+
+def test_what_has_no_ranks_takes_none(environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    os.environ.update({"RANK": "3", "WORLD_SIZE": "4", "MASTER_PORT": "none"})
+    assert enter() == World()
+    assert "RANK=3, WORLD_SIZE=4, MASTER_PORT=none: " in capsys.readouterr().err
+
+
+def test_the_local_world_of_srun(environment: pytest.MonkeyPatch) -> None:
+    """RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID, as many write it."""
+    os.environ |= TORCHRUN | {"SLURM_NTASKS_PER_NODE": "2"}
+    del os.environ["LOCAL_WORLD_SIZE"]
+    assert read_world() == World(rank=5, world_size=8, local_rank=1, local_world_size=2)
 
 
 @pytest.mark.parametrize("rank", ["0", "5"])
@@ -88,7 +123,7 @@ def test_what_would_change_a_run_past_its_config_is_taken_away(
 ) -> None:
     left = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_MIXED_PRECISION": "fp8", "FSDP_OFFLOAD_PARAMS": "true"}
     os.environ.update(TORCHRUN | left | {"RANK": rank, "DS_ACCELERATOR": "cuda"})
-    enter()
+    enter(on_ranks=True)
     assert not left.keys() & os.environ.keys()
     assert os.environ["DS_ACCELERATOR"] == "cpu"
     assert capsys.readouterr().err.count("ACCELERATE_DYNAMO_BACKEND=INDUCTOR") == (rank == "0")
@@ -97,22 +132,31 @@ def test_what_would_change_a_run_past_its_config_is_taken_away(
 def test_kubeflows_variables(environment: pytest.MonkeyPatch) -> None:
     """One process a pod: it has no local rank."""
     os.environ.update(RANK="3", WORLD_SIZE="4", MASTER_ADDR="job-master-0", MASTER_PORT="23456")
-    assert enter() == World(rank=3, world_size=4, local_rank=0, local_world_size=1, device="cpu")
+    assert enter(on_ranks=True) == World(rank=3, world_size=4, local_rank=0, local_world_size=1, device="cpu")
     assert os.environ["MASTER_ADDR"] == "job-master-0"
+    assert (os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]) == ("0", "1")  # what accelerate goes by
     os.environ.update(RANK="0", WORLD_SIZE="1")
-    assert enter() == World()
+    assert enter(on_ranks=True) == World()
     assert os.environ["MASTER_PORT"] == "0"  # of a single process: any free one
 
 
-@pytest.mark.parametrize("number", ["SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"])
+@pytest.mark.parametrize(
+    "number",
+    ["SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID", "FLUX_TASK_RANK"],
+)
 def test_a_second_process_without_ranks_is_refused(environment: pytest.MonkeyPatch, number: str) -> None:
-    environment.setitem(os.environ, number, "0")
-    require_started_once()
-    environment.setitem(os.environ, number, "1")
-    with pytest.raises(LaunchError, match=rf"{number}=1 of .*launch/slurm.sh .*torchrun"):
-        require_started_once()
-    os.environ.update(TORCHRUN)
-    require_started_once()
+    for first in ("0", "", "abc"):
+        os.environ[number] = first
+        enter(on_ranks=True)
+    os.environ[number] = "1"
+    with pytest.raises(LaunchError, match=rf"{number}=1: .*launch/slurm.sh .*torchrun"):
+        enter(on_ranks=True)
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}  # which a container's image may have set for each of them
+    with pytest.raises(LaunchError, match=f"{number}=1"):
+        enter(on_ranks=True)
+    enter()  # no training: it may be started as often as one likes
+    os.environ |= TORCHRUN | {number: "1"}
+    enter(on_ranks=True)
 
 
 def test_cores_are_shared_out() -> None:
@@ -134,19 +178,19 @@ def test_enter_sets_what_libraries_read(environment: pytest.MonkeyPatch) -> None
 def test_compiling_processes_are_shared_out(environment: pytest.MonkeyPatch, per_node: str, threads: str) -> None:
     environment.setattr(os, "sched_getaffinity", lambda _: range(128))
     os.environ.update(TORCHRUN, LOCAL_RANK="0", LOCAL_WORLD_SIZE=per_node)
-    enter()
+    enter(on_ranks=True)
     assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == threads
 
 
 def test_enter_leaves_the_users_values(environment: pytest.MonkeyPatch) -> None:
     os.environ.update(TORCHRUN, MASTER_ADDR="elsewhere", MLFLOW_HTTP_REQUEST_TIMEOUT="60")
-    enter()
+    enter(on_ranks=True)
     assert (os.environ["MASTER_ADDR"], os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]) == ("elsewhere", "60")
     assert os.environ["RANK"] == "5"
 
 
 def test_enter_on_a_gpu_leaves_the_accelerator_to_deepspeed(environment: pytest.MonkeyPatch) -> None:
-    environment.setattr(world, "_device", lambda: "cuda")
+    environment.setattr(world, "local_device", lambda: "cuda")
     assert enter().device == "cuda"
     assert "DS_ACCELERATOR" not in os.environ
 
@@ -155,9 +199,9 @@ def test_enter_on_a_gpu_leaves_the_accelerator_to_deepspeed(environment: pytest.
 def test_hidden_gpus_are_not_there(environment: pytest.MonkeyPatch, hidden: str) -> None:
     environment.setattr(os.path, "exists", lambda path: True)
     os.environ["CUDA_VISIBLE_DEVICES"] = "0"
-    assert read_world().device == "cuda"
+    assert local_device() == "cuda"
     os.environ["CUDA_VISIBLE_DEVICES"] = hidden
-    assert read_world().device == "cpu"
+    assert local_device() == "cpu"
 
 
 def test_a_helper_process_is_no_rank(environment: pytest.MonkeyPatch) -> None:
@@ -173,11 +217,3 @@ def test_it_is_light() -> None:
     root = Path(world.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "[]"
-
-
-def test_what_mpi_left_is_taken_away_for_a_single_process(environment: pytest.MonkeyPatch) -> None:
-    for name in ("OMPI_COMM_WORLD_LOCAL_RANK", "PMI_SIZE", "TORCHELASTIC_RUN_ID"):
-        environment.setitem(os.environ, name, "4")
-    enter()
-    assert not [name for name in os.environ if name.startswith(("OMPI_COMM", "PMI_", "TORCHELASTIC_RUN"))]
-    assert os.environ["MASTER_PORT"] == "0"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from vitscale import __version__, world
 from vitscale.conversion import command as conversion
-from vitscale.errors import LaunchError, VitscaleError
+from vitscale.errors import VitscaleError
 from vitscale.export import command as export
 from vitscale.inference import command as inference
 from vitscale.inspection import command as inspection
@@ -29,21 +29,17 @@ if TYPE_CHECKING:
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
-    world.require_started_once()
-    here = world.enter()
     from vitscale.run.job import pretrain
 
-    return _to_launcher(pretrain(_config(arguments), here), here)
+    return _to_launcher(pretrain(_config(arguments), arguments.world), arguments.world)
 
 
 def _finetune(arguments: argparse.Namespace) -> int:
-    world.require_started_once()
-    here = world.enter()
     from vitscale.config.load import load_config
     from vitscale.run.finetune import complete, finetune
 
-    code = finetune(load_config(arguments.config, arguments.overrides, complete), here)
-    return _to_launcher(code, here)
+    code = finetune(load_config(arguments.config, arguments.overrides, complete), arguments.world)
+    return _to_launcher(code, arguments.world)
 
 
 def _to_launcher(code: int, here: world.World) -> int:
@@ -96,7 +92,6 @@ def _index(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    here = world.enter()
     from vitscale.config.load import load_config
     from vitscale.run.evaluate import as_table, evaluate, saved_scores
     from vitscale.tracking.tracker import sync
@@ -105,8 +100,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.show:
         print(as_table(saved_scores(RunFolder(out or Path(arguments.source)))))
         return DONE
-    results = evaluate(arguments.source, here, arguments.overrides, out)
-    if here.is_main:
+    results = evaluate(arguments.source, arguments.world, arguments.overrides, out)
+    if arguments.world.is_main:
         print(as_table(saved_scores(results)))
         if results.config.exists() and (config := load_config(results.config)).tracking.mlflow:
             sync(results.path, config)
@@ -137,7 +132,6 @@ def _stop(arguments: argparse.Namespace) -> int:
 
 
 def _sync(arguments: argparse.Namespace) -> int:
-    world.enter()
     from vitscale.config.load import load_config
     from vitscale.tracking.tracker import sync
 
@@ -153,7 +147,6 @@ def _export_run(source: Path, out: Path | None) -> Path:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    world.enter()
     return importlib.import_module(f"vitscale.bench.{arguments.what}").main(arguments.rest)
 
 
@@ -223,11 +216,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not hasattr(arguments, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
             arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}{_nearest(rest[0], arguments.parser)}")
         arguments.overrides += rest
+    here = world.World()
     try:
+        arguments.world = here = world.enter(on_ranks=arguments.run_verb in (_pretrain, _finetune, _evaluate))
         return arguments.run_verb(arguments)
     except VitscaleError as error:
         # Before there is a run folder all ranks fail alike, and rank 0 speaks; after, the first to fail does.
-        here = _here()
         if not getattr(error, "reported", not here.is_main):
             print(f"vitscale: error: {error}", file=sys.stderr, flush=True)
         if here.world_size > 1:  # at once: with a process group that was not left, Python's own end may abort (SIGABRT)
@@ -245,13 +239,6 @@ def _nearest(option: str, parser: argparse.ArgumentParser) -> str:
     if "." in option:  # as other tools have it
         return f"; write {option.lstrip('-').partition('=')[0]}=VALUE"
     return did_you_mean(option.split("=")[0], re.findall(r"--[\w-]+", parser.format_usage()))
-
-
-def _here() -> world.World:
-    try:
-        return world.read_world()
-    except LaunchError:
-        return world.World()
 
 
 if __name__ == "__main__":

@@ -7,23 +7,21 @@ command line before torch, deepspeed or mlflow is imported.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from vitscale.errors import LaunchError
 from vitscale.text import listed, to_stderr
 
 _START = "start the processes with launch/torchrun.sh, launch/slurm.sh or torchrun"
-_OF_LAUNCHERS = (
-    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
-    *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID"),
+_OF_LAUNCHERS = re.compile(r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
+# What would change a run past its config, or contradict its ranks: accelerate's, and MPI's, by which DeepSpeed checks.
+_NEVER_READ = ("ACCELERATE_", "FSDP_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "PMI_")
+# How srun, Open MPI, MPICH, MVAPICH, PMIx, Cray's launchers, Flux and jsrun number the processes that they start.
+_NUMBERS = (
+    *("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "PMIX_RANK", "PALS_RANKID"),
+    *("ALPS_APP_PE", "FLUX_TASK_RANK", "JSM_NAMESPACE_RANK"),
 )
-_OF_MPI = ("OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_")  # which DeepSpeed holds against the ranks
-_COUNTED = (
-    ("SLURM_PROCID", "SLURM_NTASKS"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("PMI_RANK", "PMI_SIZE"),
-)  # what srun, Open MPI and MPICH number their processes by
-_OF_ACCELERATE = ("ACCELERATE_", "FSDP_")
 SUPERVISED = "VITSCALE_SUPERVISED"  # set by launch/torchrun.py for its ranks
 
 
@@ -49,53 +47,57 @@ class World:
 
 
 def read_world() -> World:
-    """The World that a launcher's variables tell (torchrun's, or Kubeflow's, which have no local ones), else a single
-    process. LaunchError for variables that contradict each other."""
-    if _is_single():
-        return World(device=_device())
-    has_local = "LOCAL_RANK" in os.environ and "LOCAL_WORLD_SIZE" in os.environ
-    world = World(
-        rank=_integer("RANK"),
-        world_size=_integer("WORLD_SIZE"),
-        local_rank=_integer("LOCAL_RANK") if has_local else 0,
-        local_world_size=_integer("LOCAL_WORLD_SIZE") if has_local else 1,
-        device=_device(),
-        supervised=SUPERVISED in os.environ,
-    )
-    if not 0 <= world.rank < world.world_size or not 0 <= world.local_rank < world.local_world_size:
+    """The World that a launcher's variables tell: torchrun's, or Kubeflow's, which have no local ones; without them a
+    single process. LaunchError for variables that contradict each other."""
+    single = World(device=local_device(), supervised=SUPERVISED in os.environ)
+    if not os.environ.get("RANK") or not os.environ.get("WORLD_SIZE"):
+        return single
+    rank, world_size = _integer("RANK"), _integer("WORLD_SIZE")
+    if (rank, world_size) == (0, 1):
+        return single
+    local_rank, local_world_size = _place_on_node()
+    if not 0 <= rank < world_size or not 0 <= local_rank < local_world_size:
         raise LaunchError(
-            f"RANK={world.rank} WORLD_SIZE={world.world_size} LOCAL_RANK={world.local_rank} "
-            f"LOCAL_WORLD_SIZE={world.local_world_size}: a rank must lie below its world size; {_START}"
+            f"RANK={rank} WORLD_SIZE={world_size} LOCAL_RANK={local_rank} LOCAL_WORLD_SIZE={local_world_size}: "
+            f"a rank must lie below its world size; {_START}"
         )
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if world.world_size > 1 and missing:
-        raise LaunchError(
-            f"{' and '.join(missing)}: not in the environment, though WORLD_SIZE={world.world_size}; {_START}"
-        )
-    return world
+    if missing:
+        raise LaunchError(f"{' and '.join(missing)}: not in the environment, though WORLD_SIZE={world_size}; {_START}")
+    if not 0 < _integer("MASTER_PORT") < 2**16:
+        raise LaunchError(f"MASTER_PORT={os.environ['MASTER_PORT']} in the environment: must be 1 to 65535; {_START}")
+    return replace(single, rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size)
 
 
-def enter() -> World:
+def enter(on_ranks: bool = False) -> World:
     """Read the World and set what the libraries read at import; call before importing them.
 
-    What an earlier launcher, or accelerate's own, left in the environment is taken away: it would change the run
-    past its config, or make it wait for ranks that are not there.
+    on_ranks: whether this may be a rank among others; else, and where no launcher says so, it is a single process.
+    What other launchers left in the environment is named and taken away: it would change the run past its config, or
+    make it wait for ranks that are not there. LaunchError as in read_world, and in each process but the first that
+    were started beside each other without ranks.
     """
-    world = read_world()
-    leftovers = [name for name in os.environ if name.startswith(_OF_ACCELERATE)]
-    if _is_single():
-        leftovers += [name for name in os.environ if name in _OF_LAUNCHERS or name.startswith(_OF_MPI)]
-    if world.device == "cpu" and os.environ.get("DS_ACCELERATOR", "cpu") != "cpu":
-        leftovers.append("DS_ACCELERATOR")
-    if leftovers and world.is_main:
-        values = listed((f"{name}={os.environ[name]}" for name in leftovers), limit=4)
-        to_stderr(f"environment: {values}: left by another launcher, and ignored")
-    for name in leftovers:
-        del os.environ[name]
-    if world.world_size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+    world = read_world() if on_ranks else World(device=local_device())
+    if on_ranks and world.world_size == 1:
+        _require_first()
+    told = {"LOCAL_RANK": str(world.local_rank), "LOCAL_WORLD_SIZE": str(world.local_world_size)}
+    if world.world_size == 1:
         # accelerate and deepspeed make a process group even for one process: with itself, at any free port.
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        told |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    left = [
+        name
+        for name in os.environ
+        if name.startswith(_NEVER_READ)
+        or (world.world_size == 1 and _OF_LAUNCHERS.fullmatch(name) and os.environ[name] != told.get(name))
+    ]
+    if world.device == "cpu" and os.environ.get("DS_ACCELERATOR", "cpu") != "cpu":
+        left.append("DS_ACCELERATOR")
+    if left and world.is_main:
+        values = listed((f"{name}={os.environ[name]}" for name in left), limit=4)
+        to_stderr(f"environment: {values}: set for another launcher, and ignored")
+    for name in left:
+        del os.environ[name]
+    os.environ |= told
     for name, value in _defaults(world).items():
         os.environ.setdefault(name, value)
     return world
@@ -128,28 +130,22 @@ def _defaults(world: World) -> dict[str, str]:
     return defaults
 
 
-def require_started_once() -> None:
+def _require_first() -> None:
     """LaunchError in each process but the first that srun or mpirun started beside each other, without ranks.
 
     Each of them would train the whole run for itself.
     """
-    for number, count in _COUNTED if _is_single() else ():
-        if os.environ.get(number, "0") not in ("", "0"):
+    for name in _NUMBERS:
+        if os.environ.get(name, "").isdecimal() and int(os.environ[name]) > 0:
             raise LaunchError(
-                f"{number}={os.environ[number]} of {count}={os.environ.get(count)}: processes that were started beside "
-                "each other without ranks do not train together; start one run by launch/slurm.sh (Slurm), or by "
-                "launch/torchrun.sh or torchrun on each node"
+                f"{name}={os.environ[name]}: processes that were started beside each other without ranks do not train "
+                "together; start one run by launch/slurm.sh (Slurm), or by launch/torchrun.sh or torchrun on each node"
             )
-
-
-def _is_single() -> bool:
-    """Whether this is no rank of a launcher, or was made a single process by `enter`."""
-    return not os.environ.get("RANK") or not os.environ.get("WORLD_SIZE")
 
 
 def child_environment() -> dict[str, str]:
     """The environment for a helper process that is no rank: without the launcher's variables."""
-    return {name: value for name, value in os.environ.items() if name not in _OF_LAUNCHERS}
+    return {name: value for name, value in os.environ.items() if not _OF_LAUNCHERS.fullmatch(name)}
 
 
 def forget_deepspeed() -> None:
@@ -158,14 +154,32 @@ def forget_deepspeed() -> None:
         del os.environ[name]
 
 
+def meeting_place() -> str:
+    """Where this rank meets the others, for messages."""
+    return f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
+
+
+def _place_on_node() -> tuple[int, int]:
+    """LOCAL_RANK and LOCAL_WORLD_SIZE; alone on the node where neither is there."""
+    if "LOCAL_RANK" not in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
+        return 0, 1
+    count = next((name for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE") if name in os.environ), None)
+    if count is None:
+        raise LaunchError(
+            f"LOCAL_RANK={os.environ['LOCAL_RANK']}: needs LOCAL_WORLD_SIZE, the processes on this node; export it, or "
+            f"{_START}"
+        )
+    return _integer("LOCAL_RANK"), _integer(count)
+
+
 def _integer(name: str) -> int:
     text = os.environ.get(name)
-    if text is None or not text.lstrip("-").isdigit():
+    if text is None or not text.removeprefix("-").isdecimal():
         raise LaunchError(f"{name}={text!r} in the environment must be a whole number; {_START}")
     return int(text)
 
 
-def _device() -> str:
-    """Whether this process is to use an NVIDIA GPU, told without importing torch."""
+def local_device() -> str:
+    """Whether this process is to use an NVIDIA GPU, told without importing torch: "cuda" or "cpu"."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
     return "cuda" if not hidden and (os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg")) else "cpu"

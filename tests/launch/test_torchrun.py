@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from vitscale import world
 from vitscale.errors import ConfigError, LaunchError
+from vitscale.launch import torchrun
 from vitscale.launch.torchrun import (
     Layout,
     describe_exit,
@@ -97,6 +97,13 @@ def test_cores_are_shared_out_unless_the_user_said() -> None:
     assert Layout(per_node=2).environment()["OMP_NUM_THREADS"] == "3"
 
 
+def test_what_another_launcher_left_is_not_the_ranks() -> None:
+    os.environ.update(RANK="3", WORLD_SIZE="4", MASTER_ADDR="10.255.255.1", TORCHELASTIC_RUN_ID="none")
+    assert ranks_per_node() == 1
+    assert Layout().world().world_size == 1
+    assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & Layout().environment().keys()
+
+
 def test_layout_of_the_environment() -> None:
     assert read_layout() == Layout(nodes=1, per_node=1)
     os.environ.update(NPROC_PER_NODE="3", NNODES="2", RDZV_ENDPOINT="host:1234", RDZV_ID="x")
@@ -119,7 +126,7 @@ def test_an_empty_variable_is_none() -> None:
 
 
 def test_one_rank_for_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(world, "_device", lambda: "cuda")
+    monkeypatch.setattr(torchrun, "local_device", lambda: "cuda")
     os.environ["CUDA_VISIBLE_DEVICES"] = "0,2,5"
     assert ranks_per_node() == 3
     os.environ["NPROC_PER_NODE"] = "2"

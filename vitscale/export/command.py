@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from vitscale import world
 from vitscale.errors import ConfigError
 from vitscale.run_folder import DONE
 
@@ -54,7 +53,6 @@ def register(verb: Callable[..., argparse.ArgumentParser], export_run: ExportRun
 
 def export(arguments: argparse.Namespace, export_run: ExportRun) -> int:
     """Export, print what came out, and where it lies."""
-    world.enter()
     prunings = _prunings(arguments)
     if arguments.quantize is not None and QUANTIZERS[arguments.quantize] != arguments.format:
         raise ConfigError(

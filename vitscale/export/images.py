@@ -17,7 +17,7 @@ from vitscale.inference.images import ImageSource, batches, find_images
 from vitscale.inference.progress import Tally
 from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.models.configuration import ViTConfig
-from vitscale.world import read_world
+from vitscale.world import World
 
 BATCH = 8
 
@@ -52,7 +52,7 @@ class Images:
     def __iter__(self) -> Iterator[Labelled]:
         """Batches of pixels and labels. Bad files are named on stderr, once; DataError where none is good."""
         tally = Tally(stream=io.StringIO() if self._bad_are_named else sys.stderr)
-        threads = read_world().cores_per_rank
+        threads = World().cores_per_rank
         sources = {source.name: source for source in self._sources}
         for batch in batches(self._sources, self._processor, self._channels, BATCH, threads):
             tally.add(batch)

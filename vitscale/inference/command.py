@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from vitscale import world
 from vitscale.run_folder import BAD_INPUT, STOPPED
 
 _IMAGES = (
@@ -57,7 +56,6 @@ def _takes_images(added: argparse.ArgumentParser) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    here = world.enter()
     from vitscale.inference.images import batches, find_images
     from vitscale.inference.model import load
     from vitscale.inference.predict import Predictor, predict_all
@@ -68,8 +66,8 @@ def _predict(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out) if arguments.out else None
     tally = Tally(shows_count=out is not None or not sys.stdout.isatty())  # rows on a terminal show enough
     sources = find_images(arguments.images, sys.stdin.buffer)
-    channels = loaded.model.config.num_channels
-    read = batches(sources, loaded.processor, channels, arguments.batch, here.cores_per_rank, arguments.max_pixels)
+    channels, threads = loaded.model.config.num_channels, arguments.world.cores_per_rank
+    read = batches(sources, loaded.processor, channels, arguments.batch, threads, arguments.max_pixels)
     ending = out.suffix.removeprefix(".") if out else ""
     file_format = arguments.format or (ending if ending in ("jsonl", "csv") else "table")
     predict_all(predictor, read, file_format, out, tally)
@@ -77,7 +75,6 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 
 def _features(arguments: argparse.Namespace) -> int:
-    here = world.enter()
     from vitscale.inference.features import write_features
     from vitscale.inference.images import find_images
     from vitscale.inference.model import load
@@ -95,7 +92,7 @@ def _features(arguments: argparse.Namespace) -> int:
             file_format=arguments.format,
             shard_size=arguments.shard_size,
             batch=arguments.batch,
-            threads=here.cores_per_rank,
+            threads=arguments.world.cores_per_rank,
             max_pixels=arguments.max_pixels,
         )
     except KeyboardInterrupt:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitscale import world
 from vitscale.errors import ConfigError, DataError
 from vitscale.run_folder import DONE
+from vitscale.world import World
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +49,6 @@ def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 def inspect(arguments: argparse.Namespace) -> int:
     """Print the tree, or what was asked for instead."""
-    world.enter()
     from vitscale.inference.model import load
 
     _check(arguments)
@@ -119,7 +118,7 @@ def _images(loaded: Loaded, named: Sequence[str]) -> Tensor:
     from vitscale.inference.images import batches, find_images
 
     sources = find_images(named, sys.stdin.buffer)
-    threads = world.read_world().cores_per_rank
+    threads = World().cores_per_rank
     read = list(batches(sources, loaded.processor, loaded.model.config.num_channels, 32, threads))
     for entry in (entry for batch in read for entry in batch.entries):
         if entry.bad is not None:

@@ -28,7 +28,7 @@ from vitscale.data.index import open_index
 from vitscale.errors import ConfigError, LaunchError, VitscaleError
 from vitscale.launch.snapshot import keep_snapshot
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder
-from vitscale.world import SUPERVISED, World, read_world
+from vitscale.world import SUPERVISED, World, child_environment, local_device
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -50,7 +50,7 @@ class Layout:
 
     def world(self) -> World:
         """The World of rank 0, for checks that come before any rank."""
-        return World(world_size=self.ranks, local_world_size=self.per_node, device=read_world().device)
+        return World(world_size=self.ranks, local_world_size=self.per_node, device=local_device())
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """What to run on this node for `vitscale ARGUMENTS`."""
@@ -69,7 +69,7 @@ class Layout:
     def environment(self) -> dict[str, str]:
         """The ranks' environment: without a thread count of the user's own, the node's cores are shared out."""
         threads = max(1, len(os.sched_getaffinity(0)) // self.per_node)
-        return {"OMP_NUM_THREADS": str(threads), SUPERVISED: "1", **os.environ}
+        return {"OMP_NUM_THREADS": str(threads), SUPERVISED: "1", **child_environment()}
 
 
 def read_layout() -> Layout:
@@ -101,7 +101,7 @@ def whole_number(name: str, default: int) -> int:
 
 
 def _visible_gpus() -> int:
-    if read_world().device == "cpu":
+    if local_device() == "cpu":
         return 0
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:

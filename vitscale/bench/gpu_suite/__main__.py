@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if not chosen or not set(chosen) <= set(letters):
             raise VitscaleError(f"STAGES={options.stages!r}: must be of {','.join(letters)}, with commas")
-        if options.device == "cuda" and world.read_world().device == "cpu":
+        if options.device == "cuda" and world.local_device() == "cpu":
             raise VitscaleError("DEVICE=cuda: runs would take the CPU: there is neither /dev/nvidiactl nor /dev/dxg, "
                                 "or CUDA_VISIBLE_DEVICES hides the GPU")  # fmt: skip
         results = Results(options.out.resolve(), options.device, STAGES)

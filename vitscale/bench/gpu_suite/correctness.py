@@ -17,7 +17,7 @@ from vitscale.bench.gpu_suite.training import Training, gradient_distances, grad
 from vitscale.bench.measuring import synchronize
 from vitscale.config.presets import preset
 from vitscale.config.schema import MAE, OBJECTIVES, Model, Objective, Optimizer, Parallel, RunConfig, SimMIM, Train
-from vitscale.world import World, read_world
+from vitscale.world import World, local_device
 
 # Against the CPU in fp32, relative: the loss, all gradients together, that of any one parameter (a layer norm's bias
 # gets what is left of sums that nearly cancel). TF32 would not pass for fp32. bf16 on a CPU: 2e-4, 0.05, 0.4.
@@ -187,4 +187,4 @@ def _outcome(losses: Sequence[float], again: Sequence[float], differing: int, pa
 
 def _world() -> World:
     """A single process's, on the device that the environment shows."""
-    return World(device=read_world().device)
+    return World(device=local_device())
