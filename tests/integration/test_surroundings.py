@@ -1,0 +1,40 @@
+"""Ranks as other launchers than ours start them."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.integration.worlds import Launcher, losses
+from vitscale.run_folder import BAD_INPUT
+
+KUBEFLOW = {"LOCAL_RANK": None, "LOCAL_WORLD_SIZE": None}  # torchrun's variables but for these: one process a pod
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_kubeflows_variables(launcher: Launcher, config: Path, tmp_path: Path, stage: int) -> None:
+    argv = ["pretrain", str(config), f"parallel.zero_stage={stage}", "train.steps=3"]
+    world = launcher.request(2, argv=argv, environment=KUBEFLOW)
+    assert world.wait() == [0, 0], world.output()
+    launcher.run([*argv, "run.name=torchrun"], 2)
+    assert losses(tmp_path / "runs" / "run") == losses(tmp_path / "runs" / "torchrun")
+
+
+@pytest.mark.parametrize("wrong", ["absent", "host", "port"])
+def test_ranks_that_do_not_meet(launcher: Launcher, config: Path, wrong: str) -> None:
+    """The other rank never comes, or the place where they meet is none: a line of what to look at."""
+    argv = ["pretrain", str(config), "parallel.zero_stage=2", "parallel.timeout_s=2"]
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        changed = {"absent": {}, "host": {"RANK": "1", "MASTER_ADDR": "no.such.host"}, "port": {"MASTER_PORT": port}}
+        world = launcher.request(1, argv=argv, environment=KUBEFLOW | {"WORLD_SIZE": "2"} | changed[wrong])
+        assert world.wait() == [BAD_INPUT], world.output()
+    (line,) = (line for line in world.output().splitlines() if line.startswith("vitscale: error: "))
+    assert "MASTER_ADDR=" in line
+    assert "parallel.timeout_s=2" in line
+    assert (port if wrong == "port" else "no.such.host" if wrong == "host" else "MASTER_PORT=") in line
+    assert "Traceback" not in world.output()
