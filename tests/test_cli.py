@@ -148,7 +148,7 @@ def test_no_such_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize(
     "argv",
-    [("config", "nosuch"), ("stop", "nosuch"), ("sync", "nosuch"), ("evaluate", "nosuch"), ("export", "nosuch"),
+    [("config", "nosuch"), ("stop", "nosuch"), ("sync", "nosuch"), ("report", "nosuch"), ("export", "nosuch"),
      ("index", "nosuch/*.tar", "--out", "i.json"), ("pack", "nosuch", "out"), ("predict", "./nosuch", "a.png"),
      ("inspect", "./nosuch"), ("convert", "./nosuch", "out", "--to", "hf")],
 )  # fmt: skip

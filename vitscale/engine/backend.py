@@ -20,10 +20,10 @@ from vitscale.config.schema import RunConfig
 from vitscale.engine.ddp import DDPEngine
 from vitscale.engine.engine import Engine
 from vitscale.engine.optim import ScaledAdamW
-from vitscale.engine.ranks import ProcessRanks
+from vitscale.engine.ranks import ProcessRanks, meeting
 from vitscale.engine.zero import ZeroEngine
 from vitscale.errors import LaunchError
-from vitscale.world import World, forget_deepspeed, meeting_place
+from vitscale.world import World, forget_deepspeed
 
 
 class Backend:
@@ -36,14 +36,8 @@ class Backend:
         """
         self.world = world
         self._linear = torch.nn.functional.linear  # ZeRO-3 puts another in its place
-        try:
+        with meeting(world, config.parallel.timeout_s):
             self.accelerator = _make_accelerator(config, world)
-        except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
-            raise LaunchError(
-                f"{meeting_place()} parallel.timeout_s={config.parallel.timeout_s}: rank {world.rank} of "
-                f"{world.world_size} cannot meet the others there ({str(error).partition(chr(10))[0]}); name rank 0's "
-                "host and a port that is free on it, and start every rank"
-            ) from None
         self.ranks = ProcessRanks(timedelta(seconds=config.parallel.timeout_s))
         seen = (self.accelerator.process_index, self.accelerator.num_processes, self.ranks.world_size)
         if seen != (world.rank, world.world_size, world.world_size):

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from vitscale.world import World
+from vitscale.errors import LaunchError
+from vitscale.world import World, meeting_place
 
 
 class ProcessRanks:
@@ -91,6 +92,19 @@ class ProcessRanks:
 
 
 @contextlib.contextmanager
+def meeting(world: World, timeout_s: float) -> Iterator[None]:
+    """Around what joins the ranks: LaunchError where they cannot meet."""
+    try:
+        yield
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise LaunchError(
+            f"{meeting_place()} parallel.timeout_s={timeout_s}: rank {world.rank} of {world.world_size} cannot meet "
+            f"the others there ({str(error).partition(chr(10))[0]}); name rank 0's host and a port that is free on it, "
+            "and start every rank"
+        ) from None
+
+
+@contextlib.contextmanager
 def joined(world: World, timeout_s: float) -> Iterator[ProcessRanks]:
     """The ranks of a launcher as a process group over gloo, where nothing trains; one rank needs no group."""
     timeout = timedelta(seconds=timeout_s)
@@ -99,6 +113,7 @@ def joined(world: World, timeout_s: float) -> Iterator[ProcessRanks]:
     if world.world_size == 1:
         yield ProcessRanks(timeout)
         return
-    dist.init_process_group("gloo", timeout=timeout)
+    with meeting(world, timeout_s):
+        dist.init_process_group("gloo", timeout=timeout)
     yield ProcessRanks(timeout)
     dist.destroy_process_group()  # not after an error: the others would be waited for
