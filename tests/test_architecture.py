@@ -54,7 +54,7 @@ HEAVY = ("torch", "deepspeed", "accelerate", "mlflow", "transformers", "sklearn"
 ONLY_IN = {
     "accelerate": ("engine.backend",),
     "deepspeed": ("engine.backend",),
-    "mlflow": ("tracking.tracker",),
+    "mlflow": ("tracking.tracker", "tracking.models"),
     "transformers": ("bench.peers",),  # others by name, where they are installed
     "onnx": ("export",),
     "onnxruntime": ("export",),

@@ -310,6 +310,7 @@ class Tracking:
     mlflow: bool = True
     mlflow_uri: str | None = None  # null: sqlite in the run's folder
     experiment: str = "vitscale"
+    log_model: bool | None = None  # upload model/ at the end; null: where mlflow_uri names a server
 
     def __post_init__(self) -> None:
         secret = re.match(r"[\w+.-]+://[^/@]*:[^/@]*@", self.mlflow_uri or "")

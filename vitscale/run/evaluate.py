@@ -9,14 +9,14 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitscale.config.load import Flat, config_of, load_config
+from vitscale.config.load import Flat, config_of, dump_config, load_config
 from vitscale.config.schema import Model, RunConfig, Source
 from vitscale.data.index import ShardIndex, open_index, require_labels
 from vitscale.engine.ranks import ProcessRanks, joined
@@ -36,7 +36,7 @@ from vitscale.models.configuration import ViTConfig
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 from vitscale.run.report import report
 from vitscale.run.session import require_same_classes
-from vitscale.run_folder import RunFolder
+from vitscale.run_folder import DONE, RunFolder
 from vitscale.text import aligned, to_stderr
 from vitscale.tracking.jsonl import JsonlFile
 from vitscale.world import World
@@ -84,6 +84,8 @@ def evaluate(source: str, world: World, overrides: Sequence[str] = (), out: Path
         scores, summary = _score(subject, probing, ranks, device, world)
         if world.is_main:
             _write(results, summary | {"source": str(source), "scores": scores})
+            if out is not None:
+                _name(results, config, source)
             report(results)
         ranks.barrier()
     return results
@@ -136,6 +138,7 @@ def _of_model(source: str, overrides: Sequence[str]) -> Subject:
         to_stderr(f"{source}: {note}")
     model = opened.model
     keys = model_keys_of(model.config) | processor_keys(opened.processor) | {"run.name": Path(source).name}
+    keys["tracking.mlflow"] = any(override.startswith("tracking.") for override in overrides)
     objective = next((name for name, each in OBJECTIVES.items() if each is type(model)), None)
     config = config_of(keys | ({"objective.name": objective} if objective else {}), overrides)
     with torch.device("meta"):
@@ -260,6 +263,14 @@ def _own_scores_fit(subject: Subject, test: HeldOut) -> bool:
         return True
     to_stderr("the model's own classes are others than those of evaluation.test: its classifier is not scored")
     return False
+
+
+def _name(results: RunFolder, config: RunConfig, source: str) -> None:
+    """Let `vitscale sync` know these scores as a run of their own, below that of what was scored."""
+    run, model = replace(config.run, name=f"{config.run.name}-evaluation"), replace(config.model, init_from=source)
+    write_atomically(results.config, dump_config(replace(config, run=run, model=model)))
+    results.clear_exit()
+    results.write_exit(DONE, None, "evaluated")
 
 
 def _is_labelled(config: RunConfig) -> bool:

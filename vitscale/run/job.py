@@ -247,7 +247,11 @@ class Job:
             return loop.run()
 
     def _records(self, session: Session, state: TrainState) -> Records:
-        tags = {"mlflow.source.git.commit": commit(), "vitscale.code": code_version()} if self.world.is_main else {}
+        config, tags = session.config, {}
+        if self.world.is_main:
+            tags = {"mlflow.source.git.commit": commit(), "vitscale.code": code_version()}
+            tags |= {"vitscale.objective": config.objective.name, "vitscale.data": session.index.digest}
+            tags["vitscale.parent_checkpoint"] = config.model.init_from or ""
         return Records(session.folder, session.config, session.world, session.total_steps, state.step, tags)
 
     def _is_finished(self, session: Session, state: TrainState) -> bool:

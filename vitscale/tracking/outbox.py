@@ -28,6 +28,7 @@ class Outbox:
         self.key: str = saved.get("key") or uuid.uuid4().hex  # finds the run should its id have been lost on the way
         self.status: str = saved.get("status", "RUNNING")
         self.tags: dict[str, str] = {**saved.get("tags", {}), **tags}
+        self.models: dict[str, dict[str, str]] = saved.get("models", {})  # LoggedModels: see models.py
         self._artifacts: list[str] = saved.get("artifacts", [])  # names in the run's folder
 
     def set_status(self, status: str) -> None:
@@ -55,12 +56,27 @@ class Outbox:
             self._artifacts.remove(path.name)
             self._save()
 
+    def set_model(self, key: str, model: dict[str, str] | None) -> None:
+        """Remember a LoggedModel, or None: forget it."""
+        with self._lock:
+            self.models = {name: each for name, each in self.models.items() if name != key}
+            if model is not None:
+                self.models[key] = model
+            self._save()
+
+    def forget_models(self) -> None:
+        """Another server knows none of them."""
+        with self._lock:
+            self.models = {}
+            self._save()
+
     def _add_standard(self) -> None:
         there = [name for name in STANDARD if (self._folder / name).exists()]
         self._artifacts += [name for name in there if name not in self._artifacts]
 
     def _save(self) -> None:
-        content = {"key": self.key, "status": self.status, "tags": self.tags, "artifacts": self._artifacts}
+        content = {"key": self.key, "status": self.status, "tags": self.tags, "artifacts": self._artifacts,
+                   "models": self.models}  # fmt: skip
         write_atomically(self._path, json.dumps(content, indent=1) + "\n")
 
 

@@ -26,6 +26,7 @@ from vitscale.errors import ConfigError
 from vitscale.files.atomic import write_atomically
 from vitscale.text import to_stderr
 from vitscale.tracking.jsonl import JsonlTail, as_number
+from vitscale.tracking.models import LoggedModels
 from vitscale.tracking.outbox import Outbox, flat_params, redact
 from vitscale.tracking.system import SystemSampler
 
@@ -37,6 +38,8 @@ FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
 GATHER_S = 2.0  # rows that come within it go in one call
 SAMPLE_S = 10.0  # between two looks at the machine
 SAMPLES_KEPT = 360  # of the machine, while the server does not answer
+ROWS_KEPT = 500  # the newest, for the checkpoints of their steps
+_UPLOAD_BYTES_A_SECOND = 20e6  # at the least; a slower upload is left to `vitscale sync`
 _NOT_IN_NAMES = re.compile(r"[^\w\-./: ]")
 _KEY_TAG = "vitscale.key"
 
@@ -78,10 +81,15 @@ class Tracker:
         self._wake.set()
 
     def finish(self, status: str, wait_s: float = 10.0) -> bool:
-        """End with status FINISHED, KILLED or FAILED; True when MLflow has it all. Takes at most `wait_s`."""
+        """End with status FINISHED, KILLED or FAILED; True when MLflow has it all.
+
+        Takes at most `wait_s`, and what a model needs that is to be uploaded.
+        """
         if not self._thread.is_alive():
             return not self._on
         self._sender.outbox.set_status(status)
+        if status == "FINISHED":
+            wait_s += self._sender.models.upload_bytes / _UPLOAD_BYTES_A_SECOND
         self._deadline = time.monotonic() + wait_s
         self._closing.set()
         self._wake.set()
@@ -162,12 +170,20 @@ class _Sender:
         self._tails = [JsonlTail(run_folder / name) for name in ROW_FILES]
         self._client: Any = None
         self._run_id = ""
+        self._parent = parent_folder(config)
+        if self._parent is not None:
+            self.outbox.tags["vitscale.parent_run"] = str(self._parent)
         self._held: dict[str, int] = {}  # the last step that MLflow has of each metric
         self._status = ""  # that MLflow has
         self._started_ms = 0
         self._sampler: SystemSampler | None = None
         self._samples: deque[tuple[int, dict[str, float]]] = deque(maxlen=SAMPLES_KEPT)
         self._next_sample = 0.0
+        self._rows: dict[int, dict[str, float]] = {}  # the newest, by step
+        uploads = self._tracking.log_model
+        uploads = self._tracking.mlflow_uri is not None if uploads is None else uploads
+        self.models = LoggedModels(run_folder, config.run.name, uploads, self.outbox)
+        self._experiment_id = ""
 
     def send(self) -> None:
         """Rows first, then status, then files: what fails last holds up least."""
@@ -179,6 +195,7 @@ class _Sender:
             self._send_samples()
             self._send_status()
             self._send_artifacts()
+            self.models.send(self._client, self._experiment_id, self._run_id, self._rows)
         except Exception:
             self._client = None  # ask anew what the server holds: a call that failed may have been done
             raise
@@ -193,6 +210,8 @@ class _Sender:
         run = self._saved_run(client) or self._found_or_new_run(client)
         if run.info.run_id != self._run_id:
             self._run_id, self._held = run.info.run_id, {}
+            if _id_of(self._folder) != self._run_id:
+                self.outbox.forget_models()
             self._rewind()
             write_atomically(self._folder / RUN_ID_FILE, self._run_id + "\n")
         held = {metric.key: metric.step for metric in run.data.to_proto().metrics}
@@ -200,24 +219,13 @@ class _Sender:
             self._rewind()  # the server has lost some of what it took
         self._held = held
         self._status, self._started_ms = run.info.status, run.info.start_time
+        self._experiment_id = run.info.experiment_id
         self._send_params(client, run.data.params, run.data.tags)
         self._client = client
 
     def _saved_run(self, client: Any) -> Any:
         """The run whose id lies in the run folder, or None where this server does not have it."""
-        from mlflow.exceptions import MlflowException
-
-        path = self._folder / RUN_ID_FILE
-        run_id = path.read_text(encoding="utf-8").strip() if path.exists() else ""
-        if not run_id:
-            return None
-        try:
-            run = client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                return None
-            raise
-        return run if run.info.lifecycle_stage == "active" else None
+        return _active_run(client, _id_of(self._folder))
 
     def _found_or_new_run(self, client: Any) -> Any:
         """The run that bears this folder's key (its making was cut off before the id was written), or a new one."""
@@ -226,6 +234,8 @@ class _Sender:
         if found:
             return found[0]
         tags = {_KEY_TAG: self.outbox.key, "mlflow.source.name": "vitscale", "mlflow.source.type": "LOCAL"}
+        if self._parent is not None and (parent := _active_run(client, _id_of(self._parent))) is not None:
+            tags["mlflow.parentRunId"] = parent.info.run_id
         return client.create_run(experiment, run_name=self._run_name, tags=tags)
 
     def _experiment(self, client: Any) -> str:
@@ -278,6 +288,12 @@ class _Sender:
         from mlflow.entities import Metric
 
         batch: list[Any] = []
+        for row in rows[-ROWS_KEPT:]:
+            self._rows[row["step"]] = (
+                self._rows.pop(row["step"], {}) | dict(_row_metrics(row)) | {"time": row.get("time", 0)}
+            )
+        for step in list(self._rows)[:-ROWS_KEPT]:
+            del self._rows[step]
         for row in rows:
             metrics = [
                 Metric(name, value, int(row.get("time", 0)), row["step"])
@@ -338,6 +354,35 @@ def _row_metrics(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in row.items():
         if name not in ("step", "time") and (number := as_number(value)) is not None:
             yield _NOT_IN_NAMES.sub("_", name)[:250], number
+
+
+def parent_folder(config: RunConfig) -> Path | None:
+    """The folder of the run whose weights this one started from; None where they are of no run here."""
+    if config.model.init_from is None:
+        return None
+    source = Path(config.model.init_from).expanduser()
+    folders = (source, source.parent)  # a run's folder is named, or its model/
+    return next((folder.resolve() for folder in folders if (folder / "config.yaml").is_file()), None)
+
+
+def _id_of(run_folder: Path) -> str:
+    path = run_folder / RUN_ID_FILE
+    return path.read_text(encoding="utf-8").strip() if path.exists() else ""
+
+
+def _active_run(client: Any, run_id: str) -> Any:
+    """The run as this server has it, or None where it has none of this id, or a deleted one."""
+    from mlflow.exceptions import MlflowException
+
+    if not run_id:
+        return None
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+    return run if run.info.lifecycle_stage == "active" else None
 
 
 def _parts(items: list[Any], size: int) -> Iterator[list[Any]]:
