@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,7 +64,7 @@ class LoggedModels:
         tags = {"vitscale.step": str(step), "vitscale.model": str((self._folder / "model").resolve())}
         model = client.create_logged_model(experiment_id, self._name, run_id, tags=tags, model_type="vit")
         self._outbox.set_model(_TRAINED, {"id": model.model_id})
-        with tempfile.TemporaryDirectory() as staged:
+        with tempfile.TemporaryDirectory(dir=self._folder) as staged:
             describe(Path(staged), self._files(), run_id=run_id, model_id=model.model_id)
             client.log_model_artifacts(model.model_id, staged)
         self._log(client, run_id, model.model_id, step, rows)
@@ -97,7 +99,7 @@ class LoggedModels:
 
 
 def describe(folder: Path, files: Sequence[Path], **known: str) -> None:
-    """A model's files in an empty folder, by links, and what makes them a python_function that takes encoded images.
+    """A model's files in an empty folder, by links where the file system has them, and what makes them a python_function that takes encoded images.
 
     known: what MLflow's Model is told besides, such as run_id.
     """
@@ -107,7 +109,10 @@ def describe(folder: Path, files: Sequence[Path], **known: str) -> None:
 
     (folder / "data").mkdir()
     for path in files:
-        (folder / "data" / path.name).symlink_to(path.resolve())
+        try:
+            os.link(path, folder / "data" / path.name)  # MLflow takes no symbolic links
+        except OSError:
+            shutil.copyfile(path, folder / "data" / path.name)
     (folder / "requirements.txt").write_text(f"vitscale=={vitscale.__version__}\n")
     described = Model(signature=ModelSignature(inputs=Schema([ColSpec(DataType.binary, "image")])), **known)
     pyfunc.add_to_model(described, loader_module=_LOADER, data="data")
