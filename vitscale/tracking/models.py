@@ -99,7 +99,8 @@ class LoggedModels:
 
 
 def describe(folder: Path, files: Sequence[Path], **known: str) -> None:
-    """A model's files in an empty folder, by links where the file system has them, and what makes them a python_function that takes encoded images.
+    """Fill an empty folder: a model's files, as links where the file system has them, and what makes them a
+    python_function that takes encoded images.
 
     known: what MLflow's Model is told besides, such as run_id.
     """
