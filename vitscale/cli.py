@@ -49,9 +49,14 @@ def _to_launcher(code: int, here: world.World) -> int:
 
 def _print_config(arguments: argparse.Namespace) -> int:
     from vitscale.config.check import check_config
-    from vitscale.config.load import dump_config
+    from vitscale.config.load import dump_config, load_config
 
-    config = _config(arguments)
+    if arguments.finetune:
+        from vitscale.run.finetune import complete
+
+        config = load_config(arguments.config, arguments.overrides, complete)
+    else:
+        config = load_config(arguments.config, arguments.overrides)
     check_config(config, world.World(world_size=arguments.ranks))
     sys.stdout.write(dump_config(config))
     return DONE
@@ -175,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     takes_config(verb("finetune", _finetune, text))
     shown = verb("config", _print_config, "print the resolved config")
     takes_config(shown)
+    shown.add_argument("--finetune", action="store_true", help="as `vitscale finetune` completes it")
     shown.add_argument("--ranks", type=inference.above_zero, metavar="N", default=1, help="to check for (default: 1)")
     added = verb("pack", _pack, "a folder of images into WebDataset shards with an index")
     added.add_argument("folder", help="images in one folder a class, or flat")

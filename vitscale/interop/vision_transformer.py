@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.interop.image_processing import ViTImageProcessor
-from vitscale.interop.pretrained import prefix_of
+from vitscale.interop.pretrained import ENCODER, prefix_of
 from vitscale.interop.strict import refuse, require_equal, shapes
 from vitscale.interop.timm_names import timm_name
 from vitscale.models.configuration import ViTConfig
@@ -74,13 +74,13 @@ def build(
     model: ViTPreTrainedModel
     with torch.device("meta"):
         if issubclass(model_class, ViTModel):
-            model = model_class(config, add_pooling_layer=False)
+            model = model_class(config, add_pooling_layer=f"{ENCODER}pooler.dense.weight" in tensors)
         else:
             model = model_class(config)
     model.to_empty(device="cpu")
     prefix = prefix_of(model)
     state = model.state_dict()
-    on_disk = {name: timm_name(prefix + name) or name for name in state}
+    on_disk = {name: timm_name(prefix + name) or prefix + name for name in state}
     require_equal({on_disk[name]: tuple(tensor.shape) for name, tensor in state.items()}, shapes(tensors), where)
     model.load_state_dict({name: tensors[on_disk[name]] for name in state})
     fill_fixed_positions(model)

@@ -9,15 +9,15 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitscale.config.load import Flat, config_of, dump_config, load_config
-from vitscale.config.schema import Model, RunConfig, Source
+from vitscale.config.load import config_of, dump_config, load_config
+from vitscale.config.schema import RunConfig, Source
 from vitscale.data.index import ShardIndex, open_index, require_labels
 from vitscale.engine.ranks import ProcessRanks, joined
 from vitscale.engine.whole import WholeModel
@@ -28,12 +28,11 @@ from vitscale.evaluation.probing import Probing, encoder_of
 from vitscale.evaluation.validation import HeldOut, Validation
 from vitscale.files.atomic import write_atomically
 from vitscale.files.classes import class_names
-from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.interop.loading import open_model, start_from
 from vitscale.interop.pretrained import load_model
 from vitscale.models.auto import OBJECTIVES, initialize, new_model
-from vitscale.models.configuration import ViTConfig
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
+from vitscale.run.finetune import model_keys_of, processor_keys
 from vitscale.run.report import report
 from vitscale.run.session import require_same_classes
 from vitscale.run_folder import DONE, RunFolder
@@ -145,27 +144,6 @@ def _of_model(source: str, overrides: Sequence[str]) -> Subject:
         untrained = type(model)(model.config)
     initialize(untrained, config.run.seed)
     return Subject(config, {"trained": model, "untrained": untrained})
-
-
-def model_keys_of(config: ViTConfig) -> Flat:
-    """A model's sizes and classes as keys of a run's config."""
-    shared = {item.name for item in fields(Model)} & {item.name for item in fields(ViTConfig)}
-    keys = {f"model.{name}": getattr(config, name) for name in shared - {"id2label"}}
-    if config.id2label is not None:
-        keys["model.id2label"] = tuple(config.id2label[number] for number in sorted(config.id2label))
-    return keys
-
-
-def processor_keys(processor: ViTImageProcessor) -> Flat:
-    """How a model's images are prepared, as keys of a run's config."""
-    keys: Flat = {}
-    for name in ("mean", "std"):
-        value = getattr(processor, f"image_{name}")
-        keys[f"augment.{name}"] = value if isinstance(value, tuple) else (value,)
-    edge = (processor.size or {}).get("shortest_edge")
-    if processor.do_center_crop and edge:
-        keys["evaluation.crop_fraction"] = min(1.0, processor.crop_size["height"] / edge)
-    return keys
 
 
 def _open(config: RunConfig, results: RunFolder) -> dict[str, tuple[bytes, tuple[str, ...]] | None]:

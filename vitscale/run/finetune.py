@@ -19,6 +19,8 @@ from vitscale.errors import CheckpointError, ConfigError, DataError
 from vitscale.files.classes import class_names
 from vitscale.files.model_folder import CONFIG, PROCESSOR, read_json
 from vitscale.files.sources import locate
+from vitscale.interop.image_processing import ViTImageProcessor
+from vitscale.interop.loading import keys_for_files, open_by_tensors
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.losses import supervised_loss
@@ -48,7 +50,7 @@ def complete(written: Flat) -> Flat:
     keys: Flat = {"objective.name": "classification"}
     source = written.get("model.init_from")
     if source is not None:
-        keys |= _of_checkpoint(str(source))
+        keys |= _of_checkpoint(str(source), written)
     if not written.keys() & {"model.num_labels", "model.id2label"} and written.get("data.train"):
         keys |= _of_labels(written)
     return keys
@@ -68,25 +70,41 @@ def _of_labels(written: Flat) -> Flat:
     return {"model.id2label": tuple(names), "model.num_labels": len(names)}
 
 
-def _of_checkpoint(source: str) -> Flat:
-    """The sizes of its encoder and what its pixels were normalized by; nothing of a file of weights alone."""
-    if Path(source).is_file():
-        return {}
-    folder = locate(source)
-    content = read_json(folder / CONFIG)
-    if "model_type" not in content:  # timm's: its sizes are to be written
-        return {}
-    config = ViTConfig.of_any_type(content)
-    shared = {item.name for item in fields(Model)} & {item.name for item in fields(ViTConfig)} - _OWN
-    keys = {f"model.{name}": getattr(config, name) for name in shared}
+def _of_checkpoint(source: str, written: Flat) -> Flat:
+    """The sizes of its encoder and what its pixels were normalized by."""
+    own = {name.removeprefix("model."): value for name, value in written.items() if name.startswith("model.")}
+    opened = open_by_tensors(source, keys_for_files(None, own), own.get("init_take"))
+    if opened is not None:
+        config, processor = opened.model.config, processor_keys(opened.processor)
+    else:
+        folder = locate(source)
+        config, processor = ViTConfig.of_any_type(read_json(folder / CONFIG)), {}
+        if (folder / PROCESSOR).is_file():
+            processor = processor_keys(ViTImageProcessor.from_pretrained(folder))
+    keys = {name: value for name, value in model_keys_of(config).items() if name.removeprefix("model.") not in _OWN}
     if config.position_embeddings != "none":  # a fixed table is trained on from here, as by the MAE code
         keys["model.position_embeddings"] = "learned"
-    if (folder / PROCESSOR).is_file():
-        content = read_json(folder / PROCESSOR)
-        for name in ("mean", "std"):
-            value = content.get(f"image_{name}")
-            if isinstance(value, list):
-                keys[f"augment.{name}"] = tuple(map(float, value))
+    return keys | {name: value for name, value in processor.items() if name.startswith("augment.")}
+
+
+def model_keys_of(config: ViTConfig) -> Flat:
+    """A model's sizes and classes as keys of a run's config."""
+    shared = {item.name for item in fields(Model)} & {item.name for item in fields(ViTConfig)}
+    keys = {f"model.{name}": getattr(config, name) for name in shared - {"id2label"}}
+    if config.id2label is not None:
+        keys["model.id2label"] = tuple(config.id2label[number] for number in sorted(config.id2label))
+    return keys
+
+
+def processor_keys(processor: ViTImageProcessor) -> Flat:
+    """How a model's images are prepared, as keys of a run's config."""
+    keys: Flat = {}
+    for name in ("mean", "std"):
+        value = getattr(processor, f"image_{name}")
+        keys[f"augment.{name}"] = value if isinstance(value, tuple) else (value,)
+    edge = (processor.size or {}).get("shortest_edge")
+    if processor.do_center_crop and edge:
+        keys["evaluation.crop_fraction"] = min(1.0, processor.crop_size["height"] / edge)
     return keys
 
 
