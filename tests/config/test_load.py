@@ -191,6 +191,15 @@ def test_overrides_win_and_are_typed(write: Any) -> None:
         ("train.steps=5 # five", ["train.steps='5 # five'", "a whole number"]),
         ("run.name=", ["run.name=''", "text"]),
         ("data.train=", ["data.train=''", "{pattern, weight}"]),
+        ("evaluation.test=~", ["evaluation.test=~", "{pattern, weight}", "not null"]),
+        ("data.train=[a.tar, null]", ["data.train=", "{pattern, weight}"]),
+        ("data.train=[x #y.tar]", ["no YAML", "in quotes"]),
+        ("evaluation.test=[a.tar,b.tar", ["no YAML"]),
+        ("data.train=[a.tar,\nb.tar", ["no YAML"]),
+        ("data.train={pattern: a.tar", ["no YAML"]),
+        ("augment.steps=[rotate", ["no YAML"]),
+        ("optimizer=", ["'optimizer='", "section", "optimizer.KEY=VALUE"]),
+        ("objective.mae= ", ["section", "objective.mae.KEY=VALUE"]),
         ("nosuch=[1", ["no YAML"]),
         ("model.id2label={0: a, 0: b}", ["0 is written twice"]),
         ("model.label2id={a: 0}", ["model.id2label"]),
@@ -200,6 +209,13 @@ def test_a_bad_override(write: Any, override: str, words: list[str]) -> None:
     said = refusal(write(""), override)
     for word in words:
         assert word in said
+
+
+def test_brackets_without_end(write: Any) -> None:
+    for override in ("model.image_size", "optimizer", "nosuch"):
+        assert "no YAML" in refusal(write(""), f"{override}={5000 * '['}")
+    assert "cannot be read as YAML" in refusal(write(f"model: {{a: {5000 * '['}}}"))
+    assert "cannot be read as YAML" in refusal(write(5000 * "- "))
 
 
 @pytest.mark.parametrize(
@@ -214,7 +230,7 @@ def test_text_stays_as_it_was_written(write: Any, text: str) -> None:
     assert (config.run.name, config.tracking.experiment) == (text, text)
 
 
-@pytest.mark.parametrize("text", ["123", "{a,b}.tar", "{00..09}.tar", "*.tar", "[ab].tar"])
+@pytest.mark.parametrize("text", ["123", "{a,b}.tar", "{00..09}.tar", "*.tar", "[ab].tar", "[0-9", "[ab]{0,1}.tar"])
 def test_one_pattern_as_it_was_written(write: Any, text: str) -> None:
     config = load_config(write(""), [f"data.train={text}", f"evaluation.test={text}"])
     assert config.data.train == config.evaluation.test == (Source(text),)

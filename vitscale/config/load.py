@@ -7,6 +7,7 @@ can say where the value stands.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
@@ -19,7 +20,7 @@ from vitscale.config import augmentation
 from vitscale.config.augmentation import Step
 from vitscale.config.presets import PRESET_KEYS, preset
 from vitscale.config.schema import RunConfig, Source, as_dict
-from vitscale.config.typed import Plain, as_type, kind_of, options_of, type_name
+from vitscale.config.typed import NULL, Plain, as_type, kind_of, options_of, type_name
 from vitscale.errors import ConfigError
 from vitscale.text import did_you_mean
 
@@ -29,6 +30,9 @@ _RECORDS = {
     Source: "a list of patterns or {pattern, weight}",
     Step: "a list of names or {name, probability, low, high}",
 }
+# What can only be meant as a list or a mapping, not as a pattern such as [0-9].tar or {a,b}.tar.
+_LISTED = re.compile(r"\s*(\[([^\]]*,|.*\]\s*$)|\{.*: )", re.DOTALL)
+_NO_YAML = (ValueError, RecursionError, yaml.YAMLError)  # bytes that are no text; [[[[[...
 
 
 def load_config(
@@ -141,7 +145,7 @@ def _file_layers(path: Path, below: tuple[Path, ...]) -> list[Flat]:
         raise ConfigError(f"{path}: no such config file; see configs/ for those that come with vitscale") from None
     except ConfigError:  # which is a ValueError
         raise
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: bytes that are no text, the date 2026-99-99
+    except (OSError, *_NO_YAML) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     if content is None:
         content = {}
@@ -174,6 +178,8 @@ def _override_layer(overrides: Iterable[str]) -> Flat:
 def _override_value(hint: Any, value: str, text: str) -> Any:
     """What an override says. A single text, number, true, false or null stands as it is; a list or a mapping is YAML,
     which is asked for by its first character, [ or {, where the key takes one."""
+    if _is_section(hint) and not value.strip():
+        raise ConfigError(f"override {text!r}: is a section; write its keys, say {text.strip()[:-1]}.KEY=VALUE")
     takes_many = any(get_origin(option) is tuple for option in options_of(hint)) or hint is None or _is_section(hint)
     one_text = any(option is str or _item(option) in (str, *_RECORDS) for option in options_of(hint))
     if not takes_many or not value.lstrip().startswith(("[", "{")):
@@ -182,10 +188,13 @@ def _override_value(hint: Any, value: str, text: str) -> Any:
         content = yaml.load(value, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
     except ConfigError:  # which is a ValueError
         raise
-    except (ValueError, yaml.YAMLError) as error:
-        if one_text:  # a pattern such as {a,b}.tar
+    except _NO_YAML as error:
+        if _item(hint) is Source and not _LISTED.match(value):
             return Plain(value)
-        raise ConfigError(f"override {text!r}: the value is no YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"override {text!r}: the value is no YAML: {' '.join(str(error).split())}; in a list, texts with special "
+            "characters go in quotes: ['a #1', 'b']"
+        ) from None
     is_pattern = _item(hint) is Source and isinstance(content, dict) and "pattern" not in content
     return Plain(value) if is_pattern else content
 
@@ -272,6 +281,8 @@ def _record(kind: Any, value: Any, key: str, where: str) -> Any:
     hints = _hints(kind)
     first = next(iter(hints))
     if not isinstance(value, dict):
+        if isinstance(value, Plain) and value.lower() in NULL:  # in quotes it is a text
+            raise TypeError
         return kind(as_type(hints[first], value))
     if first not in value or not set(value) <= set(hints):
         raise TypeError

@@ -15,7 +15,7 @@ from vitscale.errors import ConfigError
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 _NAMES |= {list: "a list", dict: "a mapping", tuple: "a list"}
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_NULL = ("null", "~", "")
+NULL = ("null", "~", "")
 _WHOLE = re.compile(r"[+-]?\d+(_\d+)*", re.ASCII)
 
 
@@ -76,7 +76,7 @@ def as_type(hint: Any, value: Any) -> Any:
 def _of_plain(hint: Any, text: Plain) -> Any:
     if hint is str and text:
         return str(text)
-    if hint is NoneType and text.lower() in _NULL:
+    if hint is NoneType and text.lower() in NULL:
         return None
     if hint is bool and text.lower() in _BOOLS:
         return _BOOLS[text.lower()]
