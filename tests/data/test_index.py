@@ -215,6 +215,7 @@ def test_bad_shards_are_told_at_the_start(folder: Path) -> None:
 
 def test_declared_counts_spare_the_scan(folder: Path) -> None:
     (folder / "s000_stats.json").write_text('{"count": 9, "successes": 3, "failed_to_download": 6}')
+    (folder / "s001_stats.json").write_text("[" * 99999)  # which says nothing
     (folder / "sizes.json").write_text('{"s001.tar": 6}')
     assert opened(folder).samples.tolist() == [3, 6, 2]  # reading s001 will tell
 

@@ -33,7 +33,7 @@ def test_shards_that_differ(tmp_path: Path) -> None:
     assert class_names([tmp_path / "a" / "0.tar", tmp_path / "c" / "0.tar"]) is None
 
 
-@pytest.mark.parametrize("content", ["[1, 2]", '{"a": 1}', "[", "\udcff"])
+@pytest.mark.parametrize("content", ["[1, 2]", '{"a": 1}', "[", pytest.param("[" * 99999, id="brackets"), "\udcff"])
 def test_no_list_of_names(tmp_path: Path, content: str) -> None:
     lay(tmp_path, "").joinpath("classes.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(DataError, match=r"classes\.json: .*; mend it or take it away"):

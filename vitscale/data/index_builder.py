@@ -211,7 +211,7 @@ def _declared(store: Store, folder: str) -> dict[str, int]:
 def _json(store: Store, path: str) -> Any:
     try:
         return json.loads(store.read(path, 0, store.stat(path).bytes))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -65,8 +65,10 @@ class LabelReader:
         try:
             text = data.decode("utf-8-sig").strip()  # a byte order mark is no part of it
             value = self._inside(text) if self.path else text
-        except ValueError:
-            raise BadSample("label", f"{data[:40]!r} is no {'JSON' if self.path else 'text'}") from None
+            if self.kind != CLASSES and isinstance(value, str) and value.startswith("["):
+                value = json.loads(value, parse_int=str, parse_float=str)
+        except (ValueError, RecursionError):  # RecursionError: [[[[[...
+            raise BadSample("label", f"{data[:40]!r} is no {'JSON' if self.path or b'[' in data else 'text'}") from None
         return self._class(value) if self.kind == CLASSES else self._numbers(value)
 
     def _inside(self, text: str) -> object:
@@ -96,8 +98,6 @@ class LabelReader:
         return max(-1, number)
 
     def _numbers(self, value: object) -> tuple[float, ...]:
-        if isinstance(value, str) and value.startswith("["):
-            value = json.loads(value, parse_int=str, parse_float=str)
         words = _SEPARATORS.split(value) if isinstance(value, str) else value if isinstance(value, list) else [value]
         try:
             numbers = tuple(float(word) for word in words)  # type: ignore[arg-type]

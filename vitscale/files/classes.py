@@ -32,7 +32,7 @@ def read_names(path: Path) -> list[str]:
     """The names in a classes.json. DataError where it is none."""
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as the classes' names: {error}; mend it or take it away") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{path}: must be a list of the classes' names, by their labels; mend it or take it away")
