@@ -25,7 +25,7 @@ TRAINING: Column = (
     {"data", "augment", "models", "checkpoint", "tracking"}, {"engine", "launch"}, {"evaluation"}, {"run"},
 )  # fmt: skip
 SERVING: Column = ({"interop"}, {"inference", "conversion"}, {"inspection", "export"})
-TOP: Column = ({"bench"}, {"cli"})
+TOP: Column = ({"bench"}, {"cli"}, {"__main__"})
 # Between the columns: serving reads models; run and evaluation open and write model folders; the methods of
 # models/pretrained_mixin.py, which are transformers' calls on the model classes, call what answers them.
 ACROSS = {

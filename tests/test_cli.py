@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vitscale import __version__
 from vitscale.checkpoint.fragments import Piece
 from vitscale.checkpoint.store import SoleRank, save_checkpoint
 from vitscale.cli import main
@@ -84,6 +85,11 @@ for argv in (["--help"], ["--version"], ["evaluate", "--help"], ["config", sys.a
 """
     done = subprocess.run([sys.executable, "-c", program, config], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "vitscale", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (DONE, f"vitscale {__version__}\n")
 
 
 def test_unknown_verb_or_none(capsys: pytest.CaptureFixture[str]) -> None:
