@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.checkpoint.ranks import run_ranks
-from vitscale.checkpoint import store
 from vitscale.checkpoint.fragments import Piece
+from vitscale.checkpoint.manifest import as_text
 from vitscale.checkpoint.store import SoleRank, checkpoint_folders, open_checkpoint, open_newest, save_checkpoint
 from vitscale.errors import CheckpointError
 
@@ -152,6 +152,7 @@ BREAKS = {
     "empty manifest": (lambda f: cut(f / "manifest.json", 0), "manifest.json is no whole manifest"),
     "not text": (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe\x00"), "manifest.json is no whole manifest"),
     "a list": (lambda f: (f / "manifest.json").write_text("[1]"), "manifest.json is no whole manifest"),
+    "brackets": (lambda f: (f / "manifest.json").write_text("[" * 99999), "manifest.json is no whole manifest"),
     "edited manifest": (other_samples, "manifest.json does not match its own sha256"),
     "other format": (other_format, "format 2, this vitscale reads format 1"),
 }
@@ -218,7 +219,7 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path):
     folder = save(tmp_path, 4)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][0]["name"] = "../state-00000.safetensors"
-    (folder / "manifest.json").write_text(store._render(manifest))  # forged, with a right digest
+    (folder / "manifest.json").write_text(as_text(manifest))  # forged, with a right digest
     with pytest.raises(CheckpointError, match="is no name of a state file"):
         open_checkpoint(folder, SoleRank())
 

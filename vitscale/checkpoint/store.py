@@ -7,8 +7,6 @@ checkpoint. The manifest holds sizes and sha256 of the files and a digest of its
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -18,15 +16,13 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from vitscale.checkpoint.fragments import Piece, PieceReader, TensorRecord, join_tables, table, write_pieces
+from vitscale.checkpoint.manifest import FORMAT, MANIFEST, READ_ERRORS, as_text, read_manifest, short
 from vitscale.errors import CheckpointError
 from vitscale.files.atomic import flush_to_disk, sha256_of
 from vitscale.text import listed, to_stderr
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 _FOLDER = re.compile(r"step_(\d{8,})")
 _STATE_FILE = re.compile(r"state-\d{5,}\.safetensors")
-_READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)  # of a manifest that is not what it should be
 
 T = TypeVar("T")
 
@@ -196,7 +192,7 @@ def _publish(temporary: Path, target: Path, manifest: dict[str, Any], tables: Se
                 f"{path} is not as its rank wrote it; {target.parent} must lie on a file system that all nodes share"
             )
     path = temporary / MANIFEST
-    path.write_text(_render(manifest), encoding="utf-8")
+    path.write_text(as_text(manifest), encoding="utf-8")
     on_progress("manifest_written")
     flush_to_disk(path)
     flush_to_disk(temporary)
@@ -238,51 +234,6 @@ def _retire(root: Path, step: int, keep: int, report: Callable[[str], None], kep
         on_progress("retired")
     except OSError as error:
         report(f"{root}: an old checkpoint could not be removed ({error}); remove it by hand")
-
-
-# ---- the manifest
-
-
-def _own_digest(manifest: dict[str, Any]) -> str:
-    """sha256 of the manifest's content, however it is laid out as text."""
-    body = {name: value for name, value in manifest.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _render(manifest: dict[str, Any]) -> str:
-    """The manifest as JSON text with its own digest, a line for each file and each tensor."""
-    manifest = json.loads(json.dumps(manifest, allow_nan=False))  # as a reader will see it: text keys, lists
-    manifest["sha256"] = _own_digest(manifest)
-    parts = []
-    for name, value in manifest.items():
-        lines = ",\n  ".join(json.dumps(item) for item in value) if isinstance(value, list) else None
-        parts.append(f" {json.dumps(name)}: " + (json.dumps(value) if lines is None else f"[\n  {lines}\n ]"))
-    return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder; raises ValueError (or KeyError...) that says what is wrong with it."""
-    try:
-        text = (folder / MANIFEST).read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"{MANIFEST} is missing") from None
-    try:
-        manifest = json.loads(text)
-        version = manifest["format"]
-    except _READ_ERRORS as error:
-        raise ValueError(f"{MANIFEST} is no whole manifest ({error})") from None
-    if version != FORMAT:
-        raise ValueError(
-            f"{MANIFEST} has format {version!r}, this vitscale reads format {FORMAT}: use the vitscale that wrote it"
-        )
-    expected, found = manifest.get("sha256"), _own_digest(manifest)
-    if expected != found:
-        raise ValueError(f"{MANIFEST} does not match its own sha256 ({_short(found)}, says {_short(expected)})")
-    return manifest
-
-
-def _short(digest: Any) -> str:
-    return f"{str(digest)[:12]}..."
 
 
 # ---- opening
@@ -383,10 +334,10 @@ def _verify(folder: Path, ranks: Ranks) -> tuple[dict[str, Any], list[str]]:
     manifest: dict[str, Any] = {}
     faults = []
     try:
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         for file in manifest["files"][ranks.rank :: ranks.world_size]:
             faults += _file_faults(folder, file)
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         faults.append(str(error))
     outcomes = ranks.gather([manifest.get("sha256"), faults])
     all_faults = list(dict.fromkeys(fault for _, faults in outcomes for fault in faults))
@@ -405,5 +356,5 @@ def _file_faults(folder: Path, file: dict[str, Any]) -> list[str]:
     if (size := path.stat().st_size) != file["bytes"]:
         return [f"{name} has {size} bytes, {file['bytes']} were written"]
     if (digest := sha256_of(path)) != file["sha256"]:
-        return [f"{name} has sha256 {_short(digest)}, {_short(file['sha256'])} was written: its bytes have changed"]
+        return [f"{name} has sha256 {short(digest)}, {short(file['sha256'])} was written: its bytes have changed"]
     return []

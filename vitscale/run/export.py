@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vitscale.checkpoint.store import MANIFEST, SoleRank, folder_name, open_checkpoint, open_newest
+from vitscale.checkpoint.manifest import MANIFEST
+from vitscale.checkpoint.store import SoleRank, folder_name, open_checkpoint, open_newest
 from vitscale.config.load import load_config
 from vitscale.errors import CheckpointError
 from vitscale.interop.pretrained import save_run_model
