@@ -20,14 +20,13 @@ def draft_of(path: Path) -> Path:
 def replaced(path: Path) -> Iterator[Path]:
     """A draft to write, a file or a folder: at the end it takes the place of `path`, after an error nothing is left.
 
-    A file is on disk before it has its name. A folder can only take the place of none, or of an empty one.
+    A folder can only take the place of none, or of an empty one. Whoever takes the draft away leaves `path` as it is.
     """
     draft = draft_of(path)
     try:
         yield draft
-        if draft.is_file():
-            flush_to_disk(draft)
-        os.replace(draft, path)
+        if draft.exists():
+            put_in_place(draft, path)
     finally:
         if draft.is_dir():
             shutil.rmtree(draft, ignore_errors=True)
@@ -54,6 +53,13 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def put_in_place(draft: Path, path: Path) -> None:
+    """Rename what was written to its own name; a file is on disk before it has it."""
+    if draft.is_file():
+        flush_to_disk(draft)
+    os.replace(draft, path)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

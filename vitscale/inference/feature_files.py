@@ -8,7 +8,6 @@ with its place in the input. A shard that has its names is done.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from vitscale.errors import CheckpointError, ConfigError, DataError
-from vitscale.files.atomic import write_atomically
+from vitscale.files.atomic import put_in_place, write_atomically
 from vitscale.files.model_folder import read_json
 from vitscale.inference.images import Entry, ImageBatch, ImageSource
 from vitscale.inference.progress import Tally
@@ -124,7 +123,7 @@ class FeatureFolder:
     def _put(self, shard: _Shard) -> None:
         """A finished shard in its place."""
         shard.writer.close()
-        os.replace(_draft(shard.path), shard.path)
+        put_in_place(_draft(shard.path), shard.path)
         content = {"names": shard.names, "skipped": shard.skipped}
         write_atomically(self._names(len(self._rows)), json.dumps(content, ensure_ascii=False, indent=0) + "\n")
         self._rows.append(len(shard.names))
@@ -159,7 +158,7 @@ class _Writer(Protocol):
     def append(self, features: np.ndarray, names: list[str]) -> None: ...
 
     def close(self) -> None:
-        """Finish the file, on disk."""
+        """Finish the file."""
         ...
 
 
@@ -198,6 +197,7 @@ class _Shard:
 
 
 def _draft(path: Path) -> Path:
+    """Always the same, so that what a killed command left of a shard is written over."""
     return path.with_name(f".{path.name}.tmp")
 
 
@@ -217,8 +217,6 @@ class _Npy:
         with self._file:
             self._file.seek(0)
             assert self._header() == self._start
-            self._file.flush()
-            os.fsync(self._file.fileno())
 
     def _header(self) -> int:
         """Where the rows start."""
@@ -250,5 +248,3 @@ class _Parquet:
     def close(self) -> None:
         with self._file:
             self._table.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitscale.errors import ConfigError, DataError
-from vitscale.files.atomic import draft_of
+from vitscale.files.atomic import replaced
 from vitscale.inference.images import ImageBatch
 from vitscale.inference.model import Loaded
 from vitscale.inference.progress import Tally
@@ -81,16 +80,14 @@ def _opened(out: Path | None, keep: Callable[[], bool]) -> Iterator[TextIO]:
     if out is None:
         yield sys.stdout
         return
-    draft = draft_of(out)
     try:
-        with open(draft, "w", encoding="utf-8", newline="") as stream:
-            yield stream
-        if keep():
-            os.replace(draft, out)
+        with replaced(out) as draft:
+            with open(draft, "w", encoding="utf-8", newline="") as stream:
+                yield stream
+            if not keep():
+                draft.unlink()
     except OSError as error:
         raise DataError(f"--out {out}: cannot be written: {error.strerror}; name a file in a folder of yours") from None
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _table(stream: TextIO, is_regression: bool) -> Writer:
