@@ -97,9 +97,10 @@ def meeting(world: World, timeout_s: float) -> Iterator[None]:
     try:
         yield
     except (dist.DistNetworkError, dist.DistStoreError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
         raise LaunchError(
             f"{meeting_place()} parallel.timeout_s={timeout_s}: rank {world.rank} of {world.world_size} cannot meet "
-            f"the others there ({str(error).partition(chr(10))[0]}); name rank 0's host and a port that is free on it, "
+            f"the others there ({reason}); name rank 0's host and a port that is free on it, "
             "and start every rank"
         ) from None
 
