@@ -56,12 +56,13 @@ def unwrap(content: Mapping[Any, Any], where: str, take: str | None = None) -> C
     sets = [each for keys, mapping in _mappings(content, ()) for each in _sets(keys, _tensors(mapping))]
     if not sets:
         raise CheckpointError(_no_encoder(content, where))
-    chosen = _chosen(sets, where, take)
-    notes = []
+    named = _named(sets)
+    name = _chosen(named, where, take)
+    chosen, notes = named[name], []
     if len(sets) > 1:
-        others = [each for each in sets if each is not chosen]
-        way = f" (--take {others[0].name}, or take={others[0].name!r}, for the other)" if take is None else ""
-        notes.append(f"of the weights {listed(each.name for each in sets)}, {chosen.name} are taken{way}")
+        other = next(each for each in named if each != name)
+        hint = f", take={other} (--take {other}) takes another" if take is None else ""
+        notes.append(f"it has {len(sets)} sets of weights: {listed(named)}; {name} is taken{hint}")
     elif chosen.keys:
         notes.append(f"the weights lie under {'.'.join(chosen.keys)!r}")
     if chosen.prefix:
@@ -109,10 +110,16 @@ class _Set:
         """All that it may be named by."""
         return [*self.keys, *filter(None, self.prefix.split("."))]
 
-    @property
-    def name(self) -> str:
-        """What tells it from others: its place without the words that wrappers add."""
-        return ".".join(word for word in self.words if word not in _WRAPPERS) or ".".join(self.words) or "model"
+
+def _named(sets: list[_Set]) -> dict[str, _Set]:
+    """The sets by what tells each from the others: a word of its own, rather no wrapper's, else its whole place."""
+    named: dict[str, _Set] = {}
+    for each in sets:
+        others = {word for other in sets if other is not each for word in other.words}
+        own = sorted((word for word in each.words if word not in others), key=_WRAPPERS.__contains__)
+        name = next(iter(own), ".".join(each.words) or "model")
+        named[name if name not in named else f"{name} again"] = each
+    return named
 
 
 def _tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
@@ -132,10 +139,11 @@ def _mappings(content: Mapping[Any, Any], keys: tuple[str, ...]) -> Iterator[tup
 
 def _sets(keys: tuple[str, ...], tensors: dict[str, Tensor]) -> list[_Set]:
     """The encoders among these tensors, each with what lies under its prefix."""
-    prefixes = sorted({prefix for name in tensors if (prefix := _prefix(name)) is not None}, key=len, reverse=True)
+    prefixes = {prefix: None for name in tensors if (prefix := _prefix(name)) is not None}
     rest = dict(tensors)
     encoders = []
-    for prefix in prefixes:  # the longest first: what lies under "ema." is not of the model that has no prefix
+    # The longest first: what lies under "ema." is not of the model that has no prefix.
+    for prefix in sorted(prefixes, key=len, reverse=True):
         own = {name.removeprefix(prefix): rest.pop(name) for name in list(rest) if name.startswith(prefix)}
         outer = prefix.removesuffix("encoder.")
         if prefix.endswith("encoder.") and f"{outer}decoder.0.weight" in rest:  # SimMIM: the decoder lies outside
@@ -158,21 +166,27 @@ def _prefix(name: str) -> str | None:
     return None
 
 
-def _chosen(sets: list[_Set], where: str, take: str | None) -> _Set:
+def _chosen(named: dict[str, _Set], where: str, take: str | None) -> str:
+    """The name of the set to take. ConfigError where none, or more than one, is meant."""
+    counted = listed(f"{name} ({len(each.tensors)} tensors)" for name, each in named.items())
     if take is not None:
-        named = [each for each in sets if each.name == take] or [each for each in sets if take in each.words]
-        if len(named) == 1:
-            return named[0]
-        raise ConfigError(f"take={take!r}: names {len(named)} sets of weights of {where}; it has {_counted(sets)}")
-    if len(sets) == 1:
-        return sets[0]
+        meant = [take] if take in named else [name for name, each in named.items() if take in each.words]
+        if len(meant) == 1:
+            return meant[0]
+        names = f"names {len(meant) or 'none'} of the sets of weights in {where}: {counted}"
+        raise ConfigError(f"take={take!r}: {names}; name one, or leave take out")
+    if len(named) == 1:
+        return next(iter(named))
     for word in _PREFERRED:
-        preferred = [each for each in sets if word in {*each.words, *re.split(r"[_.\d]", ".".join(each.words).lower())}]
+        preferred = [
+            name
+            for name, each in named.items()
+            if word in {*each.words, *re.split(r"[_.\d]", ".".join(each.words).lower())}
+        ]
         if len(preferred) == 1:
             return preferred[0]
-    has = listed(f"{each.name} ({len(each.tensors)} tensors)" for each in sets)
     raise ConfigError(
-        f"{where}: holds several sets of weights: {has}; name one: take=NAME (vitscale convert --take NAME, "
+        f"{where}: has {len(named)} sets of weights: {counted}; name one: take=NAME (vitscale convert --take NAME, "
         "model.init_take=NAME of a run)"
     )
 
@@ -195,7 +209,3 @@ def _no_encoder(content: Mapping[Any, Any], where: str) -> str:
         f"{where}: must hold a Vision Transformer by the names of timm or transformers, with a tensor that ends in "
         f"{TIMM_ANCHOR} or {HF_ANCHOR}; {holds}"
     )
-
-
-def _counted(sets: list[_Set]) -> str:
-    return listed(f"{each.name} ({len(each.tensors)} tensors)" for each in sets)
