@@ -22,7 +22,7 @@ from vitscale.export import command as export
 from vitscale.inference import command as inference
 from vitscale.inspection import command as inspection
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, FolderInUse, RunFolder
-from vitscale.text import did_you_mean, tolerate_any_text
+from vitscale.text import did_you_mean, to_stderr, tolerate_any_text
 
 if TYPE_CHECKING:
     from vitscale.config.schema import RunConfig
@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VitscaleError as error:
         # Before there is a run folder all ranks fail alike, and rank 0 speaks; after, the first to fail does.
         if not getattr(error, "reported", not here.is_main):
-            print(f"vitscale: error: {error}", file=sys.stderr, flush=True)
+            to_stderr(f"vitscale: error: {error}")
         if here.world_size > 1:  # at once: with a process group that was not left, Python's own end may abort (SIGABRT)
             sys.stdout.flush()
             os._exit(BAD_INPUT)

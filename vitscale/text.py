@@ -65,8 +65,9 @@ def tolerate_any_text() -> None:
 
 
 def to_stderr(*lines: str) -> None:
+    """Each as one line, whatever names from files are in it."""
     for line in lines:
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 class TerminalLine:

@@ -279,6 +279,23 @@ def test_a_pickle_that_would_run_is_one_line(tmp_path: Path, capsys: pytest.Capt
     assert error.count("\n") == 1
 
 
+def test_names_from_files_move_no_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Keys of a checkpoint and of config.json, and the name of a file: each stays within its line."""
+    source = our_folder(tmp_path / "ours")
+    content = json.loads((source / "config.json").read_text()) | {"k\r\x1b[31m": 1}
+    (source / "config.json").write_text(json.dumps(content))
+    state = load_file(source / "model.safetensors")
+    torch.save({"a\n\x1b]0;b\x07": state, "c\x9b2J": state}, tmp_path / "d\ne.pth")
+    assert main(["convert", str(source), str(tmp_path / "f\tg"), "--to", "hf"]) == DONE
+    assert main(["inspect", str(source), "--depth", "0"]) == DONE
+    assert main(["convert", str(tmp_path / "d\ne.pth"), str(tmp_path / "no"), "--to", "hf"]) == BAD_INPUT
+    out, err = capsys.readouterr()
+    assert "k\\r\\x1b[31m" in out
+    assert "a\\n\\x1b]0;b\\x07 (" in err
+    assert len(err.splitlines()) == 2
+    assert all(line.isprintable() for line in (out + err).split("\n"))
+
+
 def test_a_folder_without_a_processor_says_so(tmp_path: Path) -> None:
     source = our_folder(tmp_path / "ours")
     (source / "preprocessor_config.json").unlink()

@@ -10,6 +10,7 @@ from typing import Any
 from vitscale import world
 from vitscale.errors import ConfigError
 from vitscale.run_folder import DONE
+from vitscale.text import printable
 
 _WRITES = """what to write: hf: a folder that transformers opens; timm: a folder that
 timm.create_model('local-dir:TO') opens; mae: a .pth for facebookresearch/mae; vitscale: a folder for this
@@ -37,8 +38,8 @@ def _convert(arguments: argparse.Namespace) -> int:
 
     options = dict(map(_option, arguments.overrides))
     report = convert(arguments.source, Path(arguments.to), arguments.target, options, arguments.take)
-    print("\n".join(report.lines()))
-    print(f"done: {arguments.to}")
+    for line in (*report.lines(), f"done: {arguments.to}"):
+        print(printable(line))
     return DONE
 
 
