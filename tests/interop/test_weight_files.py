@@ -210,6 +210,7 @@ def test_pytorchs_pickle(tmp_path: Path) -> None:
         path.write_bytes(content)
         said = one_line(tmp_path)
         assert f"{path}: " in said
+        assert len(said) < len(str(path)) + 200, "the first sentence of torch's paragraph"
         assert said.endswith("it is cut or damaged: fetch it again")
     torch.save([TENSORS], path)
     assert "must hold tensors by name, and holds list" in one_line(tmp_path)

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError  # to name what torch.load raises; nothing is unpickled here
 from typing import Any
+from warnings import catch_warnings
 
 import numpy as np
 import torch
@@ -173,8 +174,8 @@ def _read_pickle(path: Path) -> Any:
     while True:
         stand_ins = ((each, f"{module}{name}") for name, each in inert.items() for module in ("", "builtins."))
         known: list[Any] = [*_HARMLESS, *stand_ins]  # torch's errors leave out "builtins."
-        try:  # by its name torch would go by the ending
-            with torch.serialization.safe_globals(known), open(path, "rb") as stream:
+        try:  # by its name torch would go by the ending; what it warns of is its own code
+            with torch.serialization.safe_globals(known), open(path, "rb") as stream, catch_warnings(action="ignore"):
                 content = torch.load(stream, map_location="cpu", weights_only=True)
         except UnpicklingError as error:
             if (filled := _filled(error, inert)) is not None:
