@@ -220,7 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = _parser().parse_known_args(argv)
     if rest:  # argparse takes overrides only in one place; they may stand after options too
         if not hasattr(arguments, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
-            arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}{_nearest(rest[0], arguments.parser)}")
+            hint = _nearest(rest[0], arguments.parser, takes_keys=hasattr(arguments, "overrides"))
+            arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
         arguments.overrides += rest
     here = world.World()
     try:
@@ -241,10 +242,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def _nearest(option: str, parser: argparse.ArgumentParser) -> str:
-    if "." in option:  # as other tools have it
-        return f"; write {option.lstrip('-').partition('=')[0]}=VALUE"
-    return did_you_mean(option.split("=")[0], re.findall(r"--[\w-]+", parser.format_usage()))
+def _nearest(option: str, parser: argparse.ArgumentParser, takes_keys: bool) -> str:
+    near = "" if "." in option else did_you_mean(option.split("=")[0], re.findall(r"--[\w-]+", parser.format_usage()))
+    as_key = f"; write {option.lstrip('-').partition('=')[0]}=VALUE"  # other tools have keys as options
+    return near or (as_key if takes_keys and option.startswith("-") else "")
 
 
 if __name__ == "__main__":

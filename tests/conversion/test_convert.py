@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -245,6 +247,25 @@ def test_the_verb_takes_what_a_pth_does_not_say(tmp_path: Path, capsys: pytest.C
     assert main(["convert", str(path), str(tmp_path / "no"), "--to", "hf", "image_size=16,16", *given]) == DONE
     assert main(["convert", str(source), str(tmp_path / "other"), "--to", "hf", "image_size=16"]) == BAD_INPUT
     assert "is for a bare file of weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("layer_norm_eps=inf", "must be a number"),
+        ("image_size=16,a", "must be a whole number or a list of 2 whole numbers"),
+        ("image_size=16,16,16", "must be a whole number or a list of 2 whole numbers"),
+        ("norm_pix_loss=1", "must be true or false"),
+        ("num_attention_heads=4.0", "must be a whole number"),
+        ("num_atention_heads=4", "must be KEY=VALUE, of num_attention_heads, .*did you mean num_attention_heads"),
+        ("num_attention_heads", "unrecognized arguments: num_attention_heads$"),
+        ("--layer_norm_eps=1", "unrecognized arguments: --layer_norm_eps=1; write layer_norm_eps=VALUE"),
+    ],
+)
+def test_values_are_typed_as_in_a_config(word: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        assert main(["convert", "from.pth", "to", "--to", "hf", word]) == BAD_INPUT
+    assert re.search(says, capsys.readouterr().err.strip())
 
 
 @pytest.mark.parametrize(

