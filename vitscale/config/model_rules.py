@@ -16,30 +16,17 @@ POSITIONS = ("learned", "sincos", "none")
 POOLINGS = ("cls", "mean")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 ACTIVATIONS = (  # those of models/activations.py
-    *("gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh"),
-    *(
-        "gelu_pytorch_tanh",
-        "hardswish",
-        "laplace",
-        "leaky_relu",
-        "linear",
-        "mish",
-        "quick_gelu",
-        "relu",
-        "relu2",
-        "relu6",
-    ),
-    *("sigmoid", "silu", "sqrtsoftplus", "swish", "tanh"),
-)
+    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh", "gelu_pytorch_tanh",
+    "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu",
+    "sqrtsoftplus", "swish", "tanh",
+)  # fmt: skip
 MOST_LABELS = 1_000_000  # a file that says more is damaged; each of them gets a name
-_LEAST = dict.fromkeys(
-    (
-        *("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size", "image_size"),
-        *("patch_size", "num_channels", "encoder_stride", "pooler_output_size", "mask_patch", "decoder_hidden_size"),
-        *("decoder_num_hidden_layers", "decoder_num_attention_heads", "decoder_intermediate_size"),
-    ),
-    1,
-) | {"num_register_tokens": 0}
+_LEAST = {
+    "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 1, "intermediate_size": 1,
+    "image_size": 1, "patch_size": 1, "num_channels": 1, "encoder_stride": 1, "pooler_output_size": 1, "mask_patch": 1,
+    "num_register_tokens": 0, "decoder_hidden_size": 1, "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 1, "decoder_intermediate_size": 1,
+}  # fmt: skip
 _SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "mask_ratio", "label_smoothing")
 _POSITIVE = ("layer_norm_eps", "initializer_range", "rope_theta")
 _CHOICES: dict[str, tuple[str | None, ...]] = {

@@ -53,14 +53,14 @@ _MASK_TOKEN = "vit.embeddings.mask_token"
 
 
 def read_bare(
-    path: Path, options: Mapping[str, Any], take: str | None = None, usual: Mapping[str, Any] | None = None
+    path: Path, options: Mapping[str, Any], take: str | None = None, defaults: Mapping[str, Any] | None = None
 ) -> Opened:
     """The model of a file of weights: a ViTMAEForPreTraining, ViTForMaskedImageModeling or ViTForImageClassification
     if it has such a head, else a ViTModel.
 
-    options: what the file leaves open, of KEYS; usual: the same, for where the file itself does not say; take: see
-    read_checkpoint. CheckpointError if the file is broken or
-    holds other tensors, ConfigError if a key must be given, or cannot be.
+    options: what the file leaves open, of KEYS; defaults: the same, for where the file itself does not say; take: see
+    read_checkpoint. CheckpointError if the file is broken or holds other tensors, ConfigError if a key must be given,
+    or cannot be.
     """
     checkpoint = read_checkpoint(path, take)
     count = len(checkpoint.tensors)
@@ -72,7 +72,7 @@ def read_bare(
     open_keys = KEYS if model_class is ViTMAEForPreTraining else _KEYS_OF_ENCODER
     for name in options.keys() - set(open_keys):
         raise ConfigError(f"{name}={options[name]!r}: {path} leaves open no more than {', '.join(open_keys)}")
-    given = {**(usual or {}), **_declared(checkpoint.content), **options}
+    given = {**(defaults or {}), **_declared(checkpoint.content), **options}
     keys = _Keys(tensors, given, str(path), is_transformers)
     dtype = checkpoint.tensors[next(iter(checkpoint.tensors))].dtype
     config = keys.config(model_class, dtype)

@@ -1,8 +1,8 @@
 """A file of weights, whoever wrote it, as the tensors of one model by their plain names.
 
 Frameworks wrap a model's tensors: under keys ("state_dict", "model", "teacher"), and under a prefix that every
-name carries ("module.", "_orig_mod.", "backbone."). Both are found by where a whole encoder lies, not by a list
-of such words, taken off, and told in `notes`.
+name carries ("module.", "_orig_mod.", "backbone."). Both are found by where a whole encoder lies, whatever they are
+called, taken off, and told in `notes`; words count only where a file has several encoders.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ _DIMENSIONS = {
 class Opened:
     """A model from somebody's files, every tensor of which is in it."""
 
-    kind: str  # hf, timm or mae
+    kind: str  # hf (ours too), timm, or checkpoint: a file of weights
     model: ViTPreTrainedModel
     processor: ViTImageProcessor
     tensors: int  # that the files hold
