@@ -18,7 +18,8 @@ import numpy as np
 from vitscale.checkpoint.fragments import Piece, PieceReader, TensorRecord, join_tables, table, write_pieces
 from vitscale.checkpoint.manifest import FORMAT, MANIFEST, READ_ERRORS, as_text, read_manifest, short
 from vitscale.errors import CheckpointError
-from vitscale.files.atomic import flush_to_disk, sha256_of
+from vitscale.files.atomic import flush_to_disk
+from vitscale.files.store import sha256_of
 from vitscale.text import listed, to_stderr
 
 _FOLDER = re.compile(r"step_(\d{8,})")

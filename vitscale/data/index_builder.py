@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import hashlib
 import json
 import os
 import time
@@ -19,13 +18,12 @@ import numpy as np
 from vitscale.data.index_file import Rows, read_rows, write_rows
 from vitscale.data.sidecar import Shard, Sidecar, count_samples, fallback_name, report
 from vitscale.errors import DataError
-from vitscale.files.store import FileStat, LocalFiles, Store
+from vitscale.files.store import FileStat, LocalFiles, Store, sha256_of
 
 Result = TypeVar("Result")
 _THREADS = 16  # a file system far away answers many questions at once
 _PART = 512  # paths that a thread takes at once
 _SLOW_S = 100e-6  # of one stat: from here on several threads are faster, below it they only wait for each other
-_PIECE = 8 << 20  # bytes read at once for a hash
 
 
 class IndexBuilder:
@@ -254,14 +252,10 @@ def _real(folder: str) -> str:
 
 
 def _sha256(store: Store, path: str) -> str:
-    digest, start = hashlib.sha256(), 0
     try:
-        while data := store.read(path, start, _PIECE):
-            digest.update(data)
-            start += len(data)
+        return sha256_of(path, store)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
 
 
 def _in_threads(work: Callable[[Any], Result], items: Sequence[Any]) -> list[Result]:

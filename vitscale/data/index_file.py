@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vitscale.errors import DataError
-from vitscale.files.store import Store
+from vitscale.files.store import Store, read_pieces
 
 FORMAT = "vitscale-index-1"
 _HEAD = f'{{"format": "{FORMAT}", "shards": [\n'.encode()
@@ -60,7 +60,7 @@ def write_rows(store: Store, path: str, rows: Rows) -> None:
 
 def _entries(store: Store, path: str) -> Iterator[list[Any]]:
     """The file's rows as JSON has them: by the line where it is laid out as we write it, else read whole."""
-    pieces = _pieces(store, path)
+    pieces = read_pieces(store, path, _READ)
     rest = next(pieces, b"")
     if rest.startswith(_HEAD):
         rest = rest[len(_HEAD) :]
@@ -77,13 +77,6 @@ def _entries(store: Store, path: str) -> Iterator[list[Any]]:
     if content["format"] != FORMAT:
         raise ValueError(f"format is {content['format']!r}, not {FORMAT!r}")
     yield content["shards"]
-
-
-def _pieces(store: Store, path: str) -> Iterator[bytes]:
-    start = 0
-    while data := store.read(path, start, _READ):
-        yield data
-        start += len(data)
 
 
 def _rows(entries: list[Any], folder: str) -> Rows:

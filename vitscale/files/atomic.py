@@ -1,8 +1,7 @@
-"""Files and folders that appear whole under their name, or not at all; and digests of files."""
+"""Files and folders that appear whole under their name, or not at all."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import uuid
@@ -76,9 +75,3 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sha256_of(path: Path) -> str:
-    """In hex, of a file's bytes."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

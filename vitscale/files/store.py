@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import hashlib
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -88,6 +90,22 @@ class LocalFiles:
     def write(self, path: str, data: bytes) -> None:
         write_atomically(Path(path), data)
         self._files.forget(path)
+
+
+def read_pieces(store: Store, path: str, size: int = 8 << 20) -> Iterator[bytes]:
+    """A file's bytes, so many at once."""
+    start = 0
+    while data := store.read(path, start, size):
+        yield data
+        start += len(data)
+
+
+def sha256_of(path: str | Path, store: Store | None = None) -> str:
+    """In hex, of a file's bytes; store: where it lies (default: on this machine)."""
+    digest = hashlib.sha256()
+    for piece in read_pieces(store or LocalFiles(), str(path)):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 class _File:

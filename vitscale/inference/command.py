@@ -17,10 +17,10 @@ _CODES = (
     "A bad image is named on stderr and skipped. Exit codes: 0 every image was read, 1 some were skipped, "
     "2 none could be read, or the command cannot be done, 3 features were stopped by Ctrl-C."
 )
-Verb = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 
 
-def register(verb: Verb) -> None:
+def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the verbs."""
     added = verb("predict", _predict, "the labels of images, with their probabilities")
     _takes_images(added)
     added.add_argument("--top-k", type=above_zero, default=5, metavar="K", help="labels an image (default: 5)")

@@ -15,7 +15,7 @@ import torch
 
 from tests.bench.gpu_suite.stages import make_setting
 from vitscale.bench.gpu_suite import augmentation, correctness, gpu_tests, pretraining, profiling, steps
-from vitscale.bench.gpu_suite.cases import Mismatch
+from vitscale.bench.gpu_suite.cases import Mismatch, Setting
 from vitscale.bench.gpu_suite.training import Training, gradient_distances
 from vitscale.checkpoint.fragments import Piece
 from vitscale.config.load import load_config
@@ -186,7 +186,7 @@ def test_augmentation_is_compared_in_units_of_255(
         values = torch.zeros(2, 3, 4, 4) + next(differences) / 255 / std
         return lambda batch: SimpleNamespace(pixel_values=values)
 
-    monkeypatch.setattr(augmentation, "photographs", lambda setting: tmp_path)
+    monkeypatch.setattr(Setting, "photographs", lambda setting: tmp_path)
     monkeypatch.setattr(augmentation, "open_loader", loader)
     monkeypatch.setattr(augmentation.Augment, "of", augment)
     case = augmentation.cases(make_setting(tmp_path))["matrix products highest"]

@@ -12,7 +12,6 @@ import torch
 from vitscale.augment.pipeline import Augment
 from vitscale.bench.augment import measure
 from vitscale.bench.gpu_suite.cases import Cases, Figures, Mismatch, Setting
-from vitscale.bench.gpu_suite.photographs import photographs
 from vitscale.bench.measuring import median_seconds
 from vitscale.bench.photographs import open_loader
 from vitscale.config.schema import RunConfig, Train
@@ -41,7 +40,7 @@ def _compare(precision: str, setting: Setting) -> Figures:
     config, device = RunConfig(train=Train(global_batch=count, micro_batch=count)), torch.device(setting.device)
     std = torch.tensor(config.augment.std).view(-1, 1, 1)
     torch.set_float32_matmul_precision(precision)
-    with open_loader(photographs(setting), config) as loader:
+    with open_loader(setting.photographs(), config) as loader:
         batch = next(loader)
         on_cpu, on_device = (Augment.of(config, kind, train=True) for kind in ("cpu", device.type))
         difference = (on_device(batch).pixel_values.cpu() - on_cpu(batch).pixel_values) * std * 255

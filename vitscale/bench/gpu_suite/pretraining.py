@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from vitscale.bench.gpu_suite.cases import Cases, Figures, Mismatch, Setting, start_context
-from vitscale.bench.gpu_suite.photographs import photographs
 from vitscale.bench.measuring import peak_rate
 from vitscale.config.load import load_config
 from vitscale.models.auto import build_model
@@ -40,7 +39,7 @@ def overrides(setting: Setting) -> list[str]:
     """What the suite changes in the recipe: the data, the size of a step, what is logged."""
     sizes = TINY if setting.tiny else (f"train={{global_batch: 256, micro_batch: 256, steps: {STEPS}, compile: true}}",)
     return [
-        f"data={{train: ['{photographs(setting)}/*.tar'], lanes: 8, window: 16384}}",
+        f"data={{train: ['{setting.photographs()}/*.tar'], lanes: 8, window: 16384}}",
         *sizes,
         f"run.dir={setting.scratch}/runs",
         "log.every_steps=1",

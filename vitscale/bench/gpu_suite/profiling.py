@@ -14,7 +14,6 @@ from vitscale.augment.feed import DeviceFeed
 from vitscale.augment.pipeline import Augment
 from vitscale.bench.gpu_suite.cases import Cases, Figures, Mismatch, Setting
 from vitscale.bench.gpu_suite.correctness import small_config
-from vitscale.bench.gpu_suite.photographs import photographs
 from vitscale.bench.gpu_suite.training import LR
 from vitscale.bench.measuring import synchronize
 from vitscale.bench.photographs import open_loader
@@ -44,7 +43,7 @@ def _config(setting: Setting) -> RunConfig:
 
 def _profile(setting: Setting) -> Figures:
     config, cuda = _config(setting), setting.device == "cuda"
-    folder = photographs(setting)  # by forks, so before there is anything on a GPU
+    folder = setting.photographs()  # by forks, so before there is anything on a GPU
     backend = Backend(config, World(device=setting.device))
     try:
         engine = backend.wrap(new_model(config, config.run.seed), config)
