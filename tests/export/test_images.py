@@ -22,6 +22,13 @@ def images(*named: Path, config: ViTConfig | None = None, **options: Any) -> Ima
     return Images([str(each) for each in named], "--images", PROCESSOR, config or small().config, **options)
 
 
+def test_the_limit_on_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pictures(tmp_path, 2)
+    with pytest.raises(DataError, match="--images: no image could be read"):
+        list(images(tmp_path, max_pixels=10))
+    assert "raise --max-pixels" in capsys.readouterr().err
+
+
 def labels_of(found: Images) -> list[int]:
     return [label for _, labels in found for label in labels.tolist()]  # type: ignore[union-attr]
 

@@ -84,6 +84,9 @@ BAD = {
     "no such class": (["MODEL", "--gradients", "--images", "IMAGE", "--labels", "5"], "must be classes 0 to 4"),
     "no such image": (["MODEL", "--attention", "none.jpg"], "none.jpg"),
     "a bad one of many": (["MODEL", "--gradients", "--images", "IMAGE", "EMPTY"], "empty.jpg: 0 bytes; leave it out"),
+    "too large a one of many": (["MODEL", "--gradients", "--images", "IMAGE", "--max-pixels", "99"], "than 99 pixels"),
+    "too large an image": (["MODEL", "--attention", "IMAGE", "--max-pixels", "273279"], "raise --max-pixels"),
+    "several images": (["MODEL", "--attention", "FOLDER"], "is 2 images; name one"),
     "no images": (["MODEL", "--gradients", "--images", "none/*.jpg"], "--images"),
     "no folder": (["MODEL", "--gradients", "--out", "EMPTY"], "--out"),
     "an empty image": (["MODEL", "--attention", "EMPTY"], "empty"),
@@ -95,7 +98,8 @@ def test_bad_input_is_one_line(
     case: str, model: str, photograph: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.jpg").touch()
-    names = {"MODEL": model, "IMAGE": photograph, "EMPTY": str(tmp_path / "empty.jpg")}
+    names = {"MODEL": model, "IMAGE": photograph, "EMPTY": str(tmp_path / "empty.jpg"), "FOLDER": str(tmp_path)}
+    (tmp_path / "other.png").touch()
     arguments, told = BAD[case]
     assert cli.main(["inspect", *(names.get(word, word) for word in arguments)]) == 2
     error = capsys.readouterr().err.strip()

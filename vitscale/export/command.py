@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from vitscale.errors import ConfigError
+from vitscale.inference.command import takes_max_pixels
 from vitscale.run_folder import DONE
 
 FORMATS = {"hf": "", "onnx": ".onnx", "torch-export": ".pt2"}
@@ -45,6 +46,7 @@ def register(verb: Callable[..., argparse.ArgumentParser], export_run: ExportRun
         "--images", nargs="+", default=[], metavar="IMAGES",
         help="what to compare with fp32 on (default: those of --calibrate, else random numbers)",
     )  # fmt: skip
+    takes_max_pixels(added)
     added.add_argument(
         "--labelled", action="store_true",
         help="the images have labels (.cls in shards, else a folder a class): show the accuracy, prune by the loss",

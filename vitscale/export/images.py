@@ -15,6 +15,7 @@ from vitscale.files.classes import CLASSES, class_names
 from vitscale.files.tar import scan_shard
 from vitscale.inference.images import ImageSource, batches, find_images
 from vitscale.inference.progress import Tally
+from vitscale.interop.image_arrays import MAX_PIXELS
 from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.models.configuration import ViTConfig
 from vitscale.world import World
@@ -32,10 +33,13 @@ class Images:
 
     def __init__(
         self, named: Sequence[str], key: str, processor: ViTImageProcessor, config: ViTConfig, *,
-        labelled: bool = False, most: int | None = None,
+        labelled: bool = False, most: int | None = None, max_pixels: int = MAX_PIXELS,
     ) -> None:  # fmt: skip
-        """key: the option that named them, for errors; most: take so many, evenly spread over all that are named.
-        DataError where none of them is there, or labels are asked for and cannot be told."""
+        """key: the option that named them, for errors; most: take so many, evenly spread over all that are named;
+        max_pixels: a larger one is bad.
+
+        DataError where none of them is there, or labels are asked for and cannot be told.
+        """
         if "-" in named:
             raise DataError(f"{key} -: images are read more than once, stdin is not; name files, folders or shards")
         sources = list(find_images(named, sys.stdin.buffer))
@@ -44,7 +48,7 @@ class Images:
         if most is not None and len(sources) > most:
             sources = [sources[place * len(sources) // most] for place in range(most)]
         self._sources, self._key, self._processor, self._channels = sources, key, processor, config.num_channels
-        self._bad_are_named = False
+        self._max_pixels, self._bad_are_named = max_pixels, False
 
     def __len__(self) -> int:
         return len(self._sources)
@@ -54,7 +58,7 @@ class Images:
         tally = Tally(stream=io.StringIO() if self._bad_are_named else sys.stderr)
         threads = World().cores_per_rank
         sources = {source.name: source for source in self._sources}
-        for batch in batches(self._sources, self._processor, self._channels, BATCH, threads):
+        for batch in batches(self._sources, self._processor, self._channels, BATCH, threads, self._max_pixels):
             tally.add(batch)
             if batch.pixel_values is not None:
                 labels = None

@@ -48,11 +48,14 @@ def _takes_images(added: argparse.ArgumentParser) -> None:
     added.add_argument("model", metavar="MODEL", help="a run's or a model's folder, a file of weights, or a hub name")
     added.add_argument("images", metavar="IMAGES", nargs="+", help=_IMAGES)
     added.add_argument("--batch", type=above_zero, default=32, metavar="N", help="images at once (default: 32)")
-    added.add_argument(
-        "--max-pixels", type=above_zero, default=64_000_000, metavar="N",
-        help="skip an image of more pixels, before it is decoded (default: 64000000)",
-    )  # fmt: skip
+    takes_max_pixels(added)
     added.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps (default: the GPU where there is one)")
+
+
+def takes_max_pixels(added: argparse.ArgumentParser) -> None:
+    """The option of every verb that reads images."""
+    text = "an image of more pixels is bad, and not decoded (default: 64000000)"
+    added.add_argument("--max-pixels", type=above_zero, default=64_000_000, metavar="N", help=text)
 
 
 def _predict(arguments: argparse.Namespace) -> int:

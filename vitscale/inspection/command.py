@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitscale.errors import ConfigError, DataError
+from vitscale.inference.command import takes_max_pixels
 from vitscale.run_folder import DONE
-from vitscale.world import World
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +41,7 @@ def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
         help="one an image, for --gradients (default: random)",
     )  # fmt: skip
     added.add_argument("--attention", default=None, metavar="IMAGE", help="draw where the model looks in this image")
+    takes_max_pixels(added)
     added.add_argument(
         "--out", default=None, metavar="FOLDER",
         help="for gradients.png and IMAGE-attention.png (default: no gradients.png, attention in this folder)",
@@ -124,7 +125,7 @@ def _images(loaded: Loaded, named: Sequence[str]) -> Tensor:
         if entry.bad is not None:
             raise DataError(f"--images: {entry.name}: {entry.bad}; leave it out")
     if not read:
-        raise DataError(f"--images {' '.join(named)}: no image is there")
+        raise DataError(f"--images {' '.join(arguments.images)}: no image is there")
     return torch.cat([batch.pixel_values for batch in read if batch.pixel_values is not None])
 
 
@@ -161,10 +162,7 @@ def _attention(loaded: Loaded, arguments: argparse.Namespace) -> None:
     pixel_values = processor(arguments.attention, return_tensors="pt").pixel_values
     maps = attention_maps(loaded.model, pixel_values)
     path = _folder(arguments.out or ".") / f"{Path(arguments.attention).stem}-attention.png"
-    aspect = None
-    if not processor.do_center_crop:  # the whole image, but maybe squeezed
-        height, width = processor(arguments.attention, do_resize=False, return_tensors="pt").pixel_values.shape[2:]
-        aspect = height / width
+    aspect = None if processor.do_center_crop else image.shape[0] / image.shape[1]  # of all of it, maybe squeezed
     draw(maps, _as_seen(pixel_values[0], processor), path, aspect, f"{arguments.attention}, by {arguments.model}")
     print(path)
 
