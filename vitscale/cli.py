@@ -217,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the process's exit code."""
     tolerate_any_text()
+    ignore_warnings_of_pillow()
     arguments, rest = _parser().parse_known_args(argv)
     if rest:  # argparse takes overrides only in one place; they may stand after options too
         if not hasattr(arguments, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):

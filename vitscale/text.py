@@ -6,6 +6,7 @@ import difflib
 import io
 import shutil
 import sys
+import warnings
 from collections.abc import Collection, Iterable, Sequence
 from typing import TextIO
 

@@ -8,8 +8,10 @@ import json
 import math
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -311,3 +313,17 @@ def test_a_scan_that_is_larger_than_usual(classifier: Path, tmp_path: Path, caps
     assert code == BAD_INPUT
     assert "more than 100000 pixels" in error
     assert predict(capsys, classifier, tmp_path / "scan.png", "--max-pixels", "120000")[0] == DONE
+
+
+def test_what_pillow_warns_of_is_not_printed(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A TIFF whose description is longer than the file: it is an image all the same."""
+    stream = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(stream, "TIFF", description="sky")
+    tag = struct.pack("<HHI", 270, 2, 4)
+    (tmp_path / "a.tiff").write_bytes(stream.getvalue().replace(tag, struct.pack("<HHI", 270, 2, 10**6)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert predict(capsys, classifier, tmp_path / "a.tiff")[0] == DONE
+    assert not [warning for warning in caught if "PIL" in warning.filename]

@@ -13,7 +13,6 @@ import select
 import signal
 import sys
 import traceback
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Lock
@@ -24,6 +23,7 @@ from PIL import Image
 from vitscale.data.assemble import Assembler, Plan
 from vitscale.data.wire import FREE, Failed, Filled, SharedMemory, receive, send
 from vitscale.errors import DataError
+from vitscale.text import ignore_warnings_of_pillow
 
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -81,7 +81,7 @@ def _serve(results: int, parent: int, memories: list[SharedMemory]) -> None:
     """Until the parent closes its end of standard input, or is no more."""
     plan: Plan = receive(0)
     Image.MAX_IMAGE_PIXELS = plan.max_pixels
-    warnings.filterwarnings("ignore", module="PIL")  # what is wrong with an image is counted, not printed
+    ignore_warnings_of_pillow()
     try:
         reader = _Reader(plan, memories, results)
     except DataError as error:
