@@ -22,7 +22,7 @@ from vitscale.export import command as export
 from vitscale.inference import command as inference
 from vitscale.inspection import command as inspection
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, FolderInUse, RunFolder
-from vitscale.text import did_you_mean, to_stderr, tolerate_any_text
+from vitscale.text import did_you_mean, ignore_warnings_of_pillow, to_stderr, tolerate_any_text
 
 if TYPE_CHECKING:
     from vitscale.config.schema import RunConfig

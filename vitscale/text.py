@@ -65,6 +65,11 @@ def tolerate_any_text() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def ignore_warnings_of_pillow() -> None:
+    """In this process; what is wrong with an image is said in our words, once."""
+    warnings.filterwarnings("ignore", module="PIL")
+
+
 def to_stderr(*lines: str) -> None:
     """Each as one line, whatever names from files are in it."""
     for line in lines:

@@ -163,7 +163,9 @@ class Export:
     def _named(self, named: Sequence[str], key: str, most: int | None) -> Images | None:
         if not named:
             return None
-        return Images(named, key, self._processor, self._model.config, labelled=self._arguments.labelled, most=most)
+        labelled, max_pixels = self._arguments.labelled, self._arguments.max_pixels
+        config, processor = self._model.config, self._processor
+        return Images(named, key, processor, config, labelled=labelled, most=most, max_pixels=max_pixels)
 
     def _about(self, model: ViTPreTrainedModel) -> dict[str, Any]:
         """What whoever runs the file wants to know: the labels' names, how pixels are made."""

@@ -100,7 +100,7 @@ def _gradients(loaded: Loaded, arguments: argparse.Namespace) -> None:
 
     model = loaded.model
     if arguments.images:
-        images = _images(loaded, arguments.images)
+        images = _images(loaded, arguments)
     else:
         shape = (RANDOM_IMAGES, model.config.num_channels, *pair(model.config.image_size))
         images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -112,15 +112,15 @@ def _gradients(loaded: Loaded, arguments: argparse.Namespace) -> None:
         print(path)
 
 
-def _images(loaded: Loaded, named: Sequence[str]) -> Tensor:
+def _images(loaded: Loaded, arguments: argparse.Namespace) -> Tensor:
     """All images that are named, as one batch; DataError for a bad one."""
     import torch
 
     from vitscale.inference.images import batches, find_images
 
-    sources = find_images(named, sys.stdin.buffer)
-    threads = World().cores_per_rank
-    read = list(batches(sources, loaded.processor, loaded.model.config.num_channels, 32, threads))
+    sources = find_images(arguments.images, sys.stdin.buffer)
+    processor, channels = loaded.processor, loaded.model.config.num_channels
+    read = list(batches(sources, processor, channels, 32, arguments.world.cores_per_rank, arguments.max_pixels))
     for entry in (entry for batch in read for entry in batch.entries):
         if entry.bad is not None:
             raise DataError(f"--images: {entry.name}: {entry.bad}; leave it out")
@@ -156,10 +156,20 @@ def _labels(given: Sequence[float] | None, model: ViTPreTrainedModel, images: in
 
 
 def _attention(loaded: Loaded, arguments: argparse.Namespace) -> None:
+    from vitscale.inference.images import find_images
     from vitscale.inspection.attention import attention_maps, draw
+    from vitscale.interop.image_arrays import decode
 
+    source, *others = find_images([arguments.attention], sys.stdin.buffer)
+    if others:
+        raise ConfigError(f"--attention {arguments.attention}: is {1 + len(others)} images; name one")
+    try:
+        data = source.read()
+    except DataError as error:
+        raise DataError(f"--attention {source.name}: {error}") from None
     processor = loaded.processor
-    pixel_values = processor(arguments.attention, return_tensors="pt").pixel_values
+    image = decode(data, loaded.model.config.num_channels, source.name, arguments.max_pixels)
+    pixel_values = processor(image, return_tensors="pt", input_data_format="channels_last").pixel_values
     maps = attention_maps(loaded.model, pixel_values)
     path = _folder(arguments.out or ".") / f"{Path(arguments.attention).stem}-attention.png"
     aspect = None if processor.do_center_crop else image.shape[0] / image.shape[1]  # of all of it, maybe squeezed
