@@ -53,6 +53,11 @@ def duration(seconds: float | None) -> str:
     return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
 
 
+def first_sentence(text: str) -> str:
+    """Of what a library says of an error, which may be a page."""
+    return text.strip().partition("\n")[0].partition(". ")[0].rstrip(": ")
+
+
 def printable(text: str) -> str:
     """Text for a terminal or a table: line ends, control characters and bytes that are no text as escapes."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

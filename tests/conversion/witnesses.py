@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from vitscale.config.model_rules import pair
 from vitscale.files.model_folder import CONFIG, read_json
-from vitscale.interop.vision_transformer import mlp_ratio, tables_of
+from vitscale.interop.pretrained import prefix_of
+from vitscale.interop.timm_names import timm_name
+from vitscale.interop.vision_transformer import mlp_ratio
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration_mae import ViTMAEConfig
 from vitscale.models.mae import ViTMAEForPreTraining
@@ -140,7 +142,9 @@ def by_mae(path: Path, model: ViTPreTrainedModel) -> Witness:
             global_pool="avg" if config.fc_norm else "token",
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
         )
-    opened.load_state_dict(tensors | _whole(tensors, tables_of(model)))
+    prefix = prefix_of(model)
+    tables = {str(timm_name(prefix + name)): table for name, table in fixed_positions(model).items()}
+    opened.load_state_dict(tensors | _whole(tensors, tables))
     opened.eval()
 
     @torch.no_grad()

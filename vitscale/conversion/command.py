@@ -20,10 +20,9 @@ _FROM = "a folder of ours, of transformers or of timm, a run's folder, a hub nam
 _TAKE = "which set of weights of a file that has several, such as teacher or student"
 _OPEN = "for a file of weights, what it does not say: num_attention_heads=6 or image_size=224,192"
 _CHECK = "TO is there only if it gives, read again, the outputs of FROM on random images."
-Verb = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 
 
-def register(verb: Verb) -> None:
+def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added = verb("convert", _convert, "a model's weights into transformers', timm's or MAE's files, and back")
     added.epilog = _CHECK
     added.add_argument("source", metavar="FROM", help=_FROM)

@@ -18,14 +18,11 @@ from vitscale.config.model_rules import pair
 from vitscale.conversion import mae, timm
 from vitscale.errors import CheckpointError, ConfigError, VitscaleError
 from vitscale.files.atomic import replaced
-from vitscale.files.model_folder import PROCESSOR
 from vitscale.interop.loading import open_model
-from vitscale.interop.pretrained import write_model
+from vitscale.interop.pretrained import save_pretrained
 from vitscale.interop.vision_transformer import Opened
-from vitscale.interop.weight_files import MAX_SHARD_SIZE
 from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.multitask import ViTForMultitaskPreTraining
-from vitscale.models.positions import fixed_positions
 from vitscale.models.simmim import ViTForMaskedImageModeling
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 from vitscale.text import listed
@@ -149,10 +146,7 @@ def _write_hf(folder: Path, opened: Opened) -> tuple[list[str], list[str]]:
 
 
 def _write_vitscale(folder: Path, opened: Opened) -> tuple[list[str], list[str]]:
-    model = opened.model
-    tensors = {**model.state_dict(), **fixed_positions(model)}
-    others = {PROCESSOR: opened.processor.to_dict()}
-    write_model(folder, type(model).__name__, model.config, tensors, MAX_SHARD_SIZE, others)
+    save_pretrained(opened.model, folder, processor=opened.processor)
     return [], []
 
 

@@ -16,6 +16,7 @@ from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration_mae import ViTMAEConfig
 from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.vit import ViTPreTrainedModel
+from vitscale.text import first_sentence
 
 # Config key -> the values that MAE's code has.
 _MAE_HAS: dict[str, tuple[Any, ...]] = {
@@ -45,7 +46,7 @@ def write_mae(path: Path, opened: Opened) -> tuple[list[str], list[str]]:
     try:
         torch.save({"model": tensors, WRITTEN: written}, path)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: cannot be written: {error}") from None
+        raise CheckpointError(f"{path}: cannot be written: {first_sentence(str(error))}") from None
     eps = config.layer_norm_eps
     return left_out, [] if eps == EPS else [f"layer_norm_eps={eps} became {EPS}: MAE's code has no other"]
 

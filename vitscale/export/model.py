@@ -21,11 +21,9 @@ from vitscale.export.served import Served, trace
 from vitscale.files.atomic import staged
 from vitscale.files.model_folder import CONFIG, PROCESSOR
 from vitscale.inference.model import load
-from vitscale.interop.pretrained import load_model, write_model
-from vitscale.interop.weight_files import MAX_SHARD_SIZE
+from vitscale.interop.pretrained import load_model, save_pretrained
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.losses import problem_type
-from vitscale.models.positions import fixed_positions
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 
 MOST_CALIBRATION = 256  # images; more change the ranges little
@@ -95,10 +93,7 @@ class Export:
         return self._calibration or self._named(self._arguments.images, "--images", MOST_CALIBRATION)
 
     def _save(self, model: ViTPreTrainedModel, target: Path) -> None:
-        tensors = {**model.state_dict(), **fixed_positions(model)}
-        write_model(
-            target, type(model).__name__, model.config, tensors, MAX_SHARD_SIZE, {PROCESSOR: self._processor.to_dict()}
-        )
+        save_pretrained(model, target, processor=self._processor)
         again = self._served(load_model(target))
         name = "folder" if isinstance(model, (ViTModel, ViTForImageClassification)) else "folder, its decoder too"
         self._variants.append(Variant(name, _runner(again), _bytes(target), is_exact=True))

@@ -15,12 +15,11 @@ from PIL import Image
 
 from vitscale.config.typed import is_finite
 from vitscale.errors import CheckpointError, ConfigError, DataError
-from vitscale.files.model_folder import as_text, read_json, write_json
+from vitscale.files.model_folder import PROCESSOR, as_text, read_json, write_json
 from vitscale.files.sources import HUB_OPTIONS, locate
 from vitscale.interop.image_arrays import MAX_PIXELS, as_array, flatten
 from vitscale.text import did_you_mean
 
-PROCESSOR = "preprocessor_config.json"
 RESAMPLE = {filter.name.lower(): filter for filter in Image.Resampling}
 # What transformers 3 to 5 call this processor on disk.
 TYPES = ("ViTImageProcessor", "ViTImageProcessorFast", "ViTImageProcessorPil", "ViTFeatureExtractor")

@@ -79,7 +79,7 @@ def save_model(
     tensors = {name: torch.as_tensor(value).detach().cpu() for name, value in state.items()}
     require_equal(shapes(model.state_dict()), shapes(tensors), f"the state of {class_name}")
     processor = processor_dict(config, image_mean, image_std, crop)
-    write_model(folder, class_name, config, tensors | fixed_positions(model), max_shard_size, {PROCESSOR: processor})
+    _write_model(folder, class_name, config, tensors | fixed_positions(model), max_shard_size, processor)
 
 
 def processor_dict(
@@ -109,28 +109,34 @@ def processor_dict(
     ).to_dict()
 
 
-def save_pretrained(model: ViTPreTrainedModel, folder: str | Path, max_shard_size: int | str) -> None:
-    """Write a model's config and weights, as transformers does, without a processor."""
+def save_pretrained(
+    model: ViTPreTrainedModel,
+    folder: str | Path,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    processor: ViTImageProcessor | None = None,
+) -> None:
+    """Write a model's config and weights, as transformers does, and its processor where one is given."""
     tensors = {name: value.detach().cpu() for name, value in model.state_dict().items()} | fixed_positions(model)
-    write_model(folder, type(model).__name__, model.config, tensors, max_shard_size)
+    content = None if processor is None else processor.to_dict()
+    _write_model(folder, type(model).__name__, model.config, tensors, max_shard_size, content)
 
 
-def write_model(
+def _write_model(
     folder: str | Path,
     class_name: str,
     config: ViTConfig,
     tensors: Mapping[str, Tensor],
     max_shard_size: int | str,
-    others: Mapping[str, dict[str, Any]] | None = None,
+    processor: dict[str, Any] | None,
 ) -> None:
-    """Write config and tensors (all that the class has, by our names), and `others`: small JSON files by name."""
+    """Write config, tensors (all that the class has, by our names) and the content of preprocessor_config.json."""
     on_disk: dict[str, Tensor] = {}
     for ours, names in places(tensors):
         parts = tensors[ours].chunk(len(names))
         on_disk |= {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     content = {"architectures": [class_name], **config.content(), "dtype": dtype}
-    texts = {name: as_text(each) for name, each in {CONFIG: content, **(others or {})}.items()}
+    texts = {CONFIG: as_text(content)} | ({} if processor is None else {PROCESSOR: as_text(processor)})
     write_folder(Path(folder), texts, on_disk, max_shard_size)
 
 

@@ -42,12 +42,6 @@ class Opened:
     notes: list[str] = field(default_factory=list)  # what the files do not say, or was said otherwise
 
 
-def tables_of(model: ViTPreTrainedModel) -> dict[str, Tensor]:
-    """A model's fixed positions by timm's and MAE's names."""
-    prefix = prefix_of(model)
-    return {str(timm_name(prefix + name)): table for name, table in fixed_positions(model).items()}
-
-
 def state_of(model: ViTPreTrainedModel) -> dict[str, Tensor]:
     """Every tensor of a model, fixed positions too, an encoder's under `vit.` whatever the class.
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.files.atomic import flush_to_disk, staged
 from vitscale.files.model_folder import INDEX, KINDS, PICKLE, WEIGHTS, as_text, is_weights, shards_of, weight_map
+from vitscale.text import first_sentence
 
 MAX_SHARD_SIZE = "50GB"  # transformers' default
 SAVE_STATE = "save model.state_dict() with torch.save, and name that file"
@@ -188,7 +189,7 @@ def _read_pickle(path: Path) -> Any:
                 ) from None
             inert[name] = type(name, (Inert,), {})
         except Exception as error:  # on a damaged file it raises nearly anything
-            reason = _first_sentence(f"{type(error).__name__}: {error}")
+            reason = first_sentence(f"{type(error).__name__}: {error}")
             raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle: {reason}; it {_CUT}") from None
         else:
             if isinstance(content, Inert):
@@ -217,13 +218,9 @@ def _refused_name(error: UnpicklingError, path: Path) -> str:
             f"{path}: its tensors are sharded (DTensor of FSDP2); gather them before saving: "
             "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True"
         ) from None
-    reason = _first_sentence(str(error).rpartition("WeightsUnpickler error:")[2])
+    reason = first_sentence(str(error).rpartition("WeightsUnpickler error:")[2])
     remedy = f"it {_CUT}" if "Unsupported operand" in reason else SAVE_STATE
     raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle: {reason}; {remedy}") from None
-
-
-def _first_sentence(text: str) -> str:
-    return text.strip().partition("\n")[0].partition(". ")[0].rstrip(": ")
 
 
 def _what_else(path: Path, start: bytes) -> str | None:
