@@ -44,7 +44,7 @@ EPS = 1e-6  # of every layer norm in MAE, DINO, DINOv2, SimMIM and timm
 _EPS_OF_ROTARY, _EPS_OF_TRANSFORMERS = 1e-5, 1e-12  # DINOv3's; ViTConfig's in transformers
 # Heads by width, of the models that MAE, DeiT, DINO and DINOv2 published; DINOv3's heads are told by its positions.
 _HEADS, _DECODER_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}, {512: 16}
-_USUAL_SIZE = 224  # pixels, where a model has no positions that tell
+_DEFAULT_SIZE = 224  # pixels, where a model has no positions that tell
 # What a file may leave open, and a caller may say.
 _KEYS_OF_ENCODER = ("num_attention_heads", "image_size", "layer_norm_eps")
 KEYS = (*_KEYS_OF_ENCODER, "decoder_num_attention_heads", "norm_pix_loss")
@@ -127,7 +127,7 @@ def _declared(content: Mapping[Any, Any]) -> dict[str, Any]:
 
 @dataclass
 class _Keys:
-    """The config of tensors by timm's names: what they tell, what was given, what is usual (then a note)."""
+    """The config of tensors by timm's names: what they tell, what was given, what published ones have (then a note)."""
 
     tensors: dict[str, Tensor]
     given: Mapping[str, Any]
@@ -140,9 +140,9 @@ class _Keys:
         keys = sizes(self.tensors)
         width, patch = keys["hidden_size"], pair(keys["patch_size"])
         patches = self._patches(keys)
-        usual = {**_HEADS, **({width: width // head_width} if head_width else {})}
+        heads = {**_HEADS, **({width: width // head_width} if head_width else {})}
         keys |= {
-            "num_attention_heads": self._heads("num_attention_heads", width, usual),
+            "num_attention_heads": self._heads("num_attention_heads", width, heads),
             "layer_norm_eps": self._eps(theta),
             "image_size": self._image_size(patches, patch),
             "rope_theta": theta,
@@ -183,16 +183,16 @@ class _Keys:
         counts = [positions.shape[1] - front for front in dict.fromkeys((cls, 0, cls + registers))]
         return next((count for count in counts if math.isqrt(count) ** 2 == count), counts[0])
 
-    def _heads(self, key: str, width: int, usual: Mapping[int, int]) -> int:
+    def _heads(self, key: str, width: int, heads: Mapping[int, int]) -> int:
         if key in self.given:
             return self.given[key]
-        if width not in usual:
-            widths = listed(sorted(usual))
+        if width not in heads:
+            widths = listed(sorted(heads))
             raise ConfigError(
                 f"{key}: {self.where} does not say, and its width {width} is none of the published models' ({widths}); "
                 f"give {key}=N to from_pretrained, or to `vitscale convert`, whose folder opens everywhere"
             )
-        return usual[width]
+        return heads[width]
 
     def _eps(self, theta: float | None) -> float:
         if "layer_norm_eps" in self.given:
@@ -207,7 +207,7 @@ class _Keys:
         if "image_size" in self.given:
             return self.given["image_size"]
         if patches is None:
-            size = tuple(_USUAL_SIZE // side * side for side in patch)
+            size = tuple(_DEFAULT_SIZE // side * side for side in patch)
             self.notes.append(f"image_size: no positions tell it; {size[0]}x{size[1]}, give image_size=H,W for another")
             return size
         side = math.isqrt(patches)

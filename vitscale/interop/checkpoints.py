@@ -67,8 +67,8 @@ def unwrap(content: Mapping[Any, Any], where: str, take: str | None = None) -> C
         notes.append(f"the weights lie under {'.'.join(chosen.keys)!r}")
     if chosen.prefix:
         notes.append(f"the prefix {chosen.prefix!r} is taken off {len(chosen.tensors)} names")
-    if chosen.beside:
-        notes.append(f"not used, beside the model: {listed(chosen.beside)}")
+    if chosen.extra:
+        notes.append(f"not used, beside the model: {listed(chosen.extra)}")
     if any(tensor.numel() == 0 for name, tensor in chosen.tensors.items() if name.endswith((TIMM_ANCHOR, HF_ANCHOR))):
         raise CheckpointError(
             f"{where}: its tensors are empty, as DeepSpeed's ZeRO-3 leaves them; run the zero_to_fp32.py that lies "
@@ -103,7 +103,7 @@ class _Set:
     keys: tuple[str, ...]  # of the mappings that it lies in
     prefix: str
     tensors: dict[str, Tensor]
-    beside: list[str]  # names of tensors that lie beside it in the same mapping
+    extra: list[str]  # names of other tensors in the same mapping
 
     @property
     def words(self) -> list[str]:
@@ -116,8 +116,8 @@ def _named(sets: list[_Set]) -> dict[str, _Set]:
     named: dict[str, _Set] = {}
     for each in sets:
         others = {word for other in sets if other is not each for word in other.words}
-        own = sorted((word for word in each.words if word not in others), key=_WRAPPERS.__contains__)
-        name = next(iter(own), ".".join(each.words) or "model")
+        unique = sorted((word for word in each.words if word not in others), key=_WRAPPERS.__contains__)
+        name = next(iter(unique), ".".join(each.words) or "model")
         named[name if name not in named else f"{name} again"] = each
     return named
 
@@ -144,14 +144,14 @@ def _sets(keys: tuple[str, ...], tensors: dict[str, Tensor]) -> list[_Set]:
     encoders = []
     # The longest first: what lies under "ema." is not of the model that has no prefix.
     for prefix in sorted(prefixes, key=len, reverse=True):
-        own = {name.removeprefix(prefix): rest.pop(name) for name in list(rest) if name.startswith(prefix)}
+        encoder = {name.removeprefix(prefix): rest.pop(name) for name in list(rest) if name.startswith(prefix)}
         outer = prefix.removesuffix("encoder.")
         if prefix.endswith("encoder.") and f"{outer}decoder.0.weight" in rest:  # SimMIM: the decoder lies outside
-            own |= {
+            encoder |= {
                 name: rest.pop(outer + name) for name in ("decoder.0.weight", "decoder.0.bias") if outer + name in rest
             }
-        encoders.append((prefix, own))
-    return [_Set(keys, prefix, own, sorted(rest)) for prefix, own in reversed(encoders)]
+        encoders.append((prefix, encoder))
+    return [_Set(keys, prefix, encoder, sorted(rest)) for prefix, encoder in reversed(encoders)]
 
 
 def _prefix(name: str) -> str | None:

@@ -116,9 +116,9 @@ def _npy(data: bytes, channels: int, name: str, max_pixels: int) -> np.ndarray:
         raise DataError(f"{name}: cannot be read as .npy: its header is broken") from None
     if len(shape) not in (2, 3) or min(shape) < 0 or dtype.kind not in "buif":
         raise DataError(f"{name}: holds {dtype} of shape {shape}, not one image of numbers")
-    start, wanted = stream.tell(), math.prod(shape) * dtype.itemsize
-    if len(data) - start < wanted:
-        raise DataError(f"{name}: is cut: {len(data) - start} of {wanted} bytes of pixels are there")
+    start, needed = stream.tell(), math.prod(shape) * dtype.itemsize
+    if len(data) - start < needed:
+        raise DataError(f"{name}: is cut: {len(data) - start} of {needed} bytes of pixels are there")
     flat = np.frombuffer(data, dtype, math.prod(shape), start)
     array = _channels_last(flat.reshape(shape, order="F" if columns_first else "C"), channels, None)
     if array.shape[0] * array.shape[1] > max_pixels:

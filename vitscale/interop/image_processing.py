@@ -200,8 +200,8 @@ class ViTImageProcessor:
         """This processor with other options; checked again, since fields may have been set by hand."""
         names = [field.name for field in fields(self)]
         for name in options.keys() - set(names):
-            near = did_you_mean(name, names) or f"; it has {', '.join(names)}"
-            raise ConfigError(f"{name}: is no option of {type(self).__name__}{near}")
+            hint = did_you_mean(name, names) or f"; it has {', '.join(names)}"
+            raise ConfigError(f"{name}: is no option of {type(self).__name__}{hint}")
         return replace(self, **{name: value for name, value in options.items() if value is not None or name in _FLAGS})
 
     def _process(self, image: Any, input_data_format: str | None) -> np.ndarray:
@@ -209,14 +209,14 @@ class ViTImageProcessor:
         channels = self.num_channels
         to_rgb = channels == 3 if self.do_convert_rgb is None else self.do_convert_rgb
         whole = as_array(image, channels, to_rgb, input_data_format)
-        height, width, own = _shape(whole)
-        if 0 in (height, width, own):
-            raise DataError(f"an image of {height}x{width} pixels, {own} channels is empty")
-        if channels not in (None, own):
-            convert = "pass do_convert_rgb=True, " if channels == 3 and own in (1, 4) else ""
+        height, width, bands = _shape(whole)
+        if 0 in (height, width, bands):
+            raise DataError(f"an image of {height}x{width} pixels, {bands} channels is empty")
+        if channels not in (None, bands):
+            convert = "pass do_convert_rgb=True, " if channels == 3 and bands in (1, 4) else ""
             raise DataError(
-                f"an image of {own} channels: the model's are {channels}, as image_mean has; give images of "
-                f"{channels}, {convert}or use a model of num_channels={own}"
+                f"an image of {bands} channels: the model's are {channels}, as image_mean has; give images of "
+                f"{channels}, {convert}or use a model of num_channels={bands}"
             )
         has_fractions = isinstance(whole, np.ndarray) and whole.dtype.kind == "f" and bool(whole.max() <= 1)
         if self.do_rescale and self.rescale_factor < 1 and has_fractions:
@@ -371,5 +371,5 @@ def processor_file(source: str | Path, where: dict[str, Any]) -> Path:
     try:
         return locate(source, only=PROCESSOR, **where) / PROCESSOR
     except CheckpointError as error:
-        way_out = "ViTImageProcessor(size=..., image_mean=..., image_std=...).save_pretrained(folder) makes one"
-        raise CheckpointError(f"{error}; {way_out}" if path.is_dir() else str(error)) from None
+        hint = "ViTImageProcessor(size=..., image_mean=..., image_std=...).save_pretrained(folder) makes one"
+        raise CheckpointError(f"{error}; {hint}" if path.is_dir() else str(error)) from None

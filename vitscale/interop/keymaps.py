@@ -68,18 +68,18 @@ def ours_from_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         part = next((part for part in _PARTS if part in name), None)
         rows = [named.get(name.replace(part, each)) for each in _PARTS] if part else []
         parts = [each for each in rows if each is not None and each.shape == tensor.shape]
-        own = name
+        renamed = name
         for new, old in _RENAMES:
-            own = own.replace(old, new, 1)
+            renamed = renamed.replace(old, new, 1)
         if len(parts) != len(_PARTS):
-            ours[prefix + own] = tensor
+            ours[prefix + renamed] = tensor
         elif part == _PARTS[0]:
-            ours[prefix + own.replace(part, _QKV)] = torch.cat(parts)
+            ours[prefix + renamed.replace(part, _QKV)] = torch.cat(parts)
     return ours
 
 
 def canonical(name: str) -> str:
     """A name found on disk as the tables above have it."""
-    for alias, usual in _ALIASES:
-        name = alias.sub(usual, name, count=1)
+    for alias, standard in _ALIASES:
+        name = alias.sub(standard, name, count=1)
     return name

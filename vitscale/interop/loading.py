@@ -169,8 +169,8 @@ def load_pretrained(
     report = _fit(model, tensors, saved, str(source), ignore_mismatched_sizes)
     to_stderr(*(f"{source}: {note}" for note in saved.notes))
     to_stderr(*(f"{source}, as a {model_class.__name__}: {line}" for line in report.lines()))
-    kept = next(iter(saved.state.values())).dtype
-    return model.to(_dtype(dtype, kept)).eval(), report
+    saved_dtype = next(iter(saved.state.values())).dtype
+    return model.to(_dtype(dtype, saved_dtype)).eval(), report
 
 
 @torch.no_grad()
@@ -187,23 +187,23 @@ def start_from(
     to_stderr(*(f"{source}: {note}" for note in saved.notes))
     tensors, adapted = _from_encoder(saved), []
     for name in (_PROJECTION, *_POSITIONS) if adapt else ():
-        made, how = _adapted(name, tensors[name], saved.config, model.config) if name in tensors else (None, "")
-        if made is not None:
-            tensors[name] = made
+        fitted, how = _adapted(name, tensors[name], saved.config, model.config) if name in tensors else (None, "")
+        if fitted is not None:
+            tensors[name] = fitted
             adapted.append(f"{name} {how}")
     parameters = dict(model.named_parameters())
-    taken = {name for name, value in parameters.items() if name in tensors and tensors[name].shape == value.shape}
+    loaded = {name for name, value in parameters.items() if name in tensors and tensors[name].shape == value.shape}
     encoder = {name: value for name, value in parameters.items() if name.startswith(ENCODER)}
     encoder.pop(f"{ENCODER}embeddings.mask_token", None)
     named = {name: tensors[name] for name in encoder if name in tensors}
     hint = _differing(saved.config, model.config)
     require_equal(shapes(encoder), shapes(named), str(source), hint)
     if not adapt and (grids := _grids(saved.config, model.config, "instead of")):
-        refuse(str(source), other=[f"{name} {grids}" for name in _POSITIONS if name in taken], hint=hint)
-    for name in taken:
+        refuse(str(source), other=[f"{name} {grids}" for name in _POSITIONS if name in loaded], hint=hint)
+    for name in loaded:
         parameters[name].copy_(tensors[name])
-    unused = _unused(model, tensors, taken, saved)
-    return LoadReport(fresh=sorted(parameters.keys() - taken), unused=unused, adapted=adapted)
+    unused = _unused(model, tensors, loaded, saved)
+    return LoadReport(fresh=sorted(parameters.keys() - loaded), unused=unused, adapted=adapted)
 
 
 def keys_for_files(config: ViTConfig | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,10 +245,10 @@ def _fit(
     for name, parameter in model.named_parameters():
         full = prefix + name
         value = tensors.get(full)
-        made, how = (None, "") if value is None else _adapted(full, value, saved.config, model.config)
-        if made is not None and made.shape == parameter.shape:
+        fitted, how = (None, "") if value is None else _adapted(full, value, saved.config, model.config)
+        if fitted is not None and fitted.shape == parameter.shape:
             report.adapted.append(f"{name} {how}")
-            value = made
+            value = fitted
         if value is None:
             optional = not full.startswith(ENCODER) or full.removeprefix(ENCODER) in _OPTIONAL
             (fresh if optional else missing).append(name)
@@ -260,7 +260,7 @@ def _fit(
     of_encoder = [text for name, text in other.items() if name not in head]
     refuse(source, missing=missing, other=of_encoder, hint=_differing(saved.config, model.config))
     if head and not ignore_mismatched_sizes:
-        raise CheckpointError(_way_out(source, saved.config, model.config, [other[name] for name in head]))
+        raise CheckpointError(_head_mismatch(source, saved.config, model.config, [other[name] for name in head]))
     report.fresh.extend(sorted(fresh + head))
     report.mismatched.extend(other[name] for name in sorted(head))
     report.unused.extend(_unused(model, tensors, {prefix + name for name in values}, saved))
@@ -287,8 +287,8 @@ def _grids(config: ViTConfig, target: ViTConfig, between: str) -> str:
     return "" if config.grid == target.grid else f"{rows}x{columns} {between} {new_rows}x{new_columns} patches"
 
 
-def _unused(model: nn.Module, tensors: dict[str, Tensor], taken: set[str], saved: SavedModel) -> list[str]:
-    unused = tensors.keys() - taken
+def _unused(model: nn.Module, tensors: dict[str, Tensor], loaded: set[str], saved: SavedModel) -> list[str]:
+    unused = tensors.keys() - loaded
     if saved.config.position_embeddings == "sincos":  # computed, wherever there are any
         prefix = prefix_of(model)
         unused -= {prefix + name for name in fixed_positions(model)}
@@ -302,20 +302,20 @@ def _differing(config: ViTConfig, target: ViTConfig) -> str:
     return f"its config has {', '.join(different[:4])}: ask for the same" if different else ""
 
 
-def _way_out(source: str, config: ViTConfig, target: ViTConfig, other: list[str]) -> str:
-    way = "pass ignore_mismatched_sizes=True for a new head, to be trained"
+def _head_mismatch(source: str, config: ViTConfig, target: ViTConfig, other: list[str]) -> str:
+    hint = "pass ignore_mismatched_sizes=True for a new head, to be trained"
     if config.num_labels != target.num_labels:
         return (
             f"{source}: its classifier has num_labels={config.num_labels}, and {target.num_labels} are asked for: "
-            f"{way}, or leave num_labels and id2label out"
+            f"{hint}, or leave num_labels and id2label out"
         )
-    return f"{source}: tensors of another shape: {listed(other)}; {way}, or leave out what changes them"
+    return f"{source}: tensors of another shape: {listed(other)}; {hint}, or leave out what changes them"
 
 
-def _dtype(requested: str | torch.dtype | None, kept: torch.dtype) -> torch.dtype:
+def _dtype(requested: str | torch.dtype | None, saved: torch.dtype) -> torch.dtype:
     """None: float32; "auto": as in the folder; else torch's, or its name."""
     if requested is None or requested == "auto":
-        return torch.float32 if requested is None else kept
+        return torch.float32 if requested is None else saved
     dtype = getattr(torch, requested, None) if isinstance(requested, str) else requested
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(f"dtype={requested!r}: must be None (float32), auto (the folder's) or a floating dtype")

@@ -68,21 +68,21 @@ def read_timm(folder: Path, take: str | None = None) -> Opened:
 
 def _opened(folder: Path, content: dict[str, Any], take: str | None) -> Opened:
     """ConfigError for what config.json says."""
-    inputs, arguments = _said(content)
+    inputs, arguments = _declared(content)
     where = f"{folder} ({content['architecture']})"
     checkpoint = unwrap(read_weights(folder), str(folder), take)
-    tensors, taken_over = plain_names({name: tensor.float() for name, tensor in checkpoint.tensors.items()})
+    tensors, conversions = plain_names({name: tensor.float() for name, tensor in checkpoint.tensors.items()})
     pools = arguments["global_pool"] != ""
     model_class: type[ViTPreTrainedModel] = ViTForImageClassification if pools else ViTModel
     config, notes = _config(arguments, inputs, content, tensors, where)
     require_consistent(arguments, arguments_for(config)[1], config, tensors)
     tensors = fold_positions(tensors, config, where)
     processor, more = processor_of(inputs, config)
-    notes = [*checkpoint.notes, *taken_over, *notes, *more]
+    notes = [*checkpoint.notes, *conversions, *notes, *more]
     return Opened("timm", build(model_class, config, tensors, where), processor, len(checkpoint.tensors), notes)
 
 
-def _said(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _declared(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """pretrained_cfg, and the arguments of the model."""
     architecture, model_args = content["architecture"], content.get("model_args") or {}
     inputs = {key: value for key, value in content.items() if key not in ("architecture", "num_features")}

@@ -68,14 +68,14 @@ _RULES: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
     },
 }
 # Arguments that the tensors tell too (_COMPARED), that timm.py reads, or that a trained model does not feel.
-_TOLD = {
+_COMMON = {
     "img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias",
     "qk_norm", "init_values", "class_token", "no_embed_class", "dynamic_img_size", "drop_rate", "pos_drop_rate",
     "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate",
 }  # fmt: skip
 _KNOWN = {
-    VIT: _TOLD | {"reg_tokens", "fc_norm", "pos_embed", "weight_init", "fix_init"},
-    EVA: _TOLD | {
+    VIT: _COMMON | {"reg_tokens", "fc_norm", "pos_embed", "weight_init", "fix_init"},
+    EVA: _COMMON | {
         "num_reg_tokens", "use_fc_norm", "use_post_transformer_norm", "use_abs_pos_emb", "swiglu_mlp",
         "swiglu_align_to", "rope_temperature", "rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords",
         "ref_feat_shape", "attn_pool_num_heads", "attn_pool_mlp_ratio", "head_init_scale",
@@ -94,10 +94,10 @@ def arguments_of(architecture: str, model_args: dict[str, Any], under: dict[str,
     lie over. ConfigError for a name that is not known here and for arguments that no ViTConfig can
     express, each with its reason.
     """
-    own = ARCHITECTURES.get(architecture)
-    if own is None:
+    table = ARCHITECTURES.get(architecture)
+    if table is None:
         raise ConfigError(f"architecture={architecture!r}: is none of timm 1.0's plain ViTs (vit_*, deit*, eva*)")
-    arguments = {**_DEFAULTS[own["class"]], **(under or {}), **own, **model_args}
+    arguments = {**_DEFAULTS[table["class"]], **(under or {}), **table, **model_args}
     reasons = _refused(arguments["class"], arguments, model_args)
     if reasons:
         raise ConfigError(f"architecture={architecture!r}: no ViTConfig can express {'; '.join(reasons)}")

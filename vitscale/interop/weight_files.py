@@ -123,21 +123,21 @@ def read_weights(folder: Path) -> dict[str, Any]:
     CheckpointError if a file is missing, cut, or refused by `read_file`; and if an index names other files than
     those beside it, or other tensors than they hold.
     """
-    found = next((folder / kind for kind in KINDS if (folder / kind).is_file()), None)
-    if found is None:
+    file = next((folder / kind for kind in KINDS if (folder / kind).is_file()), None)
+    if file is None:
         raise CheckpointError(
             f"{folder / WEIGHTS}: no such file; weights are {WEIGHTS} or {PICKLE}, or several with {WEIGHTS + INDEX}"
         )
-    if not found.name.endswith(INDEX):
-        return _mapping(found)
+    if not file.name.endswith(INDEX):
+        return _mapping(file)
     tensors: dict[str, Any] = {}
-    placed = weight_map(found)
-    for shard in shards_of(found):
+    placed = weight_map(file)
+    for shard in shards_of(file):
         if not (folder / shard).is_file():
-            raise CheckpointError(f"{folder / shard}: no such file, and {found.name} names it; fetch the folder whole")
+            raise CheckpointError(f"{folder / shard}: no such file, and {file.name} names it; fetch the folder whole")
         part = _mapping(folder / shard)
-        if part.keys() != {name for name, file in placed.items() if file == shard}:
-            raise CheckpointError(f"{folder / shard}: holds other tensors than {found.name} says; fetch both again")
+        if part.keys() != {name for name, each in placed.items() if each == shard}:
+            raise CheckpointError(f"{folder / shard}: holds other tensors than {file.name} says; fetch both again")
         tensors |= part
     return tensors
 
