@@ -365,7 +365,7 @@ def test_folders_that_are_no_finished_run(
 ) -> None:
     assert "model/" in refused(capsys, "evaluate", run[0])
     for verb in ("evaluate", "sync"):
-        assert "nowhere" in refused(capsys, verb, tmp_path / "nowhere")
+        assert "nowhere: is no run folder" in refused(capsys, verb, tmp_path / "nowhere")
     main(["export", str(run[0])])
     capsys.readouterr()
     assert "'shards/*.tar'" in refused(capsys, "evaluate", run[0])

@@ -59,3 +59,9 @@ def test_write_atomically_leaves_one_file(tmp_path: Path) -> None:
         write_atomically(tmp_path / "folder" / "file", text)
     assert (tmp_path / "folder" / "file").read_text() == "two"
     assert len(list((tmp_path / "folder").iterdir())) == 1
+
+
+@pytest.mark.parametrize(("run_dir", "name", "key"), [("", "ä" * 130, "run.name"), ("d" * 300, "run", "run.dir")])
+def test_a_name_that_is_too_long(tmp_path: Path, run_dir: str, name: str, key: str) -> None:
+    with pytest.raises(LaunchError, match=rf"^{key}=.* too long"), RunFolder.at(str(tmp_path / run_dir), name).locked():
+        pass

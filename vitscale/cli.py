@@ -86,7 +86,7 @@ def _index(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     if not out.parent.is_dir():  # an error now, not after all shards were read
         raise VitscaleError(f"--out {out}: there is no folder {out.parent}; make it or name another")
-    paths = expand(tuple(Source(pattern) for pattern in arguments.patterns))
+    paths = expand(tuple(Source(os.path.expanduser(pattern)) for pattern in arguments.patterns))
     index = build_index(paths, label=arguments.label, fallback_folders=(os.path.abspath(out.parent),))
     try:
         index.save(out)
@@ -121,9 +121,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _stop(arguments: argparse.Namespace) -> int:
-    folder = RunFolder(Path(arguments.run))
-    if not folder.config.exists():
-        raise VitscaleError(f"{arguments.run}: is no run folder (no config.yaml in it); name the folder RUN_DIR/NAME")
+    folder = _run_folder(arguments)
     try:
         with folder.locked(shared=True):
             raise VitscaleError(
@@ -140,9 +138,16 @@ def _sync(arguments: argparse.Namespace) -> int:
     from vitscale.config.load import load_config
     from vitscale.tracking.tracker import sync
 
-    folder = RunFolder(Path(arguments.run))
+    folder = _run_folder(arguments)
     config = load_config(folder.config)
     return DONE if sync(folder.path, config) else 1
+
+
+def _run_folder(arguments: argparse.Namespace) -> RunFolder:
+    folder = RunFolder(Path(arguments.run))
+    if not folder.config.exists():
+        raise VitscaleError(f"{arguments.run}: is no run folder (no config.yaml in it); name the folder RUN_DIR/NAME")
+    return folder
 
 
 def _export_run(source: Path, out: Path | None) -> Path:

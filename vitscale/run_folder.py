@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -97,6 +98,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             stream = open(self.lock, "a+", encoding="utf-8")  # noqa: SIM115 - closed below
         except OSError as error:
+            if error.errno == errno.ENAMETOOLONG and os.path.isdir(self.path.parent):
+                raise LaunchError(f"run.name={self.path.name!r}: is too long for a folder's name; shorten it") from None
             raise LaunchError(
                 f"run.dir={str(self.path.parent)!r}: cannot be written ({error}); name a folder of your own"
             ) from None

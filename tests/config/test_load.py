@@ -236,6 +236,18 @@ def test_one_pattern_as_it_was_written(write: Any, text: str) -> None:
     assert config.data.train == config.evaluation.test == (Source(text),)
 
 
+def test_a_path_may_start_at_home(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    path = write("data: {index: ~/i.json, validation: [~/v.tar, {pattern: ~/w.tar}]}")
+    overrides = ["run.dir=~/runs", "data.train=~/{0,1}.tar", "model.init_from=~/m", "run.name=~"]
+    config = load_config(path, [*overrides, "evaluation.test=a~.tar"])
+    assert (config.run.dir, config.run.name, config.model.init_from) == ("/home/me/runs", "~", "/home/me/m")
+    assert config.data.index == "/home/me/i.json"
+    assert config.data.train == (Source("/home/me/{0,1}.tar"),)
+    assert config.data.validation == (Source("/home/me/v.tar"), Source("/home/me/w.tar"))
+    assert config.evaluation.test == (Source("a~.tar"),)
+
+
 def test_null_is_null_where_the_schema_has_it(write: Any) -> None:
     path = write("data: {index: i.json}\nmodel: {init_from: x}")
     config = load_config(path, ["data.index=", "model.init_from=null"])

@@ -7,9 +7,10 @@ can say where the value stands.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -30,6 +31,7 @@ _RECORDS = {
     Source: "a list of patterns or {pattern, weight}",
     Step: "a list of names or {name, probability, low, high}",
 }
+_PATHS = ("run.dir", "data.index", "model.init_from", "checkpoint.resume_from")  # beside the patterns of a Source
 # What can only be meant as a list or a mapping, not as a pattern such as [0-9].tar or {a,b}.tar.
 _LISTED = re.compile(r"\s*(\[([^\]]*,|.*\]\s*$)|\{.*: )", re.DOTALL)
 _NO_YAML = (ValueError, RecursionError, yaml.YAMLError)  # bytes that are no text; [[[[[...
@@ -230,7 +232,7 @@ def _flatten(section: type, content: dict[Any, Any], prefix: str, where: str) ->
             raise ConfigError(f"{where}: unknown key {key!r}{_nearest(key)}")
         hint = _hints(section)[name]
         if not _is_section(hint):
-            flat[key] = _typed(hint, value, key, where)
+            flat[key] = _with_home(_typed(hint, value, key, where), key)
         elif isinstance(value, dict):
             flat.update(_flatten(hint, value, f"{key}.", where))
         elif value != "" and value is not None:  # an empty section in YAML: it says nothing
@@ -264,6 +266,15 @@ def _typed(hint: Any, value: Any, key: str, where: str) -> Any:
     except TypeError:
         rule = _RECORDS.get(_item(hint)) or type_name(hint)
         raise ConfigError(f"{where}: {key}={value!r}: must be {rule}, not {kind_of(value)}") from None
+
+
+def _with_home(value: Any, key: str) -> Any:
+    """Paths with ~ written out, which the shell does only where a word starts with it."""
+    if isinstance(value, tuple):
+        return tuple(_with_home(each, key) for each in value)
+    if isinstance(value, Source):
+        return replace(value, pattern=os.path.expanduser(value.pattern))
+    return os.path.expanduser(value) if key in _PATHS and value is not None else value
 
 
 def _as_list(value: Any) -> Any:
