@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from tests.data.makers import photo, write_tar
 from tests.integration.conftest import make_images
 from tests.integration.worlds import Launcher, losses, rows
+from vitscale.conversion.convert import convert
 from vitscale.data.pack import pack
+from vitscale.interop.auto import AutoConfig
 
 KEYS = """\
 run: {{name: tuned, dir: {folder}}}
@@ -294,3 +296,11 @@ def test_a_classifier_of_other_classes(launcher: Launcher, config: Path, shards:
     said = refusal(launcher, str(config), f"model.init_from={tmp_path}/first/model", f"data.train={other}/*.tar")
     assert "its classes are class0, class1, class2, those of the data kind0, kind1, kind2" in said
     assert "start from its encoder alone" in said
+
+
+def test_an_encoder_of_timm(launcher: Launcher, config: Path, encoder: Path, tmp_path: Path) -> None:
+    """Its sizes are written, its classes are not asked for."""
+    convert(encoder, tmp_path / "timm", "timm")
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size")
+    sizes = [f"model.{name}={getattr(AutoConfig.from_pretrained(encoder), name)}" for name in names]
+    launcher.run(["finetune", str(config), f"model.init_from={tmp_path}/timm", "train.steps=1", *sizes])

@@ -216,6 +216,8 @@ def _require_names(config: RunConfig, index: ShardIndex) -> None:
     if not model.init_from or Path(model.init_from).is_file() or model.id2label is None:
         return
     content = read_json(locate(model.init_from) / CONFIG)
+    if "model_type" not in content:  # timm's, as a file of weights
+        return
     before = ViTConfig.of_any_type(content)
     classifies = any("ForImageClassification" in str(name) for name in content.get("architectures") or ())
     if classifies and before.has_class_names and before.num_labels == model.num_labels:
