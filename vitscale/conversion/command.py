@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from vitscale import world
 from vitscale.config.typed import Plain, as_type, type_name
 from vitscale.errors import ConfigError
 from vitscale.run_folder import DONE
@@ -33,7 +32,6 @@ def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    world.enter()
     from vitscale.conversion.convert import convert
 
     options = _options(arguments.overrides)
