@@ -50,7 +50,8 @@ SCORED = ("finetune_", "cifar10_finetune", "pretrain_vit_b_deit3")  # the comman
 
 
 def load(name: str) -> RunConfig:
-    return load_config(FOLDER / name, ["data.validation=/val.tar"] if name.startswith(SCORED) else [])
+    keys = ["data.validation=/val.tar"] if name.startswith(SCORED) else []
+    return load_config(FOLDER / name, [*keys, *(["model.num_labels=1000"] if name.startswith("finetune_vit") else [])])
 
 
 def test_every_config_has_its_ranks_told() -> None:

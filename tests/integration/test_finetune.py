@@ -271,6 +271,8 @@ def test_what_cannot_be_learned_is_a_line(launcher: Launcher, config: Path, enco
     named = shard("named", many, ["a", "b", "c"])
     said = refusal(launcher, base, named, "model.id2label=[x,y,z]")
     assert "model.id2label is x, y, z, and classes.json beside the shards says a, b, c" in said
+    said = refusal(launcher, base, f"data.train={tmp_path}/named/*.tar", "model.num_labels=1000")
+    assert "model.num_labels=1000: classes.json beside the shards names 3 classes" in said
     said = refusal(launcher, base, f"data.train={tmp_path}/range/*.tar", "model.num_labels=3", "model.hidden_size=48")
     assert "of another shape" in said
     assert "train.micro_batch=1 is odd" in refusal(launcher, base, "train.micro_batch=1")

@@ -213,6 +213,11 @@ def _require_names(config: RunConfig, index: ShardIndex) -> None:
             f"model.id2label is {listed(model.id2label)}, and classes.json beside the shards says {listed(names)}: the "
             "labels' numbers would stand for other classes; leave model.id2label out"
         )
+    if names is not None and len(names) != model.num_labels:
+        raise DataError(
+            f"model.num_labels={model.num_labels}: classes.json beside the shards names {len(names)} classes "
+            f"({listed(names)}); leave model.num_labels out, or take classes.json away"
+        )
     if not model.init_from or Path(model.init_from).is_file() or model.id2label is None:
         return
     content = read_json(locate(model.init_from) / CONFIG)

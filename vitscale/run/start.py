@@ -52,7 +52,7 @@ def start(session: Session, model: ViTPreTrainedModel) -> tuple[Checkpoint | Non
         report = start_from(model, config.model.init_from, session.adapts, config.model.init_take)
         session.say(f"start: weights of {config.model.init_from}")
         for what, names in (("new here", report.fresh), ("adapted", report.adapted), ("not used", report.unused)):
-            session.say(f"  {what}: {', '.join(names) or 'nothing'}")
+            session.say(f"  {what}: {listed(names) or 'nothing'}")
     else:
         session.say("start: from scratch")
     return None, TrainState()
