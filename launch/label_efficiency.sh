@@ -30,6 +30,8 @@ rows() { # FRACTION EPOCHS SEEDS: the three ways at a share of the labels
     for seed in $3; do
         tuned scratch "$1" "$seed" "$2" optimizer.layer_decay=1
         tuned mae "$1" "$seed" "$2" model.init_from="$out/mae/model"
+    done
+    for seed in $3; do
         tuned probe "$1" "$seed" "$2" model.init_from="$out/mae/model" train.freeze=-1 optimizer.weight_decay=0 \
             augment.mixup=0 augment.rand_augment=null model.drop_path_rate=0
     done
