@@ -31,9 +31,11 @@ def test_mean_and_cls_of_an_mae_see_every_patch() -> None:
 
 def test_large_pixels_are_averaged_down() -> None:
     values = torch.arange(2 * 3 * 64 * 64, dtype=torch.float32).view(2, 3, 64, 64)
-    small = pixels(values, side=32)["pixels"]
+    small = pixels(values, most=3 * 32 * 32)["pixels"]
     assert small.shape == (2, 3 * 32 * 32)
     assert small[0, 0] == values[0, 0, :2, :2].mean()
+    assert pixels(values)["pixels"].shape == (2, 3 * 18 * 18)
+    assert torch.equal(pixels(values[:, :1, :32, :32])["pixels"], values[:, :1, :32, :32].flatten(1))
 
 
 def test_a_table_gives_back_what_it_was_given_and_leaves_no_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -96,9 +97,10 @@ def of_vit(vit: ViTModel) -> Encode:
     return encode
 
 
-def pixels(pixel_values: Tensor, side: int = 32) -> dict[str, Tensor]:
-    """The pixels themselves, averaged down to at most `side` x `side`: what an encoder has to beat."""
-    height, width = pixel_values.shape[-2:]
+def pixels(pixel_values: Tensor, most: int = 1024) -> dict[str, Tensor]:
+    """The pixels themselves, averaged down to a square of at most `most` numbers: what an encoder has to beat."""
+    channels, height, width = pixel_values.shape[-3:]
+    side = max(1, math.isqrt(most // channels))
     if max(height, width) > side:
         pixel_values = F.adaptive_avg_pool2d(pixel_values, (min(side, height), min(side, width)))
     return {"pixels": pixel_values.flatten(1)}

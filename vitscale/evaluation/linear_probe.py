@@ -79,7 +79,8 @@ def ridge(moments: Moments, strengths: Sequence[float]) -> list[Classifier]:
     targets = 2 * (moments.sums - moments.counts[:, None] * mean).T / deviation[:, None]
     bias = 2 * moments.counts / total - 1
     unit = torch.eye(len(mean), dtype=torch.float64, device=mean.device)
-    solved = [torch.linalg.solve(products + strength * total * unit, targets) for strength in strengths]
+    factors = (torch.linalg.cholesky(products + strength * total * unit) for strength in strengths)
+    solved = [torch.cholesky_solve(targets, factor) for factor in factors]
     return [Classifier(mean, deviation, weights, bias) for weights in solved]
 
 

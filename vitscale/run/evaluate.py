@@ -61,7 +61,7 @@ def evaluate(source: str, world: World, overrides: Sequence[str] = (), out: Path
     folder = RunFolder(Path(source).expanduser())
     is_run = folder.config.exists()
     if not is_run and out is None:
-        raise ConfigError(f"{source}: is no run's folder; say where the scores of a model go by --out FOLDER")
+        raise ConfigError(f"{source}: is no run folder (no config.yaml in it); for a model's scores add --out FOLDER")
     results = RunFolder(out) if out else folder
     results.path.mkdir(parents=True, exist_ok=True)
     subject = _of_run(folder, overrides) if is_run else _of_model(source, overrides)
