@@ -51,7 +51,9 @@ SCORED = ("finetune_", "cifar10_finetune", "pretrain_vit_b_deit3")  # the comman
 
 def load(name: str) -> RunConfig:
     keys = ["data.validation=/val.tar"] if name.startswith(SCORED) else []
-    return load_config(FOLDER / name, [*keys, *(["model.num_labels=1000"] if name.startswith("finetune_vit") else [])])
+    if name.startswith("finetune_vit"):  # what ImageNet and the encoder will say
+        keys += ["model.num_labels=1000", f"model.preset={name[len('finetune_vit_')].upper()}"]
+    return load_config(FOLDER / name, keys)
 
 
 def test_every_config_has_its_ranks_told() -> None:
