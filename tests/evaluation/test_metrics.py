@@ -7,6 +7,8 @@ import pytest
 from scipy.special import softmax
 from sklearn import metrics
 
+from vitscale.config.check import scores_of_validation
+from vitscale.config.schema import Model, Objective, RunConfig
 from vitscale.evaluation.metrics import by_class, scores_of
 
 
@@ -63,3 +65,18 @@ def test_several_labels_and_numbers() -> None:
     assert scores["mae"] == pytest.approx(0.5, rel=1e-5)
     assert scores["r2"] == pytest.approx(metrics.r2_score(values, values + 0.5))
     assert "r2" not in scores_of("regression", values[:1], values[:1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "labels"),
+    [
+        ("single_label_classification", 7, np.arange(30) % 7),
+        ("single_label_classification", 3, np.arange(30) % 3),
+        ("multi_label_classification", 3, (np.arange(90).reshape(30, 3) % 2).astype(np.float32)),
+        ("regression", 2, np.arange(60, dtype=np.float32).reshape(30, 2)),
+    ],
+)
+def test_the_config_knows_the_scores_by_name(kind: str, width: int, labels: np.ndarray) -> None:
+    logits = np.random.default_rng(0).normal(size=(30, width)).astype(np.float32)
+    config = RunConfig(model=Model(num_labels=width, problem_type=kind), objective=Objective(name="classification"))
+    assert set(scores_of_validation(config)) == scores_of(kind, logits, labels).keys()

@@ -280,6 +280,10 @@ def test_what_cannot_be_learned_is_a_line(launcher: Launcher, config: Path, enco
     assert "must be one of brightness" in said
     said = refusal(launcher, base, "train.keep_best=validation/top2", "train.steps=1")
     assert "train.keep_best=validation/top2: must be one of validation/loss, validation/top1" in said
+    one = make_images(tmp_path / "one")
+    shutil.rmtree(one / "class0")
+    shutil.rmtree(one / "class1")
+    assert "class2 is its only class, and a classifier needs two" in refusal(launcher, base, f"data.train={one}")
     said = refusal(launcher, base, "data.validation_fraction=0", "run.name=other")
     assert "train.keep_best=validation/top1: there is nothing to score" in said
     (tmp_path / "empty").mkdir()

@@ -16,6 +16,8 @@ from tests.integration.worlds import Launcher, rows
 from tests.tracking.conftest import Relay, Server, _mlflow_settings, relay, server  # noqa: F401 - fixtures
 from vitscale.run_folder import STOPPED
 
+KNN, SPREAD = "evaluation/knn_trained", "evaluation/feature_deviation_trained"
+
 
 @pytest.fixture
 def argv(config: Path, relay: Relay) -> list[str]:  # noqa: F811
@@ -89,7 +91,13 @@ def test_pretraining_fine_tuning_and_scores_lie_below_each_other(
     assert runs[1].data.tags["vitscale.parent_run"] == runs[1].data.tags["vitscale.parent_checkpoint"] == str(first)
     assert runs[1].data.tags["vitscale.objective"] == "classification"
     assert runs[0].data.tags["vitscale.data"] == runs[1].data.tags["vitscale.data"]
-    assert runs[2].data.metrics["evaluation/knn_trained"] > 0.5
+    assert runs[2].data.metrics[KNN] > 0.5
+
+    assert runs[2].data.tags["vitscale.parent_checkpoint"] == str(second)
+    assert "vitscale.data" in runs[2].data.tags
+    launcher.run(["evaluate", str(second), "--out", str(scores), *sides, "evaluation.crop_fraction=0.5"])
+    again = client.get_run(ids[2]).data.metrics[SPREAD]
+    assert again == rows(scores, "evaluation.jsonl")[1][SPREAD] != runs[2].data.metrics[SPREAD]
 
     models = {model.name: model for model in client.search_logged_models([runs[0].info.experiment_id])}
     kept = {f"second-step-{path.name.removeprefix('step_').lstrip('0')}" for path in (second / "checkpoints").iterdir()}

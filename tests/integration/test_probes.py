@@ -115,6 +115,11 @@ def test_evaluate_on_any_ranks_and_of_any_model(launcher: Launcher, config: Path
     for kind in alone["trained"]:
         assert alone["trained"][kind] == pytest.approx(one["trained"][kind], abs=1 / 150)
     assert "--out FOLDER" in launcher.run(["evaluate", str(run / "model"), *sides], code=2)
+    before = (run / "config.yaml").read_bytes()
+    launcher.run(["evaluate", str(run), "--out", str(run), *sides])
+    assert (run / "config.yaml").read_bytes() == before, "the run's own folder is as no --out"
+    refused = launcher.run(["evaluate", str(run / "model"), "--out", str(run), *sides], code=2)
+    assert "is the folder of another run" in refused
 
 
 def test_a_classifier_scores_what_the_run_scored(

@@ -9,6 +9,7 @@ from vitscale.config.augmentation import SHIFT, colour_operations
 from vitscale.config.model_rules import pair
 from vitscale.config.schema import Model, RunConfig
 from vitscale.errors import ConfigError
+from vitscale.text import did_you_mean
 from vitscale.world import World
 
 _MOST_LANES = 1024  # each lane's shards are open at once, and an epoch drops up to a sample a lane
@@ -158,6 +159,10 @@ def _check_validation(config: RunConfig) -> None:
             f"train.keep_best={train.keep_best}: is of the weights themselves, and model/ gets their moving average "
             f"(train.ema_decay); set train.keep_best={way}"
         )
+    names = [f"validation/{name}" for name in scores_of_validation(config)]
+    if train.keep_best is not None and train.keep_best not in names:
+        hint = did_you_mean(train.keep_best, names)
+        raise ConfigError(f"train.keep_best={train.keep_best}: must be one of {', '.join(names)}{hint}")
     weights, classes = objective.classification.class_weights, config.model.num_labels
     if weights is not None and not has_classes(config):
         raise ConfigError(
@@ -278,6 +283,18 @@ def problem_type(config: RunConfig) -> str | None:
         return None
     is_regression = config.objective.name != "multitask" and config.model.num_labels == 1
     return config.model.problem_type or ("regression" if is_regression else "single_label_classification")
+
+
+def scores_of_validation(config: RunConfig) -> tuple[str, ...]:
+    """What held-out images give that says how good a model is: see evaluation/metrics.py."""
+    kind = problem_type(config) if config.objective.name == "classification" else None
+    if kind is None:
+        return ("loss",)
+    if kind == "regression":
+        return ("loss", "mse", "mae", "r2")
+    if kind == "multi_label_classification":
+        return ("loss", "map", "macro_f1", "auc")
+    return ("loss", "top1", *(("top5",) if config.model.num_labels > 5 else ()), "balanced_accuracy", "macro_f1", "auc")
 
 
 def has_validation(config: RunConfig) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitscale import __version__
 from vitscale.config.load import config_of, dump_config, load_config
 from vitscale.config.schema import RunConfig, Source
 from vitscale.data.index import ShardIndex, open_index, require_labels
@@ -38,6 +39,7 @@ from vitscale.run.session import require_same_classes
 from vitscale.run_folder import DONE, RunFolder
 from vitscale.text import aligned, to_stderr
 from vitscale.tracking.jsonl import JsonlFile
+from vitscale.tracking.outbox import Outbox
 from vitscale.world import World
 
 Scores = dict[str, dict[str, float]]
@@ -60,6 +62,10 @@ def evaluate(source: str, world: World, overrides: Sequence[str] = (), out: Path
     """
     folder = RunFolder(Path(source).expanduser())
     is_run = folder.config.exists()
+    if out is not None and out.resolve() == folder.path.resolve():
+        out = None
+    if out is not None and (RunFolder(out).metrics.exists() or RunFolder(out).checkpoints.exists()):
+        raise ConfigError(f"--out {out}: is the folder of another run; name one for the scores alone")
     if not is_run and out is None:
         raise ConfigError(f"{source}: is no run folder (no config.yaml in it); for a model's scores add --out FOLDER")
     results = RunFolder(out) if out else folder
@@ -71,6 +77,7 @@ def evaluate(source: str, world: World, overrides: Sequence[str] = (), out: Path
     opened = _open(config, results) if world.is_main else None
     with joined(world, config.parallel.timeout_s) as ranks:
         train, test = _held_out(opened, ranks)
+        digest = (test or train).index.digest
         device = torch.device(world.device, world.local_rank) if world.device == "cuda" else torch.device("cpu")
         probing = Probing(config, world, train, test, results.path)
         title = f"{_title(config)}, {'held-out' if test else 'training'} images"
@@ -84,7 +91,7 @@ def evaluate(source: str, world: World, overrides: Sequence[str] = (), out: Path
         if world.is_main:
             _write(results, summary | {"source": str(source), "scores": scores})
             if out is not None:
-                _name(results, config, source)
+                _name(results, config, source, digest)
             report(results)
         ranks.barrier()
     return results
@@ -243,12 +250,14 @@ def _own_scores_fit(subject: Subject, test: HeldOut) -> bool:
     return False
 
 
-def _name(results: RunFolder, config: RunConfig, source: str) -> None:
+def _name(results: RunFolder, config: RunConfig, source: str, digest: str) -> None:
     """Let `vitscale sync` know these scores as a run of their own, below that of what was scored."""
     run, model = replace(config.run, name=f"{config.run.name}-evaluation"), replace(config.model, init_from=source)
     write_atomically(results.config, dump_config(replace(config, run=run, model=model)))
     results.clear_exit()
     results.write_exit(DONE, None, "evaluated")
+    tags = {"vitscale.objective": config.objective.name, "vitscale.data": digest, "vitscale.version": __version__}
+    Outbox(results.path, tags | {"vitscale.parent_checkpoint": source}).set_status("FINISHED")
 
 
 def _is_labelled(config: RunConfig) -> bool:

@@ -67,6 +67,11 @@ def _of_labels(written: Flat) -> Flat:
             "model.num_labels: is not written, and no classes.json beside data.train names the classes (vitscale pack "
             "writes it): set model.num_labels, or model.id2label=[NAME, NAME, ...]"
         )
+    if len(names) == 1:
+        raise ConfigError(
+            f"data.train: {names[0]} is its only class, and a classifier needs two; for numbers as labels set "
+            "model.problem_type=regression"
+        )
     return {"model.id2label": tuple(names), "model.num_labels": len(names)}
 
 

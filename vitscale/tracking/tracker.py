@@ -38,6 +38,7 @@ FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 30.0
 GATHER_S = 2.0  # rows that come within it go in one call
 SAMPLE_S = 10.0  # between two looks at the machine
 SAMPLES_KEPT = 360  # of the machine, while the server does not answer
+_NOTHING = (-1, -1)
 ROWS_KEPT = 500  # the newest, for the checkpoints of their steps
 _UPLOAD_BYTES_A_SECOND = 20e6  # at the least; a slower upload is left to `vitscale sync`
 _NOT_IN_NAMES = re.compile(r"[^\w\-./: ]")
@@ -167,13 +168,13 @@ class _Sender:
         self.name = redact(self._uri)
         self._params = {key: text[:LONGEST_PARAM] for key, text in flat_params(as_dict(config)).items()}
         self.outbox = Outbox(run_folder, tags)
-        self._tails = [JsonlTail(run_folder / name) for name in ROW_FILES]
+        self._tails = {name: JsonlTail(run_folder / name) for name in ROW_FILES}
         self._client: Any = None
         self._run_id = ""
         self._parent = parent_folder(config)
         if self._parent is not None:
             self.outbox.tags["vitscale.parent_run"] = str(self._parent)
-        self._held: dict[str, int] = {}  # the last step that MLflow has of each metric
+        self._held: dict[str, tuple[int, int]] = {}  # the last step that MLflow has of each metric, and its time
         self._status = ""  # that MLflow has
         self._started_ms = 0
         self._sampler: SystemSampler | None = None
@@ -214,8 +215,8 @@ class _Sender:
                 self.outbox.forget_models()
             self._rewind()
             write_atomically(self._folder / RUN_ID_FILE, self._run_id + "\n")
-        held = {metric.key: metric.step for metric in run.data.to_proto().metrics}
-        if any(held.get(key, -1) < step for key, step in self._held.items()):
+        held = {metric.key: (metric.step, metric.timestamp) for metric in run.data.to_proto().metrics}
+        if any(held.get(key, _NOTHING) < last for key, last in self._held.items()):
             self._rewind()  # the server has lost some of what it took
         self._held = held
         self._status, self._started_ms = run.info.status, run.info.start_time
@@ -273,18 +274,21 @@ class _Sender:
     # ---- what it is told
 
     def _rewind(self) -> None:
-        for tail in self._tails:
+        for tail in self._tails.values():
             tail.rewind()
 
     def _send_rows(self) -> None:
-        for tail in self._tails:
+        for name, tail in self._tails.items():
             while (found := tail.peek()) is not None:
                 rows, position = found
-                self._send_metrics(rows)
+                self._send_metrics(rows, steps_repeat=name == "evaluation.jsonl")
                 tail.take(position)
 
-    def _send_metrics(self, rows: list[dict[str, Any]]) -> None:
-        """What MLflow lacks of some rows; the metrics of one row go in one call."""
+    def _send_metrics(self, rows: list[dict[str, Any]], steps_repeat: bool) -> None:
+        """What MLflow lacks of some rows; the metrics of one row go in one call.
+
+        steps_repeat: whether a later row of the same step counts, as of a model that is scored again.
+        """
         from mlflow.entities import Metric
 
         batch: list[Any] = []
@@ -298,7 +302,7 @@ class _Sender:
             metrics = [
                 Metric(name, value, int(row.get("time", 0)), row["step"])
                 for name, value in _row_metrics(row)
-                if row["step"] > self._held.get(name, -1)
+                if (row["step"], int(row.get("time", 0)) if steps_repeat else -1) > self._held.get(name, _NOTHING)
             ]
             if len(batch) + len(metrics) > METRICS_A_CALL:
                 self._log(batch)
@@ -310,7 +314,7 @@ class _Sender:
         for part in _parts(metrics, METRICS_A_CALL):
             self._client.log_batch(self._run_id, metrics=part)
         for metric in metrics:
-            self._held[metric.key] = max(metric.step, self._held.get(metric.key, -1))
+            self._held[metric.key] = max((metric.step, metric.timestamp), self._held.get(metric.key, _NOTHING))
 
     def _sample(self) -> None:
         """Look at the machine, if it is time to and the server has answered once."""
