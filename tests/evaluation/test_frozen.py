@@ -67,7 +67,7 @@ def test_cross_validation_is_sklearns(tmp_path: Path) -> None:
 def test_without_held_out_images_cross_validation_is_all(tmp_path: Path) -> None:
     train, train_y = clouds(300)
     told = frozen_scores(table(tmp_path, train_y, mean=train), None, ("mean",), Evaluation(), sole(), CPU)
-    assert told.keys() == {"linear_probe_folds", "linear_probe_folds_sd"}
+    assert told.keys() == {"linear_probe_folds", "linear_probe_folds_sd", "linear_probe_folds_se"}
 
 
 def test_logistic_regression_is_a_choice(tmp_path: Path) -> None:
@@ -91,6 +91,16 @@ def test_a_class_that_was_never_fitted_is_never_told(tmp_path: Path) -> None:
     told = scores(tmp_path, {"mean": train}, 5 + train_y, {"mean": train}, np.where(train_y == 0, 99, 5 + train_y))
     assert told["linear_probe"] == pytest.approx((train_y != 0).mean(), abs=0.02)
     assert told["knn"] == pytest.approx((train_y != 0).mean(), abs=0.02)
+
+
+def test_few_labels_are_not_scored_where_a_class_has_fewer(tmp_path: Path) -> None:
+    train, train_y = clouds(60)
+    few = (train_y != 0) | (np.cumsum(train_y == 0) <= 4)  # of class 0 four
+    told = scores(tmp_path, {"mean": train[few]}, train_y[few], {"mean": train}, train_y)
+    assert "few_shot_1" in told
+    assert "few_shot_10" not in told
+    with pytest.raises(DataError, match="none of its labels is one of"):
+        scores(tmp_path, {"mean": train}, train_y, {"mean": train}, train_y + 100)
 
 
 def test_spread() -> None:

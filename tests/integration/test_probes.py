@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.integration.conftest import make_images
 from tests.integration.worlds import Launcher, losses, rows
+from vitscale.data.pack import pack
 
 NAMES = ("linear_probe", "knn", "rankme", "feature_deviation", "mean_cosine", "dead_dimensions")
 
@@ -111,7 +114,7 @@ def test_evaluate_on_any_ranks_and_of_any_model(launcher: Launcher, config: Path
     for kind, value in one["trained"].items():
         assert model["trained"][kind] == pytest.approx(value, rel=1e-3, abs=1 / 150 + 1e-6), kind
     alone = evaluated(launcher, run, tmp_path / "alone", sides[0])
-    assert alone["trained"].keys() == {"linear_probe_folds", "linear_probe_folds_sd"}
+    assert alone["trained"].keys() == {f"linear_probe_folds{end}" for end in ("", "_sd", "_se")}
     for kind in alone["trained"]:
         assert alone["trained"][kind] == pytest.approx(one["trained"][kind], abs=1 / 150)
     assert "--out FOLDER" in launcher.run(["evaluate", str(run / "model"), *sides], code=2)
@@ -136,3 +139,27 @@ def test_a_classifier_scores_what_the_run_scored(
     for name in ("loss", "top1", "balanced_accuracy", "macro_f1"):
         assert found["test_scores"][f"test/{name}"] == pytest.approx(last[f"validation/{name}"], rel=1e-5)
     assert np.array(found["confusion"]).sum() == 150
+
+
+def test_numbers_as_labels_and_a_single_image(launcher: Launcher, config: Path, shards: Path, tmp_path: Path) -> None:
+    """A regression has its own scores and no probes; one test image draws no neighbours and ends nothing."""
+    keys = ["objective.name=classification", "model.num_labels=1", f"data.validation={shards}/*.tar", "train.steps=2"]
+    launcher.run(["pretrain", str(config), *keys])
+    run = tmp_path / "runs" / "run"
+    output = launcher.run(["evaluate", str(run), "--out", str(tmp_path / "out")], ranks=2)
+    assert "its own: test/loss" in output
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())["evaluation"]
+    assert found["scores"] == {}
+    assert found["test_scores"]["test/mae"] == pytest.approx(rows(run)[-1]["validation/mae"], rel=1e-5)
+
+    launcher.run(["pretrain", str(config), "train.steps=2", "run.name=other"])
+    single = make_images(tmp_path / "images") / "class1"
+    for path in sorted(single.iterdir())[1:]:
+        path.unlink()
+    for other in ("class0", "class2"):
+        shutil.rmtree(single.parent / other)
+    pack(single.parent, tmp_path / "single", workers=1, classes=["class0", "class1", "class2"])
+    sides = [f"evaluation.train={shards}/*.tar", f"evaluation.test={tmp_path}/single/*.tar"]
+    scores = evaluated(launcher, tmp_path / "runs" / "other", tmp_path / "one", *sides)
+    assert scores["trained"]["images"] == 1
+    assert {path.stem for path in (tmp_path / "one" / "figures").iterdir()} == {"loss", "patches", "reconstructions"}

@@ -34,6 +34,7 @@ class FeatureTable:
         self._values: dict[str, np.ndarray] = {}
         self._resident: dict[str, Tensor] = {}
         self.bad: Counter[str] = Counter()  # images that could not be read, by cause
+        self.unlabelled = 0  # images without a label that can be read
 
     def append(self, ids: np.ndarray, labels: np.ndarray, values: Mapping[str, Tensor]) -> None:
         """ids, labels: int64 [n]; values: by pooling [n, width], on any device."""

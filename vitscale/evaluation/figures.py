@@ -115,7 +115,12 @@ def features_of(
 
 
 def draw_neighbours(features: Features, path: Path, title: str = "", queries: int = 8, neighbours: int = 6) -> None:
-    """A PNG of images, each with those whose features are nearest (cosine) below it, framed by whether labels agree."""
+    """A PNG of images, each with those whose features are nearest (cosine) below it, framed by whether labels agree.
+
+    Of a single image there is none.
+    """
+    if len(features.pooled) < 2:
+        return
     unit = features.pooled / np.linalg.norm(features.pooled, axis=1, keepdims=True).clip(min=1e-12)
     queries, neighbours = min(queries, len(unit)), min(neighbours, len(unit) - 1)
     similarity = unit[:queries] @ unit.T

@@ -40,14 +40,17 @@ def frozen_scores(
     """The scores of some poolings of one encoder; the same on every rank. A collective.
 
     Pooling and strength of the probe are those that do best in cross-validation on the training images.
-    linear_probe_folds: their mean accuracy there, and its deviation over the folds, `_sd`. With test images: images,
-    how many; linear_probe, knn (of the first pooling), each with one standard error, `_se`; few_shot_N for each N of
-    `shots`: the accuracy with N labels of each class, a mean over evaluation.seeds draws, and its deviation, `_sd`; and
-    `spread_of` the first pooling's features. DataError where the labels do not serve.
+    linear_probe_folds: their mean accuracy there, its deviation over the folds, `_sd`, and standard error, `_se`. With
+    test images: images, how many; linear_probe, knn (of the first pooling), each with one standard error, `_se`;
+    few_shot_N for each N of `shots` that every class has: the accuracy with N labels of each class, of the first
+    pooling, a mean over evaluation.seeds draws, and its deviation, `_sd`; and `spread_of` the first pooling's features.
+    DataError where the labels do not serve.
     """
     fit = _Fit(train, evaluation, ranks, device)
     best = max((fit.cross_validate(pooling) for pooling in poolings), key=lambda each: each.mean)
-    scores = {"linear_probe_folds": best.mean, "linear_probe_folds_sd": _deviation(best.accuracies)}
+    spread = _deviation(best.accuracies)
+    scores = {"linear_probe_folds": best.mean, "linear_probe_folds_sd": spread}
+    scores["linear_probe_folds_se"] = spread / math.sqrt(max(1, len(best.accuracies)))
     if test is None:
         return scores
     test_codes, moments = fit.codes_of(test.labels), fit.moments(poolings[0])
@@ -61,12 +64,14 @@ def frozen_scores(
     images = counts.pop("images")
     if not images:
         raise DataError("evaluation.test: no labelled image could be read; look at data.label and data.decode")
+    if not ranks.sum({"known": float((test_codes >= 0).sum())})["known"]:
+        raise DataError("evaluation.test: none of its labels is one of evaluation.train; are they numbered alike?")
     scores["images"] = images
     for name in right:
         scores[name] = counts[name] / images
         scores[f"{name}_se"] = math.sqrt(scores[name] * (1 - scores[name]) / images)
-    for shot in shots:
-        few = [fit.few_shot(best.pooling, shot, seed, test, test_codes) for seed in range(evaluation.seeds)]
+    for shot in (shot for shot in shots if shot <= fit.smallest_class):
+        few = [fit.few_shot(poolings[0], shot, seed, test, test_codes) for seed in range(evaluation.seeds)]
         scores |= {f"few_shot_{shot}": float(np.mean(few)), f"few_shot_{shot}_sd": _deviation(few)}
     return scores | spread_of(_first_rows(test, poolings[0], ranks))
 
@@ -95,6 +100,7 @@ class _Fit:
             which = f"{len(self._labels)} labelled images of {len(self.classes)} class(es)"
             raise DataError(f"evaluation.train: {which} could be read, and a classifier needs two; look at data.label")
         self.codes = self.codes_of(table.labels)
+        self.smallest_class = int(np.unique(self._labels, return_counts=True)[1].min())
         self._fold = (rng.uniform(table.ids, "fold", 1)[:, 0] * self._folds).astype(np.int64)
         self._of_folds: dict[str, list[Moments]] = {}
 

@@ -97,6 +97,7 @@ class Probing:
                 slot = each.slot - self._world.rank * micro
                 table.bad[each.cause] += int(chosen[slot])
                 chosen[slot] = False
+            table.unlabelled += int((chosen & (labels < 0)).sum())
             chosen &= labels >= 0
             rows = torch.from_numpy(np.flatnonzero(chosen)).to(model.device)
             table.append(fed.sample_ids[chosen], labels[chosen], {name: value[rows] for name, value in output.items()})

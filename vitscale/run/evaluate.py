@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vitscale import __version__
+from vitscale.config.check import problem_type
 from vitscale.config.load import config_of, dump_config, load_config
 from vitscale.config.schema import RunConfig, Source
 from vitscale.data.index import ShardIndex, open_index, require_labels
@@ -37,7 +38,7 @@ from vitscale.run.finetune import model_keys_of, processor_keys
 from vitscale.run.report import report
 from vitscale.run.session import require_same_classes
 from vitscale.run_folder import DONE, RunFolder
-from vitscale.text import aligned, to_stderr
+from vitscale.text import aligned, listed, to_stderr
 from vitscale.tracking.jsonl import JsonlFile
 from vitscale.tracking.outbox import Outbox
 from vitscale.world import World
@@ -112,12 +113,13 @@ def as_table(evaluation: Mapping[str, Any]) -> str:
     kinds |= {name: f"{name.removeprefix('few_shot_')} a class" for row in scores.values() for name in row
               if name.startswith("few_shot_") and not name.endswith("_sd")}  # fmt: skip
     kinds = {name: title for name, title in kinds.items() if any(name in row for row in scores.values())}
-    lines = [("features", *kinds.values())]
+    lines = [("features", *kinds.values())] if scores else []
     for name, row in scores.items():
         errors = {kind: row.get(f"{kind}_se", row.get(f"{kind}_sd", 0.0)) for kind in kinds}
         lines.append((name, *(f"{100 * row[kind]:.1f} +- {100 * errors[kind]:.1f} %" for kind in kinds)))
     own = [f"{name} {value:.4g}" for name, value in evaluation.get("test_scores", {}).items()]
-    return "\n".join([aligned(lines, right=range(1, len(kinds) + 1)), *([f"its own: {', '.join(own)}"] if own else [])])
+    table = [aligned(lines, right=range(1, len(kinds) + 1))] if lines else []
+    return "\n".join([*table, *([f"its own: {', '.join(own)}"] if own else [])])
 
 
 def _of_run(folder: RunFolder, overrides: Sequence[str]) -> Subject:
@@ -127,6 +129,8 @@ def _of_run(folder: RunFolder, overrides: Sequence[str]) -> Subject:
             f"`vitscale export {folder.path}`"
         )
     config = load_config(folder.config, overrides)
+    if config.objective.needs_labels and not config.evaluation.test:
+        config = replace(config, evaluation=replace(config.evaluation, test=config.data.validation))
     models = {"trained": load_model(folder.model), "untrained": new_model(config, config.run.seed)}
     if config.model.init_from:
         try:
@@ -156,8 +160,8 @@ def _of_model(source: str, overrides: Sequence[str]) -> Subject:
 def _open(config: RunConfig, results: RunFolder) -> dict[str, tuple[bytes, tuple[str, ...]] | None]:
     """The shards of both sides and the names of their classes, as rank 0 finds them."""
     evaluation, label = config.evaluation, config.data.label_extension
-    train = evaluation.train or config.data.train
-    if not train:
+    trained = evaluation.train or config.data.train
+    if not trained:
         raise ConfigError("evaluation.train is empty: name labelled shards, say evaluation.train='FOLDER/train/*.tar'")
 
     def opened(sources: tuple[Source, ...], indexed: str | None) -> tuple[bytes, tuple[str, ...]]:
@@ -168,9 +172,11 @@ def _open(config: RunConfig, results: RunFolder) -> dict[str, tuple[bytes, tuple
 
     indexed = None if evaluation.train else config.data.index
     test = opened(evaluation.test, None) if evaluation.test else None
-    fitted = opened(train, indexed)
+    fitted = opened(trained, indexed)
     if test is not None:
         require_same_classes("evaluation.test", test[1], "evaluation.train", fitted[1])
+        if shared := sorted({source.pattern for source in evaluation.test} & {source.pattern for source in trained}):
+            to_stderr(f"evaluation.test: {shared[0]} is in evaluation.train too: images are scored that were fitted on")
     return {"train": fitted, "test": test}
 
 
@@ -188,13 +194,15 @@ def _score(
 ) -> tuple[Scores, dict[str, Any]]:
     """One pass over the images for all encoders, then the scores of each."""
     config, models = subject.config, nn.ModuleDict(subject.models)
-    whole = WholeModel(models, ranks, device)
-    train, test = probing.tables(whole, _all_encoders)
-    summary = _counts(config, probing, {"train": train, "test": test}, ranks)
-    scores = {}
-    for name in (*subject.models, "pixels"):
-        poolings = [pooling for pooling in train.poolings if pooling.startswith(f"{name}/")]
-        scores[name] = probing.scores_of(whole, train, test, poolings, config.evaluation.shots)
+    scores: Scores = {}
+    summary: dict[str, Any] = {}
+    if not _takes_vectors(config):
+        whole = WholeModel(models, ranks, device)
+        train, test = probing.tables(whole, _all_encoders)
+        summary = _counts(config, probing, {"train": train, "test": test}, ranks)
+        for name in (*subject.models, "pixels"):
+            poolings = [pooling for pooling in train.poolings if pooling.startswith(f"{name}/")]
+            scores[name] = probing.scores_of(whole, train, test, poolings, config.evaluation.shots)
     if probing.test is not None and _own_scores_fit(subject, probing.test):
         own = Validation(config, world, probing.test, name="test")
         outcome = own.run(WholeModel(subject.models["trained"], ranks, device))
@@ -221,13 +229,16 @@ def _counts(
     config: RunConfig, probing: Probing, tables: Mapping[str, FeatureTable | None], ranks: ProcessRanks
 ) -> dict[str, Any]:
     """How many images were scored, and how many could not be read. DataError where these are too many."""
-    summary: dict[str, Any] = {"bad_samples": {}}
+    summary: dict[str, Any] = {"bad_samples": {}, "unlabelled": {}}
     for name, side, features in (("train", probing.train, tables["train"]), ("test", probing.test, tables["test"])):
         if side is None or features is None:
             continue
-        of_ranks = ranks.gather((len(features), features.bad))
+        of_ranks = ranks.gather((len(features), features.bad, features.unlabelled))
         summary[name], bad = sum(each[0] for each in of_ranks), sum((each[1] for each in of_ranks), Counter[str]())
         summary["bad_samples"][name] = dict(bad)
+        summary["unlabelled"][name] = sum(each[2] for each in of_ranks)
+        if summary["unlabelled"][name] and ranks.rank == 0:
+            to_stderr(f"evaluation.{name}: {summary['unlabelled'][name]} images have no label and are left out")
         if bad.total() > max(3, config.data.max_bad_fraction * side.total):
             causes = ", ".join(f"{count} {cause}" for cause, count in bad.most_common())
             raise DataError(
@@ -246,7 +257,10 @@ def _own_scores_fit(subject: Subject, test: HeldOut) -> bool:
     names = config.model.id2label
     if config.objective.name != "classification" or not names or not test.class_names or names == test.class_names:
         return True
-    to_stderr("the model's own classes are others than those of evaluation.test: its classifier is not scored")
+    to_stderr(
+        f"the model's classes are {listed(names)}, those of evaluation.test {listed(test.class_names)}: its classifier "
+        "is not scored; if they are the same in other words, set model.id2label to the latter"
+    )
     return False
 
 
@@ -263,6 +277,12 @@ def _name(results: RunFolder, config: RunConfig, source: str, digest: str) -> No
 def _is_labelled(config: RunConfig) -> bool:
     """Whether features are to be scored; else there are figures alone."""
     return bool(config.evaluation.test or config.evaluation.train)
+
+
+def _takes_vectors(config: RunConfig) -> bool:
+    """Whether labels are several numbers, which no probe of classes is for."""
+    is_classes = problem_type(config) in (None, "single_label_classification")
+    return config.objective.name == "classification" and not is_classes
 
 
 def _title(config: RunConfig) -> str:

@@ -96,7 +96,7 @@ def model_keys_of(config: ViTConfig) -> Flat:
     """A model's sizes and classes as keys of a run's config."""
     shared = {item.name for item in fields(Model)} & {item.name for item in fields(ViTConfig)}
     keys = {f"model.{name}": getattr(config, name) for name in shared - {"id2label"}}
-    if config.id2label is not None:
+    if config.id2label is not None and config.has_class_names:
         keys["model.id2label"] = tuple(config.id2label[number] for number in sorted(config.id2label))
     return keys
 
@@ -108,8 +108,8 @@ def processor_keys(processor: ViTImageProcessor) -> Flat:
         value = getattr(processor, f"image_{name}")
         keys[f"augment.{name}"] = value if isinstance(value, tuple) else (value,)
     edge = (processor.size or {}).get("shortest_edge")
-    if processor.do_center_crop and edge:
-        keys["evaluation.crop_fraction"] = min(1.0, processor.crop_size["height"] / edge)
+    crops = processor.do_center_crop and edge
+    keys["evaluation.crop_fraction"] = min(1.0, processor.crop_size["height"] / edge) if crops else 1.0
     return keys
 
 

@@ -123,8 +123,7 @@ def _verdict(scores: Scores, validation: Row, summary: Row) -> str:
 
 
 def _compared(trained: Mapping[str, float], other: Mapping[str, float], name: str, kind: str) -> str:
-    error = "_sd" if kind.endswith("folds") else "_se"
-    spread = 2 * math.hypot(trained.get(kind + error, 0.0), other.get(kind + error, 0.0))
+    spread = 2 * math.hypot(trained.get(f"{kind}_se", 0.0), other.get(f"{kind}_se", 0.0))
     gap = trained[kind] - other[kind]
     if abs(gap) <= spread:
         style, word = "quiet", "no clear difference"
@@ -220,7 +219,7 @@ def _svg(figure: Figure) -> str:
 
 
 def _score_table(scores: Scores) -> Iterator[str]:
-    if not scores:
+    if not scores:  # none yet, or of a model whose labels are several numbers
         return
     kinds = {"linear_probe": "linear probe", "knn": "kNN", "linear_probe_folds": "cross-validated"}
     first = next(iter(scores.values()))
@@ -235,7 +234,7 @@ def _score_table(scores: Scores) -> Iterator[str]:
                  for kind, error in zip(kinds, errors, strict=True)]  # fmt: skip
         lines.append((name, *shown, *(f"{row[kind]:.3g}" for kind in plain)))
     yield f'<div class="scroll">{_table(lines, head=True)}</div>'
-    yield '<p class="quiet">± one standard error; of cross-validation and few labels, one deviation</p>'
+    yield '<p class="quiet">± one standard error; of few labels, one deviation</p>'
 
 
 def _own_scores(outcome: Row) -> Iterator[str]:
