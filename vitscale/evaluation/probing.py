@@ -37,7 +37,7 @@ from vitscale.models.vit import ViTModel
 from vitscale.world import World
 
 Scores = dict[str, float]
-_COLLAPSED = {"feature_deviation": 0.05, "rankme": 2.0}  # below these features say next to nothing
+_COLLAPSED = {"rankme": 2.0}  # below it features say next to nothing
 
 
 class Probing:

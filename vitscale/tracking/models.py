@@ -74,9 +74,12 @@ class LoggedModels:
     def _log(self, client: Any, run_id: str, model_id: str, step: int, rows: Mapping[int, Mapping[str, float]]) -> None:
         from mlflow.entities import Metric
 
-        row = dict(rows.get(step, {}))
+        logged = max((each for each in rows if each <= step), default=None)  # not every saved step has a row
+        if logged is None:
+            return
+        row = dict(rows[logged])
         time = int(row.pop("time", 0))
-        metrics = [Metric(name, value, time, step, model_id=model_id) for name, value in row.items()]
+        metrics = [Metric(name, value, time, logged, model_id=model_id) for name, value in row.items()]
         if metrics:
             client.log_batch(run_id, metrics=metrics)
 
