@@ -32,7 +32,7 @@ def test_scores_on_any_ranks_and_stages(
         launcher.run([*argv, *keys, *sizes], ranks=ranks)
         run = tmp_path / "runs" / name
         baselines = json.loads((run / "baselines.json").read_text())
-        assert sorted(baselines) == ["pixels", "untrained"]
+        assert sorted(baselines) == ["of", "pixels", "untrained"]
         assert (run / "figures" / "reconstructions.png").stat().st_size > 5000
         found.append((rows(run), baselines))
     scored, baselines = found[0]
@@ -62,7 +62,7 @@ def test_the_start_is_a_baseline_where_there_is_one(
     keys = ["evaluation.every_epochs=0.5", f"evaluation.test={shards}/*.tar", f"model.init_from={tmp_path}/runs/first"]
     launcher.run([*argv, *keys, "run.name=second"])
     baselines = json.loads((tmp_path / "runs" / "second" / "baselines.json").read_text())
-    assert sorted(baselines) == ["pixels", "the start", "untrained"]
+    assert sorted(baselines) == ["of", "pixels", "the start", "untrained"]
     assert baselines["the start"] != baselines["untrained"]
     scored = [row for row in rows(tmp_path / "runs" / "second") if "evaluation/knn" in row]
     assert [row["step"] for row in scored] == [4]
@@ -76,13 +76,16 @@ def test_fewer_images_where_seconds_are_few(launcher: Launcher, config: Path, sh
     assert "100 of each side are scored from here on, by evaluation.seconds=0.001" in first
     baselines = json.loads((tmp_path / "runs" / "run" / "baselines.json").read_text())
     assert baselines.pop("cut to") == {"images": 100}
-    assert sorted(baselines) == ["pixels", "untrained"]
+    assert sorted(baselines) == ["of", "pixels", "untrained"]
     again = launcher.run([*argv, "train.steps=4", "evaluation.seconds=1000"], ranks=2)
     assert "images took" not in again
     images = [row["evaluation/images"] for row in rows(tmp_path / "runs" / "run")[1::2]]
     assert len(images) == 2
     assert len(set(images)) == 1
     assert 80 < images[0] < 120, "chosen by a hash, so about 100"
+    other = launcher.run([*argv, "train.steps=6", "evaluation.neighbours=3"])
+    assert "baselines are measured anew" in other
+    assert json.loads((tmp_path / "runs" / "run" / "baselines.json").read_text()).get("cut to") is None
 
 
 def evaluated(launcher: Launcher, source: Path, out: Path, *keys: str, ranks: int = 1) -> dict[str, dict[str, float]]:

@@ -77,6 +77,8 @@ def test_scores_of_training_serve_where_there_are_no_others(tmp_path: Path) -> N
     assert "70.0 % against 30.0 %" in page.text
     assert "Frozen features" in page.text
     assert "cut to" not in page.text
+    rows[1]["evaluation/linear_probe"] = "NaN"
+    assert "untrained" in made(tmp_path, rows, baselines={"of": "0123", "untrained": scores(0.3)}).text
 
 
 def test_a_classifier_shows_its_classes(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class FeatureTable:
         for name, value in values.items():
             if name not in self._values:
                 self._values[name] = self._mapped(value.shape[1])
-            self._values[name][rows] = value.float().clamp(-_LARGEST, _LARGEST).cpu().numpy()
+            self._values[name][rows] = value.float().nan_to_num(0.0).clamp(-_LARGEST, _LARGEST).cpu().numpy()
         self._rows = rows.stop
 
     def _mapped(self, width: int) -> np.ndarray:

@@ -99,24 +99,28 @@ def logistic(
     ranks. A collective: every rank makes the same steps, from the same sums.
     """
     device, (classes, width) = codes.device, moments.sums.shape
-    mean, deviation = (each.float() for each in moments.scale())
+    mean, deviation = moments.scale()
     total, mask = float(moments.counts.sum()), torch.from_numpy(fitted).to(device)
-    weights, bias = (torch.zeros(*shape, device=device, requires_grad=True) for shape in ((width, classes), (classes,)))
+    # float64: the same to an image on any number of ranks
+    weights, bias = (
+        torch.zeros(*shape, dtype=torch.float64, device=device, requires_grad=True)
+        for shape in ((width, classes), (classes,))
+    )
 
     def loss_and_gradient(strength: float) -> Tensor:
         summed = torch.zeros((), dtype=torch.float64, device=device)
         weights.grad, bias.grad = torch.zeros_like(weights), torch.zeros_like(bias)
         for rows, features in table.chunks(pooling, device):
             chosen = mask[rows]
-            logits = (features[chosen] - mean) / deviation @ weights + bias
+            logits = (features[chosen].double() - mean) / deviation @ weights + bias
             loss = F.cross_entropy(logits, codes[rows][chosen], reduction="sum") / total
             loss.backward()
-            summed += loss.detach().double()
+            summed += loss.detach()
         for value in (summed, weights.grad, bias.grad):
             ranks.sum_in_place(value)
         penalty = strength / 2 * weights.detach().square().sum()
         weights.grad += strength * weights.detach()
-        return summed.float() + penalty
+        return summed + penalty
 
     found = []
     for strength in strengths:

@@ -70,7 +70,10 @@ def evaluate(source: str, world: World, overrides: Sequence[str] = (), out: Path
     if not is_run and out is None:
         raise ConfigError(f"{source}: is no run folder (no config.yaml in it); for a model's scores add --out FOLDER")
     results = RunFolder(out) if out else folder
-    results.path.mkdir(parents=True, exist_ok=True)
+    try:
+        results.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {results.path}: cannot be made: {error.strerror}; name a folder of yours") from None
     subject = _of_run(folder, overrides) if is_run else _of_model(source, overrides)
     config = subject.config
     if is_run and world.is_main:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from hashlib import blake2b
 from typing import Any
 
 from torch import nn
@@ -90,14 +91,26 @@ class Probes:
         path, kept = self._session.folder.baselines, {}
         if self._session.world.is_main and path.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept.pop("of", self._subject) != self._subject:  # other images, or scored otherwise
+            self._session.say("evaluation: baselines are measured anew, since its keys or shards are others")
+            kept = {}
         return self._session.ranks.gather(kept)[0]
+
+    @property
+    def _subject(self) -> str:
+        """What scores depend on beside the encoder: 16 hex digits."""
+        evaluation, probed = self._session.config.evaluation, self._session.probed
+        assert probed is not None
+        keys = (evaluation.crop_fraction, evaluation.neighbours, evaluation.probe, evaluation.folds, evaluation.images)
+        return blake2b(repr((keys, [side.index.digest for side in probed])).encode(), digest_size=8).hexdigest()
 
     def _keep(self, name: str, scores: Scores) -> None:
         self._baselines[name] = scores
         told = ", ".join(f"{kind} {scores[kind]:.3f}" for kind in ("linear_probe", "knn"))
         self._session.say(f"evaluation: {name}: {told}")
         if self._session.world.is_main:
-            write_atomically(self._session.folder.baselines, json.dumps(self._baselines, indent=1) + "\n")
+            content = {"of": self._subject, **self._baselines}
+            write_atomically(self._session.folder.baselines, json.dumps(content, indent=1) + "\n")
 
 
 def _pixels(module: nn.Module) -> Encode:

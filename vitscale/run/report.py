@@ -45,7 +45,7 @@ figcaption { font-weight: 600; font-size: .95rem; } svg, img { width: 100%; heig
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 12px 4px 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; white-space: normal; }
-.facts td:last-child { text-align: left; white-space: normal; }
+.facts td:last-child { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 pre { font-size: .85rem; background: #f6f7f9; padding: 12px; overflow-x: auto; } summary { cursor: pointer; }
 .wide img { min-width: 900px; }
 """
@@ -102,8 +102,14 @@ def _scores(rows: Sequence[Row], summary: Row, baselines: Row) -> Scores:
     last = next((row for row in reversed(rows) if "evaluation/linear_probe" in row), None)
     if last is None:
         return {}
-    trained = {key.removeprefix("evaluation/"): value for key, value in last.items() if key.startswith("evaluation/")}
-    return {"trained": trained, **{name: each for name, each in baselines.items() if "linear_probe" in each}}
+    named = {key.removeprefix("evaluation/"): value for key, value in last.items() if key.startswith("evaluation/")}
+    trained = {key: math.nan if (number := as_number(value)) is None else number for key, value in named.items()}
+    return {"trained": trained, **_encoders(baselines)}
+
+
+def _encoders(baselines: Row) -> Scores:
+    """Of baselines.json what are scores."""
+    return {name: each for name, each in baselines.items() if isinstance(each, dict) and "linear_probe" in each}
 
 
 def _verdict(scores: Scores, validation: Row, summary: Row) -> str:
@@ -178,7 +184,9 @@ def _curves(rows: Sequence[Row], baselines: Row) -> Iterator[str]:
         series = {name: (_thinned(rows, name), colour) for name, colour in colours.items() if name in names}
         series = {name: (points, colour) for name, (points, colour) in series.items() if len(points[0])}
         if series:
-            levels = {name: each.get("linear_probe") for name, each in baselines.items()} if "Frozen" in title else {}
+            levels = (
+                {name: each["linear_probe"] for name, each in _encoders(baselines).items()} if "Frozen" in title else {}
+            )
             drawn.append(f"<figure><figcaption>{title}</figcaption>{_chart(series, levels, logarithmic)}</figure>")
     if drawn:
         yield f'<div class="grid">{"".join(drawn)}</div>'
