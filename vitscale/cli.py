@@ -105,7 +105,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.show:
         print(as_table(saved_scores(RunFolder(out or Path(arguments.source)))))
         return DONE
-    results = evaluate(arguments.source, arguments.world, arguments.overrides, out)
+    results = evaluate(arguments.source, arguments.world, arguments.overrides, out, arguments.take)
     if arguments.world.is_main:
         print(as_table(saved_scores(results)))
         if results.config.exists() and (config := load_config(results.config)).tracking.mlflow:
@@ -203,6 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("source", metavar="RUN|MODEL", help="a run's folder, a model's, a file of weights, a hub name")
     added.add_argument("overrides", metavar="dotted.key=value", nargs="*", help="say evaluation.test='held_out/*.tar'")
     added.add_argument("--out", metavar="FOLDER", help="for scores and figures (default: the run's own folder)")
+    inference.takes_set(added)
     added.add_argument("--show", action="store_true", help="print the scores that are there, without work")
     added = verb("report", _report, "what a run came to, as one report.html")
     added.add_argument("run", metavar="RUN_FOLDER")

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from vitscale.errors import ConfigError
-from vitscale.inference.command import takes_max_pixels
+from vitscale.inference.command import takes_max_pixels, takes_set
 from vitscale.run_folder import DONE
 
 FORMATS = {"hf": "", "onnx": ".onnx", "torch-export": ".pt2"}
@@ -46,6 +46,7 @@ def register(verb: Callable[..., argparse.ArgumentParser], export_run: ExportRun
         "--images", nargs="+", default=[], metavar="IMAGES",
         help="what to compare with fp32 on (default: those of --calibrate, else random numbers)",
     )  # fmt: skip
+    takes_set(added)
     takes_max_pixels(added)
     added.add_argument(
         "--labelled", action="store_true",
@@ -61,7 +62,7 @@ def export(arguments: argparse.Namespace, export_run: ExportRun) -> int:
             f"--quantize {arguments.quantize}: is for --format {QUANTIZERS[arguments.quantize]}, not {arguments.format}"
         )
     if arguments.format == "hf" and not prunings:
-        _refuse(arguments, "dynamic_size", "calibrate", "images", "labelled")
+        _refuse(arguments, "dynamic_size", "calibrate", "images", "labelled", "take")
         print(export_run(Path(arguments.source), Path(arguments.out) if arguments.out else None))
         return DONE
     _check(arguments, prunings)

@@ -43,7 +43,8 @@ class Export:
         """arguments: those of the verb (see command.py), checked; prunings: heads or mlp, and the fraction to go;
         say: told what is being done, and in the end what came out."""
         self._arguments, self._prunings, self._out, self._say = arguments, prunings, out, say
-        loaded = load(arguments.source, "cpu", runs_images=bool(arguments.images or arguments.calibrate))
+        runs_images = bool(arguments.images or arguments.calibrate)
+        loaded = load(arguments.source, "cpu", runs_images, arguments.take)
         self._model, self._processor = loaded.model, loaded.processor
         served = self._served(self._model)
         chooses = served.num_labels and problem_type(self._model.config) == "single_label_classification"

@@ -45,11 +45,23 @@ def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _takes_images(added: argparse.ArgumentParser) -> None:
     added.epilog = _CODES
-    added.add_argument("model", metavar="MODEL", help="a run's or a model's folder, a file of weights, or a hub name")
+    takes_model(added)
     added.add_argument("images", metavar="IMAGES", nargs="+", help=_IMAGES)
     added.add_argument("--batch", type=above_zero, default=32, metavar="N", help="images at once (default: 32)")
     takes_max_pixels(added)
     added.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps (default: the GPU where there is one)")
+
+
+def takes_model(added: argparse.ArgumentParser) -> None:
+    """The arguments of a verb that opens one model."""
+    added.add_argument("model", metavar="MODEL", help="a run's or a model's folder, a file of weights, or a hub name")
+    takes_set(added)
+
+
+def takes_set(added: argparse.ArgumentParser) -> None:
+    """The option of every verb that opens files of weights."""
+    text = "which set of weights of a file that has several, such as teacher or student"
+    added.add_argument("--take", metavar="NAME", default=None, help=text)
 
 
 def takes_max_pixels(added: argparse.ArgumentParser) -> None:
@@ -64,7 +76,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     from vitscale.inference.predict import Predictor, predict_all
     from vitscale.inference.progress import Tally
 
-    loaded = load(arguments.model, arguments.device)
+    loaded = load(arguments.model, arguments.device, take=arguments.take)
     predictor = Predictor(loaded, arguments.top_k)
     out = Path(arguments.out) if arguments.out else None
     tally = Tally(shows_count=out is not None or not sys.stdout.isatty())  # rows on a terminal show enough
@@ -83,7 +95,7 @@ def _features(arguments: argparse.Namespace) -> int:
     from vitscale.inference.model import load
     from vitscale.inference.progress import Tally
 
-    loaded = load(arguments.model, arguments.device)
+    loaded = load(arguments.model, arguments.device, take=arguments.take)
     tally = Tally()
     try:
         folder = write_features(

@@ -34,14 +34,14 @@ class Loaded:
             )
 
 
-def load(source: str, device: str | None, runs_images: bool = True) -> Loaded:
+def load(source: str, device: str | None, runs_images: bool = True, take: str | None = None) -> Loaded:
     """A model by whatever `open_model` takes, whose notes go to stderr. ConfigError where it and its processor do not
     fit, if images will be run.
 
-    device: torch's name of one; None: the GPU where there is one.
+    device: torch's name of one; None: the GPU where there is one. take: which of a file's sets of weights.
     """
     place = _device(device)
-    opened = open_model(source)
+    opened = open_model(source, take=take)
     to_stderr(*(f"{source}: {note}" for note in opened.notes))
     if runs_images:
         _require_fit(source, opened.model, opened.processor)

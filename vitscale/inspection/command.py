@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitscale.errors import ConfigError, DataError
-from vitscale.inference.command import takes_max_pixels
+from vitscale.inference.command import takes_max_pixels, takes_model
 from vitscale.run_folder import DONE
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ RANDOM_IMAGES = 8
 def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the verb `inspect`."""
     added = verb("inspect", inspect, "a model's modules, shapes, parameters, FLOPs; its gradients and attention")
-    added.add_argument("model", metavar="MODEL", help="a run's or a model's folder, a file of weights, or a hub name")
+    takes_model(added)
     added.add_argument("--depth", type=_levels, default=None, metavar="N", help="levels of the tree (default: all)")
     added.add_argument("--gradients", action="store_true", help="gradient norms by layer, of one backward of its loss")
     added.add_argument(
@@ -53,7 +53,8 @@ def inspect(arguments: argparse.Namespace) -> int:
     from vitscale.inference.model import load
 
     _check(arguments)
-    loaded = load(arguments.model, "cpu", runs_images=bool(arguments.images or arguments.attention))
+    runs_images = bool(arguments.images or arguments.attention)
+    loaded = load(arguments.model, "cpu", runs_images, arguments.take)
     if arguments.gradients:
         _gradients(loaded, arguments)
     if arguments.attention:

@@ -186,7 +186,7 @@ def _chosen(named: dict[str, _Set], where: str, take: str | None) -> str:
         if len(preferred) == 1:
             return preferred[0]
     raise ConfigError(
-        f"{where}: has {len(named)} sets of weights: {counted}; name one: take=NAME (vitscale convert --take NAME, "
+        f"{where}: has {len(named)} sets of weights: {counted}; name one: take=NAME (--take NAME of a verb, "
         "model.init_take=NAME of a run)"
     )
 

@@ -54,12 +54,15 @@ class Subject:
     models: dict[str, ViTPreTrainedModel]  # "trained" first, then "untrained" and, where there is one, "start"
 
 
-def evaluate(source: str, world: World, overrides: Sequence[str] = (), out: Path | None = None) -> RunFolder:
+def evaluate(
+    source: str, world: World, overrides: Sequence[str] = (), out: Path | None = None, take: str | None = None
+) -> RunFolder:
     """Score a run's or any model's features on evaluation.test, or by cross-validation on evaluation.train alone.
 
     `source`: a run's folder, or what `open_model` takes; `overrides`: of the run's config, for keys of data and
-    evaluation; `out`: where evaluation.jsonl, summary.json and figures/ go, for a run its own folder if None. The
-    scores are in summary.json of the folder that is returned. Raises VitscaleError where the user can mend the cause.
+    evaluation; `out`: where evaluation.jsonl, summary.json and figures/ go, for a run its own folder if None;
+    `take`: which of a file's sets of weights. The scores are in summary.json of the folder that is returned. Raises
+    VitscaleError where the user can mend the cause.
     """
     folder = RunFolder(Path(source).expanduser())
     is_run = folder.config.exists()
@@ -67,6 +70,8 @@ def evaluate(source: str, world: World, overrides: Sequence[str] = (), out: Path
         out = None
     if out is not None and (RunFolder(out).metrics.exists() or RunFolder(out).checkpoints.exists()):
         raise ConfigError(f"--out {out}: is the folder of another run; name one for the scores alone")
+    if is_run and take is not None:
+        raise ConfigError(f"--take {take}: is for a file of weights, and {source} is a run's folder; leave it out")
     if not is_run and out is None:
         raise ConfigError(f"{source}: is no run folder (no config.yaml in it); for a model's scores add --out FOLDER")
     results = RunFolder(out) if out else folder
@@ -74,7 +79,7 @@ def evaluate(source: str, world: World, overrides: Sequence[str] = (), out: Path
         results.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {results.path}: cannot be made: {error.strerror}; name a folder of yours") from None
-    subject = _of_run(folder, overrides) if is_run else _of_model(source, overrides)
+    subject = _of_run(folder, overrides) if is_run else _of_model(source, overrides, take)
     config = subject.config
     if is_run and world.is_main:
         draw_curves(JsonlFile(folder.metrics).rows(), results.figures / "loss.png", _title(config))
@@ -145,8 +150,8 @@ def _of_run(folder: RunFolder, overrides: Sequence[str]) -> Subject:
     return Subject(config, models)
 
 
-def _of_model(source: str, overrides: Sequence[str]) -> Subject:
-    opened = open_model(source)
+def _of_model(source: str, overrides: Sequence[str], take: str | None) -> Subject:
+    opened = open_model(source, take=take)
     for note in opened.notes:
         to_stderr(f"{source}: {note}")
     model = opened.model
