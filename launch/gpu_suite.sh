@@ -2,6 +2,7 @@
 # Everything that needs an NVIDIA GPU, proved and measured in one call, without a network:
 #   bash launch/gpu_suite.sh OUT          the results; with some in OUT already, what is left is run
 # BUDGET_S=480 seconds for all; STAGES=a,c some of them; DEVICE=cpu rehearses all at tiny sizes, with .venv;
+# CIFAR10=FOLDER with train/*.tar, test/*.tar and classes.json adds stage i, which trains on them;
 # WHEELS=.wheels a folder by launch/gpu_wheels.sh, for packages that this machine's Python lacks.
 # docs/measurements.md says what each stage gives. Exit 0: each stage passed or cannot run here; 1: see the
 # table; 2: a wrong call.
@@ -12,6 +13,8 @@ set -eu
     fail "BUDGET_S=$BUDGET_S: must be a whole number of seconds, 1 to 999999999; leave it out for 480" 2
 out=$1
 case $out in /*) ;; *) out=$PWD/$out ;; esac
+case ${CIFAR10:=} in '' | /*) ;; *) CIFAR10=$PWD/$CIFAR10 ;; esac
+export CIFAR10
 has_cuda() { "$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }
 
 # The wheels in a folder of their own, which Python looks into first. pip decides whether they fit this Python.

@@ -80,6 +80,18 @@ def test_the_rehearsal_passes_and_leaves_what_is_said(tree: Path, venv: str, tmp
     assert (out / "results.json").read_text() == content, "all was done"
 
 
+@pytest.mark.full
+def test_few_labels_are_rehearsed_on_any_labelled_shards(venv: str, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "vitscale.data.digits", str(tmp_path / "digits")], check=True, cwd=ROOT)
+    settings = {"DEVICE": "cpu", "STAGES": "i", "CIFAR10": "digits", "VITSCALE_VENV": venv}
+    done = run(["bash", str(SUITE), "out"], cwd=tmp_path, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cases = json.loads((tmp_path / "out" / "results.json").read_text())["stages"]["i"]["cases"]
+    assert {name: case["state"] for name, case in cases.items()} == dict.fromkeys(
+        ("pretrain", "scratch, 10% of the labels", "pretrained, 10% of the labels"), "passed"
+    )
+
+
 @pytest.mark.parametrize(("arguments", "environment", "message"), [
     ([], {}, "needs one argument, the folder of the results"),
     (["out"], {"DEVICE": "tpu"}, "DEVICE=tpu: must be cuda or cpu"),
@@ -87,6 +99,7 @@ def test_the_rehearsal_passes_and_leaves_what_is_said(tree: Path, venv: str, tmp
     (["out"], {"DEVICE": "cpu", "BUDGET_S": "12.5"}, "BUDGET_S=12.5: must be a whole number of seconds, 1 to"),
     (["out"], {"DEVICE": "cpu", "BUDGET_S": "010"}, "leave it out for 480"),
     (["out"], {"DEVICE": "cpu", "STAGES": "a,x"}, "STAGES='a,x': must be of a,b,c,d,e,f,g,h, with commas"),
+    (["out"], {"DEVICE": "cpu", "STAGES": "i"}, "with commas; i needs CIFAR10=FOLDER with its shards"),
 ])  # fmt: skip
 def test_a_wrong_call_is_told_in_a_line(
     arguments: list[str], environment: dict[str, str], message: str, venv: str, tmp_path: Path

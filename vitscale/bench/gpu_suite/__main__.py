@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import signal
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from vitscale.errors import VitscaleError
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED
 
 _HERE = "vitscale.bench.gpu_suite"
+FEW_LABELS = "i"  # needs images that are not part of the repository
 # In order of worth. The limits are a GPU machine's; compiling takes most of them.
 STAGES = (
     Stage("a", "the device and its rates", f"{_HERE}.device:cases", 60, 30, 10),
@@ -28,6 +30,7 @@ STAGES = (
     Stage("f", "augmentation on the device", f"{_HERE}.augmentation:cases", 60, 45, 20),
     Stage("g", "a profile of five steps", f"{_HERE}.profiling:cases", 120, 110, 40),
     Stage("h", "the rest of pytest -m gpu", f"{_HERE}.gpu_tests:cases", 400, 390, 60),
+    Stage(FEW_LABELS, "few labels of CIFAR-10", f"{_HERE}.few_labels:cases", 600, 360, 120),
 )
 # What runs import when they get there; on a CPU, once for all of them.
 _LIBRARIES = ("accelerate", "deepspeed", "matplotlib.figure", "pyarrow.parquet", "torch.distributed.fsdp",
@@ -36,7 +39,8 @@ _LIBRARIES = ("accelerate", "deepspeed", "matplotlib.figure", "pyarrow.parquet",
 
 def main(arguments: Sequence[str]) -> int:
     """Run what is left; DONE where each stage has passed or cannot run here."""
-    letters = [stage.letter for stage in STAGES]
+    has_images = bool(os.environ.get("CIFAR10"))
+    letters = [stage.letter for stage in STAGES if stage.letter != FEW_LABELS or has_images]
     parser = argparse.ArgumentParser(prog="launch/gpu_suite.sh", description=__doc__)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of the results; with some in it, the rest is run")
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True, help="cpu: all at tiny sizes")
@@ -46,7 +50,10 @@ def main(arguments: Sequence[str]) -> int:
     chosen = [letter for letter in options.stages.split(",") if letter]
     try:
         if not chosen or not set(chosen) <= set(letters):
-            raise VitscaleError(f"STAGES={options.stages!r}: must be of {','.join(letters)}, with commas")
+            raise VitscaleError(
+                f"STAGES={options.stages!r}: must be of {','.join(letters)}, with commas"
+                + ("" if has_images else f"; {FEW_LABELS} needs CIFAR10=FOLDER with its shards")
+            )
         if options.device == "cuda" and world.local_device() == "cpu":
             raise VitscaleError("DEVICE=cuda: runs would take the CPU: there is neither /dev/nvidiactl nor /dev/dxg, "
                                 "or CUDA_VISIBLE_DEVICES hides the GPU")  # fmt: skip

@@ -53,13 +53,8 @@ def _pretrain(stage: int, losses: dict[str, list[float]], setting: Setting) -> F
     keys = [*overrides(setting), f"parallel.zero_stage={stage}", f"run.name={name}"]
     run = setting.scratch / "runs" / name
     shutil.rmtree(run, ignore_errors=True)
-    process = start_context(setting.device).Process(  # type: ignore[attr-defined]
-        target=_command, args=(["pretrain", str(RECIPE), *keys],)
-    )
-    process.start()
-    process.join()
-    if process.exitcode != 0:
-        raise Mismatch(f"vitscale pretrain ended with {process.exitcode}; log.txt has what it printed")
+    if code := run_command(["pretrain", str(RECIPE), *keys], setting):
+        raise Mismatch(f"vitscale pretrain ended with {code}; log.txt has what it printed")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     shutil.rmtree(run)
@@ -69,6 +64,14 @@ def _pretrain(stage: int, losses: dict[str, list[float]], setting: Setting) -> F
     figures["agrees_with"] = list(losses)
     losses[name] = figures["losses"]
     return figures
+
+
+def run_command(arguments: Sequence[str], setting: Setting) -> int | None:
+    """The exit code of `vitscale ARGUMENTS` in a process of its own."""
+    process = start_context(setting.device).Process(target=_command, args=(arguments,))  # type: ignore[attr-defined]
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def _command(arguments: Sequence[str]) -> None:
