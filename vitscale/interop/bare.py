@@ -22,6 +22,7 @@ from vitscale.errors import CheckpointError, ConfigError
 from vitscale.interop.checkpoints import HF_ANCHOR, TIMM_ANCHOR, read_checkpoint
 from vitscale.interop.dialects import plain_names, rope_theta
 from vitscale.interop.image_processing import ViTImageProcessor
+from vitscale.interop.strict import refuse_foreign
 from vitscale.interop.timm_names import IMAGENET_MEAN, IMAGENET_STD
 from vitscale.interop.vision_transformer import (
     Opened,
@@ -46,7 +47,7 @@ _EPS_OF_ROTARY, _EPS_OF_TRANSFORMERS = 1e-5, 1e-12  # DINOv3's; ViTConfig's in t
 _HEADS, _DECODER_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}, {512: 16}
 _DEFAULT_SIZE = 224  # pixels, where a model has no positions that tell
 # What a file may leave open, and a caller may say.
-_KEYS_OF_ENCODER = ("num_attention_heads", "image_size", "layer_norm_eps")
+_KEYS_OF_ENCODER = ("num_attention_heads", "image_size", "layer_norm_eps", "rope_theta")
 KEYS = (*_KEYS_OF_ENCODER, "decoder_num_attention_heads", "norm_pix_loss")
 WRITTEN = "vitscale"  # where our files say what MAE's do not
 _MASK_TOKEN = "vit.embeddings.mask_token"
@@ -66,13 +67,17 @@ def read_bare(
     count = len(checkpoint.tensors)
     is_transformers = any(name.endswith(HF_ANCHOR) for name in checkpoint.tensors)
     tensors, notes = plain_names({name: tensor.float() for name, tensor in checkpoint.tensors.items()})
+    refuse_foreign(tensors, str(path))
     model_class = _class_of(tensors)
     notes += _settle_mask_token(tensors, model_class)
     _require_sizes(tensors, str(path))
     open_keys = KEYS if model_class is ViTMAEForPreTraining else _KEYS_OF_ENCODER
     for name in options.keys() - set(open_keys):
         raise ConfigError(f"{name}={options[name]!r}: {path} leaves open no more than {', '.join(open_keys)}")
-    given = {**(defaults or {}), **_declared(checkpoint.content), **options}
+    told = {**_declared(checkpoint.content), **options}
+    if model_class is not ViTForMaskedImageModeling and "pos_embed" in tensors and "rope_theta" not in told:
+        _require_no_eva(checkpoint.tensors, str(path))
+    given = {**(defaults or {}), **told}
     keys = _Keys(tensors, given, str(path), is_transformers)
     dtype = checkpoint.tensors[next(iter(checkpoint.tensors))].dtype
     config = keys.config(model_class, dtype)
@@ -93,6 +98,16 @@ def _class_of(tensors: Mapping[str, Tensor]) -> type[ViTPreTrainedModel]:
     if "head.weight" in tensors or "fc_norm.weight" in tensors:
         return ViTForImageClassification
     return ViTModel
+
+
+def _require_no_eva(tensors: Iterable[str], where: str) -> None:
+    """timm's Eva has biases of query and value alone, and is rotary (EVA-02) or not (EVA): its tensors do not tell."""
+    if any(name.endswith(".attn.q_bias") for name in tensors):
+        raise ConfigError(
+            f"rope_theta: {where} is of timm's Eva, and does not say whether its positions are rotary, as EVA-02's; "
+            "name timm's folder with its config.json, or, for one that is not rotary, give rope_theta=null to "
+            "from_pretrained, or to `vitscale convert`, whose folder opens everywhere"
+        )
 
 
 def _settle_mask_token(tensors: dict[str, Tensor], model_class: type[ViTPreTrainedModel]) -> Iterable[str]:
@@ -136,7 +151,7 @@ class _Keys:
     notes: list[str] = field(default_factory=list)
 
     def config(self, model_class: type[ViTPreTrainedModel], dtype: torch.dtype) -> ViTConfig:
-        theta, head_width = rope_theta(self.tensors)
+        theta, head_width = self._rotary()
         keys = sizes(self.tensors)
         width, patch = keys["hidden_size"], pair(keys["patch_size"])
         patches = self._patches(keys)
@@ -173,6 +188,18 @@ class _Keys:
             return model_class.config_class(**keys)
         except ConfigError as error:
             raise CheckpointError(f"{self.where}: {error}") from None
+
+    def _rotary(self) -> tuple[float | None, int | None]:
+        """Base of rotary positions and width of a head, as far as the file tells; else what was given."""
+        theta, head_width = rope_theta(self.tensors)
+        if theta is not None or "rope_theta" in self.given:
+            return theta or self.given["rope_theta"], head_width
+        if "pos_embed" not in self.tensors and not any("rope" in name for name in self.tensors):
+            raise ConfigError(
+                f"rope_theta: {self.where} has no positions and does not say whether they are rotary; give "
+                "rope_theta=100 for DINOv3's, rope_theta=null for none, or name a folder with its config.json"
+            )
+        return None, None
 
     def _patches(self, keys: Mapping[str, Any]) -> int | None:
         """How many patches have positions; None if none has."""

@@ -22,6 +22,7 @@ _BATCH_NORM_EPS = 1e-6  # of main_linprobe.py's head, which has no weight and bi
 _RENAMES = (
     (re.compile(r"^blocks\.\d+\.(\d+)\."), r"blocks.\1."),  # DINOv2's chunks of blocks
     (re.compile(r"^(register_tokens|storage_tokens)$"), "reg_token"),
+    (re.compile(r"^masked_embed$"), "mask_token"),  # iBOT's
     (re.compile(r"\.gamma_([12])$"), r".ls\1.gamma"),
     (re.compile(r"\.mlp\.w12\."), ".mlp.fc1."),
     (re.compile(r"\.mlp\.w3\."), ".mlp.fc2."),

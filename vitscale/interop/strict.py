@@ -18,7 +18,11 @@ _FOREIGN = {
     r"norm_pre|ln_pre": "of CLIP's norm before the blocks",
     r"attn_pool": "of a pooling by attention, as SigLIP's",
     r"downsample|^layers\.\d+\.blocks|^stages\.": "of stages, as Swin's",
+    r"\.proj_[lw]\.": "of CaiT's attention across heads",
+    r"^patch_embed\.(?!proj\.)": "of layers before the patches, as hybrids have",
 }
+_BLOCK_NORM = re.compile(r"^blocks\.\d+\.norm1\.weight$")
+_NO_CONFIG = "which no ViTConfig has: take another model, or the library that saved this one"
 _REMEDIES = {
     "missing": "name a file with the whole model, or fetch it again",
     "unexpected": "save the state without them if the model does without",
@@ -28,6 +32,20 @@ _REMEDIES = {
 
 def shapes(tensors: Mapping[str, Tensor]) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def refuse_foreign(tensors: Mapping[str, Tensor], where: str) -> None:
+    """CheckpointError where names, or the widths of blocks, are of what no ViTConfig expresses."""
+    if any(".lora_" in name or ".base_layer." in name for name in tensors):
+        raise CheckpointError(f"{where}: holds LoRA's matrices beside the weights; merge them (PEFT's "
+                              "merge_and_unload()), and save the state of what comes out")  # fmt: skip
+    kinds = {what: [name for name in tensors if re.search(pattern, name)] for pattern, what in _FOREIGN.items()}
+    norms = [name for name in tensors if _BLOCK_NORM.match(name)]
+    if len({tensors[name].shape for name in norms}) > 1:
+        kinds["of stages whose blocks differ in width, as Hiera's"] = norms
+    for what, names in kinds.items():
+        if names:
+            raise CheckpointError(f"{where}: tensors {listed(names, 3)} are {what}, {_NO_CONFIG}")
 
 
 def require_equal(expected: Shapes, actual: Shapes, where: str, hint: str = "") -> None:
@@ -50,5 +68,5 @@ def refuse(
         named = "; ".join(f"{kind}: {names}" for kind, names in parts.items())
         foreign = (what for pattern, what in _FOREIGN.items() for name in unexpected if re.search(pattern, name))
         if (what := next(foreign, None)) is not None:
-            hint = f"they are {what}, which no ViTConfig has: take another model, or the library that saved this one"
+            hint = f"they are {what}, {_NO_CONFIG}"
         raise CheckpointError(f"{where}: tensors {named}; {hint or _REMEDIES[next(iter(parts))]}")

@@ -39,10 +39,14 @@ _OTHERS = (
     (b"\x1f\x8b", "is compressed: unpack it by gunzip"),
     (b"\x89HDF", "is HDF5, as of TensorFlow: fetch PyTorch's or safetensors' file of that model"),
 )
-_IN_ARCHIVES = (
+_IN_ARCHIVES: tuple[tuple[str | tuple[str, ...], str], ...] = (
     ("constants.pkl", "is TorchScript: name a file of torch.jit.load(FILE).state_dict()"),
+    (
+        ("/models/model.json", "/serialized_exported_program.json"),
+        "is a program of torch.export: name the model that it was made of",
+    ),
     (".npy", "is NumPy's archive: make tensors of its arrays, and save them by safetensors"),
-)
+)  # fmt: skip
 _CUT = "is cut or damaged: fetch it again"
 
 
