@@ -62,3 +62,25 @@ def test_paths_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert refused("./model-b").endswith("no such folder; did you mean model-a?")
     assert refused("a/b/c/d").startswith("a/b/c/d: no such folder")
     assert refused("runs/").startswith("runs/: no such folder")
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (["best.pth", "log.txt"], "name what is in it: {}/best.pth"),
+        (["pytorch_model.bin", "training_args.bin", "optimizer.pt"], "name what is in it: {}/pytorch_model.bin"),
+        (["latest", "step1/mp_rank_00_model_states.pt", "step1/zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+         "name what is in it: {}/step1/mp_rank_00_model_states.pt"),
+        (["checkpoints/last.ckpt", "hparams.yaml"], "name what is in it: {}/checkpoints/last.ckpt"),
+        (["checkpoint-500/config.json", "checkpoint-500/model.safetensors"], "name what is in it: {}/checkpoint-500"),
+        ([".metadata", "__0_0.distcp"], "format_utils dcp_to_torch {} weights.pth"),
+        (["notes.txt"], "a model's folder has config.json and model.safetensors"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_no_models_says_what_to_name(tmp_path: Path, files: list[str], named: str) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert refused(tmp_path).endswith(
+        f"holds no config.json; {named.format(tmp_path)}" if "dcp" not in named else named.format(tmp_path)
+    )

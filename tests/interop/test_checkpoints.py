@@ -110,7 +110,9 @@ def test_one_of_several_sets_of_weights(tmp_path: Path, content: Any, usual: str
 
 
 def test_sets_of_which_none_is_preferred_are_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"has 2 sets .*: left \(\d+ tensors\), right .*--take NAME of a verb, model.init_"):
+    with pytest.raises(
+        ConfigError, match=r"has 2 sets .*: left \(\d+ tensors\), right .*--take NAME of a verb, model.init_"
+    ):
         read(tmp_path, {"left": STATE, "right": STATE})
 
 

@@ -12,6 +12,7 @@ from vitscale.files.atomic import write_atomically
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # endings of what others save
 INDEX = ".index.json"  # follows the name of the weights where they are in several files
 KINDS = (WEIGHTS, WEIGHTS + INDEX, PICKLE, PICKLE + INDEX)  # the first that is there is taken, as by transformers
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")

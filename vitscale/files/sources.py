@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.files.model_folder import CONFIG, stands_for_folder
+from vitscale.files.model_folder import CONFIG, WEIGHT_FILES, WEIGHTS, stands_for_folder
 from vitscale.run_folder import RunFolder
-from vitscale.text import nearest
+from vitscale.text import listed, nearest
 
+# State of training beside the weights, by the names of DeepSpeed and of transformers' Trainer.
+_NO_WEIGHTS = re.compile(r"optim|scheduler|rng_state|training_args|scaler")
 HUB_OPTIONS = ("revision", "cache_dir", "local_files_only", "token", "subfolder")  # of `locate`
 
 
@@ -70,7 +73,24 @@ def _local(path: Path, subfolder: str, file: str) -> Path:
         )
     if (path / "manifest.json").is_file():
         raise CheckpointError(f"{path}: is a checkpoint; `vitscale export {path}` makes a model's folder of it")
-    raise CheckpointError(f"{path / subfolder}: holds no {file}; a model's folder has {CONFIG} and model.safetensors")
+    instead = _instead(path / subfolder) if file == CONFIG else f"a model's folder has {CONFIG} and {WEIGHTS}"
+    raise CheckpointError(f"{path / subfolder}: holds no {file}; {instead}")
+
+
+def _instead(folder: Path) -> str:
+    """What to name instead of a folder that is no model's."""
+    if (folder / ".metadata").is_file():
+        return (
+            "it is a checkpoint of torch.distributed.checkpoint; make a file of it: python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} weights.pth"
+        )
+    below = [path for depth in ("*", "*/*") for path in folder.glob(depth)]
+    models = [path.parent for path in below if path.name == CONFIG]
+    weights = [path for path in below if path.suffix in WEIGHT_FILES and not _NO_WEIGHTS.search(path.name)]
+    found = sorted(models or weights, key=lambda path: path.stat().st_mtime, reverse=True)
+    if not found:
+        return f"a model's folder has {CONFIG} and {WEIGHTS}"
+    return f"name what is in it: {listed(found, 3)}"
 
 
 def _may_be_hub_name(source: str | Path) -> bool:

@@ -20,7 +20,6 @@ from vitscale.errors import CheckpointError, ConfigError
 from vitscale.interop.weight_files import SAVE_STATE, Array, Inert, read_file
 from vitscale.text import listed
 
-WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 # What every encoder has: its patch projection, by the names of timm (and MAE, DINO, SimMIM) and of transformers.
 TIMM_ANCHOR, HF_ANCHOR = "patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight"
 # Of several sets in one file that with the first of these in its name is taken: averages and teachers before what was

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.files.model_folder import CONFIG, PROCESSOR, read_json, stands_for_folder
+from vitscale.files.model_folder import CONFIG, PROCESSOR, WEIGHT_FILES, read_json, stands_for_folder
 from vitscale.files.sources import locate
 from vitscale.interop.bare import KEYS, read_bare
 from vitscale.interop.channels import adapt_channels
-from vitscale.interop.checkpoints import WEIGHT_FILES
 from vitscale.interop.config_files import config_as, read_config
 from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.interop.keymaps import places
