@@ -14,7 +14,6 @@ set -eu
 out=$1
 case $out in /*) ;; *) out=$PWD/$out ;; esac
 case ${CIFAR10:=} in '' | /*) ;; *) CIFAR10=$PWD/$CIFAR10 ;; esac
-export CIFAR10
 has_cuda() { "$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }
 
 # The wheels in a folder of their own, which Python looks into first. pip decides whether they fit this Python.
@@ -55,4 +54,4 @@ else
 fi
 cd "$ROOT"
 exec "$PYTHON" -m vitscale.bench.gpu_suite "$out" --device "${DEVICE:-cuda}" ${STAGES:+--stages "$STAGES"} \
-    --budget "$((BUDGET_S - SECONDS))"
+    ${CIFAR10:+--images "$CIFAR10"} --budget "$((BUDGET_S - SECONDS))"

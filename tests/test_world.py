@@ -182,6 +182,31 @@ def test_compiling_processes_are_shared_out(environment: pytest.MonkeyPatch, per
     assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == threads
 
 
+def test_what_stands_in_a_profile_or_a_notebook_stops_no_single_process(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.environ.update(GLOO_SOCKET_IFNAME="ib0", NCCL_SOCKET_IFNAME="ib0", MPLBACKEND="module://matplotlib_inline")
+    enter(on_ranks=True)
+    assert "GLOO_SOCKET_IFNAME=ib0, NCCL_SOCKET_IFNAME=ib0: " in capsys.readouterr().err
+    assert not {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} & os.environ.keys()
+    assert os.environ["MPLBACKEND"] == "agg"
+    os.environ.update(TORCHRUN, GLOO_SOCKET_IFNAME="ib0")
+    enter(on_ranks=True)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
+@pytest.mark.parametrize(("text", "threads"), [("2,1", "2"), ("", None), ("many", None), ("0", None), ("3", "3")])
+def test_threads_are_one_number(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, threads: str | None
+) -> None:
+    os.environ["OMP_NUM_THREADS"] = text
+    expected = threads or str(World().cores_per_rank)
+    enter()
+    assert os.environ["OMP_NUM_THREADS"] == expected
+    told = f"environment: OMP_NUM_THREADS={text}: must be a whole number above 0; {expected} is taken\n"
+    assert capsys.readouterr().err == ("" if text == threads else told)
+
+
 def test_enter_leaves_the_users_values(environment: pytest.MonkeyPatch) -> None:
     os.environ.update(TORCHRUN, MASTER_ADDR="elsewhere", MLFLOW_HTTP_REQUEST_TIMEOUT="60")
     enter(on_ranks=True)

@@ -17,6 +17,8 @@ _START = "start the processes with launch/torchrun.sh, launch/slurm.sh or torchr
 _OF_LAUNCHERS = re.compile(r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
 # What would change a run past its config, or contradict its ranks: accelerate's, and MPI's, by which DeepSpeed checks.
 _NEVER_READ = ("ACCELERATE_", "FSDP_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "PMI_")
+# Network interfaces that ranks are to meet by: of a cluster's compute nodes, and perhaps not of this one.
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
 # How srun, Open MPI, MPICH, MVAPICH, PMIx, Cray's launchers, Flux and jsrun number the processes that they start.
 _NUMBERS = (
     *("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "PMIX_RANK", "PALS_RANKID"),
@@ -88,6 +90,7 @@ def enter(on_ranks: bool = False) -> World:
         name
         for name in os.environ
         if name.startswith(_NEVER_READ)
+        or (world.world_size == 1 and name in _INTERFACES)
         or (world.world_size == 1 and _OF_LAUNCHERS.fullmatch(name) and os.environ[name] != told.get(name))
     ]
     if world.device == "cpu" and os.environ.get("DS_ACCELERATOR", "cpu") != "cpu":
@@ -98,9 +101,23 @@ def enter(on_ranks: bool = False) -> World:
     for name in left:
         del os.environ[name]
     os.environ |= told
+    _settle_threads(world)
+    os.environ["MPLBACKEND"] = "agg"  # Jupyter leaves its own to what it starts
     for name, value in _defaults(world).items():
         os.environ.setdefault(name, value)
     return world
+
+
+def _settle_threads(world: World) -> None:
+    """OpenMP takes a number a level of nesting ("2,1") or none; what accelerate reads must be one number."""
+    text = os.environ.get("OMP_NUM_THREADS")
+    if text is None or (text.isdecimal() and int(text) > 0):
+        return
+    first = text.partition(",")[0].strip()
+    threads = first if first.isdecimal() and int(first) > 0 else str(world.cores_per_rank)
+    if world.is_main:
+        to_stderr(f"environment: OMP_NUM_THREADS={text}: must be a whole number above 0; {threads} is taken")
+    os.environ["OMP_NUM_THREADS"] = threads
 
 
 def _defaults(world: World) -> dict[str, str]:
@@ -116,7 +133,6 @@ def _defaults(world: World) -> dict[str, str]:
         "GIT_PYTHON_REFRESH": "quiet",
         # DeepSpeed speaks at INFO on every rank; what matters of it we say ourselves.
         "DEEPSPEED_LOG_LEVEL": "warning",
-        "MPLBACKEND": "agg",
         # What train.deterministic needs of cuBLAS before its first call; of Hopper's workspace it is the default size.
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "OMP_NUM_THREADS": str(world.cores_per_rank),
@@ -157,6 +173,11 @@ def forget_deepspeed() -> None:
 def meeting_place() -> str:
     """Where this rank meets the others, for messages."""
     return f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
+
+
+def network_interface() -> str | None:
+    """The one that the environment has gloo's ranks meet by."""
+    return os.environ.get("GLOO_SOCKET_IFNAME")
 
 
 def _place_on_node() -> tuple[int, int]:

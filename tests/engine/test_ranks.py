@@ -13,7 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from vitscale.engine.loop import StepReport
-from vitscale.engine.ranks import ProcessRanks
+from vitscale.engine.ranks import ProcessRanks, meeting
+from vitscale.errors import LaunchError
+from vitscale.world import World
 
 TIMEOUT = timedelta(seconds=60)
 # torch's name of gloo where it is one of several backends: not the name "gloo", so a group of its own is made,
@@ -94,3 +96,22 @@ def test_one_rank_needs_no_group() -> None:
         "bytes": b"index of rank 0",
         "nothing": b"",
     }
+
+
+def _without_the_interface(told: Any) -> None:
+    os.environ.update(GLOO_SOCKET_IFNAME="nosuch0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+    try:
+        with meeting(World(), 60):
+            dist.init_process_group("gloo", timeout=TIMEOUT)
+    except LaunchError as error:
+        told.put(str(error))
+
+
+def test_an_interface_that_is_not_there_is_named() -> None:
+    context = mp.get_context("spawn")
+    told = context.SimpleQueue()
+    process = context.Process(target=_without_the_interface, args=(told,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert told.get().startswith("GLOO_SOCKET_IFNAME=nosuch0 in the environment: rank 0 has no such network interface")

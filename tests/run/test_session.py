@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.data.makers import write_shards
 from vitscale.config.check import lanes
 from vitscale.config.load import dump_config
 from vitscale.config.schema import Data, RunConfig, Train
-from vitscale.data.index import ShardIndex
+from vitscale.data.index import ShardIndex, build_index
 from vitscale.data.order import Order
 from vitscale.errors import CheckpointError, LaunchError
 from vitscale.run import session, start
@@ -129,3 +130,15 @@ def test_changed_keys_are_reported_once_each(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "config.yaml").write_text("model: {no_such_key: 1}\n")
     start.say_changed_keys(make_session(tmp_path))
     assert "config: the one of the last start cannot be compared: " in capsys.readouterr().out
+
+
+def test_a_shard_on_both_sides_is_told_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path, [2, 2])
+    monkeypatch.chdir(tmp_path)
+    whole, last = build_index([str(tmp_path / "s000.tar"), str(tmp_path / "s001.tar")]), build_index(["./s001.tar"])
+    session.tell_shared("data.validation", last, "data.train", whole)
+    assert f"data.validation: {tmp_path}/s001.tar: in data.train too" in capsys.readouterr().err
+    session.tell_shared("data.validation", last, "data.train", build_index(["s000.tar"]))
+    assert capsys.readouterr().err == ""

@@ -9,7 +9,6 @@ from typing import Any, get_type_hints
 
 from vitscale.config.typed import Plain, as_type, type_name
 from vitscale.errors import ConfigError
-from vitscale.inference.command import takes_set
 from vitscale.run_folder import DONE
 from vitscale.text import did_you_mean, printable
 
@@ -17,6 +16,7 @@ _WRITES = """what to write: hf: a folder that transformers opens; timm: a folder
 timm.create_model('local-dir:TO') opens; mae: a .pth for facebookresearch/mae; vitscale: a folder for this
 library alone, for what transformers' ViT has not (registers, rotary positions, ...)"""
 _FROM = "a folder of ours, of transformers or of timm, a run's folder, a hub name, or a file of weights (.pth, ...)"
+_TAKE = "which set of weights of a file that has several, such as teacher or student"
 _OPEN = "for a file of weights, what it does not say: num_attention_heads=6 or image_size=224,192"
 _CHECK = "TO is there only if it gives, read again, the outputs of FROM on random images."
 
@@ -27,7 +27,7 @@ def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added.add_argument("source", metavar="FROM", help=_FROM)
     added.add_argument("to", metavar="TO", help="a new folder, or for --to mae a new file")
     added.add_argument("--to", dest="target", required=True, choices=("hf", "timm", "mae", "vitscale"), help=_WRITES)
-    takes_set(added)
+    added.add_argument("--take", metavar="NAME", default=None, help=_TAKE)
     added.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=_OPEN)
 
 

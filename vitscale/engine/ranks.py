@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from vitscale.errors import LaunchError
-from vitscale.world import World, meeting_place
+from vitscale.world import World, meeting_place, network_interface
 
 
 class ProcessRanks:
@@ -102,6 +102,14 @@ def meeting(world: World, timeout_s: float) -> Iterator[None]:
             f"{meeting_place()} parallel.timeout_s={timeout_s}: rank {world.rank} of {world.world_size} cannot meet "
             f"the others there ({reason}); name rank 0's host and a port that is free on it, "
             "and start every rank"
+        ) from None
+    except RuntimeError as error:
+        interface = network_interface()
+        if interface is None or interface not in str(error):
+            raise
+        raise LaunchError(
+            f"GLOO_SOCKET_IFNAME={interface} in the environment: rank {world.rank} has no such network interface; "
+            "unset it, or name one that every node has (ip -brief address)"
         ) from None
 
 

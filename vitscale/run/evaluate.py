@@ -29,14 +29,13 @@ from vitscale.evaluation.figures import draw_curves
 from vitscale.evaluation.probing import Probing, encoder_of
 from vitscale.evaluation.validation import HeldOut, Validation
 from vitscale.files.atomic import write_atomically
-from vitscale.files.classes import class_names
 from vitscale.interop.loading import open_model, start_from
 from vitscale.interop.pretrained import load_model
 from vitscale.models.auto import OBJECTIVES, initialize, new_model
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 from vitscale.run.finetune import model_keys_of, processor_keys
 from vitscale.run.report import report
-from vitscale.run.session import require_same_classes
+from vitscale.run.session import Packed, packed, require_held_out
 from vitscale.run_folder import DONE, RunFolder
 from vitscale.text import aligned, listed, to_stderr
 from vitscale.tracking.jsonl import JsonlFile
@@ -165,27 +164,25 @@ def _of_model(source: str, overrides: Sequence[str], take: str | None) -> Subjec
     return Subject(config, {"trained": model, "untrained": untrained})
 
 
-def _open(config: RunConfig, results: RunFolder) -> dict[str, tuple[bytes, tuple[str, ...]] | None]:
+def _open(config: RunConfig, results: RunFolder) -> dict[str, Packed | None]:
     """The shards of both sides and the names of their classes, as rank 0 finds them."""
     evaluation, label = config.evaluation, config.data.label_extension
     trained = evaluation.train or config.data.train
     if not trained:
         raise ConfigError("evaluation.train is empty: name labelled shards, say evaluation.train='FOLDER/train/*.tar'")
 
-    def opened(sources: tuple[Source, ...], indexed: str | None) -> tuple[bytes, tuple[str, ...]]:
+    def opened(sources: tuple[Source, ...], indexed: str | None) -> ShardIndex:
         index = open_index(sources, indexed, results.path, label=label)
         if _is_labelled(config):
             require_labels(index, label)
-        return index.to_bytes(), tuple(class_names(index.paths) or ())
+        return index
 
     indexed = None if evaluation.train else config.data.index
     test = opened(evaluation.test, None) if evaluation.test else None
     fitted = opened(trained, indexed)
     if test is not None:
-        require_same_classes("evaluation.test", test[1], "evaluation.train", fitted[1])
-        if shared := sorted({source.pattern for source in evaluation.test} & {source.pattern for source in trained}):
-            to_stderr(f"evaluation.test: {shared[0]} is in evaluation.train too: images are scored that were fitted on")
-    return {"train": fitted, "test": test}
+        require_held_out(test, fitted)
+    return {"train": packed(fitted), "test": packed(test)}
 
 
 def _held_out(opened: Any, ranks: ProcessRanks) -> tuple[HeldOut, HeldOut | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,7 @@ from vitscale.evaluation.validation import HeldOut
 from vitscale.files.classes import class_names
 from vitscale.files.decode import choose_decoder
 from vitscale.run_folder import RunFolder
-from vitscale.text import listed
+from vitscale.text import listed, to_stderr
 from vitscale.world import World
 
 
@@ -74,10 +75,10 @@ def open_session(
     opened = _open_index(config, folder) if world.is_main else None
     others = _other_data(config, folder, opened, look_at_data) if opened else None
     backend = Backend(config, world)
-    packed = backend.ranks.broadcast(opened.to_bytes() if opened else None)
+    content = backend.ranks.broadcast(opened.to_bytes() if opened else None)
     # Not before: a rank that waits in C++ for the others could not answer a TERM.
     stop = StopRequest(folder.path, looks=world.local_rank == 0, clears=world.is_main)
-    index = opened or ShardIndex.from_bytes(packed)
+    index = opened or ShardIndex.from_bytes(content)
     decoder = choose_decoder(config.data.decode)
     _require_agreement(config, backend.ranks, folder, index, decoder)
     config = _with_class_names(config, backend.ranks, index)
@@ -85,7 +86,7 @@ def open_session(
     assert others is not None
     sides, facts = others.sides, others.facts
     held_out, train, test = (
-        packed and HeldOut(ShardIndex.from_bytes(packed[0]), class_names=packed[1]) for packed in others.indexes
+        each and HeldOut(ShardIndex.from_bytes(each[0]), class_names=each[1]) for each in others.indexes
     )
     order: SampleOrder = training_order(config, index.samples)
     if sides is not None:
@@ -114,39 +115,57 @@ def _other_data(config: RunConfig, folder: RunFolder, index: ShardIndex, look_at
     evaluation = config.evaluation
     probes = bool(evaluation.test) and (evaluation.every_steps or evaluation.every_epochs) is not None
 
-    def opened(sources: tuple[Source, ...], needs_labels: bool = True) -> Packed | None:
+    def opened(sources: tuple[Source, ...], needs_labels: bool = True) -> ShardIndex | None:
         if not sources:
             return None
         other = open_index(sources, None, folder.path, label=label)
         if needs_labels:
             require_labels(other, label)
-        return other.to_bytes(), tuple(class_names(other.paths) or ())
+        return other
 
     if probes and not evaluation.train:
         require_labels(index, label)
-    indexes = (
-        opened(data.validation, config.objective.needs_labels),
-        opened(evaluation.train) if probes else None,
-        opened(evaluation.test) if probes else None,
-    )
+    validation = opened(data.validation, config.objective.needs_labels)
+    train, test = (opened(sources) if probes else None for sources in (evaluation.train, evaluation.test))
     own = class_names(index.paths)
     named = _named_classes(config, own)
-    validation, train, test = indexes
-    if validation is not None and has_classes(config):
-        require_same_classes("data.validation", validation[1], "training", named.model.id2label or own)
+    if validation is not None:
+        tell_shared("data.validation", validation, "data.train", index)
+        if has_classes(config):
+            names = named.model.id2label or own
+            require_same_classes("data.validation", class_names(validation.paths), "training", names)
     if test is not None:
-        require_same_classes("evaluation.test", test[1], "evaluation.train", own if train is None else train[1])
+        require_held_out(test, train or index)
+    indexes = (packed(validation), packed(train), packed(test))
     facts = look_at_data(named, index, sides and sides[0]) if look_at_data is not None else None
     return _OtherData(sides, indexes, facts)
 
 
-def require_same_classes(key: str, names: Sequence[str], other: str, expected: Sequence[str] | None) -> None:
+def packed(index: ShardIndex | None) -> Packed | None:
+    """What the other ranks are told of an index."""
+    return None if index is None else (index.to_bytes(), tuple(class_names(index.paths) or ()))
+
+
+def require_held_out(test: ShardIndex, fitted: ShardIndex) -> None:
+    """That evaluation.test has the classes of evaluation.train; said where it has its shards too."""
+    tell_shared("evaluation.test", test, "evaluation.train", fitted)
+    require_same_classes("evaluation.test", class_names(test.paths), "evaluation.train", class_names(fitted.paths))
+
+
+def require_same_classes(key: str, names: Sequence[str] | None, other: str, expected: Sequence[str] | None) -> None:
     """DataError where both sides name their classes, and not alike: a label's number would mean two things."""
     if names and expected and tuple(names) != tuple(expected):
         raise DataError(
             f"{key}: classes.json beside its shards says {listed(names)}, that of {other} {listed(expected)}: a label "
             "would mean another class; pack both at once (vitscale pack --held-out), or with --classes classes.json"
         )
+
+
+def tell_shared(key: str, held_out: ShardIndex, other: str, fitted: ShardIndex) -> None:
+    """Say on stderr where a held-out shard is one of those that are trained on."""
+    shared = {os.path.abspath(path) for path in held_out.paths} & {os.path.abspath(path) for path in fitted.paths}
+    if shared:
+        to_stderr(f"{key}: {listed(sorted(shared), 3)}: in {other} too, so images are scored that were trained on")
 
 
 def config_digest(config: RunConfig) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import signal
 import sys
 import tempfile
@@ -39,20 +38,22 @@ _LIBRARIES = ("accelerate", "deepspeed", "matplotlib.figure", "pyarrow.parquet",
 
 def main(arguments: Sequence[str]) -> int:
     """Run what is left; DONE where each stage has passed or cannot run here."""
-    has_images = bool(os.environ.get("CIFAR10"))
-    letters = [stage.letter for stage in STAGES if stage.letter != FEW_LABELS or has_images]
+    letters = [stage.letter for stage in STAGES]
     parser = argparse.ArgumentParser(prog="launch/gpu_suite.sh", description=__doc__)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of the results; with some in it, the rest is run")
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True, help="cpu: all at tiny sizes")
-    parser.add_argument("--stages", default=",".join(letters), help="letters, with commas")
+    parser.add_argument("--stages", default=None, help="letters, with commas")
+    parser.add_argument("--images", type=Path, default=None, help="folder of CIFAR-10's shards, for stage i")
     parser.add_argument("--budget", type=float, required=True, help="seconds for all")
     options = parser.parse_args(arguments)
-    chosen = [letter for letter in options.stages.split(",") if letter]
+    if options.images is None:
+        letters.remove(FEW_LABELS)
+    chosen = letters if options.stages is None else [letter for letter in options.stages.split(",") if letter]
     try:
         if not chosen or not set(chosen) <= set(letters):
             raise VitscaleError(
                 f"STAGES={options.stages!r}: must be of {','.join(letters)}, with commas"
-                + ("" if has_images else f"; {FEW_LABELS} needs CIFAR10=FOLDER with its shards")
+                + ("" if options.images else f"; {FEW_LABELS} needs CIFAR10=FOLDER with its shards")
             )
         if options.device == "cuda" and world.local_device() == "cpu":
             raise VitscaleError("DEVICE=cuda: runs would take the CPU: there is neither /dev/nvidiactl nor /dev/dxg, "
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
         return BAD_INPUT
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED))  # by way of what ends the stage's processes
     with tempfile.TemporaryDirectory(prefix="vitscale-gpu-suite-", ignore_cleanup_errors=True) as scratch:
-        runner = Runner(results, options.device, Path(scratch), options.budget)
+        runner = Runner(results, options.device, Path(scratch), options.budget, options.images)
         if options.device == "cpu" and results.in_order(chosen):
             world.enter()
             importlib.import_module("vitscale.bench.peers").import_transformers()

@@ -61,6 +61,7 @@ class Setting:
     settled: frozenset[str]  # cases that are not to be run
     earlier: Mapping[str, Mapping[str, Figures]]  # figures by stage and case, so far
     lines: Path  # the file that `emit` writes to
+    images: Path | None = None  # shards of CIFAR-10, where there are some
     case_deadline: float = math.inf  # of the case that is going on
 
     @property

@@ -1,12 +1,11 @@
 """Stage i: launch/label_efficiency.sh's comparison at a size for a GPU: a ViT-Ti of patch 4 on CIFAR-10, once each.
 
-CIFAR10 names a folder with train/*.tar, test/*.tar and classes.json, which the stage needs.
+It needs a folder with train/*.tar, test/*.tar and classes.json: CIFAR10=FOLDER of launch/gpu_suite.sh.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
 from collections.abc import Sequence
@@ -61,7 +60,7 @@ def _finetune(how: str, share: float, setting: Setting) -> Figures:
     else:
         epochs, batch = SHARES[share]
         sizes = [VIT_TI, f"train={{epochs: {epochs}, global_batch: {batch}, micro_batch: {batch}, precision: bf16}}"]
-    keys = [*sizes, start, f"data.validation={_shards()}/test/*.tar", f"data.fraction={share}"]
+    keys = [*sizes, start, f"data.validation={setting.images}/test/*.tar", f"data.fraction={share}"]
     run = _run("finetune", "cifar10_finetune", f"{how}-{share}", keys, setting)
     scores = json.loads((run / "validation.json").read_text(encoding="utf-8"))["scores"]
     shutil.rmtree(run)
@@ -71,7 +70,7 @@ def _finetune(how: str, share: float, setting: Setting) -> Figures:
 def _run(verb: str, config: str, name: str, keys: Sequence[str], setting: Setting) -> Path:
     """The folder of a run that has ended."""
     folder = setting.scratch / "few_labels"
-    where = (f"run.dir={folder}", f"run.name={name}", f"data.train={_shards()}/train/*.tar")
+    where = (f"run.dir={folder}", f"run.name={name}", f"data.train={setting.images}/train/*.tar")
     if code := run_command([verb, str(CONFIGS / f"{config}.yaml"), *keys, *where], setting):
         raise Mismatch(f"vitscale {verb} ended with {code}; log.txt has what it printed")
     return folder / name
@@ -80,7 +79,3 @@ def _run(verb: str, config: str, name: str, keys: Sequence[str], setting: Settin
 def _model(setting: Setting) -> Path:
     """What was pretrained, beside the results: a later call fine-tunes it."""
     return setting.out / "few_labels_model"
-
-
-def _shards() -> str:
-    return os.environ["CIFAR10"]

@@ -21,8 +21,10 @@ _POLL_S = 0.1
 class Runner:
     """One call of the suite."""
 
-    def __init__(self, results: Results, device: str, scratch: Path, budget_s: float) -> None:
-        self.results, self.device, self.scratch = results, device, scratch
+    def __init__(
+        self, results: Results, device: str, scratch: Path, budget_s: float, images: Path | None = None
+    ) -> None:
+        self.results, self.device, self.scratch, self.images = results, device, scratch, images
         self._ends = time.monotonic() + budget_s
 
     def run(self, letters: Iterable[str]) -> None:
@@ -51,8 +53,9 @@ class Runner:
             lines = self.scratch / f"{stage.letter}.jsonl"
             lines.write_bytes(b"")
             setting = Setting(
-                self.device, self.scratch, self.results.out, deadline, settled, self.results.figures(), lines
-            )
+                self.device, self.scratch, self.results.out, deadline, settled, self.results.figures(), lines,
+                self.images,
+            )  # fmt: skip
             watch = _Watch(stage, setting, self.results)
             process = start_context(self.device).Process(target=serve, args=(stage, setting, log))  # type: ignore[attr-defined]
             process.start()
