@@ -397,3 +397,16 @@ def test_what_other_tools_would_take_is_answered_with_what_to_type(
     with pytest.raises(SystemExit, match=str(BAD_INPUT)):
         sys.exit(main(["config", *words]))
     assert help in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("closed", "said"), [("<&-", ""), (">&-", ""), ("<&- >&- 2>&-", ""), ("> /dev/full", "No space left")]
+)
+def test_streams_that_are_closed_or_full(closed: str, said: str, tmp_path: Path) -> None:
+    """As daemons start processes."""
+    command = f"{sys.executable} -m vitscale config configs/quickstart.yaml {closed}"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1]
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == ((1, 1) if said else (0, 0)), done.stderr
+    assert said in done.stderr

@@ -7,6 +7,7 @@ Verbs import what they need when they run, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import re
@@ -22,7 +23,7 @@ from vitscale.export import command as export
 from vitscale.inference import command as inference
 from vitscale.inspection import command as inspection
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, FolderInUse, RunFolder
-from vitscale.text import did_you_mean, ignore_warnings_of_pillow, to_stderr, tolerate_any_text
+from vitscale.text import did_you_mean, ignore_warnings_of_pillow, nowhere, to_stderr, tolerate_any_text
 
 if TYPE_CHECKING:
     from vitscale.config.schema import RunConfig
@@ -233,7 +234,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     here = world.World()
     try:
         arguments.world = here = world.enter(on_ranks=arguments.run_verb in (_pretrain, _finetune, _evaluate))
-        return arguments.run_verb(arguments)
+        code = arguments.run_verb(arguments)
+        sys.stdout.flush()
+        return code
     except VitscaleError as error:
         # Before there is a run folder all ranks fail alike, and rank 0 speaks; after, the first to fail does.
         if not getattr(error, "reported", not here.is_main):
@@ -244,6 +247,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except BrokenPipeError:
         return DONE  # the reader of our output has seen enough
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or here.world_size > 1:
+            raise
+        to_stderr(
+            f"vitscale: error: {error.filename or 'stdout'}: cannot be written: {error.strerror}; make room there"
+        )
+        sys.stdout = nowhere("w")  # what it still holds would fail once more at the end
+        return FAILED
     except KeyboardInterrupt:
         print("vitscale: interrupted", file=sys.stderr, flush=True)
         return FAILED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import os
 import shutil
 import sys
 import warnings
@@ -64,10 +65,21 @@ def printable(text: str) -> str:
 
 
 def tolerate_any_text() -> None:
-    """Let stdout and stderr write what their encoding lacks as escapes, as a Chinese label on an ASCII terminal."""
+    """Let stdout and stderr write what their encoding lacks as escapes, as a Chinese label on an ASCII terminal.
+
+    A stream that whoever started this process has closed is one that holds, or takes, nothing.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, nowhere(mode))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def nowhere(mode: str) -> TextIO:
+    """A stream that holds, or takes, nothing."""
+    return open(os.devnull, mode, encoding="utf-8")  # type: ignore[return-value]  # noqa: SIM115
 
 
 def ignore_warnings_of_pillow() -> None:

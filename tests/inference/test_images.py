@@ -231,9 +231,10 @@ def test_the_limit_on_pixels_can_be_raised_and_lowered(tmp_path: Path) -> None:
 
 def test_what_would_be_waited_for_or_searched_by_mistake_is_bad(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
-    (pipe,) = find_images([str(tmp_path)], NO_INPUT)
-    with pytest.raises(DataError, match="is no regular file"):
-        pipe.read()
+    for named in (tmp_path, tmp_path / "p*.jpg"):
+        (pipe,) = find_images([str(named)], NO_INPUT)
+        with pytest.raises(DataError, match="is no regular file"):
+            pipe.read()
     (unset,) = find_images([""], NO_INPUT)
     with pytest.raises(DataError, match="is a variable unset"):
         unset.read()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import datetime
 import functools
 import os
 import pathlib
@@ -184,6 +185,7 @@ def test_harmless_and_unknown_classes_beside_the_tensors(tmp_path: Path, zipped:
         "built in": [zip, max, property, range(3), reversed, sorted, ..., NotImplemented, TypeError("x")],
         "sets": ({1, 2}, frozenset([3]), slice(1, 2)),
         "counts": counts,
+        "times": [datetime.datetime.now(datetime.UTC), datetime.timedelta(1), datetime.datetime(2026, 1, 1)],
     }
     if zipped:  # torch's older format keeps the code of a module's class, and none of ours reads it
         beside["hyper_parameters"] = {"norm": functools.partial(nn.LayerNorm, eps=1e-6), "act": nn.GELU}

@@ -6,7 +6,7 @@ import io
 import struct
 from dataclasses import dataclass
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # Why a sample is bad; a closed set, since counts by cause are summed over ranks and runs.
 CAUSES = ("no_image", "undecodable", "too_large", "channels", "label")
@@ -94,6 +94,13 @@ def exif_orientation(tiff: bytes) -> int:
     return 1
 
 
+def _why_none(data: bytes, error: Exception) -> str:
+    if data[4:8] == b"ftyp":
+        kind = "AVIF" if data[8:12] in (b"avif", b"avis") else "HEIC or another film's format"
+        return f", but {kind}: convert it, to JPEG say"
+    return "" if isinstance(error, UnidentifiedImageError) else f": {type(error).__name__}"
+
+
 def _other_header(data: bytes) -> Header:
     """By Pillow, which opens without decoding; of a TIFF it applies the orientation itself."""
     try:
@@ -103,6 +110,6 @@ def _other_header(data: bytes) -> Header:
     except Exception as error:  # its parsers raise nearly anything on damaged files
         if not data or data.lstrip()[:1] in (b"<", b"{"):
             raise BadSample("undecodable", "0 bytes" if not data else "a text, not an image") from None
-        raise BadSample("undecodable", f"no {', '.join(FORMATS)} image: {type(error).__name__}") from None
+        raise BadSample("undecodable", f"no {', '.join(FORMATS)} image{_why_none(data, error)}") from None
     exif = image.info.get("exif") or b""
     return Header(image.height, image.width, exif_orientation(exif.removeprefix(b"Exif\0\0")), 0, image)

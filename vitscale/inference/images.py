@@ -192,7 +192,7 @@ def _from_argument(text: str) -> Iterator[ImageSource]:
         if not matches:
             yield _bad(str(folder / pattern), "no file is named so; check the pattern")
         for match in matches:
-            yield from _from_path(folder / match)
+            yield from _from_folder_entry(folder / match)
 
 
 def _split(path: Path) -> tuple[Path, str]:
@@ -215,6 +215,14 @@ def _from_path(path: Path) -> Iterator[ImageSource]:
         yield ImageSource(_shown(path), partial(_read, path), path)
 
 
+def _from_folder_entry(path: Path) -> Iterator[ImageSource]:
+    """What a search or a pattern found, and nobody named in full."""
+    if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would be waited for
+        yield _bad(_shown(path), "is no regular file")
+    else:
+        yield from _from_path(path)
+
+
 def _from_folder(folder: Path) -> Iterator[ImageSource]:
     empty = True
     for place, below, names in os.walk(folder):
@@ -223,11 +231,7 @@ def _from_folder(folder: Path) -> Iterator[ImageSource]:
             kind = os.path.splitext(name)[1][1:].lower()
             if not name.startswith(".") and kind in (*IMAGE_KINDS, "tar"):
                 empty = False
-                path = Path(place, name)
-                if path.exists() and not path.is_file():  # a pipe would be waited for
-                    yield _bad(_shown(path), "is no regular file")
-                else:
-                    yield from _from_path(path)
+                yield from _from_folder_entry(Path(place, name))
     if empty:
         yield _bad(_shown(folder), f"holds no images ({', '.join(IMAGE_KINDS)}) or shards (tar)")
 

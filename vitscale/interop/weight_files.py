@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import datetime
 import pathlib
 import re
 import types
@@ -107,8 +106,6 @@ _HARMLESS: tuple[tuple[Any, str], ...] = (
     (argparse.Namespace, "argparse.Namespace"),
     (types.SimpleNamespace, "types.SimpleNamespace"),
     (_InertMapping, "collections.defaultdict"),
-    (datetime.datetime, "datetime.datetime"),
-    (datetime.timedelta, "datetime.timedelta"),
     *((pathlib.PurePath, f"pathlib{local}.{name}") for local in ("", "._local") for name in (
         "Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")),
     *((Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
@@ -194,11 +191,21 @@ def _read_pickle(path: Path) -> Any:
             inert[name] = type(name, (Inert,), {})
         except Exception as error:  # on a damaged file it raises nearly anything
             reason = first_sentence(f"{type(error).__name__}: {error}")
-            raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle: {reason}; it {_CUT}") from None
+            remedy = SAVE_STATE if _is_whole(path) else f"it {_CUT}"
+            raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle: {reason}; {remedy}") from None
         else:
             if isinstance(content, Inert):
                 raise CheckpointError(f"{path}: holds a {type(content).__name__}, not its tensors; {SAVE_STATE}")
             return content
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether this is an archive of torch.save of which nothing is missing or altered."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None and any(name.endswith("/data.pkl") for name in archive.namelist())
+    except Exception:  # of a damaged archive, whatever it is
+        return False
 
 
 def _filled(error: UnpicklingError, inert: Mapping[str, Any]) -> dict[str, Any] | None:
