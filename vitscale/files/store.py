@@ -6,6 +6,7 @@ import fnmatch
 import glob
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import NamedTuple, Protocol
 
 from vitscale.files.atomic import write_atomically
 from vitscale.files.cache import LruCache
+from vitscale.files.retry import TRANSIENT, with_retries
 
 _OPEN_FILES = 256
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 Paths = list[str]
 
 
@@ -48,6 +51,10 @@ class Store(Protocol):
         """
         ...
 
+    def fetch(self, path: str, sha256: str | None) -> None:
+        """Bring a file near before it is read, where the store does that, and hold it against its sha256."""
+        ...
+
 
 _file_stat = partial(tuple.__new__, FileStat)  # in half the time of FileStat(...): a start asks for many shards
 
@@ -55,11 +62,13 @@ _file_stat = partial(tuple.__new__, FileStat)  # in half the time of FileStat(..
 class LocalFiles:
     """Files of this machine or a mounted file system; those read most recently stay open."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience_s: float = 0.0) -> None:
+        """patience_s: how long what a network file system may get over (EIO, ESTALE, time-outs) is tried again."""
+        self._patience_s = patience_s
         self._files: LruCache[str, _File] = LruCache(_File, _OPEN_FILES, lambda _: 1)
 
-    def __reduce__(self) -> tuple[type[LocalFiles], tuple[()]]:
-        return type(self), ()  # open files do not travel
+    def __reduce__(self) -> tuple[type[LocalFiles], tuple[float]]:
+        return type(self), (self._patience_s,)  # open files do not travel
 
     def list(self, pattern: str) -> Paths:
         folder, name = os.path.split(pattern)
@@ -76,11 +85,29 @@ class LocalFiles:
 
     def stat(self, path: str) -> FileStat:
         """Bytes read after it are of the file that it measured, also where another one took its place."""
-        stat = os.stat(path)
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            if error.errno not in TRANSIENT or not self._patience_s:
+                raise
+            stat = with_retries(partial(os.stat, path), path, self._patience_s)
         self._files.forget(path)
         return _file_stat((stat.st_size, stat.st_mtime_ns))
 
     def read(self, path: str, start: int, count: int) -> bytes:
+        try:
+            return self._read(path, start, count)
+        except OSError as error:
+            if error.errno not in TRANSIENT or not self._patience_s:
+                raise
+
+        def again() -> bytes:
+            self._files.forget(path)  # a stale handle stays stale
+            return self._read(path, start, count)
+
+        return with_retries(again, path, self._patience_s)
+
+    def _read(self, path: str, start: int, count: int) -> bytes:
         file = self._files.get(path)  # referenced until it is read, or another thread's eviction would close it
         data = os.pread(file.descriptor, count, start)
         while len(data) < count and (more := os.pread(file.descriptor, count - len(data), start + len(data))):
@@ -90,6 +117,19 @@ class LocalFiles:
     def write(self, path: str, data: bytes) -> None:
         write_atomically(Path(path), data)
         self._files.forget(path)
+
+    def fetch(self, path: str, sha256: str | None) -> None:
+        """It is as near as it gets."""
+
+
+def is_remote(path: str) -> bool:
+    """Whether this is a URL, not a path."""
+    return _URL.match(path) is not None
+
+
+def absolute(path: str) -> str:
+    """A path from the root on; a URL as it is."""
+    return path if is_remote(path) else os.path.abspath(path)
 
 
 def read_pieces(store: Store, path: str, size: int = 8 << 20) -> Iterator[bytes]:

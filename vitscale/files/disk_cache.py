@@ -1,0 +1,199 @@
+"""Remote files on this node's disk: each downloaded once, whoever asks, and thrown out when others need the room.
+
+FOLDER/HASH.data is a whole file: it got its name once all bytes were on disk and held against the sha256 that is known.
+HASH.json says what it is. Who downloads or throws out holds the lock of HASH.lock, or of cache.lock; the kernel frees
+them when a process ends, however it ends. What an ended process left half done is HASH.part, and begun again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from vitscale.errors import ConfigError, DataError
+from vitscale.files.atomic import flush_to_disk, write_atomically
+from vitscale.files.store import FileStat, LocalFiles, Paths, Store, sha256_of
+
+_PIECE = 8 << 20  # bytes of one request
+_REQUESTS = 4  # of one download, at once
+_LEFT_FREE = 0.05  # of the disk, where data.cache_bytes does not say how much may be used
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+class DiskCache:
+    """A Store of what another store has, read from this node's disk. For many threads, processes and jobs at once."""
+
+    def __init__(self, store: Store, folder: str, most_bytes: int | None) -> None:
+        """most_bytes: of all files together; None: as much as the disk has, but for a twentieth."""
+        self._store, self._folder, self._most_bytes = store, Path(folder), most_bytes
+        self._local = LocalFiles()
+        self._stats: dict[str, FileStat] = {}
+        self._opened: set[str] = set()  # local paths that this process has looked at
+
+    def __reduce__(self) -> tuple[type[DiskCache], tuple[Store, str, int | None]]:
+        return type(self), (self._store, str(self._folder), self._most_bytes)
+
+    def list(self, pattern: str) -> Paths:
+        return self._store.list(pattern)
+
+    def stat(self, path: str) -> FileStat:
+        stat = self._stats[path] = self._store.stat(path)
+        return stat
+
+    def write(self, path: str, data: bytes) -> None:
+        self._store.write(path, data)
+
+    def read(self, path: str, start: int, count: int) -> bytes:
+        while True:
+            local = self._here(path, None)
+            try:
+                return self._local.read(local, start, count)
+            except FileNotFoundError:  # thrown out by another process just now
+                self._opened.discard(local)
+
+    def fetch(self, path: str, sha256: str | None) -> None:
+        """See Store.fetch."""
+        self._here(path, sha256)
+
+    def _here(self, path: str, sha256: str | None) -> str:
+        """The file on this node's disk, downloaded where it is not there."""
+        stat = self._stats.get(path) or self.stat(path)
+        name = hashlib.blake2b(f"{path} {stat.bytes} {stat.modified}".encode(), digest_size=16).hexdigest()
+        local = str(self._folder / f"{name}.data")
+        while local not in self._opened:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with _locked(self._folder / f"{name}.lock"):
+                    if not self._is_good(local, stat, sha256):
+                        self._make_room(stat.bytes, path)
+                        self._download(path, stat, sha256, local)
+                    os.utime(local)  # the one used last is thrown out last
+                self._opened.add(local)
+            except OSError as error:
+                if error.filename == path:
+                    raise  # the other store's
+                if not isinstance(error, FileNotFoundError):  # else thrown out by another process just now
+                    raise self._broken(error) from None
+        return local
+
+    def _is_good(self, local: str, stat: FileStat, sha256: str | None) -> bool:
+        """Whether the file is there and whole. After a start of the machine its bytes are read once more."""
+        try:
+            if os.stat(local).st_size != stat.bytes:
+                return False
+            about = json.loads(_about(local).read_text(encoding="utf-8"))
+            if sha256 not in (None, about["sha256"]):
+                return False
+            if about["boot"] != _boot():
+                if sha256_of(local) != about["sha256"]:
+                    return False
+                write_atomically(_about(local), json.dumps(about | {"boot": _boot()}))
+        except (FileNotFoundError, ValueError, KeyError):
+            return False
+        return True
+
+    def _download(self, path: str, stat: FileStat, sha256: str | None, local: str) -> None:
+        """By several requests at once, in order onto the disk. DataError where the bytes are not those of the index."""
+        draft, digest = Path(local).with_suffix(".part"), hashlib.sha256()
+        starts = range(0, stat.bytes, _PIECE)
+        with open(draft, "wb") as stream, ThreadPoolExecutor(_REQUESTS) as pool:
+            asked = [pool.submit(self._store.read, path, start, _PIECE) for start in starts[:_REQUESTS]]
+            for number, _ in enumerate(starts):
+                piece = asked[number].result()
+                asked[number] = asked[0]  # its bytes are let go
+                if number + _REQUESTS < len(starts):
+                    asked.append(pool.submit(self._store.read, path, starts[number + _REQUESTS], _PIECE))
+                digest.update(piece)
+                self._write(stream.fileno(), piece, path)
+        size = draft.stat().st_size
+        if size != stat.bytes or sha256 not in (None, digest.hexdigest()):
+            draft.unlink()
+            what = (
+                f"has {size} bytes of {stat.bytes}" if size != stat.bytes else "has another sha256 than the index says"
+            )
+            raise DataError(f"{path}: {what}: it was written again or came damaged; make a new index (vitscale index)")
+        flush_to_disk(draft)
+        about = {"of": path, "sha256": digest.hexdigest(), "boot": _boot()}
+        write_atomically(_about(local), json.dumps(about))
+        os.replace(draft, local)
+
+    def _write(self, descriptor: int, piece: bytes, path: str) -> None:
+        view = memoryview(piece)
+        while view:
+            try:
+                view = view[os.write(descriptor, view) :]
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._throw_out(len(view)):
+                    raise OSError(error.errno, error.strerror, str(self._folder)) from None
+
+    def _make_room(self, size: int, path: str) -> None:
+        if self._most_bytes is None:
+            usage = shutil.disk_usage(self._folder)
+            missing = size + int(_LEFT_FREE * usage.total) - usage.free
+        else:
+            if size > self._most_bytes:
+                raise ConfigError(
+                    f"data.cache_bytes={self._most_bytes}: {path} alone has {size}; allow for several of its size, or "
+                    "set data.cache=null"
+                )
+            missing = size + sum(each.stat().st_size for each in self._files()) - self._most_bytes
+        self._throw_out(missing)
+
+    def _throw_out(self, count: int) -> bool:
+        """Remove the files used longest ago until so many bytes are gone; whether any were removed."""
+        if count <= 0:
+            return False
+        gone = 0
+        with _locked(self._folder / "cache.lock"):
+            for each in sorted(self._files(), key=lambda file: file.stat().st_mtime_ns):
+                gone += each.stat().st_size
+                for suffix in (".data", ".json"):  # a lock may be somebody's
+                    each.with_suffix(suffix).unlink(missing_ok=True)
+                if gone >= count:
+                    break
+        return gone > 0
+
+    def _files(self) -> Sequence[Path]:
+        return [path for path in self._folder.glob("*.data") if path.exists()]
+
+    def _broken(self, error: OSError) -> Exception:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            way_out = "its disk is full, and nothing in it is of this cache: make room, name another folder"
+        else:
+            way_out = f"cannot be used ({error.strerror}): name a folder of this node that can be written"
+        return ConfigError(f"data.cache={self._folder}: {way_out}, or set data.cache=null")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, which whoever held it before may have removed meanwhile."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+                    yield
+                    return
+        finally:
+            os.close(descriptor)
+
+
+def _about(local: str) -> Path:
+    return Path(local).with_suffix(".json")
+
+
+def _boot() -> str:
+    """What tells one start of this machine from another."""
+    try:
+        return _BOOT.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,278 @@
+"""Files on HTTP(S) servers, read by ranges.
+
+What is not taken on trust: that a server knows ranges, that it sends what it promised, that the file stays the same
+between two reads, that it goes on sending, and where it redirects to. RFC 9110 has the rules.
+"""
+
+from __future__ import annotations
+
+import base64
+import email.utils
+import errno
+import ipaddress
+import netrc
+import re
+import socket
+import time
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import urllib3
+from urllib3.exceptions import HTTPError, SSLError
+
+from vitscale.files.retry import PATIENCE_S, Attempts
+from vitscale.files.store import FileStat, Paths
+
+_CONNECT_S, _SILENT_S = 10.0, 30.0  # without a connection, without a byte
+_SLOWEST, _SLOW_S = 1024, 30.0  # bytes a second over so many seconds: slower is as good as stalled
+_PIECE = 256 << 10  # bytes taken from a socket at once
+_MOST_REDIRECTS = 5
+_REDIRECTS = (301, 302, 303, 307, 308)
+_BUSY = (408, 425, 429, 500, 502, 503, 504)
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+
+
+class _Again(Exception):
+    """An attempt that failed in a way that may pass."""
+
+    def __init__(self, why: str, after_s: float = 0.0) -> None:
+        super().__init__(why)
+        self.after_s = after_s
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a server said of a file when it was first asked."""
+
+    bytes: int
+    modified: int  # nanoseconds, 0 where it does not say
+    validator: str | None  # a strong ETag, or the time of the last change: If-Range
+
+
+class HttpFiles:
+    """A Store of http:// and https:// URLs. Proxies and ~/.netrc are as curl has them; nothing is written.
+
+    Transient faults (time-outs, cut or stalled transfers, 429, 5xx) are tried again, going on at the byte reached;
+    UnavailableError where they last longer than `patience_s`. A redirect may not leave the scheme, nor lead to an
+    address of this machine or of its link unless the URL itself names one.
+    """
+
+    def __init__(self, patience_s: float = PATIENCE_S) -> None:
+        self._patience_s = patience_s
+        self._known: dict[str, _Known] = {}
+        self._pools: dict[str, urllib3.PoolManager] = {}
+
+    def __reduce__(self) -> tuple[type[HttpFiles], tuple[float]]:
+        return type(self), (self._patience_s,)  # connections do not travel
+
+    def list(self, pattern: str) -> Paths:
+        raise OSError(errno.ENOTSUP, "HTTP servers do not list files: name them with a brace range", pattern)
+
+    def stat(self, path: str) -> FileStat:
+        """By a read of one byte, which also servers answer that know no HEAD."""
+        self._known.pop(path, None)
+        self._read(path, 0, 1)
+        known = self._known[path]
+        return FileStat(known.bytes, known.modified)
+
+    def read(self, path: str, start: int, count: int) -> bytes:
+        return self._read(path, start, count)
+
+    def write(self, path: str, data: bytes) -> None:
+        raise OSError(errno.EROFS, "HTTP servers are only read", path)
+
+    def fetch(self, path: str, sha256: str | None) -> None:
+        """See Store.fetch: it has no place for it."""
+
+    def _read(self, path: str, start: int, count: int) -> bytes:
+        data = bytearray()
+        attempts = Attempts(path, self._patience_s)
+        while len(data) < count:
+            known, before = self._known.get(path), len(data)
+            if known is not None and start + before >= known.bytes:
+                break
+            try:
+                self._continue(path, start, count, data)
+            except (_Again, HTTPError, OSError) as error:
+                if isinstance(error, OSError) and error.filename is not None:
+                    raise  # ours, for good
+                if isinstance(error, SSLError) and "CERTIFICATE" in str(error):
+                    raise OSError(errno.EPROTO, "its certificate is not one that this machine trusts", path) from None
+                if len(data) > before:
+                    attempts.progressed()
+                attempts.failed(_reason(error), getattr(error, "after_s", 0.0))
+        return bytes(data)
+
+    def _continue(self, path: str, start: int, count: int, data: bytearray) -> None:
+        """One request for what is missing of bytes `start` to `start + count`; appends what came of it."""
+        at = start + len(data)
+        headers = {"Range": f"bytes={at}-{start + count - 1}", "Accept-Encoding": "identity"}
+        known = self._known.get(path)
+        if known is not None and known.validator:
+            headers["If-Range"] = known.validator
+        response = self._answer(path, headers)
+        try:
+            if response.status == 416:
+                self._note_end(path, response, at)
+                return
+            skip = self._skip(path, response, at)
+            began, received = time.monotonic(), 0
+            while len(data) < count:
+                piece = response.read1(_PIECE if skip else min(_PIECE, count - len(data)), decode_content=False)
+                if not piece:
+                    break
+                received += len(piece)
+                data += piece[skip : skip + count - len(data)]
+                skip = max(0, skip - len(piece))
+                took = time.monotonic() - began
+                if took > _SLOW_S and received < _SLOWEST * took:
+                    raise _Again(f"{received} bytes in {took:.0f} s")
+            if len(data) < count and start + len(data) < self._known[path].bytes:
+                raise _Again(f"cut after {received} bytes")
+        finally:
+            # A connection with bytes left is of no more use.
+            response.release_conn() if response.length_remaining == 0 else response.close()
+
+    def _skip(self, path: str, response: Any, at: int) -> int:
+        """How many bytes of an answer come before byte `at`; takes note of the file at its first answer."""
+        found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            encoding = response.headers["Content-Encoding"]
+            raise OSError(errno.EPROTO, f"is sent with Content-Encoding {encoding}, so its bytes are others", path)
+        if response.status == 206:
+            if found is None or int(found[1]) != at or found[3] == "*":
+                raise _Again(f"another range than asked for: {response.headers.get('Content-Range')}")
+            size = int(found[3])
+        else:
+            length = response.headers.get("Content-Length", "")
+            if not length.isdigit():
+                raise OSError(errno.EPROTO, "its server tells no length", path)
+            size = int(length)
+        self._note(path, size, response.headers)
+        return at if response.status == 200 else 0
+
+    def _note(self, path: str, size: int, headers: Any) -> None:
+        """What a file is, told by its first answer; all others must say the same."""
+        known = _Known(size, _time(headers.get("Last-Modified")), _validator(headers))
+        before = self._known.setdefault(path, known)
+        if (known.bytes, known.validator) != (before.bytes, before.validator):
+            raise OSError(errno.ENODATA, "was written again while it was in use", path)
+
+    def _note_end(self, path: str, response: Any, at: int) -> None:
+        """An answer that there is nothing from byte `at` on."""
+        size = response.headers.get("Content-Range", "").removeprefix("bytes */")
+        if not size.isdigit() or int(size) > at:
+            raise _Again(f"HTTP 416 for byte {at}")
+        self._note(path, int(size), response.headers)
+
+    def _answer(self, path: str, headers: dict[str, str]) -> Any:
+        """The response of status 200, 206 or 416 (no such range), behind redirects."""
+        url = path
+        for _ in range(_MOST_REDIRECTS + 1):
+            self._require_reachable(path, url)
+            pool = self._pool(url)
+            response = pool.request(
+                "GET", url, headers=headers | _authorization(url), redirect=False, preload_content=False
+            )
+            if response.status in (200, 206, 416):
+                return response
+            try:
+                target = response.headers.get("Location")
+                if response.status not in _REDIRECTS or not target:
+                    raise _refusal(path, response)
+                url = urljoin(url, target)
+            finally:
+                response.close()
+        raise OSError(errno.ELOOP, f"is redirected more than {_MOST_REDIRECTS} times", path)
+
+    def _require_reachable(self, path: str, url: str) -> None:
+        """OSError for a redirect to another scheme, and for addresses that no data set lies at."""
+        parts, asked = urlsplit(url), urlsplit(path)
+        if parts.scheme != asked.scheme:
+            raise OSError(errno.EPERM, f"is redirected to {parts.scheme}:, another scheme; name that URL", path)
+        if url == path and _NAMED_ADDRESS.fullmatch(parts.hostname or "") is None:
+            return  # asked for by name: the user's own word
+        for address in _addresses(parts.hostname or "", path):
+            is_local = address.is_loopback or address.is_unspecified
+            if address.is_link_local or (url != path and is_local and parts.hostname != asked.hostname):
+                raise OSError(errno.EPERM, f"leads to {parts.hostname} ({address}), where no data is read from", path)
+
+    def _pool(self, url: str) -> urllib3.PoolManager:
+        """The connections for a URL, through the proxy that the environment names for it."""
+        parts = urlsplit(url)
+        proxies = urllib.request.getproxies()
+        proxy = "" if urllib.request.proxy_bypass(parts.hostname or "") else proxies.get(parts.scheme, "")
+        if proxy not in self._pools:
+            timeout = urllib3.Timeout(connect=_CONNECT_S, read=_SILENT_S)
+            options: dict[str, Any] = {"timeout": timeout, "retries": False, "maxsize": 64}
+            pool = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
+            self._pools.setdefault(proxy, pool)
+        return self._pools[proxy]
+
+
+_NAMED_ADDRESS = re.compile(r"[\d.]+|.*:.*|localhost")  # an IP address, or what stands for one
+
+
+def _addresses(host: str, path: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise _Again(f"{host}: {error.strerror}") from None
+    return [ipaddress.ip_address(str(each[4][0]).partition("%")[0]) for each in found]
+
+
+def _authorization(url: str) -> dict[str, str]:
+    """For a host of ~/.netrc, and for no other."""
+    try:
+        found = netrc.netrc().authenticators(urlsplit(url).hostname or "")
+    except (OSError, netrc.NetrcParseError):
+        return {}
+    if not found:
+        return {}
+    return {"Authorization": "Basic " + base64.b64encode(f"{found[0]}:{found[2]}".encode()).decode()}
+
+
+def _refusal(path: str, response: Any) -> Exception:
+    """What an answer without the file comes to."""
+    status = response.status
+    if status in _BUSY:
+        return _Again(f"HTTP {status}", _seconds(response.headers.get("Retry-After")))
+    if status in (404, 410):
+        return FileNotFoundError(errno.ENOENT, f"HTTP {status}", path)
+    if status in (401, 403, 407):
+        return PermissionError(
+            errno.EACCES, f"HTTP {status}: may not be read; credentials are taken from ~/.netrc", path
+        )
+    return OSError(errno.EPROTO, f"HTTP {status}", path)
+
+
+def _validator(headers: Any) -> str | None:
+    etag = headers.get("ETag")
+    return headers.get("Last-Modified") if etag is None or etag.startswith("W/") else etag
+
+
+def _time(text: str | None) -> int:
+    """An HTTP date in nanoseconds, 0 for none."""
+    try:
+        return int(email.utils.parsedate_to_datetime(text or "").timestamp()) * 1_000_000_000
+    except (ValueError, TypeError):
+        return 0
+
+
+def _seconds(text: str | None) -> float:
+    """Of Retry-After: a number, or a date."""
+    if text is None:
+        return 0.0
+    if text.strip().isdigit():
+        return float(text)
+    return max(0.0, _time(text) / 1e9 - time.time())
+
+
+def _reason(error: Exception) -> str:
+    """One line, without the URL that urllib3 puts into it."""
+    if isinstance(error, _Again):
+        return str(error)
+    cause = getattr(error, "reason", None)
+    return f"{type(error).__name__}: {cause}" if isinstance(cause, str) else type(error).__name__

@@ -1,0 +1,80 @@
+"""What fails for a while, as servers and network file systems do: tried again within bounds, and counted."""
+
+from __future__ import annotations
+
+import errno
+import random
+import time
+from collections.abc import Callable
+from threading import Lock
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+PATIENCE_S = 300.0
+_LEAST_ATTEMPTS = 8
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 30.0
+# Of a network file system, or of the network itself; what a local file may never give, or only once.
+TRANSIENT = frozenset({
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED,
+    errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.EREMOTEIO, errno.ENOTCONN,
+})  # fmt: skip
+
+
+class UnavailableError(OSError):
+    """Storage that kept failing for longer than the patience: nothing that the data or the config could mend."""
+
+
+class _Count:
+    """How many attempts of this process failed and were made again. For many threads at once."""
+
+    def __init__(self) -> None:
+        self._lock, self._count = Lock(), 0
+
+    def add(self) -> None:
+        with self._lock:
+            self._count += 1
+
+    def __int__(self) -> int:
+        return self._count
+
+
+retries = _Count()
+
+
+class Attempts:
+    """The attempts at one piece of work: at least 8 of them, and for at least `patience_s`.
+
+    The waits between them double up to 30 s, with jitter, so that a thousand readers do not come back at once.
+    """
+
+    def __init__(self, path: str, patience_s: float) -> None:
+        self._path, self._patience_s = path, patience_s
+        self.progressed()
+
+    def progressed(self) -> None:
+        """Something came: what fails from now on is looked at anew."""
+        self._failed, self._began = 0, time.monotonic()
+
+    def failed(self, why: str, after_s: float = 0.0) -> None:
+        """Wait before the next attempt, at least `after_s`. UnavailableError where there were enough of them."""
+        self._failed += 1
+        waited = time.monotonic() - self._began
+        if self._failed >= _LEAST_ATTEMPTS and waited + after_s >= self._patience_s:
+            tried = f"{why}; {self._failed} attempts in {waited:.0f} s"
+            raise UnavailableError(errno.ETIMEDOUT, tried, self._path)
+        retries.add()
+        pause = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** (self._failed - 1)) * random.uniform(0.5, 1.0)
+        time.sleep(max(pause, min(after_s, self._patience_s)))
+
+
+def with_retries(work: Callable[[], Result], path: str, patience_s: float) -> Result:
+    """What `work` gives, which is called again where it raises a transient OSError. See Attempts."""
+    attempts = Attempts(path, patience_s)
+    while True:
+        try:
+            return work()
+        except OSError as error:
+            if isinstance(error, UnavailableError) or error.errno not in TRANSIENT:
+                raise
+            attempts.failed(error.strerror or str(error))

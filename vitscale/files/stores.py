@@ -1,0 +1,103 @@
+"""The store of a run's data: local paths and URLs of several kinds, each by what reads it."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import parse_qsl, urlsplit
+
+from vitscale.errors import ConfigError
+from vitscale.files.cache import LruCache
+from vitscale.files.disk_cache import DiskCache
+from vitscale.files.http import HttpFiles
+from vitscale.files.objects import ObjectFiles
+from vitscale.files.retry import PATIENCE_S
+from vitscale.files.store import FileStat, LocalFiles, Paths, Store, is_remote
+
+REMOTE = ("http", "https", "s3", "gs", "az")
+_PIECE = 4 << 20  # bytes of one request
+_KEPT_BYTES = 256 << 20  # of pieces in memory
+_SECRET = re.compile(r"sig|token|secret|password|credential|key|auth", re.IGNORECASE)
+
+
+class Stores:
+    """A Store of whatever data.train may name."""
+
+    def __init__(
+        self, cache: str | None = None, cache_bytes: int | None = None, patience_s: float = PATIENCE_S
+    ) -> None:
+        """cache: a folder of this node for remote files; None: they are read by ranges, and little of them is kept."""
+        self._settings = (cache, cache_bytes, patience_s)
+        near = (lambda store: Pieces(store)) if cache is None else lambda store: DiskCache(store, cache, cache_bytes)
+        http, objects = near(HttpFiles(patience_s)), near(ObjectFiles(patience_s))
+        self._stores: dict[str, Store] = {"": LocalFiles(patience_s)}
+        self._stores |= {scheme: http if scheme.startswith("http") else objects for scheme in REMOTE}
+
+    def __reduce__(self) -> tuple[type[Stores], tuple[str | None, int | None, float]]:
+        return type(self), self._settings
+
+    def _of(self, path: str) -> Store:
+        return self._stores[path.partition("://")[0].lower() if is_remote(path) else ""]
+
+    def list(self, pattern: str) -> Paths:
+        return self._of(pattern).list(pattern)
+
+    def stat(self, path: str) -> FileStat:
+        return self._of(path).stat(path)
+
+    def read(self, path: str, start: int, count: int) -> bytes:
+        return self._of(path).read(path, start, count)
+
+    def write(self, path: str, data: bytes) -> None:
+        self._of(path).write(path, data)
+
+    def fetch(self, path: str, sha256: str | None) -> None:
+        self._of(path).fetch(path, sha256)
+
+
+class Pieces:
+    """Another store, read by large pieces of which the most recent stay in memory: samples are small, requests slow."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._pieces: LruCache[tuple[str, int], bytes] = LruCache(self._piece, _KEPT_BYTES, len)
+
+    def __reduce__(self) -> tuple[type[Pieces], tuple[Store]]:
+        return type(self), (self._store,)
+
+    def list(self, pattern: str) -> Paths:
+        return self._store.list(pattern)
+
+    def stat(self, path: str) -> FileStat:
+        return self._store.stat(path)
+
+    def read(self, path: str, start: int, count: int) -> bytes:
+        data = bytearray()
+        for number in range(start // _PIECE, -(-(start + count) // _PIECE)):
+            piece = self._pieces.get((path, number))
+            first = start + len(data) - number * _PIECE
+            data += piece[first : first + count - len(data)]
+            if len(piece) < _PIECE:
+                break
+        return bytes(data)
+
+    def write(self, path: str, data: bytes) -> None:
+        self._store.write(path, data)
+
+    def fetch(self, path: str, sha256: str | None) -> None:
+        """See Store.fetch: there is no room for it."""
+
+    def _piece(self, key: tuple[str, int]) -> bytes:
+        path, number = key
+        return self._store.read(path, number * _PIECE, _PIECE)
+
+
+def require_no_secret(url: str, key: str) -> None:
+    """ConfigError for a URL that would carry a password into config.yaml, logs and MLflow."""
+    parts = urlsplit(url)
+    secret = next((name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if _SECRET.search(name)), None)
+    if parts.username is not None or parts.password is not None or secret is not None:
+        what = f"the query's {secret}" if secret else "a user or password"
+        raise ConfigError(
+            f"{key}={parts.scheme}://{parts.hostname}{parts.path}: has {what} in it, which config.yaml would keep; for "
+            "http(s) put user and password into ~/.netrc, for s3, gs and az into the environment"
+        )
