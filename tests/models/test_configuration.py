@@ -25,6 +25,7 @@ from vitscale.models.simmim import ViTForMaskedImageModeling
     {"image_size": 30}, {"image_size": (16, 18)}, {"num_attention_heads": 3}, {"hidden_act": "gelo"},
     {"num_attention_heads": 0}, {"num_hidden_layers": 0}, {"num_channels": 0}, {"num_labels": -1},
     {"position_embeddings": "rope"}, {"hidden_size": 18, "position_embeddings": "sincos"},
+    {"image_size": 10**9}, {"hidden_size": 10**12}, {"num_hidden_layers": 10**9}, {"image_size": 1 << 17},
     {"drop_path_rate": 1.0}, {"problem_type": "regress"}, {"pooling": "max"}, {"num_register_tokens": -1},
     {"use_cls_token": False}, {"rope_theta": 0.0}, {"hidden_size": 12, "rope_theta": 100.0},
     {"problem_type": "regression", "label_smoothing": 0.1},

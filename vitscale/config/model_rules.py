@@ -6,6 +6,7 @@ first one as it is; config/schema.py and check.py put `model.` before the keys, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -27,6 +28,14 @@ _LEAST = {
     "num_register_tokens": 0, "decoder_hidden_size": 1, "decoder_num_hidden_layers": 1,
     "decoder_num_attention_heads": 1, "decoder_intermediate_size": 1,
 }  # fmt: skip
+# What says more is damaged, or meant to harm: modules and tables would be made of it before a tensor is compared.
+_MOST = {
+    "hidden_size": 1 << 17, "num_hidden_layers": 4096, "num_attention_heads": 1 << 14, "head_dim": 1 << 14,
+    "intermediate_size": 1 << 20, "image_size": 1 << 17, "patch_size": 1 << 17, "num_channels": 1 << 16,
+    "num_register_tokens": 1 << 16, "decoder_hidden_size": 1 << 17, "decoder_num_hidden_layers": 4096,
+    "decoder_num_attention_heads": 1 << 14, "decoder_intermediate_size": 1 << 20, "pooler_output_size": 1 << 20,
+}  # fmt: skip
+_MOST_PATCHES = 1 << 20
 _SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "mask_ratio", "label_smoothing")
 _POSITIVE = ("layer_norm_eps", "initializer_range", "rope_theta")
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -55,6 +64,9 @@ def of_values(values: Mapping[str, Any]) -> Iterator[Violation]:
     for key, least in _LEAST.items():
         if key in given and min(pair(given[key])) < least:
             yield Violation(key, given[key], f"{least} or more")
+    for key, most in _MOST.items():
+        if key in given and max(pair(given[key])) > most:
+            yield Violation(key, given[key], f"at most {most}")
     for key, choices in _CHOICES.items():
         if key in given and given[key] not in choices:
             yield Violation(key, given[key], f"one of {', '.join(map(str, choices))}")
@@ -74,6 +86,9 @@ def of_encoder(values: Mapping[str, Any], positions: str, name: Name = str) -> I
     for axis, side, part in zip(("height", "width"), pair(image), pair(patch), strict=True):
         if side % part:
             yield Violation("image_size", image, f"a multiple of {name('patch_size')}={patch} in its {axis}")
+    patches = math.prod(side // part for side, part in zip(pair(image), pair(patch), strict=True))
+    if patches > _MOST_PATCHES:
+        yield Violation("image_size", image, f"at most {_MOST_PATCHES} patches of {name('patch_size')}={patch}")
     if not values["use_cls_token"] and values["pooling"] != "mean":
         yield Violation("pooling", values["pooling"], f"mean where {name('use_cls_token')}=false")
     if values["problem_type"] == "single_label_classification" and values["num_labels"] == 1:
