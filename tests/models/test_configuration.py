@@ -99,9 +99,6 @@ def test_our_options_in_files_of_ours_stay() -> None:
     for options in ({"pooling": "mean"}, {"pooling": "mean", "rope_theta": 100.0}):  # vit_mae, vitscale_vit_mae
         mae = ViTMAEConfig(**TINY | DECODER | options)
         assert ViTMAEConfig.from_dict(mae.to_dict()) == mae
-        encoder = ViTConfig.of_any_type(mae.to_dict())
-        assert (encoder.pooling, encoder.rope_theta) == (mae.pooling, mae.rope_theta)
-    assert ViTConfig.of_any_type(ViTMAEConfig(**TINY | DECODER).to_dict() | {"swiglu": True}).swiglu is False
 
 
 def test_labels_that_only_transformers_would_take() -> None:
@@ -219,8 +216,3 @@ def test_what_transformers_autoencoder_cannot_express() -> None:
 def test_a_classifier_needs_its_config() -> None:
     with pytest.raises(ConfigError, match="hidden_act='gelo'"):
         ViTForImageClassification(ViTConfig(**TINY, hidden_act="gelo"))
-
-
-def test_timms_config_is_not_taken_for_the_default() -> None:
-    with pytest.raises(ConfigError, match=r"architecture='vit_tiny_patch16_224': is timm's"):
-        ViTConfig.of_any_type({"architecture": "vit_tiny_patch16_224", "num_classes": 10})

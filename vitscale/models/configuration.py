@@ -224,22 +224,6 @@ class ViTConfig:
         return cls(**keys)
 
     @classmethod
-    def of_any_type(cls, content: dict[str, Any]) -> Self:
-        """As from_dict, and from the config.json of another objective's model: the encoder's keys, and defaults for the
-        objective's."""
-        if "architecture" in content and "model_type" not in content:
-            raise ConfigError(
-                f"architecture={content['architecture']!r}: is timm's config.json; open the model by "
-                "AutoModel.from_pretrained, which has its config"
-            )
-        kind = str(content.get("model_type")).removeprefix("vitscale_")
-        if kind == cls.model_type or kind not in MODEL_TYPES:
-            return cls.from_dict(content)
-        dropped = {"model_type", *_foreign_keys(content)}
-        shared = {name: value for name, value in content.items() if name not in dropped}
-        return cls.from_dict({**shared, "mask_ratio": cls.mask_ratio})
-
-    @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> Self:
         """The config of whatever a model's from_pretrained takes, as one of this class.
 

@@ -19,6 +19,7 @@ from vitscale.errors import CheckpointError, ConfigError, DataError
 from vitscale.files.classes import class_names
 from vitscale.files.model_folder import CONFIG, PROCESSOR, read_json
 from vitscale.files.sources import locate
+from vitscale.interop.config_files import config_as, read_config
 from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.interop.loading import keys_for_files, open_by_tensors
 from vitscale.models.classification import ViTForImageClassification
@@ -83,7 +84,7 @@ def _of_checkpoint(source: str, written: Flat) -> Flat:
         config, processor = opened.model.config, processor_keys(opened.processor)
     else:
         folder = locate(source)
-        config, processor = ViTConfig.of_any_type(read_json(folder / CONFIG)), {}
+        config, processor = config_as(ViTConfig, read_config(folder / CONFIG)), {}
         if (folder / PROCESSOR).is_file():
             processor = processor_keys(ViTImageProcessor.from_pretrained(folder))
     keys = {name: value for name, value in model_keys_of(config).items() if name.removeprefix("model.") not in _OWN}
@@ -225,10 +226,11 @@ def _require_names(config: RunConfig, index: ShardIndex) -> None:
         )
     if not model.init_from or Path(model.init_from).is_file() or model.id2label is None:
         return
-    content = read_json(locate(model.init_from) / CONFIG)
+    path = locate(model.init_from) / CONFIG
+    content = read_json(path)
     if "model_type" not in content:  # timm's, as a file of weights
         return
-    before = ViTConfig.of_any_type(content)
+    before = read_config(path, content)
     classifies = any("ForImageClassification" in str(name) for name in content.get("architectures") or ())
     if classifies and before.has_class_names and before.num_labels == model.num_labels:
         own = tuple((before.id2label or {}).values())
