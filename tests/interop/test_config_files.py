@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from vitscale.errors import CheckpointError
 from vitscale.files.model_folder import read_json
 from vitscale.interop.config_files import MODEL_TYPES, read_config
+from vitscale.interop.their_configs import THEIRS
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.configuration_mae import ViTMAEConfig
 
@@ -76,6 +77,11 @@ def test_what_is_said(key: str, value: object, rule: str) -> None:
 @given(st.sampled_from(MODEL_TYPES), st.dictionaries(st.sampled_from(KEYS), ANY, max_size=4))
 def test_any_json(kind: str, content: dict[str, Any]) -> None:
     said({"model_type": kind, **content})
+
+
+@given(st.sampled_from(sorted(THEIRS)), st.data())
+def test_any_json_of_theirs(kind: str, data: st.DataObject) -> None:
+    said({"model_type": kind, **data.draw(st.dictionaries(st.sampled_from([*THEIRS[kind], *KEYS]), ANY, max_size=4))})
 
 
 @given(st.dictionaries(TEXT | st.just("model_type"), ANY, max_size=4))

@@ -42,10 +42,14 @@ def load(source: str, device: str | None, runs_images: bool = True, take: str | 
     """
     place = _device(device)
     opened = open_model(source, take=take)
-    to_stderr(*(f"{source}: {note}" for note in opened.notes))
+    model, size = opened.model, opened.processor.output_size
+    if runs_images and opened.any_size and size not in (None, pair(model.config.image_size)):
+        model = type(model).from_pretrained(source, take=take, image_size=size)  # as its library runs it; says notes
+    else:
+        to_stderr(*(f"{source}: {note}" for note in opened.notes))
     if runs_images:
-        _require_fit(source, opened.model, opened.processor)
-    return Loaded(source, opened.model.to(place), opened.processor, place)
+        _require_fit(source, model, opened.processor)
+    return Loaded(source, model.to(place), opened.processor, place)
 
 
 def _device(name: str | None) -> torch.device:

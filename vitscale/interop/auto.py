@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from vitscale.errors import CheckpointError
 from vitscale.files.model_folder import CONFIG, read_json
 from vitscale.files.sources import HUB_OPTIONS, locate
-from vitscale.interop.config_files import MODEL_TYPES, architecture, config_as, read_config
+from vitscale.interop.config_files import architecture, config_as, read_config, require_model_type
 from vitscale.interop.image_processing import ViTImageProcessor, processor_file
 from vitscale.interop.loading import config_of, keys_for_files, open_by_tensors
 from vitscale.models.auto import CLASSES
@@ -109,8 +109,8 @@ class AutoImageProcessor:
             return opened.processor.overridden({name: overrides[name] for name in overrides.keys() - known})
         config = path.with_name(CONFIG)
         model_type = read_json(config).get("model_type") if config.is_file() else None
-        if model_type not in (None, *MODEL_TYPES):
-            raise CheckpointError(f"{config}: model_type={model_type!r}: must be one of {', '.join(MODEL_TYPES)}")
+        if model_type is not None:
+            require_model_type(config, model_type)
         return ViTImageProcessor.from_pretrained(path, **overrides)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vitscale.config.model_rules import pair
 from vitscale.errors import CheckpointError, ConfigError
-from vitscale.interop.checkpoints import HF_ANCHOR, TIMM_ANCHOR, read_checkpoint
+from vitscale.interop.checkpoints import DINOV3_ANCHOR, HF_ANCHORS, TIMM_ANCHOR, read_checkpoint
 from vitscale.interop.dialects import plain_names, rope_theta
 from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.interop.strict import refuse_foreign
@@ -43,8 +43,10 @@ from vitscale.text import listed
 
 EPS = 1e-6  # of every layer norm in MAE, DINO, DINOv2, SimMIM and timm
 _EPS_OF_ROTARY, _EPS_OF_TRANSFORMERS = 1e-5, 1e-12  # DINOv3's; ViTConfig's in transformers
-# Heads by width, of the models that MAE, DeiT, DINO and DINOv2 published; DINOv3's heads are told by its positions.
-_HEADS, _DECODER_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}, {512: 16}
+# Heads by width, of the models that MAE, DeiT, DINO, DINOv2, MSN and I-JEPA published.
+_HEADS, _DECODER_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24}, {512: 16}
+_HEADS_OF_ROTARY = {**_HEADS, 1280: 20, 4096: 32}  # DINOv3's, where the periods of its positions do not tell
+_THETA = 100.0  # of DINOv3
 _DEFAULT_SIZE = 224  # pixels, where a model has no positions that tell
 # What a file may leave open, and a caller may say.
 _KEYS_OF_ENCODER = ("num_attention_heads", "image_size", "layer_norm_eps", "rope_theta")
@@ -65,7 +67,8 @@ def read_bare(
     """
     checkpoint = read_checkpoint(path, take)
     count = len(checkpoint.tensors)
-    is_transformers = any(name.endswith(HF_ANCHOR) for name in checkpoint.tensors)
+    is_dinov3 = any(name.endswith(DINOV3_ANCHOR) for name in checkpoint.tensors)
+    is_vit = any(name.endswith(HF_ANCHORS) for name in checkpoint.tensors) and not is_dinov3
     tensors, notes = plain_names({name: tensor.float() for name, tensor in checkpoint.tensors.items()})
     refuse_foreign(tensors, str(path))
     model_class = _class_of(tensors)
@@ -77,8 +80,11 @@ def read_bare(
     told = {**_declared(checkpoint.content), **options}
     if model_class is not ViTForMaskedImageModeling and "pos_embed" in tensors and "rope_theta" not in told:
         _require_no_eva(checkpoint.tensors, str(path))
+    if is_dinov3 and "rope_theta" not in told:
+        told["rope_theta"] = _THETA
+        notes.append(f"rope_theta: the file does not say; {_THETA}, as DINOv3 has it")
     given = {**(defaults or {}), **told}
-    keys = _Keys(tensors, given, str(path), is_transformers)
+    keys = _Keys(tensors, given, str(path), is_vit and "blocks.0.ls1.gamma" not in tensors)
     dtype = checkpoint.tensors[next(iter(checkpoint.tensors))].dtype
     config = keys.config(model_class, dtype)
     if config.position_embeddings == "sincos":  # recomputed, no parameters
@@ -147,7 +153,7 @@ class _Keys:
     tensors: dict[str, Tensor]
     given: Mapping[str, Any]
     where: str
-    is_transformers: bool
+    is_vit: bool  # of transformers, whose eps is its own
     notes: list[str] = field(default_factory=list)
 
     def config(self, model_class: type[ViTPreTrainedModel], dtype: torch.dtype) -> ViTConfig:
@@ -155,7 +161,8 @@ class _Keys:
         keys = sizes(self.tensors)
         width, patch = keys["hidden_size"], pair(keys["patch_size"])
         patches = self._patches(keys)
-        heads = {**_HEADS, **({width: width // head_width} if head_width else {})}
+        known = _HEADS if theta is None else _HEADS_OF_ROTARY
+        heads = {**known, **({width: width // head_width} if head_width else {})}
         keys |= {
             "num_attention_heads": self._heads("num_attention_heads", width, heads),
             "layer_norm_eps": self._eps(theta),
@@ -224,7 +231,7 @@ class _Keys:
     def _eps(self, theta: float | None) -> float:
         if "layer_norm_eps" in self.given:
             return self.given["layer_norm_eps"]
-        if not self.is_transformers:
+        if not self.is_vit:
             return EPS if theta is None else _EPS_OF_ROTARY
         self.notes.append(f"layer_norm_eps: the file does not say; {_EPS_OF_TRANSFORMERS}, as transformers has it")
         return _EPS_OF_TRANSFORMERS

@@ -17,11 +17,15 @@ import torch
 from torch import Tensor
 
 from vitscale.errors import CheckpointError, ConfigError
+from vitscale.interop.keymaps import ENCODERS
 from vitscale.interop.weight_files import SAVE_STATE, Array, Inert, read_file
 from vitscale.text import listed
 
-# What every encoder has: its patch projection, by the names of timm (and MAE, DINO, SimMIM) and of transformers.
-TIMM_ANCHOR, HF_ANCHOR = "patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight"
+# What every encoder has: its patch projection, by the names of timm (and MAE, DINO, SimMIM) and of transformers, whose
+# DINOv3 has a name of its own.
+TIMM_ANCHOR, DINOV3_ANCHOR = "patch_embed.proj.weight", "embeddings.patch_embeddings.weight"
+HF_ANCHORS = ("embeddings.patch_embeddings.projection.weight", DINOV3_ANCHOR)
+_OWN_PREFIX = re.compile(rf"(?<![^.])({'|'.join(ENCODERS)})\.$")
 # Of several sets in one file that with the first of these in its name is taken: averages and teachers before what was
 # trained by gradients, but what MoCo v3 evaluates.
 _PREFERRED = ("base_encoder", "teacher", "ema", "swa", "avg", "average", "averaged", "shadow", "target", "momentum")
@@ -68,7 +72,7 @@ def unwrap(content: Mapping[Any, Any], where: str, take: str | None = None) -> C
         notes.append(f"the prefix {chosen.prefix!r} is taken off {len(chosen.tensors)} names")
     if chosen.extra:
         notes.append(f"not used, beside the model: {listed(chosen.extra)}")
-    if any(tensor.numel() == 0 for name, tensor in chosen.tensors.items() if name.endswith((TIMM_ANCHOR, HF_ANCHOR))):
+    if any(tensor.numel() == 0 for name, tensor in chosen.tensors.items() if name.endswith((TIMM_ANCHOR, *HF_ANCHORS))):
         raise CheckpointError(
             f"{where}: its tensors are empty, as DeepSpeed's ZeRO-3 leaves them; run the zero_to_fp32.py that lies "
             "beside it, and name the file that it writes"
@@ -156,12 +160,12 @@ def _sets(keys: tuple[str, ...], tensors: dict[str, Tensor]) -> list[_Set]:
 def _prefix(name: str) -> str | None:
     """What stands before an encoder's patch projection; None for the name of another tensor.
 
-    transformers' own "vit." is no prefix: its heads lie beside it.
+    transformers' own, such as "vit.", is no prefix: its heads lie beside it.
     """
-    for anchor in (TIMM_ANCHOR, HF_ANCHOR):
+    for anchor in (TIMM_ANCHOR, *HF_ANCHORS):
         if name.endswith(anchor) and name.removesuffix(anchor)[-1:] in ("", "."):
             before = name.removesuffix(anchor)
-            return before.removesuffix("vit.") if anchor == HF_ANCHOR else before
+            return _OWN_PREFIX.sub("", before) if anchor in HF_ANCHORS else before
     return None
 
 
@@ -206,5 +210,5 @@ def _no_encoder(content: Mapping[Any, Any], where: str) -> str:
     holds = f"its tensors are {listed(names)}" if names else f"it holds {listed(map(str, content)) or 'nothing'}"
     return (
         f"{where}: must hold a Vision Transformer by the names of timm or transformers, with a tensor that ends in "
-        f"{TIMM_ANCHOR} or {HF_ANCHOR}; {holds}"
+        f"{TIMM_ANCHOR} or {HF_ANCHORS[0]}; {holds}"
     )

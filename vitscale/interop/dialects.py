@@ -6,14 +6,15 @@ keeps its name, so that whoever builds the model names it.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from vitscale.interop.checkpoints import HF_ANCHOR
-from vitscale.interop.keymaps import ours_from_disk
+from vitscale.interop.checkpoints import HF_ANCHORS
+from vitscale.interop.keymaps import PARTS, canonical, ours_from_disk
 from vitscale.interop.timm_names import timm_name
 from vitscale.text import listed
 
@@ -28,16 +29,24 @@ _RENAMES = (
     (re.compile(r"\.mlp\.w3\."), ".mlp.fc2."),
 )
 # Two tensors whose rows, one below the other, are one of ours: gate and value of a SwiGLU.
-_STACKED = ((".fc1_g.", ".fc1_x.", ".fc1."), (".mlp.w1.", ".mlp.w2.", ".mlp.fc1."))
+_STACKED = (
+    (".fc1_g.", ".fc1_x.", ".fc1."),
+    (".mlp.w1.", ".mlp.w2.", ".mlp.fc1."),
+    (".mlp.gate_proj.", ".intermediate.dense.", ".intermediate.dense."),
+)
+_OF_ENCODER = ("embeddings.", "encoder.", "layernorm.", "pooler.")
+_REGISTERS, _MASK_TOKEN = "vit.embeddings.register_tokens", "vit.embeddings.mask_token"
 # Heads that pretraining leaves behind: of DINO, iBOT, MoCo v3, and what tells them from a classifier.
 _PROJECTION_HEAD = re.compile(r"^(head\.(mlp|last_layer|\d+)|\w*(dino|ibot|proj|predictor)\w*)\.")
 
 
 def plain_names(tensors: Tensors) -> tuple[Tensors, list[str]]:
     """The same tensors by timm's names, and what was made of which."""
-    if any(name.endswith(HF_ANCHOR) for name in tensors):
-        return {timm_name(name) or name: tensor for name, tensor in ours_from_disk(tensors).items()}, []
-    plain: Tensors = {}
+    if any(name.endswith(HF_ANCHORS) for name in tensors):
+        named, left = vit_names(tensors)
+        plain = {timm_name(name) or name: tensor for name, tensor in ours_from_disk(named).items()}
+        return {"mask_token" if name == _MASK_TOKEN else name: tensor for name, tensor in plain.items()}, left
+    plain = {}
     for name, tensor in tensors.items():
         for pattern, new in _RENAMES:
             name = pattern.sub(new, name)
@@ -46,6 +55,29 @@ def plain_names(tensors: Tensors) -> tuple[Tensors, list[str]]:
     _join_biases(plain)
     notes = [*_fold_batch_norm(plain), *_leave_projection_heads(plain)]
     return plain, notes
+
+
+def vit_names(tensors: Tensors) -> tuple[Tensors, list[str]]:
+    """Tensors of any plain ViT of transformers, DINOv2 to I-JEPA, by the names of its ViT, the encoder's under `vit.`;
+    and what was left out. Of two that would have one name the second keeps its own, marked, to be named as unexpected.
+    """
+    named: Tensors = {}
+    for name, tensor in tensors.items():
+        standard = canonical(name)
+        standard = f"vit.{standard}" if standard.startswith(_OF_ENCODER) else standard
+        named[standard if standard not in named else f"{name} (again)"] = tensor
+    if _REGISTERS in named and not named[_REGISTERS].numel():  # DINOv3 without registers
+        del named[_REGISTERS]
+    if _MASK_TOKEN in named:  # DINOv2's has two dimensions
+        named[_MASK_TOKEN] = named[_MASK_TOKEN].reshape(1, 1, -1)
+    _join_rows(named)
+    biases = [name for name in named if name.endswith(".bias")]
+    absent = [part for part in PARTS if not any(part in name for name in biases)]
+    for name in biases:  # where no key has a bias, as in DINOv3
+        for part, other in itertools.product(PARTS, absent):
+            if part in name:
+                named.setdefault(name.replace(part, other), torch.zeros_like(named[name]))
+    return named, list(_leave_wide_classifier(named))
 
 
 def rope_theta(tensors: Tensors) -> tuple[float | None, int | None]:
@@ -98,6 +130,16 @@ def _fold_batch_norm(tensors: Tensors) -> Iterable[str]:
         tensors.pop(name, None)
     tensors["head.weight"], tensors["head.bias"] = weight * scale, bias + weight @ shift
     yield "head: a linear probe's batch norm and linear layer became one linear layer of the same logits"
+
+
+def _leave_wide_classifier(tensors: Tensors) -> Iterable[str]:
+    """DINOv2's classifier takes the class token and the mean of the patches together."""
+    weight, norm = tensors.get("classifier.weight"), tensors.get("vit.layernorm.weight")
+    if weight is not None and norm is not None and weight.shape[1:] == (2 * len(norm),):
+        heads = [name for name in tensors if name.startswith("classifier.")]
+        for name in heads:
+            del tensors[name]
+        yield f"not used, a classifier of the class token and the patches' mean together: {listed(heads)}"
 
 
 def _leave_projection_heads(tensors: Tensors) -> Iterable[str]:

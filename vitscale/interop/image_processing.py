@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,11 +19,22 @@ from vitscale.errors import CheckpointError, ConfigError, DataError
 from vitscale.files.model_folder import PROCESSOR, as_text, read_json, write_json
 from vitscale.files.sources import HUB_OPTIONS, locate
 from vitscale.interop.image_arrays import MAX_PIXELS, as_array, flatten
+from vitscale.interop.timm_names import IMAGENET_MEAN, IMAGENET_STD
 from vitscale.text import did_you_mean
 
 RESAMPLE = {filter.name.lower(): filter for filter in Image.Resampling}
-# What transformers 3 to 5 call this processor on disk.
-TYPES = ("ViTImageProcessor", "ViTImageProcessorFast", "ViTImageProcessorPil", "ViTFeatureExtractor")
+# Processors of transformers that do the same, by what they start from: those of ViT, DINOv2 and DINOv3.
+_STARTS: dict[str, dict[str, Any]] = {
+    "ViTImageProcessor": {},
+    "BitImageProcessor": {
+        "do_convert_rgb": True, "size": 224, "default_to_square": False, "resample": Image.Resampling.BICUBIC,
+        "do_center_crop": True, "crop_size": 224, "image_mean": (0.48145466, 0.4578275, 0.40821073),
+        "image_std": (0.26862954, 0.26130258, 0.27577711),
+    },
+    "DINOv3ViTImageProcessor": {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD},
+}  # fmt: skip
+# What transformers 3 to 5 call them on disk.
+TYPES = (*(name + suffix for name in _STARTS for suffix in ("", "Fast", "Pil")), "ViTFeatureExtractor")
 _HUGE = 16_000_000  # pixels of a resized image of which a crop is taken
 _FLAGS = ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize")
 # Keys of preprocessor_config.json that say nothing of how pixels are made; and those that may only say this.
@@ -167,6 +179,7 @@ class ViTImageProcessor:
         kind = content.get("image_processor_type") or content.get("feature_extractor_type") or TYPES[0]
         if kind not in TYPES:
             raise CheckpointError(f"{where}: image_processor_type={kind!r}: must be one of {', '.join(TYPES)}")
+        content = _STARTS.get(re.sub("(Fast|Pil)$", "", kind), {}) | content
         names = {field.name for field in fields(cls)}
         unknown = sorted(str(name) for name in content.keys() - names - _REMARKS if _is_unmet(name, content[name]))
         if unknown:

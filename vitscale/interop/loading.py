@@ -21,6 +21,7 @@ from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.interop.keymaps import places
 from vitscale.interop.pretrained import ENCODER, SavedModel, prefix_of, processor_dict, read_model, strict_model
 from vitscale.interop.strict import refuse, require_equal, shapes
+from vitscale.interop.their_configs import ANTIALIASED, ANY_SIZE
 from vitscale.interop.timm import is_timm, read_timm
 from vitscale.interop.vision_transformer import Opened
 from vitscale.models.auto import initialize
@@ -80,7 +81,8 @@ def open_model(
     model, notes = strict_model(saved), list(saved.notes)
     tensors = sum(len(each.names) for each in places(saved.state))
     if (path / PROCESSOR).is_file():
-        return Opened("hf", model, ViTImageProcessor.from_pretrained(path), tensors, notes)
+        processor = ViTImageProcessor.from_pretrained(path)
+        return Opened("hf", model, processor, tensors, notes, saved.model_type in ANY_SIZE)
     processor = ViTImageProcessor.from_dict(processor_dict(model.config, (0.5,), (0.5,)))
     notes.append(f"it has no {PROCESSOR}: images are taken to be resized and normalized by 0.5 and 0.5")
     return Opened("hf", model, processor, tensors, notes)
@@ -186,7 +188,7 @@ def start_from(
     to_stderr(*(f"{source}: {note}" for note in saved.notes))
     tensors, adapted = _from_encoder(saved), []
     for name in (_PROJECTION, *_POSITIONS) if adapt else ():
-        fitted, how = _adapted(name, tensors[name], saved.config, model.config) if name in tensors else (None, "")
+        fitted, how = _adapted(name, tensors[name], saved, model.config) if name in tensors else (None, "")
         if fitted is not None:
             tensors[name] = fitted
             adapted.append(f"{name} {how}")
@@ -244,7 +246,7 @@ def _fit(
     for name, parameter in model.named_parameters():
         full = prefix + name
         value = tensors.get(full)
-        fitted, how = (None, "") if value is None else _adapted(full, value, saved.config, model.config)
+        fitted, how = (None, "") if value is None else _adapted(full, value, saved, model.config)
         if fitted is not None and fitted.shape == parameter.shape:
             report.adapted.append(f"{name} {how}")
             value = fitted
@@ -270,13 +272,14 @@ def _fit(
     return report
 
 
-def _adapted(name: str, value: Tensor, config: ViTConfig, target: ViTConfig) -> tuple[Tensor | None, str]:
+def _adapted(name: str, value: Tensor, saved: SavedModel, target: ViTConfig) -> tuple[Tensor | None, str]:
     """A tensor of the folder for other channels or another grid, and how; None where no rule asks for it."""
+    config = saved.config
     if name == _PROJECTION and value.ndim == 4 and config.num_channels != target.num_channels:
         return adapt_channels(value, target.num_channels), f"{config.num_channels} to {target.num_channels} channels"
     positions = name in _POSITIONS and value.ndim == 3 and value.shape[1] >= config.num_patches
     if positions and (how := _grids(config, target, "to")):
-        return interpolate_positions(value, config.grid, target.grid), how
+        return interpolate_positions(value, config.grid, target.grid, saved.model_type == ANTIALIASED), how
     return None, ""
 
 

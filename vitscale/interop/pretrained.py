@@ -22,13 +22,16 @@ from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.files.model_folder import CONFIG, PROCESSOR, as_text, read_json
-from vitscale.interop.checkpoints import HF_ANCHOR, Checkpoint, unwrap
-from vitscale.interop.config_files import architecture, config_as, read_config
+from vitscale.interop.checkpoints import HF_ANCHORS, Checkpoint, unwrap
+from vitscale.interop.config_files import architecture, config_as, ignored_keys, read_config
+from vitscale.interop.dialects import vit_names
 from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.interop.keymaps import canonical, places
 from vitscale.interop.strict import refuse, require_equal, shapes
+from vitscale.interop.their_configs import THEIRS
 from vitscale.interop.weight_files import MAX_SHARD_SIZE, read_weights, write_folder
 from vitscale.models.auto import CLASSES, OBJECTIVES, vit_config
+from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.positions import fill_fixed_positions, fixed_positions, is_table
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
@@ -50,6 +53,7 @@ class SavedModel:
     state: dict[str, Tensor]
     unused: list[str]  # names on disk that no model of this class has
     notes: list[str] = field(default_factory=list)  # what was taken off, chosen or assumed
+    model_type: str = ""  # as config.json has it
 
 
 def save_run_model(folder: str | Path, config: RunConfig, state: State) -> None:
@@ -182,27 +186,43 @@ def read_model(
     content = read_json(folder / CONFIG)
     config, named = read_config(folder / CONFIG, content), architecture(folder / CONFIG, content)
     checkpoint = _checkpoint(folder, take)
-    weights = checkpoint.tensors
+    weights, notes = checkpoint.tensors, list(checkpoint.notes)
     bare = default and not any(canonical(name).startswith("vit.") for name in weights)
     model_class = CLASSES.get(_ENCODERS.get(named, named), ViTModel if bare else default)
+    if content["model_type"] in THEIRS:
+        model_class, weights, left = _of_theirs(config, weights)
+        notes += left
     if model_class is None:
         raise CheckpointError(
             f"{folder / CONFIG}: architectures names {named or 'no class'}: must be one of {', '.join(CLASSES)}"
         )
-    notes = list(checkpoint.notes)
-    if ignored := config.ignored_keys(content):
+    if ignored := ignored_keys(config, content):
         notes.append(f"{CONFIG}: passed over, no keys of a {content['model_type']}: {listed(ignored)}")
     config = config_as(model_class.config_class, config)
     state, unused = _assemble(model_class, config, weights, folder)
     notes += _settle_positions(model_class, config, content, state, folder)
-    return SavedModel(folder, model_class, config, state, unused, notes)
+    return SavedModel(folder, model_class, config, state, unused, notes, content["model_type"])
+
+
+def _of_theirs(
+    config: ViTConfig, weights: dict[str, Tensor]
+) -> tuple[type[ViTPreTrainedModel], dict[str, Tensor], list[str]]:
+    """The class that is another ViT of transformers here, its tensors by that class's names, and what was left out."""
+    weights, notes = vit_names(weights)
+    pooler = [] if config.use_cls_token else [name for name in weights if name.startswith("vit.pooler.")]
+    if pooler:
+        notes.append(f"not used, a pooler of the first patch, where ours takes their mean: {listed(pooler)}")
+    weights = {name: tensor for name, tensor in weights.items() if name not in pooler}
+    if "classifier.weight" in weights:
+        return ViTForImageClassification, weights, notes
+    return ViTModel, {name.removeprefix(ENCODER): tensor for name, tensor in weights.items()}, notes
 
 
 def _checkpoint(folder: Path, take: str | None) -> Checkpoint:
     """The tensors of a folder by the names that transformers' model has."""
     content = read_weights(folder)
     is_plain = all(isinstance(value, Tensor) for value in content.values())
-    if is_plain and not any(name.endswith(HF_ANCHOR) for name in content):
+    if is_plain and not any(name.endswith(HF_ANCHORS) for name in content):
         return Checkpoint(content)  # `_assemble` names what is missing
     return unwrap(content, str(folder), take)
 

@@ -40,6 +40,7 @@ class Opened:
     processor: ViTImageProcessor
     tensors: int  # that the files hold
     notes: list[str] = field(default_factory=list)  # what the files do not say, or was said otherwise
+    any_size: bool = False  # whether its own library runs it on images of any size, its positions resized
 
 
 def state_of(model: ViTPreTrainedModel) -> dict[str, Tensor]:

@@ -25,7 +25,9 @@ def sincos_table(width: int, grid: tuple[int, int], prefix: int = 1) -> Tensor:
     return F.pad(patches, (0, 0, prefix, 0)).float()[None]
 
 
-def interpolate_positions(positions: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+def interpolate_positions(
+    positions: Tensor, grid: tuple[int, int], new_grid: tuple[int, int], antialias: bool = False
+) -> Tensor:
     """Positions [1, prefix + patches, width] of `grid` for `new_grid`: bicubic, as DINO and transformers do."""
     # While a graph for any image size is traced the sides are symbols, which must not be compared.
     if all(isinstance(side, int) for side in new_grid) and grid == new_grid:
@@ -33,7 +35,7 @@ def interpolate_positions(positions: Tensor, grid: tuple[int, int], new_grid: tu
     prefix = positions.shape[1] - grid[0] * grid[1]
     front, patches = positions[:, :prefix], positions[:, prefix:]
     patches = patches.unflatten(1, grid).permute(0, 3, 1, 2).float()
-    patches = F.interpolate(patches, size=new_grid, mode="bicubic", align_corners=False)
+    patches = F.interpolate(patches, size=new_grid, mode="bicubic", align_corners=False, antialias=antialias)
     return torch.cat([front, patches.permute(0, 2, 3, 1).flatten(1, 2).to(front.dtype)], dim=1)
 
 
