@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.interop.pictures import CHINA, THEIRS, assert_alike, by_both, transformers
 from vitscale.errors import CheckpointError, ConfigError
@@ -122,7 +123,7 @@ def test_numbers_in_any_container(value: Any) -> None:
 
 def test_files_of_others_are_refused(tmp_path: Path) -> None:
     for content, said in (
-        ({"image_processor_type": "CLIPImageProcessor"}, "CLIPImageProcessor"),
+        ({"image_processor_type": "BeitImageProcessor"}, "BeitImageProcessor.*must be one of"),
         ({"do_flip_channel_order": True}, "do_flip_channel_order"),
         ({"data_format": "channels_last"}, "data_format"),
         ({"size": {"longest_edge": 9}}, "size="),
@@ -149,6 +150,17 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
     ViTImageProcessor().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="swin"):
         AutoImageProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["CLIP", "Bit", "DeiT"])
+def test_others_that_do_the_same_start_as_theirs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers' own do not import without torchvision: these are their defaults as its source has them."""
+    for kind in (f"{name}ImageProcessor", f"{name}ImageProcessorFast"):
+        made = ViTImageProcessor.from_dict({"image_processor_type": kind, "note": "of mine"}, "there.json")
+        assert made.output_size == (224, 224)
+        assert made.resample == Image.Resampling.BICUBIC
+        assert made.size == ({"height": 256, "width": 256} if name == "DeiT" else {"shortest_edge": 224})
+        assert capsys.readouterr().err == f"there.json: passed over, no keys of a {kind}: note\n"
 
 
 def test_what_a_model_gets() -> None:

@@ -28,7 +28,7 @@ def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added.add_argument("to", metavar="TO", help="a new folder, or for --to mae a new file")
     added.add_argument("--to", dest="target", required=True, choices=("hf", "timm", "mae", "vitscale"), help=_WRITES)
     added.add_argument("--take", metavar="NAME", default=None, help=_TAKE)
-    added.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=_OPEN)
+    added.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help=_OPEN)
 
 
 def _convert(arguments: argparse.Namespace) -> int:

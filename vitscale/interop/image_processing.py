@@ -20,7 +20,7 @@ from vitscale.files.model_folder import PROCESSOR, as_text, read_json, write_jso
 from vitscale.files.sources import HUB_OPTIONS, locate
 from vitscale.interop.image_arrays import MAX_PIXELS, as_array, flatten
 from vitscale.interop.timm_names import IMAGENET_MEAN, IMAGENET_STD
-from vitscale.text import did_you_mean
+from vitscale.text import did_you_mean, listed, to_stderr
 
 RESAMPLE = {filter.name.lower(): filter for filter in Image.Resampling}
 # Processors of transformers that do the same, by what they start from: those of ViT, DINOv2 and DINOv3.
@@ -32,14 +32,22 @@ _STARTS: dict[str, dict[str, Any]] = {
         "image_std": (0.26862954, 0.26130258, 0.27577711),
     },
     "DINOv3ViTImageProcessor": {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD},
+    "DeiTImageProcessor": {
+        "size": 256, "resample": Image.Resampling.BICUBIC, "do_center_crop": True, "crop_size": 224,
+        "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD,
+    },
 }  # fmt: skip
+_STARTS["CLIPImageProcessor"] = _STARTS["BitImageProcessor"]
 # What transformers 3 to 5 call them on disk.
-TYPES = (*(name + suffix for name in _STARTS for suffix in ("", "Fast", "Pil")), "ViTFeatureExtractor")
+_EXTRACTORS = ("ViTFeatureExtractor", "DeiTFeatureExtractor", "CLIPFeatureExtractor")
+TYPES = (*(name + suffix for name in _STARTS for suffix in ("", "Fast", "Pil")), *_EXTRACTORS)
 _HUGE = 16_000_000  # pixels of a resized image of which a crop is taken
 _FLAGS = ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize")
 # Keys of preprocessor_config.json that say nothing of how pixels are made; and those that may only say this.
 _REMARKS = {"image_processor_type", "feature_extractor_type", "processor_class", "_valid_processor_keys", "auto_map"}
 _REMARKS |= {"_valid_kwargs_names", "device", "disable_grouping", "return_tensors", "pad_size", "vitscale_version"}
+# Of other processors, beside do_*: what would make other pixels.
+_STEPS = {"crop_pct", "offset", "size_divisor", "size_divisibility", "pad_val", "do_pad"}
 _RULES = {"data_format": ("channels_first", None), "default_to_square": (True, False, None)}
 _SIZES = (
     {"height", "width"},
@@ -178,12 +186,19 @@ class ViTImageProcessor:
         """From preprocessor_config.json's content. CheckpointError, with `where`, for what it asks of others."""
         kind = content.get("image_processor_type") or content.get("feature_extractor_type") or TYPES[0]
         if kind not in TYPES:
-            raise CheckpointError(f"{where}: image_processor_type={kind!r}: must be one of {', '.join(TYPES)}")
-        content = _STARTS.get(re.sub("(Fast|Pil)$", "", kind), {}) | content
+            raise CheckpointError(
+                f"{where}: image_processor_type={kind!r}: must be one of {', '.join(_STARTS)}; where it does the same, "
+                "write such a name there"
+            )
+        content = _STARTS[re.sub("(Fast|Pil)$", "", kind.replace("FeatureExtractor", "ImageProcessor"))] | content
         names = {field.name for field in fields(cls)}
         unknown = sorted(str(name) for name in content.keys() - names - _REMARKS if _is_unmet(name, content[name]))
+        if unmet := [name for name in unknown if name.startswith("do_") or name in {*_STEPS, *_RULES}]:
+            raise CheckpointError(
+                f"{where}: key(s) {', '.join(unmet)} ask for what this processor does not do; take them away there"
+            )
         if unknown:
-            raise CheckpointError(f"{where}: key(s) {', '.join(unknown)} ask for what this processor does not")
+            to_stderr(f"{where}: passed over, no keys of a {kind}: {listed(unknown)}")
         known = {name: value for name, value in content.items() if name in names}
         if not content.get("default_to_square", True) and type(content.get("size")) is int:
             known["size"] = {"shortest_edge": content["size"]}
