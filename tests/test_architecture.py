@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+import vitscale
+
 Column = tuple[set[str], ...]
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vitscale"
@@ -119,8 +121,17 @@ def _imports() -> tuple[Import, ...]:
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{module}:{node.lineno}: import by full path"
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
+                names = [_home(alias.name) or f"vitscale.{alias.name}" if node.module == "vitscale" else name
+                         for alias, name in zip(node.names, names, strict=True)]  # fmt: skip
                 found += [Import(name, module, node.lineno, at_top) for name in names]
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "vitscale":
+                found += [Import(home, module, node.lineno, at_top) for home in [_home(node.attr)] if home]
     return tuple(found)
+
+
+def _home(name: str) -> str | None:
+    """Where a public name of the package lies, which importing it or `vitscale.NAME` imports."""
+    return f"{vitscale._PUBLIC[name]}.{name}" if name in vitscale._PUBLIC else None
 
 
 def _room(module: str) -> str:

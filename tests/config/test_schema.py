@@ -9,6 +9,7 @@ import pytest
 
 from vitscale.config import model_rules, schema
 from vitscale.config.augmentation import Augmentation
+from vitscale.config.data import DECODERS
 from vitscale.errors import ConfigError
 
 REFUSED = [
@@ -46,7 +47,7 @@ REFUSED = [
     (schema.Objective, "objective.name", ["dino"], list(schema.OBJECTIVES)),
     (schema.Data, "data.lanes", [0, -8], [1, None]),
     (schema.Data, "data.window", [0], [1]),
-    (schema.Data, "data.decode", ["opencv"], list(schema.DECODERS)),
+    (schema.Data, "data.decode", ["opencv"], list(DECODERS)),
     (schema.Data, "data.background", [-1, 256], [0, 255]),
     (schema.Data, "data.max_bad_fraction", [-0.1, 1.1], [0.0, 1.0]),
     (schema.Data, "data.max_pixels", [0], [1]),

@@ -22,6 +22,9 @@ class CountingFiles(LocalFiles):
         self.readers: set[str] = set()  # names of the threads that read headers
         self._counting = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[CountingFiles], tuple[str | None]]:  # type: ignore[override]
+        return type(self), (self.read_only,)
+
     def stat(self, path: str) -> FileStat:
         with self._counting:
             self.stats[path] += 1

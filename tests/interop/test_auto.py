@@ -69,8 +69,8 @@ def test_whatever_is_a_model_opens_by_every_class(tmp_path: Path) -> None:
     for name in ("classifier", "classifier/model.safetensors", "timm", "classifier.pth"):
         source, keys = tmp_path / name, {"num_attention_heads": 2} if name.endswith(".pth") else {}
         config = AutoConfig.from_pretrained(source)
-        assert config == ViTConfig.from_pretrained(source) == AutoModel.from_pretrained(source).config
-        assert ViTConfig.from_pretrained(source, **keys, label_smoothing=0.1).label_smoothing == 0.1
+        assert config == AutoModel.from_pretrained(source).config
+        assert AutoConfig.from_pretrained(source, **keys, label_smoothing=0.1).label_smoothing == 0.1
         assert AutoImageProcessor.from_pretrained(source, **keys).image_mean == pytest.approx(own.image_mean)
         assert AutoImageProcessor.from_pretrained(source, do_resize=False).do_resize is False
         with pytest.raises(CheckpointError, match="ViTForImageClassification, which is not for pretraining"):
@@ -78,8 +78,12 @@ def test_whatever_is_a_model_opens_by_every_class(tmp_path: Path) -> None:
     for name in ("mae", "mae.pth"):
         again = AutoModelForPreTraining.from_pretrained(tmp_path / name)
         assert all(torch.equal(value, mae.state_dict()[name]) for name, value in again.state_dict().items())
-        assert ViTMAEConfig.from_pretrained(tmp_path / name) == again.config
-        assert type(ViTConfig.from_pretrained(tmp_path / name)) is ViTConfig
+        assert AutoConfig.from_pretrained(tmp_path / name) == again.config
+        assert type(AutoConfig.from_pretrained(tmp_path / name, config_class=ViTConfig)) is ViTConfig
+    assert ViTMAEConfig.from_pretrained(tmp_path / "mae") == AutoConfig.from_pretrained(tmp_path / "mae")
+    assert type(ViTConfig.from_pretrained(tmp_path / "mae")) is ViTConfig
+    with pytest.raises(CheckpointError, match=r"AutoConfig.from_pretrained\(..., config_class=ViTConfig\) opens more"):
+        ViTConfig.from_pretrained(tmp_path / "timm")
 
 
 def test_a_config_with_other_keys(tmp_path: Path) -> None:

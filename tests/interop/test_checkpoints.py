@@ -406,3 +406,8 @@ def test_from_pretrained_and_init_from_take_them(tmp_path: Path, capsys: pytest.
     larger = ViTModel.from_pretrained(tmp_path / "alone.safetensors", num_attention_heads=4, image_size=32)
     assert larger.config.grid == (8, 8)
     assert "'net.'" in capsys.readouterr().err
+    larger_run = ViTForImageClassification(config.overridden({"image_size": (32, 16)}))
+    initialize(larger_run, 0)
+    report = start_from(larger_run, path, adapt=True, take="right")
+    assert report.adapted == ["vit.embeddings.position_embeddings 4x4 to 8x4 patches"]
+    assert larger_run.config.grid == (8, 4)

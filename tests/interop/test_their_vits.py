@@ -73,7 +73,7 @@ def test_their_folder_opens_by_every_entrance(
     opened = open_model(tmp_path)
     assert type(opened.model) is type(vitscale.AutoModel.from_pretrained(tmp_path)) is ViTModel
     assert_same(opened.model, model)
-    assert ours.config == vitscale.AutoConfig.from_pretrained(tmp_path) == vitscale.ViTConfig.from_pretrained(tmp_path)
+    assert ours.config == vitscale.AutoConfig.from_pretrained(tmp_path)
     run = ViTForImageClassification(ours.config)
     initialize(run, 0)
     assert sorted(start_from(run, tmp_path).fresh) == ["classifier.bias", "classifier.weight"]

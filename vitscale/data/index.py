@@ -15,14 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from vitscale.config.schema import Source
+from vitscale.config.schema import Data, Source
 from vitscale.data.index_builder import IndexBuilder, stat_all
 from vitscale.data.index_file import Rows, read_rows, write_rows
 from vitscale.data.patterns import expand
 from vitscale.data.sidecar import Report, Shard, Sidecar, count_samples, report
 from vitscale.data.table import SampleTable
 from vitscale.errors import DataError
-from vitscale.files.store import FileStat, LocalFiles, Store
+from vitscale.files.classes import class_names
+from vitscale.files.store import FileStat, LocalFiles, Store, absolute, is_remote
+from vitscale.files.stores import Stores
 
 Packed = bytes
 _SENT = 1000  # shards, packed at once
@@ -38,7 +40,7 @@ class ShardIndex:
     bytes: np.ndarray  # int64 [shards]
     sha256: tuple[str | None, ...]
     modified: np.ndarray  # int64 [shards], nanoseconds; tells a stale row
-    store: Store = field(default_factory=LocalFiles)
+    store: Store = field(default_factory=Stores)
     fallback_folders: tuple[str, ...] = ()  # for the tables of shards whose own folder cannot be written
 
     @staticmethod
@@ -64,6 +66,11 @@ class ShardIndex:
         return Rows(self.paths, self.samples, self.bytes, self.sha256, self.modified)
 
     @cached_property
+    def class_names(self) -> list[str] | None:
+        """By label, as classes.json beside the shards has them; None where there is none."""
+        return class_names(self.paths, self.store)
+
+    @cached_property
     def digest(self) -> str:
         """Hex digest of names, samples and bytes: equal wherever the shards lie, other when one changed."""
         digest = hashlib.sha256()
@@ -78,7 +85,7 @@ class ShardIndex:
     @staticmethod
     def load(path: Path, store: Store | None = None) -> ShardIndex:
         """DataError for what is no index of ours."""
-        store = store or LocalFiles()
+        store = store or Stores()
         parts = list(read_rows(store, str(path)))
         rows = Rows(
             [shard for part in parts for shard in part.paths],
@@ -87,7 +94,7 @@ class ShardIndex:
             [digest for part in parts for digest in part.sha256],
             _joined(part.modified for part in parts),
         )
-        return ShardIndex.of(rows, store, (os.path.dirname(os.path.abspath(path)),))
+        return ShardIndex.of(rows, store, _local_folder(str(path)))
 
     def to_bytes(self) -> Packed:
         """The index for other ranks, which `from_bytes` reads."""
@@ -114,7 +121,7 @@ class ShardIndex:
             some_paths, some_sha256 = json.loads(line)
             paths += some_paths
             sha256 += some_sha256
-        return ShardIndex.of(Rows(paths, samples, size, sha256, modified), store or LocalFiles(), tuple(fallbacks))
+        return ShardIndex.of(Rows(paths, samples, size, sha256, modified), store or Stores(), tuple(fallbacks))
 
     def table(self, shard: int, label: str) -> SampleTable:
         """The table of a shard, with the labels of extension `label`. DataError where it is not what the index says."""
@@ -145,6 +152,11 @@ class ShardIndex:
         return Shard(path, stat, int(self.samples[shard]))
 
 
+def store_of(data: Data) -> Stores:
+    """What reads the shards of a run."""
+    return Stores(data.cache, data.cache_bytes, data.patience_s)
+
+
 def open_index(
     sources: tuple[Source, ...],
     index_path: str | None,
@@ -162,12 +174,12 @@ def open_index(
     """
     if len({source.weight for source in sources}) > 1:
         raise DataError("data.train: weights are not supported yet: every shard is read once an epoch; leave them out")
-    store = store or LocalFiles()
+    store = store or Stores()
     builder = IndexBuilder(expand(sources, store), store)
     fallback = os.path.abspath(cache)
     if index_path is not None:
         builder.take_from_file(index_path)
-        return ShardIndex.of(builder.rows, store, (os.path.dirname(os.path.abspath(index_path)), fallback))
+        return ShardIndex.of(builder.rows, store, (*_local_folder(index_path), fallback))
     builder.take_from_folders(Sidecar(store, label, (fallback,)), fallback)
     return ShardIndex.of(builder.rows, store, (fallback,))
 
@@ -180,7 +192,7 @@ def build_index(
     fallback_folders: tuple[str, ...] = (),
 ) -> ShardIndex:
     """Count every shard by its table, made where there is none, and read it whole for its sha256 unless given."""
-    builder = IndexBuilder(paths, LocalFiles())
+    builder = IndexBuilder(paths, Stores())
     builder.count(range(len(paths)), Sidecar(builder.store, label, fallback_folders))
     if sha256 is None:
         builder.hash()
@@ -200,6 +212,11 @@ def require_labels(index: ShardIndex, label: str) -> None:
         )
 
 
+def _local_folder(path: str) -> tuple[str, ...]:
+    """Where tables can lie beside an index; nowhere beside one at a URL."""
+    return () if is_remote(path) else (os.path.dirname(os.path.abspath(path)),)
+
+
 def _line(content: Any) -> Packed:
     """As one line of JSON, with surrogates escaped: any path goes through."""
     return json.dumps(content).encode() + b"\n"
@@ -216,7 +233,9 @@ def _names(paths: Sequence[str]) -> list[str]:
     """
     names = [path[path.rfind("/") + 1 :].removesuffix(".tar") for path in paths]
     if len(set(names)) < len(names):
-        above = os.path.commonpath([os.path.abspath(path) for path in paths])
-        names = [os.path.relpath(os.path.abspath(path), above).removesuffix(".tar") for path in paths]
+        parts = [absolute(path).split("/") for path in paths]
+        levels = enumerate(zip(*(each[:-1] for each in parts), strict=False))
+        above = next((level for level, names in levels if len(set(names)) > 1), min(map(len, parts)) - 1)
+        names = ["/".join(each[above:]).removesuffix(".tar") for each in parts]
     text = "\0".join(names)
     return names if text.isascii() else text.encode(errors="backslashreplace").decode().split("\0")

@@ -18,7 +18,7 @@ import numpy as np
 from vitscale.data.index_file import Rows, read_rows, write_rows
 from vitscale.data.sidecar import Shard, Sidecar, count_samples, fallback_name, report
 from vitscale.errors import DataError
-from vitscale.files.store import FileStat, LocalFiles, Store, sha256_of
+from vitscale.files.store import FileStat, LocalFiles, Store, is_remote, sha256_of
 
 Result = TypeVar("Result")
 _THREADS = 16  # a file system far away answers many questions at once
@@ -84,7 +84,8 @@ class IndexBuilder:
         self._take_rows(index_path)
         left = np.flatnonzero(self.samples == 0).tolist()
         if left:  # links to shards that have rows?
-            self._places = {os.path.realpath(self.paths[i]): i for i in left} | self._places
+            links = {os.path.realpath(self.paths[i]): i for i in left if not is_remote(self.paths[i])}
+            self._places = links | self._places
             self._take_rows(index_path)
         for i in np.flatnonzero(self.samples == 0)[:1].tolist():
             raise DataError(
@@ -235,7 +236,8 @@ def _stats(store: Store, paths: Sequence[str]) -> np.ndarray:
     try:
         stats = np.fromiter(chain.from_iterable(map(store.stat, paths)), dtype=np.int64, count=2 * len(paths))
     except FileNotFoundError as error:
-        raise DataError(f"{error.filename}: no such file; check the path and the brace range") from None
+        why = "no such file" if error.strerror == os.strerror(error.errno or 0) else error.strerror
+        raise DataError(f"{error.filename}: {why}; check the path and the brace range") from None
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
     return stats.reshape(-1, 2).T
@@ -247,8 +249,8 @@ def _folder(path: str) -> str:
 
 
 def _real(folder: str) -> str:
-    """A folder ("" or with a slash at the end) with its links resolved, with a slash at the end."""
-    return os.path.join(os.path.realpath(folder), "")
+    """A folder ("" or with a slash at the end) with its links resolved, with a slash at the end; a URL as it is."""
+    return folder if is_remote(folder) else os.path.join(os.path.realpath(folder), "")
 
 
 def _sha256(store: Store, path: str) -> str:

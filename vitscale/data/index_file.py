@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vitscale.errors import DataError
-from vitscale.files.store import Store, read_pieces
+from vitscale.files.store import Store, absolute, is_remote, read_pieces
 
 FORMAT = "vitscale-index-1"
 _HEAD = f'{{"format": "{FORMAT}", "shards": [\n'.encode()
@@ -42,11 +42,11 @@ def read_rows(store: Store, path: str) -> Iterator[Rows]:
 
 def write_rows(store: Store, path: str, rows: Rows) -> None:
     """Shards at or below the file's folder are named relative to it. OSError where it cannot be written."""
-    folder = os.path.abspath(os.path.dirname(path))
+    folder = absolute(os.path.dirname(path))
     inside = folder.rstrip("/") + "/"
     lines = []
     for shard, samples, size, sha256, modified in zip(*rows, strict=True):
-        whole = os.path.abspath(shard)
+        whole = absolute(shard)
         row = {
             "name": whole.removeprefix(inside),
             "samples": int(samples),
@@ -82,8 +82,10 @@ def _entries(store: Store, path: str) -> Iterator[list[Any]]:
 def _rows(entries: list[Any], folder: str) -> Rows:
     before = os.path.join(folder, "")
     names = [entry["name"] for entry in entries]
+    if is_remote(before):
+        _require_below(names, before)
     rows = Rows(
-        [name if name.startswith("/") else before + name for name in names],
+        [name if name.startswith("/") or is_remote(name) else before + name for name in names],
         np.array([entry["samples"] for entry in entries], dtype=np.int64),
         np.array([entry["bytes"] for entry in entries], dtype=np.int64),
         [entry.get("sha256") for entry in entries],
@@ -93,3 +95,11 @@ def _rows(entries: list[Any], folder: str) -> Rows:
     if len(bad):
         raise ValueError(f"bad row {entries[bad[0]]}")
     return rows
+
+
+def _require_below(names: Sequence[str], folder: str) -> None:
+    """An index that comes from elsewhere may name shards of its own server or bucket alone: ValueError."""
+    origin = "/".join(folder.split("/")[:3]) + "/"
+    for name in names:
+        if name.startswith("/") or ".." in name.split("/") or (is_remote(name) and not name.startswith(origin)):
+            raise ValueError(f"names {name!r}, which is not of {origin}")

@@ -13,7 +13,8 @@ import braceexpand
 
 from vitscale.config.schema import Source
 from vitscale.errors import DataError
-from vitscale.files.store import LocalFiles, Store
+from vitscale.files.store import Store, is_remote
+from vitscale.files.stores import REMOTE, Stores, require_no_secret
 
 _MOST_SHARDS = 10_000_000
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
@@ -22,15 +23,15 @@ _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
 
 
 def expand(sources: Iterable[Source], store: Store | None = None) -> list[str]:
-    """Absolute paths of local shards: brace ranges expanded as webdataset does, then wildcards, sorted.
+    """Absolute paths, or URLs, of shards: brace ranges expanded as webdataset does, then wildcards, sorted.
 
-    DataError for wildcards that match nothing and for any scheme but file:. Whether a file that is named without
-    wildcards is there, its stat will tell.
+    DataError for wildcards that match nothing and for a scheme that is not read, ConfigError for a URL with a password.
+    Whether a file that is named without wildcards is there, its stat will tell.
     """
-    store = store or LocalFiles()
+    store = store or Stores()
     here = os.path.join(os.getcwd(), "")  # other ranks get these paths, and may have another working directory
     found = chain.from_iterable(_expand(source.pattern, store) for source in sources)
-    paths = [path if path.startswith("/") else here + path for path in found]
+    paths = [path if path.startswith("/") or is_remote(path) else here + path for path in found]
     if not paths:
         raise DataError("data.train is empty: give a pattern of shards, say data.train=/data/train-{0000..0099}.tar")
     return paths
@@ -38,12 +39,15 @@ def expand(sources: Iterable[Source], store: Store | None = None) -> list[str]:
 
 def _expand(pattern: str, store: Store) -> list[str]:
     scheme = _SCHEME.match(pattern)
-    if scheme and scheme[1].lower() != "file":
+    if scheme and scheme[1].lower() not in ("file", *REMOTE):
         raise DataError(
-            f"shards {pattern!r}: only local paths are read, not {scheme[1]}: URLs (which, for pipe:, would be run as "
-            "commands); copy the shards to a file system and name them there"
+            f"shards {pattern!r}: {scheme[1]}: is not read (pipe: would run a command); name a path, or a URL of "
+            f"{', '.join(REMOTE)}"
         )
     local = re.sub(r"^file:(//)?", "", pattern, flags=re.IGNORECASE)
+    if is_remote(local):
+        require_no_secret(local, "data.train")
+    has_wildcards = glob.has_magic(local) and not local.lower().startswith("http")  # there ? begins a query
     ranges = [[int(number or 1) for number in found] for found in _RANGE.findall(local)]
     count = math.prod(abs(last - first) // max(1, abs(step)) + 1 for first, last, step in ranges)
     if count > _MOST_SHARDS:
@@ -53,19 +57,26 @@ def _expand(pattern: str, store: Store) -> list[str]:
         names = list(braceexpand.braceexpand(local, escape="\\" in local))
     except ValueError as error:
         raise DataError(f"shards {pattern!r}: {error}") from None
-    if len(names) == 1 and os.path.isdir(names[0]):
+    if len(names) == 1 and not is_remote(local) and os.path.isdir(names[0]):
         folder = local.rstrip("/")
         raise DataError(
             f"shards {pattern!r}: is a folder; name the shards in it, say data.train='{folder}/*.tar' (of a folder of "
             f"images, `vitscale pack {folder} NEW_FOLDER` makes shards)"
         )
-    if not glob.has_magic(local):
+    if not has_wildcards:
         return names
     paths: list[str] = []
     for name in names:
-        found = [path for path in store.list(name) if not path.endswith(_KEPT)] if glob.has_magic(name) else [name]
+        found = _listed(name, store) if glob.has_magic(name) else [name]
         if not found:
             which = "" if name == pattern else f" ({name})"
             raise DataError(f"shards {pattern!r}: no such file{which}; check the path and the brace range")
         paths += found
     return paths
+
+
+def _listed(pattern: str, store: Store) -> list[str]:
+    try:
+        return [path for path in store.list(pattern) if not path.endswith(_KEPT)]
+    except OSError as error:
+        raise DataError(f"shards {pattern!r}: cannot be listed: {error.strerror}") from None

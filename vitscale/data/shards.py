@@ -72,4 +72,10 @@ class Shards:
         return data
 
     def _table(self, shard: int) -> SampleTable:
-        return self._index.table(shard, self._label)
+        path = self._index.paths[shard]
+        table = self._index.table(shard, self._label)
+        try:
+            self._index.store.fetch(path, self._index.sha256[shard])
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        return table

@@ -24,7 +24,7 @@ from urllib.parse import quote
 from vitscale.data import table as tables
 from vitscale.data.table import SampleTable
 from vitscale.errors import DataError
-from vitscale.files.store import FileStat, LocalFiles, Store
+from vitscale.files.store import FileStat, LocalFiles, Store, absolute
 from vitscale.files.tar import scan_shard
 
 FOLDER = "index.tables"
@@ -71,7 +71,7 @@ class Sidecar:
         for store, path in self._places(shard.path):
             try:
                 return self._load(store, path, shard)
-            except (FileNotFoundError, NotADirectoryError):
+            except (FileNotFoundError, NotADirectoryError, PermissionError):  # a bucket may hide what it does not have
                 continue
             except OSError as error:
                 wrong.append(f"{path}: cannot be read ({error.strerror})")
@@ -145,7 +145,7 @@ def _report_few(line: str) -> None:
 
 def fallback_name(folder: str, ending: str) -> str:
     """What stands for a folder of shards in the run's folder."""
-    return f"index-{hashlib.sha256(os.fsencode(os.path.abspath(folder))).hexdigest()[:8]}{ending}"
+    return f"index-{hashlib.sha256(os.fsencode(absolute(folder))).hexdigest()[:8]}{ending}"
 
 
 def count_samples(sidecar: Sidecar, shards: Sequence[Shard], say: Report = report) -> list[int]:

@@ -8,31 +8,49 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vitscale.errors import DataError
+from vitscale.files.store import LocalFiles, Store, absolute, is_remote
 
 CLASSES = "classes.json"
 
 
-def class_names(shards: Iterable[str | Path]) -> list[str] | None:
+def class_names(shards: Iterable[str | Path], store: Store | None = None) -> list[str] | None:
     """Names by label, from classes.json in the folder of these shards or the one above it.
 
-    None where there is none, or where not all shards have the same. DataError where it is no list of names.
+    store: where the shards lie (default: on this machine). None where there is none, or where not all shards have the
+    same. DataError where it is no list of names.
     """
-    found = [_of_folder(Path(folder)) for folder in {os.path.dirname(shard) for shard in shards}]
+    store = store or LocalFiles()
+    found = [_of_folder(folder, store) for folder in {os.path.dirname(shard) for shard in shards}]
     return found[0] if found and all(names == found[0] for names in found) else None
 
 
-def _of_folder(folder: Path) -> list[str] | None:
-    for path in (folder / CLASSES, folder.absolute().parent / CLASSES):
-        if path.is_file():
-            return read_names(path)
+def _of_folder(folder: str, store: Store) -> list[str] | None:
+    above = os.path.dirname(absolute(folder))
+    for path in (os.path.join(folder, CLASSES), os.path.join(above, CLASSES)):
+        try:
+            data = store.read(path, 0, store.stat(path).bytes)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            if is_remote(path) and isinstance(error, PermissionError):  # a bucket may hide what it does not have
+                continue
+            raise DataError(f"{path}: cannot be read as the classes' names: {error.strerror}") from None
+        return _names(data, path)
     return None
 
 
 def read_names(path: Path) -> list[str]:
     """The names in a classes.json. DataError where it is none."""
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return _names(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read as the classes' names: {error.strerror}") from None
+
+
+def _names(data: bytes, path: str) -> list[str]:
+    try:
+        names = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as the classes' names: {error}; mend it or take it away") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{path}: must be a list of the classes' names, by their labels; mend it or take it away")

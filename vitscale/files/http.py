@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import urllib3
-from urllib3.exceptions import HTTPError, SSLError
+from urllib3.exceptions import HTTPError, NameResolutionError, SSLError
 
 from vitscale.files.retry import PATIENCE_S, Attempts
 from vitscale.files.store import FileStat, Paths
@@ -98,6 +98,9 @@ class HttpFiles:
             except (_Again, HTTPError, OSError) as error:
                 if isinstance(error, OSError) and error.filename is not None:
                     raise  # ours, for good
+                if isinstance(error, NameResolutionError) and not self._known:
+                    host = urlsplit(path).hostname
+                    raise FileNotFoundError(errno.ENOENT, f"no host of that name is known here: {host}", path) from None
                 if isinstance(error, SSLError) and "CERTIFICATE" in str(error):
                     raise OSError(errno.EPROTO, "its certificate is not one that this machine trusts", path) from None
                 if len(data) > before:

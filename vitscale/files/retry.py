@@ -9,10 +9,13 @@ from collections.abc import Callable
 from threading import Lock
 from typing import TypeVar
 
+from vitscale.text import to_stderr
+
 Result = TypeVar("Result")
 
 PATIENCE_S = 300.0
 _LEAST_ATTEMPTS = 8
+_REPORT_EVERY_S = 10.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 30.0
 # Of a network file system, or of the network itself; what a local file may never give, or only once.
 TRANSIENT = frozenset({
@@ -42,6 +45,24 @@ class _Count:
 retries = _Count()
 
 
+class _Reporter:
+    """To standard error now and then: a wait of minutes is not to look like a hang."""
+
+    def __init__(self) -> None:
+        self._lock, self._next = Lock(), 0.0
+
+    def __call__(self, line: str) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if now < self._next:
+                return
+            self._next = now + _REPORT_EVERY_S
+        to_stderr(f"storage: {line}")
+
+
+_report = _Reporter()
+
+
 class Attempts:
     """The attempts at one piece of work: at least 8 of them, and for at least `patience_s`.
 
@@ -64,6 +85,7 @@ class Attempts:
             tried = f"{why}; {self._failed} attempts in {waited:.0f} s"
             raise UnavailableError(errno.ETIMEDOUT, tried, self._path)
         retries.add()
+        _report(f"{self._path}: {why}; attempt {self._failed + 1} follows")
         pause = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** (self._failed - 1)) * random.uniform(0.5, 1.0)
         time.sleep(max(pause, min(after_s, self._patience_s)))
 

@@ -9,8 +9,9 @@ from vitscale.errors import CheckpointError
 from vitscale.files.model_folder import CONFIG, read_json
 from vitscale.files.sources import HUB_OPTIONS, locate
 from vitscale.interop.config_files import architecture, config_as, read_config, require_model_type
-from vitscale.interop.image_processing import ViTImageProcessor, processor_file
+from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.interop.loading import config_of, keys_for_files, open_by_tensors
+from vitscale.interop.processor_files import processor_file
 from vitscale.models.auto import CLASSES
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig

@@ -84,7 +84,8 @@ def read_bare(
         told["rope_theta"] = _THETA
         notes.append(f"rope_theta: the file does not say; {_THETA}, as DINOv3 has it")
     given = {**(defaults or {}), **told}
-    keys = _Keys(tensors, given, str(path), is_vit and "blocks.0.ls1.gamma" not in tensors)
+    likely_size = None if "image_size" in told else given.pop("image_size", None)
+    keys = _Keys(tensors, given, str(path), is_vit and "blocks.0.ls1.gamma" not in tensors, likely_size)
     dtype = checkpoint.tensors[next(iter(checkpoint.tensors))].dtype
     config = keys.config(model_class, dtype)
     if config.position_embeddings == "sincos":  # recomputed, no parameters
@@ -154,6 +155,7 @@ class _Keys:
     given: Mapping[str, Any]
     where: str
     is_vit: bool  # of transformers, whose eps is its own
+    likely_size: Any = None  # image_size of the model that it is for: of this one too where the positions agree
     notes: list[str] = field(default_factory=list)
 
     def config(self, model_class: type[ViTPreTrainedModel], dtype: torch.dtype) -> ViTConfig:
@@ -224,7 +226,7 @@ class _Keys:
             widths = listed(sorted(heads))
             raise ConfigError(
                 f"{key}: {self.where} does not say, and its width {width} is none of the published models' ({widths}); "
-                f"give {key}=N to from_pretrained, or to `vitscale convert`, whose folder opens everywhere"
+                f"give {key}=N to from_pretrained or `vitscale convert`, or model.{key}=N to a run"
             )
         return heads[width]
 
@@ -240,10 +242,16 @@ class _Keys:
         """What was given, else that of as many patches along both sides."""
         if "image_size" in self.given:
             return self.given["image_size"]
+        if patches is None and self.likely_size is not None:
+            return self.likely_size
         if patches is None:
             size = tuple(_DEFAULT_SIZE // side * side for side in patch)
             self.notes.append(f"image_size: no positions tell it; {size[0]}x{size[1]}, give image_size=H,W for another")
             return size
+        if self.likely_size is not None and patches == math.prod(
+            whole // part for whole, part in zip(pair(self.likely_size), patch, strict=True)
+        ):
+            return self.likely_size
         side = math.isqrt(patches)
         if side * side != patches:
             raise ConfigError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,38 +16,14 @@ from PIL import Image
 from vitscale.config.typed import is_finite
 from vitscale.errors import CheckpointError, ConfigError, DataError
 from vitscale.files.model_folder import PROCESSOR, as_text, read_json, write_json
-from vitscale.files.sources import HUB_OPTIONS, locate
+from vitscale.files.sources import HUB_OPTIONS
 from vitscale.interop.image_arrays import MAX_PIXELS, as_array, flatten
-from vitscale.interop.timm_names import IMAGENET_MEAN, IMAGENET_STD
-from vitscale.text import did_you_mean, listed, to_stderr
+from vitscale.interop.processor_files import TYPES, known_keys, processor_file
+from vitscale.text import did_you_mean
 
 RESAMPLE = {filter.name.lower(): filter for filter in Image.Resampling}
-# Processors of transformers that do the same, by what they start from: those of ViT, DINOv2 and DINOv3.
-_STARTS: dict[str, dict[str, Any]] = {
-    "ViTImageProcessor": {},
-    "BitImageProcessor": {
-        "do_convert_rgb": True, "size": 224, "default_to_square": False, "resample": Image.Resampling.BICUBIC,
-        "do_center_crop": True, "crop_size": 224, "image_mean": (0.48145466, 0.4578275, 0.40821073),
-        "image_std": (0.26862954, 0.26130258, 0.27577711),
-    },
-    "DINOv3ViTImageProcessor": {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD},
-    "DeiTImageProcessor": {
-        "size": 256, "resample": Image.Resampling.BICUBIC, "do_center_crop": True, "crop_size": 224,
-        "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD,
-    },
-}  # fmt: skip
-_STARTS["CLIPImageProcessor"] = _STARTS["BitImageProcessor"]
-# What transformers 3 to 5 call them on disk.
-_EXTRACTORS = ("ViTFeatureExtractor", "DeiTFeatureExtractor", "CLIPFeatureExtractor")
-TYPES = (*(name + suffix for name in _STARTS for suffix in ("", "Fast", "Pil")), *_EXTRACTORS)
 _HUGE = 16_000_000  # pixels of a resized image of which a crop is taken
 _FLAGS = ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize")
-# Keys of preprocessor_config.json that say nothing of how pixels are made; and those that may only say this.
-_REMARKS = {"image_processor_type", "feature_extractor_type", "processor_class", "_valid_processor_keys", "auto_map"}
-_REMARKS |= {"_valid_kwargs_names", "device", "disable_grouping", "return_tensors", "pad_size", "vitscale_version"}
-# Of other processors, beside do_*: what would make other pixels.
-_STEPS = {"crop_pct", "offset", "size_divisor", "size_divisibility", "pad_val", "do_pad"}
-_RULES = {"data_format": ("channels_first", None), "default_to_square": (True, False, None)}
 _SIZES = (
     {"height", "width"},
     {"shortest_edge"},
@@ -184,24 +159,7 @@ class ViTImageProcessor:
     @classmethod
     def from_dict(cls, content: dict[str, Any], where: str = PROCESSOR) -> Self:
         """From preprocessor_config.json's content. CheckpointError, with `where`, for what it asks of others."""
-        kind = content.get("image_processor_type") or content.get("feature_extractor_type") or TYPES[0]
-        if kind not in TYPES:
-            raise CheckpointError(
-                f"{where}: image_processor_type={kind!r}: must be one of {', '.join(_STARTS)}; where it does the same, "
-                "write such a name there"
-            )
-        content = _STARTS[re.sub("(Fast|Pil)$", "", kind.replace("FeatureExtractor", "ImageProcessor"))] | content
-        names = {field.name for field in fields(cls)}
-        unknown = sorted(str(name) for name in content.keys() - names - _REMARKS if _is_unmet(name, content[name]))
-        if unmet := [name for name in unknown if name.startswith("do_") or name in {*_STEPS, *_RULES}]:
-            raise CheckpointError(
-                f"{where}: key(s) {', '.join(unmet)} ask for what this processor does not do; take them away there"
-            )
-        if unknown:
-            to_stderr(f"{where}: passed over, no keys of a {kind}: {listed(unknown)}")
-        known = {name: value for name, value in content.items() if name in names}
-        if not content.get("default_to_square", True) and type(content.get("size")) is int:
-            known["size"] = {"shortest_edge": content["size"]}
+        known = known_keys(content, {field.name for field in fields(cls)}, where)
         try:
             return cls().overridden(known)
         except ConfigError as error:
@@ -270,11 +228,6 @@ class ViTImageProcessor:
         values *= scale.astype(np.float32)
         values -= shift.astype(np.float32)
         return values
-
-
-def _is_unmet(name: str, value: Any) -> bool:
-    """Whether a key that is no field of ours wants pixels made in another way than they are here."""
-    return value not in _RULES[name] if name in _RULES else value is not None and value is not False
 
 
 def _size(name: str, size: Any) -> dict[str, int]:
@@ -389,15 +342,3 @@ def _number(name: str, value: Any, rule: str = "a number") -> float:
     if not is_finite(value):
         raise ConfigError(f"{name}={value!r}: must be {rule}")
     return float(value)
-
-
-def processor_file(source: str | Path, where: dict[str, Any]) -> Path:
-    """The preprocessor_config.json of a source; where: options of sources.locate."""
-    path = Path(source).expanduser()
-    if path.suffix == ".json" and path.is_file():
-        return path
-    try:
-        return locate(source, only=PROCESSOR, **where) / PROCESSOR
-    except CheckpointError as error:
-        hint = "ViTImageProcessor(size=..., image_mean=..., image_std=...).save_pretrained(folder) makes one"
-        raise CheckpointError(f"{error}; {hint}" if path.is_dir() else str(error)) from None

@@ -24,7 +24,7 @@ from vitscale.config.check import check_config
 from vitscale.config.load import load_config
 from vitscale.config.schema import RunConfig
 from vitscale.data.image_folder import PACKED, pack_folder, packed_sources
-from vitscale.data.index import open_index
+from vitscale.data.index import open_index, store_of
 from vitscale.errors import ConfigError, LaunchError, VitscaleError
 from vitscale.launch.snapshot import keep_snapshot
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder
@@ -128,7 +128,8 @@ def prepare(arguments: Sequence[str], layout: Layout, script: str, patience_s: f
             pack_folder(train, folder.path / PACKED)
             train = packed_sources(train, folder.path / PACKED)
         if train:  # without any, the run itself says what to give
-            open_index(train, config.data.index, folder.path, label=config.data.label_extension)
+            data = config.data
+            open_index(train, data.index, folder.path, label=data.label_extension, store=store_of(data))
         keep_snapshot(folder, Path(arguments[1]), [script, *arguments])
     return folder
 

@@ -11,8 +11,9 @@ import vitscale
 from vitscale.config import model_rules
 from vitscale.config.model_rules import MOST_LABELS, Size, Violation, pair
 from vitscale.config.typed import typed_fields
-from vitscale.errors import ConfigError, DataError
-from vitscale.files.model_folder import CONFIG, write_json
+from vitscale.errors import CheckpointError, ConfigError, DataError
+from vitscale.files.model_folder import CONFIG, read_json, write_json
+from vitscale.files.sources import HUB_OPTIONS, locate
 from vitscale.text import did_you_mean
 
 MODEL_TYPES = ("vit", "vit_mae")
@@ -225,12 +226,32 @@ class ViTConfig:
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> Self:
-        """The config of whatever a model's from_pretrained takes, as one of this class.
+        """The config of a folder or hub name whose config.json is a ViT's or an MAE's, as one of this class.
 
-        options: revision, cache_dir, local_files_only, token, subfolder, take as there, and other values for keys. A
-        ViTConfig of an MAE is that of its encoder. CheckpointError for folders and names, ConfigError for keys.
+        options: revision, cache_dir, local_files_only, token, subfolder, and other values for keys. A ViTConfig of an
+        MAE is that of its encoder. Files of weights, timm's folders and transformers' other ViTs:
+        AutoConfig.from_pretrained. CheckpointError for folders and names, ConfigError for keys.
         """
-        return vitscale.AutoConfig.from_pretrained(source, config_class=cls, **options)  # stands above this room
+        where = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+        path = locate(source, only=CONFIG, **where) / CONFIG
+        content = read_json(path)
+        kind = str(content.get("model_type")).removeprefix("vitscale_")
+        if kind not in MODEL_TYPES:
+            raise CheckpointError(
+                f"{path}: model_type={content.get('model_type')!r}: is no {cls.__name__}'s; "
+                f"vitscale.AutoConfig.from_pretrained(..., config_class={cls.__name__}) opens more"
+            )
+        try:
+            config = cls.from_dict(content if kind == cls.model_type else cls._of_other_type(content))
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        return config.overridden(options)
+
+    @classmethod
+    def _of_other_type(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """Of another objective's config.json the encoder's keys; the objective's keep their defaults."""
+        dropped = {"model_type", *_foreign_keys(content)}
+        return {name: value for name, value in content.items() if name not in dropped} | {"mask_ratio": cls.mask_ratio}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json. CheckpointError if the folder cannot be written."""

@@ -20,7 +20,7 @@ from vitscale import __version__
 from vitscale.config.check import problem_type
 from vitscale.config.load import config_of, dump_config, load_config
 from vitscale.config.schema import RunConfig, Source
-from vitscale.data.index import ShardIndex, open_index, require_labels
+from vitscale.data.index import ShardIndex, open_index, require_labels, store_of
 from vitscale.engine.ranks import ProcessRanks, joined
 from vitscale.engine.whole import WholeModel
 from vitscale.errors import CheckpointError, ConfigError, DataError
@@ -29,6 +29,7 @@ from vitscale.evaluation.figures import draw_curves
 from vitscale.evaluation.probing import Probing, encoder_of
 from vitscale.evaluation.validation import HeldOut, Validation
 from vitscale.files.atomic import write_atomically
+from vitscale.files.stores import Stores
 from vitscale.interop.loading import open_model, start_from
 from vitscale.interop.pretrained import load_model
 from vitscale.models.auto import OBJECTIVES, initialize, new_model
@@ -84,7 +85,7 @@ def evaluate(
         draw_curves(JsonlFile(folder.metrics).rows(), results.figures / "loss.png", _title(config))
     opened = _open(config, results) if world.is_main else None
     with joined(world, config.parallel.timeout_s) as ranks:
-        train, test = _held_out(opened, ranks)
+        train, test = _held_out(opened, ranks, store_of(config.data))
         digest = (test or train).index.digest
         device = torch.device(world.device, world.local_rank) if world.device == "cuda" else torch.device("cpu")
         probing = Probing(config, world, train, test, results.path)
@@ -171,8 +172,10 @@ def _open(config: RunConfig, results: RunFolder) -> dict[str, Packed | None]:
     if not trained:
         raise ConfigError("evaluation.train is empty: name labelled shards, say evaluation.train='FOLDER/train/*.tar'")
 
+    store = store_of(config.data)
+
     def opened(sources: tuple[Source, ...], indexed: str | None) -> ShardIndex:
-        index = open_index(sources, indexed, results.path, label=label)
+        index = open_index(sources, indexed, results.path, label=label, store=store)
         if _is_labelled(config):
             require_labels(index, label)
         return index
@@ -185,10 +188,10 @@ def _open(config: RunConfig, results: RunFolder) -> dict[str, Packed | None]:
     return {"train": packed(fitted), "test": packed(test)}
 
 
-def _held_out(opened: Any, ranks: ProcessRanks) -> tuple[HeldOut, HeldOut | None]:
+def _held_out(opened: Any, ranks: ProcessRanks, store: Stores) -> tuple[HeldOut, HeldOut | None]:
     found = ranks.gather(opened)[0]
     train, test = (
-        found[side] and HeldOut(ShardIndex.from_bytes(found[side][0]), class_names=found[side][1])
+        found[side] and HeldOut(ShardIndex.from_bytes(found[side][0], store), class_names=found[side][1])
         for side in ("train", "test")
     )
     return train, test

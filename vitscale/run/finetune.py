@@ -19,6 +19,7 @@ from vitscale.errors import CheckpointError, ConfigError, DataError
 from vitscale.files.classes import class_names
 from vitscale.files.model_folder import CONFIG, PROCESSOR, read_json
 from vitscale.files.sources import locate
+from vitscale.files.stores import Stores
 from vitscale.interop.config_files import config_as, read_config
 from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.interop.loading import keys_for_files, open_by_tensors
@@ -28,7 +29,7 @@ from vitscale.models.losses import supervised_loss
 from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.run.job import Job, run_locked
 from vitscale.run.session import Session
-from vitscale.text import listed
+from vitscale.text import listed, to_stderr
 from vitscale.world import World
 
 # What fine-tuning decides itself, whatever the encoder was trained with.
@@ -84,9 +85,12 @@ def _of_checkpoint(source: str, written: Flat) -> Flat:
         config, processor = opened.model.config, processor_keys(opened.processor)
     else:
         folder = locate(source)
-        config, processor = config_as(ViTConfig, read_config(folder / CONFIG)), {}
+        config = config_as(ViTConfig, read_config(folder / CONFIG))
         if (folder / PROCESSOR).is_file():
             processor = processor_keys(ViTImageProcessor.from_pretrained(folder))
+        else:  # as transformers' Trainer leaves it
+            processor = {"augment.mean": (0.5,), "augment.std": (0.5,)}
+            to_stderr(f"model.init_from={source}: has no {PROCESSOR}: images are normalized by 0.5 and 0.5")
     keys = {name: value for name, value in model_keys_of(config).items() if name.removeprefix("model.") not in _OWN}
     if config.position_embeddings != "none":  # a fixed table is trained on from here, as by the MAE code
         keys["model.position_embeddings"] = "learned"
@@ -121,7 +125,8 @@ def _classes(written: Flat) -> list[str] | None:
         return folders
     if any(is_image_folder(source.pattern) for source in sources):
         return None
-    return class_names(expand(sources))
+    store = Stores(written.get("data.cache"), written.get("data.cache_bytes"))
+    return class_names(expand(sources, store), store)
 
 
 class Finetune(Job):
@@ -213,7 +218,7 @@ def _is_token(name: str) -> bool:
 
 def _require_names(config: RunConfig, index: ShardIndex) -> None:
     """The classes of config, data and checkpoint must be the same, or numbers would stand for others."""
-    names, model = class_names(index.paths) if has_classes(config) else None, config.model
+    names, model = index.class_names if has_classes(config) else None, config.model
     if names is not None and model.id2label is not None and tuple(names) != model.id2label:
         raise DataError(
             f"model.id2label is {listed(model.id2label)}, and classes.json beside the shards says {listed(names)}: the "

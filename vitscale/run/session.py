@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,7 @@ from vitscale import __version__
 from vitscale.config.check import has_classes
 from vitscale.config.load import dump_config
 from vitscale.config.schema import RunConfig, Source
-from vitscale.data.index import ShardIndex, open_index, require_labels
+from vitscale.data.index import ShardIndex, open_index, require_labels, store_of
 from vitscale.data.order import SampleOrder, training_order
 from vitscale.data.subset import Subset, SubsetOrder, split
 from vitscale.engine.backend import Backend
@@ -20,8 +19,9 @@ from vitscale.engine.preempt import StopRequest
 from vitscale.engine.ranks import ProcessRanks
 from vitscale.errors import ConfigError, DataError, LaunchError
 from vitscale.evaluation.validation import HeldOut
-from vitscale.files.classes import class_names
 from vitscale.files.decode import choose_decoder
+from vitscale.files.store import absolute
+from vitscale.files.stores import Stores
 from vitscale.run_folder import RunFolder
 from vitscale.text import listed, to_stderr
 from vitscale.world import World
@@ -72,13 +72,14 @@ def open_session(
     look_at_data: called on rank 0 before it joins. Raises ConfigError, DataError or LaunchError.
     """
     # Rank 0 opens the index before it joins the others, so that a missing shard is an error at once.
-    opened = _open_index(config, folder) if world.is_main else None
+    store = store_of(config.data)
+    opened = _open_index(config, folder, store) if world.is_main else None
     others = _other_data(config, folder, opened, look_at_data) if opened else None
     backend = Backend(config, world)
     content = backend.ranks.broadcast(opened.to_bytes() if opened else None)
     # Not before: a rank that waits in C++ for the others could not answer a TERM.
     stop = StopRequest(folder.path, looks=world.local_rank == 0, clears=world.is_main)
-    index = opened or ShardIndex.from_bytes(content)
+    index = opened or ShardIndex.from_bytes(content, store)
     decoder = choose_decoder(config.data.decode)
     _require_agreement(config, backend.ranks, folder, index, decoder)
     config = _with_class_names(config, backend.ranks, index)
@@ -86,7 +87,7 @@ def open_session(
     assert others is not None
     sides, facts = others.sides, others.facts
     held_out, train, test = (
-        each and HeldOut(ShardIndex.from_bytes(each[0]), class_names=each[1]) for each in others.indexes
+        each and HeldOut(ShardIndex.from_bytes(each[0], store), class_names=each[1]) for each in others.indexes
     )
     order: SampleOrder = training_order(config, index.samples)
     if sides is not None:
@@ -118,7 +119,7 @@ def _other_data(config: RunConfig, folder: RunFolder, index: ShardIndex, look_at
     def opened(sources: tuple[Source, ...], needs_labels: bool = True) -> ShardIndex | None:
         if not sources:
             return None
-        other = open_index(sources, None, folder.path, label=label)
+        other = open_index(sources, None, folder.path, label=label, store=index.store)
         if needs_labels:
             require_labels(other, label)
         return other
@@ -127,13 +128,13 @@ def _other_data(config: RunConfig, folder: RunFolder, index: ShardIndex, look_at
         require_labels(index, label)
     validation = opened(data.validation, config.objective.needs_labels)
     train, test = (opened(sources) if probes else None for sources in (evaluation.train, evaluation.test))
-    own = class_names(index.paths)
+    own = index.class_names
     named = _named_classes(config, own)
     if validation is not None:
         tell_shared("data.validation", validation, "data.train", index)
         if has_classes(config):
             names = named.model.id2label or own
-            require_same_classes("data.validation", class_names(validation.paths), "training", names)
+            require_same_classes("data.validation", validation.class_names, "training", names)
     if test is not None:
         require_held_out(test, train or index)
     indexes = (packed(validation), packed(train), packed(test))
@@ -143,13 +144,18 @@ def _other_data(config: RunConfig, folder: RunFolder, index: ShardIndex, look_at
 
 def packed(index: ShardIndex | None) -> Packed | None:
     """What the other ranks are told of an index."""
-    return None if index is None else (index.to_bytes(), tuple(class_names(index.paths) or ()))
+    return None if index is None else (index.to_bytes(), tuple(index.class_names or ()))
 
 
 def require_held_out(test: ShardIndex, fitted: ShardIndex) -> None:
     """That evaluation.test has the classes of evaluation.train; said where it has its shards too."""
     tell_shared("evaluation.test", test, "evaluation.train", fitted)
-    require_same_classes("evaluation.test", class_names(test.paths), "evaluation.train", class_names(fitted.paths))
+    require_same_classes(
+        "evaluation.test",
+        test.class_names,
+        "evaluation.train",
+        fitted.class_names,
+    )
 
 
 def require_same_classes(key: str, names: Sequence[str] | None, other: str, expected: Sequence[str] | None) -> None:
@@ -163,7 +169,7 @@ def require_same_classes(key: str, names: Sequence[str] | None, other: str, expe
 
 def tell_shared(key: str, held_out: ShardIndex, other: str, fitted: ShardIndex) -> None:
     """Say on stderr where a held-out shard is one of those that are trained on."""
-    shared = {os.path.abspath(path) for path in held_out.paths} & {os.path.abspath(path) for path in fitted.paths}
+    shared = {absolute(path) for path in held_out.paths} & {absolute(path) for path in fitted.paths}
     if shared:
         to_stderr(f"{key}: {listed(sorted(shared), 3)}: in {other} too, so images are scored that were trained on")
 
@@ -173,11 +179,11 @@ def config_digest(config: RunConfig) -> str:
     return hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
 
 
-def _open_index(config: RunConfig, folder: RunFolder) -> ShardIndex:
+def _open_index(config: RunConfig, folder: RunFolder, store: Stores) -> ShardIndex:
     data = config.data
     if not data.train:
         raise ConfigError("data.train is empty: give the shards, say data.train='/data/train-{000000..000099}.tar'")
-    index = open_index(data.train, data.index, folder.path, label=data.label_extension)
+    index = open_index(data.train, data.index, folder.path, label=data.label_extension, store=store)
     if config.objective.needs_labels:
         require_labels(index, data.label_extension)
     return index
@@ -188,7 +194,7 @@ def _with_class_names(config: RunConfig, ranks: ProcessRanks, index: ShardIndex)
     model = config.model
     if not has_classes(config) or not config.objective.needs_labels or model.id2label is not None:
         return config
-    return _named_classes(config, ranks.gather(class_names(index.paths) if ranks.rank == 0 else None)[0])
+    return _named_classes(config, ranks.gather(index.class_names if ranks.rank == 0 else None)[0])
 
 
 def _named_classes(config: RunConfig, names: Sequence[str] | None) -> RunConfig:

@@ -1,0 +1,72 @@
+"""The keys of a run's data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vitscale.config.typed import one_of, require
+
+DECODERS = ("auto", "nvimgcodec", "simplejpeg", "pillow")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Shards of one kind: a path or URL with brace ranges ({000..099}) or wildcards (*, ?)."""
+
+    pattern: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where images and labels come from, in which order, and how they are read."""
+
+    train: tuple[Source, ...] = ()
+    index: str | None = None  # an index.json by `vitscale index` or `pack`; else shards are scanned
+    # Parallel runs through an epoch's shards, fixed for a run; divides the global batch. Null: its largest divisor up
+    # to a quarter of it and to 1024.
+    lanes: int | None = None
+    # Samples over all lanes within which the order is shuffled, in blocks of window / lanes: a multiple of lanes where
+    # lanes is written, else each block is rounded down.
+    window: int = 16384
+    fraction: float = 1.0  # of data.train to train on, chosen by a hash of run.seed and each sample's key
+    validation: tuple[Source, ...] = ()  # labelled shards to score on while training
+    validation_fraction: float = 0.0  # or this share of data.train, chosen by a hash of each sample's key
+    label: str = "cls"  # the extension of the member with the label; json.KEY.KEY: where in a .json it is
+    decode: str = "auto"  # nvimgcodec, simplejpeg, pillow, or auto: the first that is installed
+    background: int = 255  # what transparent pixels lie on, 0 (black) to 255 (white)
+    max_pixels: int = 64_000_000  # a larger image is a bad sample, told from its header
+    max_bad_fraction: float = 0.001  # stop when bad > max(3, this x samples consumed)
+    threads: int | None = None  # decoding threads a rank; null: the rank's share of the cores
+    prefetch: int = 4  # micro-batches read ahead
+    # A folder of each node's own disk for shards at URLs; null: of these what is needed is read, by ranges.
+    cache: str | None = None
+    cache_bytes: int | None = None  # of that folder at most; null: as much as its disk has, but for a twentieth
+    patience_s: float = 300.0  # how long storage that fails (time-outs, 5xx, EIO, ESTALE) is tried again
+
+    def __post_init__(self) -> None:
+        require(self.lanes is None or self.lanes > 0, "data.lanes", self.lanes, "above 0 or null")
+        require(self.window > 0, "data.window", self.window, "above 0 (samples over all lanes)")
+        one_of("data.decode", self.decode, DECODERS)
+        require(0 < self.fraction <= 1, "data.fraction", self.fraction, "in (0, 1]")
+        value = self.validation_fraction
+        require(0 <= value < 1, "data.validation_fraction", value, "in [0, 1)")
+        require(0 <= self.background <= 255, "data.background", self.background, "in 0 to 255")
+        require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
+        require(self.max_pixels > 0, "data.max_pixels", self.max_pixels, "above 0")
+        require(self.threads is None or self.threads > 0, "data.threads", self.threads, "above 0 or null")
+        require(self.prefetch >= 2, "data.prefetch", self.prefetch, "2 or more")
+        most = self.cache_bytes
+        require(most is None or most > 0, "data.cache_bytes", most, "above 0 or null")
+        require(self.patience_s >= 0, "data.patience_s", self.patience_s, "0 or more")
+
+    @property
+    def label_extension(self) -> str:
+        """Of the member that data.label names."""
+        return "json" if self.label_path else self.label
+
+    @property
+    def label_path(self) -> tuple[str, ...]:
+        """The keys to the label inside it."""
+        kind, _, path = self.label.partition(".")
+        return tuple(path.split(".")) if kind == "json" and path else ()
