@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import gzip
+import io
 import json
+import lzma
 import os
 import re
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -170,11 +174,16 @@ def test_the_content_tells_what_a_file_is_not_its_name(tmp_path: Path, name: str
     np.savez(tmp_path / "arrays.npz", a=np.ones(2))
     with tarfile.open(tmp_path / "archive", "w") as archive:
         archive.add(path, "weights")
+    with zipfile.ZipFile(zipped_up := io.BytesIO(), "w") as archived:
+        archived.write(path, "best.pth")
     for content, what in (
         ((tmp_path / "script").read_bytes(), "is TorchScript"),
         ((tmp_path / "arrays.npz").read_bytes(), "is NumPy's archive"),
         ((tmp_path / "archive").read_bytes(), "is a tar archive: unpack it"),
-        (gzip.compress(path.read_bytes()), "is compressed"),
+        (gzip.compress(path.read_bytes()), "is compressed: unpack it by gunzip"),
+        (bz2.compress(path.read_bytes()), "is compressed: unpack it by bunzip2"),
+        (lzma.compress(path.read_bytes()), "is compressed: unpack it by unxz"),
+        (zipped_up.getvalue(), "is an archive of files"),
         (b"\n\n<!DOCTYPE html><title>Sign in</title>", "is a web page"),
         (b' {"model_type": "vit"}', "is JSON: name the folder"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 3\n", "is a git-lfs pointer: `git"),
@@ -182,6 +191,13 @@ def test_the_content_tells_what_a_file_is_not_its_name(tmp_path: Path, name: str
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=rf"^{re.escape(str(path))}: holds no weights, it {what}"):
             read_file(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_late_pickle_is_told_from_a_cut_one(tmp_path: Path, zipped: bool) -> None:
+    torch.save(TENSORS, tmp_path / "a.pth", pickle_protocol=5, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"is a pickle of protocol 4 or later.*torch.save\(torch.load"):
+        read_file(tmp_path / "a.pth")
 
 
 def test_missing_and_other_shards(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import types
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError  # to name what torch.load raises; nothing is unpickled here
+from pickle import FRAME, UnpicklingError  # to name what torch.load raises; nothing is unpickled here
 from typing import Any
 from warnings import catch_warnings
 
@@ -36,6 +36,8 @@ _OTHERS = (
     (b"<", "is a web page: fetch the file that it is about"),
     (b"{", "is JSON: name the folder that it lies in, or the weights"),
     (b"\x1f\x8b", "is compressed: unpack it by gunzip"),
+    (b"BZh", "is compressed: unpack it by bunzip2"),
+    (b"\xfd7zXZ", "is compressed: unpack it by unxz"),
     (b"\x89HDF", "is HDF5, as of TensorFlow: fetch PyTorch's or safetensors' file of that model"),
 )
 _IN_ARCHIVES: tuple[tuple[str | tuple[str, ...], str], ...] = (
@@ -45,6 +47,7 @@ _IN_ARCHIVES: tuple[tuple[str | tuple[str, ...], str], ...] = (
         "is a program of torch.export: name the model that it was made of",
     ),
     (".npy", "is NumPy's archive: make tensors of its arrays, and save them by safetensors"),
+    ((".pth", ".pt", ".bin", ".ckpt", ".safetensors"), "is an archive of files: unpack it"),
 )  # fmt: skip
 _CUT = "is cut or damaged: fetch it again"
 
@@ -230,6 +233,11 @@ def _refused_name(error: UnpicklingError, path: Path) -> str:
             "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True"
         ) from None
     reason = first_sentence(str(error).rpartition("WeightsUnpickler error:")[2])
+    if f"operand {FRAME[0]}" in reason:
+        raise CheckpointError(
+            f"{path}: is a pickle of protocol 4 or later, which torch reads only where it may run code; if you trust "
+            "the file: torch.save(torch.load(FILE, weights_only=False), NEW_FILE)"
+        ) from None
     remedy = f"it {_CUT}" if "Unsupported operand" in reason else SAVE_STATE
     raise CheckpointError(f"{path}: cannot be read as PyTorch's pickle: {reason}; {remedy}") from None
 
