@@ -20,7 +20,7 @@ from pathlib import Path
 
 from vitscale.errors import ConfigError, DataError
 from vitscale.files.atomic import flush_to_disk, write_atomically
-from vitscale.files.store import FileStat, LocalFiles, Paths, Store, sha256_of
+from vitscale.files.store import FileStat, Paths, Store, sha256_of
 
 _PIECE = 8 << 20  # bytes of one request
 _REQUESTS = 4  # of one download, at once
@@ -34,7 +34,6 @@ class DiskCache:
     def __init__(self, store: Store, folder: str, most_bytes: int | None) -> None:
         """most_bytes: of all files together; None: as much as the disk has, but for a twentieth."""
         self._store, self._folder, self._most_bytes = store, Path(folder), most_bytes
-        self._local = LocalFiles()
         self._stats: dict[str, FileStat] = {}
         self._opened: set[str] = set()  # local paths that this process has looked at
 
@@ -55,7 +54,7 @@ class DiskCache:
         while True:
             local = self._here(path, None)
             try:
-                return self._local.read(local, start, count)
+                return _read(local, start, count)
             except FileNotFoundError:  # thrown out by another process just now
                 self._opened.discard(local)
 
@@ -96,7 +95,7 @@ class DiskCache:
                 if sha256_of(local) != about["sha256"]:
                     return False
                 write_atomically(_about(local), json.dumps(about | {"boot": _boot()}))
-        except (FileNotFoundError, ValueError, KeyError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return False
         return True
 
@@ -185,6 +184,16 @@ def _locked(path: Path) -> Iterator[None]:
                     return
         finally:
             os.close(descriptor)
+
+
+def _read(path: str, start: int, count: int) -> bytes:
+    """Opened each time: an open file that was thrown out would keep its room on the disk."""
+    with open(path, "rb", buffering=0) as stream:
+        stream.seek(start)
+        data = stream.read(count)
+        while len(data) < count and (more := stream.read(count - len(data))):
+            data += more
+    return data
 
 
 def _about(local: str) -> Path:

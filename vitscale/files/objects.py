@@ -81,7 +81,7 @@ class ObjectFiles:
                 if root not in self._stores:
                     self._stores[root] = obstore.store.from_url(
                         root, retry_config={"max_retries": 0},
-                        client_options={"timeout": _TIMEOUT, "connect_timeout": _CONNECT_TIMEOUT},
+                        client_options={"timeout": _TIMEOUT, "connect_timeout": _CONNECT_TIMEOUT, "allow_http": True},
                     )  # fmt: skip
                 return ask(obstore, self._stores[root])
             except (errors.NotFoundError, FileNotFoundError):

@@ -1,0 +1,192 @@
+"""Remote files on this node's disk: one download for all, whole or not there, within its bounds."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.files import web as faults
+from tests.files.web import Web, served
+from vitscale.errors import ConfigError, DataError
+from vitscale.files import disk_cache, retry
+from vitscale.files.disk_cache import DiskCache
+from vitscale.files.http import HttpFiles
+from vitscale.files.store import sha256_of
+
+DATA = {f"/{name}.tar": np.random.default_rng(seed).bytes(100_000) for seed, name in enumerate("abc")}
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    with served() as server:
+        server.files |= DATA
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "_FIRST_WAIT_S", 0.005)
+    monkeypatch.setattr(retry, "_LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr(disk_cache, "_PIECE", 9_000)
+
+
+def cache(folder: Path, most_bytes: int | None = None) -> DiskCache:
+    return DiskCache(HttpFiles(patience_s=5), str(folder / "cache"), most_bytes)
+
+
+def whole(web: Web) -> int:
+    """How many times the bytes of one file were sent."""
+    return sum(int(each.split("-")[1]) > 0 and each.startswith("bytes=0-") for _, each in web.requests if each)
+
+
+def test_a_file_is_downloaded_once_for_threads_and_processes(web: Web, tmp_path: Path) -> None:
+    store, url = cache(tmp_path), f"{web.url}/a.tar"
+    with ThreadPoolExecutor(8) as pool:
+        parts = list(pool.map(lambda at: store.read(url, at, 1000), range(0, 100_000, 1000)))
+    assert b"".join(parts) == DATA["/a.tar"]
+    context = multiprocessing.get_context("fork")
+    others = [context.Process(target=_read, args=(store, url)) for _ in range(4)]
+    for each in others:
+        each.start()
+    for each in others:
+        each.join()
+        assert each.exitcode == 0
+    assert whole(web) == 1
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".data", ".json", ".lock"]
+
+
+def _read(store: DiskCache, url: str) -> None:
+    assert pickle.loads(pickle.dumps(store)).read(url, 5, 10) == DATA["/a.tar"][5:15]
+
+
+def test_faults_of_the_server_do_not_show(web: Web, tmp_path: Path) -> None:
+    web.faults["/a.tar"] = [lambda *_: False, faults.status(503), faults.cut_after(4_000), faults.hang_up]
+    assert cache(tmp_path).read(f"{web.url}/a.tar", 0, 100_000) == DATA["/a.tar"]
+
+
+def test_the_sha256_of_the_index_is_held_against_it(web: Web, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(DATA["/a.tar"])
+    good, url = sha256_of(tmp_path / "a"), f"{web.url}/a.tar"
+    with pytest.raises(DataError, match=r"a\.tar: has another sha256 than the index says"):
+        cache(tmp_path).fetch(url, "0" * 64)
+    assert list((tmp_path / "cache").glob("*.data")) == list((tmp_path / "cache").glob("*.part")) == []
+    store = cache(tmp_path)
+    store.fetch(url, good)
+    assert store.read(url, 0, 10) == DATA["/a.tar"][:10]
+
+
+def test_the_ones_used_longest_ago_go_first(web: Web, tmp_path: Path) -> None:
+    store = cache(tmp_path, 250_000)
+    for name in ("a", "b", "a", "c"):
+        assert store.read(f"{web.url}/{name}.tar", 0, 9) == DATA[f"/{name}.tar"][:9]
+        time.sleep(0.02)
+        if name == "b":
+            os.utime(next(_data_of(tmp_path, f"{web.url}/a.tar")))
+            time.sleep(0.02)
+    held = {json.loads(path.read_text())["of"].rpartition("/")[2] for path in (tmp_path / "cache").glob("*.json")}
+    assert held == {"a.tar", "c.tar"}
+    assert store.read(f"{web.url}/b.tar", 0, 9) == DATA["/b.tar"][:9]  # its open file, or anew
+
+
+def _data_of(folder: Path, url: str) -> Iterator[Path]:
+    for path in (folder / "cache").glob("*.json"):
+        if json.loads(path.read_text())["of"] == url:
+            yield path.with_suffix(".data")
+
+
+def test_a_file_that_another_process_threw_out_is_fetched_again(web: Web, tmp_path: Path) -> None:
+    store, url = cache(tmp_path), f"{web.url}/a.tar"
+    store.fetch(url, None)
+    next(_data_of(tmp_path, url)).unlink()
+    assert store.read(url, 0, 9) == DATA["/a.tar"][:9]
+
+
+@pytest.mark.parametrize("damage", ["cut", "altered after a restart", "no json", "junk json"])
+def test_what_is_not_whole_is_not_used(web: Web, tmp_path: Path, damage: str) -> None:
+    url = f"{web.url}/a.tar"
+    cache(tmp_path).fetch(url, None)
+    path = next(_data_of(tmp_path, url))
+    about = path.with_suffix(".json")
+    if damage == "cut":
+        os.truncate(path, 99_999)
+    elif damage == "altered after a restart":
+        path.write_bytes(b"x" * 100_000)
+        about.write_text(json.dumps(json.loads(about.read_text()) | {"boot": "another"}))
+    elif damage == "no json":
+        about.unlink()
+    else:
+        about.write_text("[]")
+    assert cache(tmp_path).read(url, 0, 100_000) == DATA["/a.tar"]
+
+
+def test_after_a_restart_whole_files_are_used(web: Web, tmp_path: Path) -> None:
+    url = f"{web.url}/a.tar"
+    cache(tmp_path).fetch(url, None)
+    about = next(_data_of(tmp_path, url)).with_suffix(".json")
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"boot": "another"}))
+    assert cache(tmp_path).read(url, 0, 9) == DATA["/a.tar"][:9]
+    assert whole(web) == 1
+
+
+def test_a_file_that_changed_at_its_server_is_another(web: Web, tmp_path: Path) -> None:
+    url = f"{web.url}/a.tar"
+    cache(tmp_path).fetch(url, None)
+    web.files["/a.tar"] = DATA["/b.tar"] + b"more"
+    assert cache(tmp_path).read(url, 0, 9) == DATA["/b.tar"][:9]
+
+
+def test_a_kill_in_the_middle_leaves_nothing_stale(web: Web, tmp_path: Path) -> None:
+    url = f"{web.url}/a.tar"
+    web.faults["/a.tar"] = [lambda *_: False, lambda *_: False, faults.stall_after(0, 60)]
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=cache(tmp_path).fetch, args=(url, None))
+    process.start()
+    deadline = time.monotonic() + 30
+    while not list((tmp_path / "cache").glob("*.part")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    assert [path.suffix for path in (tmp_path / "cache").glob("*.data")] == []
+    web.faults.clear()
+    assert cache(tmp_path).read(url, 0, 100_000) == DATA["/a.tar"]
+    assert list((tmp_path / "cache").glob("*.part")) == []
+
+
+def test_bounds_and_folders_that_cannot_be(web: Web, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.cache_bytes=99999: .*a.tar alone has 100000"):
+        cache(tmp_path, 99_999).fetch(f"{web.url}/a.tar", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"data.cache=.*file/cache: cannot be used .*, or set data.cache=null"):
+        cache(tmp_path / "file").fetch(f"{web.url}/a.tar", None)
+    with pytest.raises(FileNotFoundError, match="HTTP 404"):
+        cache(tmp_path).read(f"{web.url}/none.tar", 0, 9)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+def test_a_full_disk_makes_the_cache_smaller_or_is_a_line(web: Web, tmp_path: Path) -> None:
+    small = tmp_path / "cache"
+    small.mkdir()
+    if os.system(f"mount -t tmpfs -o size=240k tmpfs {small} 2>/dev/null") != 0:
+        pytest.skip("cannot mount a file system here")
+    try:
+        store = cache(tmp_path, 10**9)
+        for name in ("a", "b", "c"):
+            assert store.read(f"{web.url}/{name}.tar", 0, 100_000) == DATA[f"/{name}.tar"]
+        assert 1 <= len(list(small.glob("*.data"))) <= 2
+        for path in small.glob("*"):
+            path.unlink()
+        (small / "somebodys").write_bytes(b"x" * 200_000)
+        with pytest.raises(ConfigError, match="its disk is full, and nothing in it is of this cache"):
+            cache(tmp_path, 10**9).fetch(f"{web.url}/a.tar", None)
+    finally:
+        os.system(f"umount -l {small}")
