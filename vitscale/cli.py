@@ -241,10 +241,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Before there is a run folder all ranks fail alike, and rank 0 speaks; after, the first to fail does.
         if not getattr(error, "reported", not here.is_main):
             to_stderr(f"vitscale: error: {error}")
+        code = STOPPED if error.requeues else BAD_INPUT
         if here.world_size > 1:  # at once: with a process group that was not left, Python's own end may abort (SIGABRT)
             sys.stdout.flush()
-            os._exit(BAD_INPUT)
-        return BAD_INPUT
+            os._exit(code)
+        return code
     except BrokenPipeError:
         return DONE  # the reader of our output has seen enough
     except OSError as error:

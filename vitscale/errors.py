@@ -1,7 +1,7 @@
 """What a user did or has that cannot work: each message names key, value, rule and way out.
 
-The command line prints such an error as one line and leaves with code 2. Anything else that is
-raised is a bug of ours (or the machine's) and keeps its traceback.
+The command line prints such an error as one line and leaves with code 2 (3 for storage that failed). Anything else that
+is raised is a bug of ours (or the machine's) and keeps its traceback.
 """
 
 
@@ -9,6 +9,7 @@ class VitscaleError(ValueError):
     """Base of the errors that are the user's to mend."""
 
     reported: bool  # set where it is known whether another rank has printed it
+    requeues = False  # whether the same command may succeed later, with nothing mended: exit code 3 instead of 2
 
 
 class ConfigError(VitscaleError):
@@ -17,6 +18,12 @@ class ConfigError(VitscaleError):
 
 class DataError(VitscaleError):
     """Shards, an index, samples or labels."""
+
+
+class StorageError(VitscaleError):
+    """Storage that failed for longer than data.patience_s."""
+
+    requeues = True
 
 
 class CheckpointError(VitscaleError):

@@ -34,6 +34,7 @@ class Replaced:
 @dataclass(frozen=True)
 class Batch:
     number: int
+    retries = 0
     replaced: tuple[Replaced, ...] = ()
 
     @property

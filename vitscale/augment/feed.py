@@ -32,6 +32,8 @@ class NamedBatch(RaggedBatch, Protocol):
     def repeats(self) -> np.ndarray: ...
     @property
     def epochs(self) -> np.ndarray: ...
+    @property
+    def retries(self) -> int: ...
 
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context
@@ -59,6 +61,7 @@ class FedBatch:
     epoch: int  # of its first sample
     sample_ids: np.ndarray  # int64 [n]
     repeats: np.ndarray  # int64 [n]; an evaluation counts a sample where it is 0
+    retries: int = 0  # reads of storage that were made again
 
 
 class DeviceFeed(Generic[B]):
@@ -146,7 +149,9 @@ class DeviceFeed(Generic[B]):
         self._lent.append((batch, ready))
         self._release()
         epoch = int(batch.epochs[0])
-        return FedBatch(inputs, batch.names, batch.replaced, epoch, batch.sample_ids, batch.repeats), ready
+        return FedBatch(
+            inputs, batch.names, batch.replaced, epoch, batch.sample_ids, batch.repeats, batch.retries
+        ), ready
 
     def _release(self) -> None:
         """Give back the batches that the device is done with."""

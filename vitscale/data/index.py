@@ -23,6 +23,7 @@ from vitscale.data.sidecar import Report, Shard, Sidecar, count_samples, report
 from vitscale.data.table import SampleTable
 from vitscale.errors import DataError
 from vitscale.files.classes import class_names
+from vitscale.files.retry import unreadable
 from vitscale.files.store import FileStat, LocalFiles, Store, absolute, is_remote
 from vitscale.files.stores import Stores
 
@@ -129,7 +130,7 @@ class ShardIndex:
         try:
             stat = self.store.stat(path)
         except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}; the index names it") from None
+            raise unreadable(path, error) from None
         return Sidecar(self.store, label, self.fallback_folders).table(self._checked(shard, stat))
 
     def complete_tables(self, label: str, say: Report = report) -> None:

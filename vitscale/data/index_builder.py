@@ -18,6 +18,7 @@ import numpy as np
 from vitscale.data.index_file import Rows, read_rows, write_rows
 from vitscale.data.sidecar import Shard, Sidecar, count_samples, fallback_name, report
 from vitscale.errors import DataError
+from vitscale.files.retry import unreadable
 from vitscale.files.store import FileStat, LocalFiles, Store, is_remote, sha256_of
 
 Result = TypeVar("Result")
@@ -197,7 +198,7 @@ def _declared(store: Store, folder: str) -> dict[str, int]:
     They spare the scan of many shards at a start; a shard is held to its count when it is read.
     """
     counts: dict[str, int] = {}
-    for path in store.list(os.path.join(glob.escape(folder), "*_stats.json")):
+    for path in _list(store, os.path.join(glob.escape(folder), "*_stats.json")):
         content = _json(store, path)
         if isinstance(content, dict) and isinstance(content.get("successes"), int):
             counts[os.path.basename(path).removesuffix("_stats.json") + ".tar"] = content["successes"]
@@ -205,6 +206,14 @@ def _declared(store: Store, folder: str) -> dict[str, int]:
     if isinstance(sizes, dict):
         counts |= {os.path.basename(name): count for name, count in sizes.items() if isinstance(count, int)}
     return {name: count for name, count in counts.items() if count > 0}
+
+
+def _list(store: Store, pattern: str) -> list[str]:
+    """What matches; nothing where a store does not list."""
+    try:
+        return store.list(pattern)
+    except OSError:
+        return []
 
 
 def _json(store: Store, path: str) -> Any:
@@ -239,7 +248,7 @@ def _stats(store: Store, paths: Sequence[str]) -> np.ndarray:
         why = "no such file" if error.strerror == os.strerror(error.errno or 0) else error.strerror
         raise DataError(f"{error.filename}: {why}; check the path and the brace range") from None
     except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
+        raise unreadable(str(error.filename), error) from None
     return stats.reshape(-1, 2).T
 
 
@@ -257,7 +266,7 @@ def _sha256(store: Store, path: str) -> str:
     try:
         return sha256_of(path, store)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
 
 
 def _in_threads(work: Callable[[Any], Result], items: Sequence[Any]) -> list[Result]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vitscale.errors import DataError
+from vitscale.files.retry import unreadable
 from vitscale.files.store import Store, absolute, is_remote, read_pieces
 
 FORMAT = "vitscale-index-1"
@@ -35,7 +36,7 @@ def read_rows(store: Store, path: str) -> Iterator[Rows]:
         for entries in _entries(store, path):
             yield _rows(entries, os.path.dirname(path))
     except OSError as error:
-        raise DataError(f"data.index={path}: cannot be read: {error.strerror}") from None
+        raise unreadable(f"data.index={path}", error) from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"data.index={path}: is no index as `vitscale index` makes it: {error!r}") from None
 

@@ -135,9 +135,9 @@ class Loader:
             raise self._died() from None
         message = self._arrived[number]
         if isinstance(message, Failed):
-            if message.is_users:
-                raise DataError(message.message)
-            raise RuntimeError(f"the reader failed at {self._plan.where(number)}:\n{message.message}")
+            if message.error is not None:
+                raise message.error
+            raise RuntimeError(f"the reader failed at {self._plan.where(number)}:\n{message.traceback}")
         del self._arrived[number]
         batch = replace(message.batch, pixels=self._memories[memory].view(message.bytes))
         self._number, self._lent[memory] = number + 1, batch

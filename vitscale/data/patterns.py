@@ -13,6 +13,7 @@ import braceexpand
 
 from vitscale.config.schema import Source
 from vitscale.errors import DataError
+from vitscale.files.retry import unreadable
 from vitscale.files.store import Store, is_remote
 from vitscale.files.stores import REMOTE, Stores, require_no_secret
 
@@ -79,4 +80,4 @@ def _listed(pattern: str, store: Store) -> list[str]:
     try:
         return [path for path in store.list(pattern) if not path.endswith(_KEPT)]
     except OSError as error:
-        raise DataError(f"shards {pattern!r}: cannot be listed: {error.strerror}") from None
+        raise unreadable(f"shards {pattern!r}", error, " as a list") from None

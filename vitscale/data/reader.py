@@ -22,7 +22,8 @@ from PIL import Image
 
 from vitscale.data.assemble import Assembler, Plan
 from vitscale.data.wire import FREE, Failed, Filled, SharedMemory, receive, send
-from vitscale.errors import DataError
+from vitscale.errors import VitscaleError
+from vitscale.files.retry import retries
 from vitscale.text import ignore_warnings_of_pillow
 
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -38,6 +39,7 @@ class _Reader:
         self._assembler = Assembler(plan)
         self._pool = ThreadPoolExecutor(len(memories), thread_name_prefix="assemble")
         self._sending = Lock()
+        self._told = 0  # of the reads that were made again
 
     def fill(self, memory: int) -> None:
         """Start on the next micro-batch of a memory."""
@@ -51,12 +53,19 @@ class _Reader:
         try:
             batch = self._assembler.assemble(number, memory)
             message = Filled(number, len(batch.pixels), replace(batch, pixels=np.zeros(0, dtype=np.uint8)))
-        except DataError as error:
-            message = Failed(number, True, str(error))
+            message = self._with_retries(message)
+        except VitscaleError as error:
+            message = Failed(number, error)
         except BaseException:
-            message = Failed(number, False, traceback.format_exc())
+            message = Failed(number, None, traceback.format_exc())
         with self._sending:
             send(self._results, message)
+
+    def _with_retries(self, message: Filled) -> Filled:
+        with self._sending:
+            count = int(retries)
+            new, self._told = count - self._told, count
+        return replace(message, batch=replace(message.batch, retries=new)) if new else message
 
 
 def main(arguments: list[str]) -> None:
@@ -84,8 +93,8 @@ def _serve(results: int, parent: int, memories: list[SharedMemory]) -> None:
     ignore_warnings_of_pillow()
     try:
         reader = _Reader(plan, memories, results)
-    except DataError as error:
-        send(results, Failed(0, True, str(error)))
+    except VitscaleError as error:
+        send(results, Failed(0, error))
         return
     while os.getppid() == parent:
         if select.select([0], [], [], 1.0)[0]:

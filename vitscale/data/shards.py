@@ -11,6 +11,7 @@ from vitscale.data.index import ShardIndex
 from vitscale.data.table import SampleTable
 from vitscale.errors import DataError
 from vitscale.files.cache import LruCache
+from vitscale.files.retry import unreadable
 from vitscale.files.tar import LARGEST_MEMBER
 
 _FETCHING = 8  # tables at once
@@ -66,7 +67,7 @@ class Shards:
         try:
             data = self._index.store.read(path, offset, count)
         except OSError as error:
-            raise DataError(f"{path}: cannot be read at byte {offset}: {error.strerror}") from None
+            raise unreadable(path, error, f" at byte {offset}") from None
         if len(data) != count:
             raise DataError(f"{path}: ends at byte {offset + len(data)}, inside a member: it was cut while in use")
         return data
@@ -77,5 +78,5 @@ class Shards:
         try:
             self._index.store.fetch(path, self._index.sha256[shard])
         except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+            raise unreadable(path, error) from None
         return table

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from vitscale.data.batch import Batch
+from vitscale.errors import VitscaleError
 
 FREE = struct.Struct("<I")  # what the loader writes for each memory that may be filled: its number
 _LENGTH = struct.Struct("<Q")
@@ -33,11 +34,11 @@ class Filled:
 
 @dataclass(frozen=True)
 class Failed:
-    """Micro-batch `number` cannot be had: a DataError's message where `is_users`, else a traceback."""
+    """Micro-batch `number` cannot be had: by an error of the data or its storage, or by what a traceback tells."""
 
     number: int
-    is_users: bool
-    message: str
+    error: VitscaleError | None
+    traceback: str = ""
 
 
 class SharedMemory:

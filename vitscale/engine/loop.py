@@ -41,6 +41,10 @@ class MicroBatch(Protocol):
         """Dataclasses of the bad samples that others stood in for, each with a `cause`."""
 
     @property
+    def retries(self) -> int:
+        """Reads of storage that failed and were made again."""
+
+    @property
     def epoch(self) -> int:
         """Of its first sample: a mixture's sources may be in several."""
 
@@ -66,6 +70,7 @@ class TrainState:
     epoch: int = 0
     skipped: int = 0  # steps whose gradient was not finite
     bad: dict[str, int] = field(default_factory=dict)  # replaced samples by cause
+    retries: int = 0  # reads of storage that failed and were made again
     best: dict[str, Any] | None = None  # of train.keep_best: its `metric`, `value` and `step`
     without_better: int = 0  # validations since then
     early_stopped: bool = False  # then there is nothing more to train
@@ -83,18 +88,20 @@ class StepReport(StepResult):
 
     bad: dict[str, int]  # replaced samples by cause; every cause there is
     stop: bool  # whether any rank was asked to stop
+    retries: int = 0  # reads of storage that were made again
 
     def reduced(self, ranks: ProcessRanks) -> StepReport:
         """The report of all ranks, the same on each of them. A collective: one exchange."""
         metrics = {f"metric {name}": value for name, value in self.metrics.items()}
         bad = {f"bad {cause}": count for cause, count in self.bad.items()}
-        sums = ranks.sum({"loss": self.loss, "stop": self.stop, **metrics, **bad})
+        sums = ranks.sum({"loss": self.loss, "stop": self.stop, "retries": self.retries, **metrics, **bad})
         return replace(
             self,
             loss=sums["loss"] / ranks.world_size,
             metrics={name: sums[f"metric {name}"] / ranks.world_size for name in self.metrics},
             bad={cause: int(sums[f"bad {cause}"]) for cause in self.bad},
             stop=sums["stop"] > 0,
+            retries=int(sums["retries"]),
         )
 
 
@@ -148,6 +155,7 @@ class TrainingLoop:
             state.step += 1
             state.samples += batch
             state.epoch = consumed[0].epoch
+            state.retries += report.retries
             self._record(report, consumed)
             if any(report.bad.values()):
                 sample_guard.note(report.bad, state.samples, partial(self._example, consumed))
@@ -171,7 +179,9 @@ class TrainingLoop:
         def pull() -> Iterator[Inputs]:
             for _ in range(self.engine.accumulation):
                 micro_batch = self._waiting.pop() if self._waiting else next(self.feed)
-                consumed.append(Consumed(micro_batch.names, micro_batch.replaced, micro_batch.epoch))
+                consumed.append(
+                    Consumed(micro_batch.names, micro_batch.replaced, micro_batch.epoch, micro_batch.retries)
+                )
                 yield micro_batch.inputs
                 del micro_batch  # its backward is queued: nothing of it is needed while the next one is prepared
                 self.feed.run_ahead()
@@ -184,7 +194,9 @@ class TrainingLoop:
     def _report(self, result: StepResult, consumed: Sequence[Consumed]) -> StepReport:
         """What the step gave on this rank."""
         bad = Counter(replaced.cause for micro_batch in consumed for replaced in micro_batch.replaced)
-        return StepReport(**vars(result), bad={cause: bad[cause] for cause in self.causes}, stop=self.stop.requested())
+        counts = {cause: bad[cause] for cause in self.causes}
+        retries = sum(micro_batch.retries for micro_batch in consumed)
+        return StepReport(**vars(result), bad=counts, stop=self.stop.requested(), retries=retries)
 
     def _record(self, report: StepReport, consumed: Sequence[Consumed]) -> None:
         """The rows that a step leaves beside metrics.jsonl: its samples' names, its replaced samples."""
@@ -217,6 +229,7 @@ class Consumed:
     names: Sequence[str]
     replaced: Sequence[Any]
     epoch: int
+    retries: int
 
 
 def _row(state: TrainState, report: StepReport, lr: float) -> Row:
@@ -231,5 +244,6 @@ def _row(state: TrainState, report: StepReport, lr: float) -> Row:
         "grad_norm": report.grad_norm,
         "skipped_steps": state.skipped,
         "bad_samples": sum(state.bad.values()),
+        "data_retries": state.retries,
         "time": int(time.time() * 1000),
     }

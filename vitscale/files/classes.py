@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vitscale.errors import DataError
+from vitscale.files.retry import unreadable
 from vitscale.files.store import LocalFiles, Store, absolute, is_remote
 
 CLASSES = "classes.json"
@@ -34,7 +35,7 @@ def _of_folder(folder: str, store: Store) -> list[str] | None:
         except OSError as error:
             if is_remote(path) and isinstance(error, PermissionError):  # a bucket may hide what it does not have
                 continue
-            raise DataError(f"{path}: cannot be read as the classes' names: {error.strerror}") from None
+            raise unreadable(path, error) from None
         return _names(data, path)
     return None
 

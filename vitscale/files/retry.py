@@ -9,6 +9,7 @@ from collections.abc import Callable
 from threading import Lock
 from typing import TypeVar
 
+from vitscale.errors import DataError, StorageError, VitscaleError
 from vitscale.text import to_stderr
 
 Result = TypeVar("Result")
@@ -26,6 +27,13 @@ TRANSIENT = frozenset({
 
 class UnavailableError(OSError):
     """Storage that kept failing for longer than the patience: nothing that the data or the config could mend."""
+
+
+def unreadable(path: str, error: OSError, where: str = "") -> VitscaleError:
+    """The error for bytes that cannot be had: the data's fault, or the storage's."""
+    if isinstance(error, UnavailableError):
+        return StorageError(f"{path}: its storage failed{where}: {error.strerror}; start the run again once it answers")
+    return DataError(f"{path}: cannot be read{where}: {error.strerror}")
 
 
 class _Count:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vitscale.errors import DataError
+from vitscale.files.retry import unreadable
 from vitscale.files.store import FileStat, LocalFiles, Store
 
 BLOCK = 512
@@ -62,7 +63,7 @@ def scan_shard(
     try:
         return _Scan(path, store, label, (stat or store.stat(path)).bytes).run()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
 
 
 @dataclass

@@ -67,7 +67,7 @@ def run_locked(job: Job) -> int:
             return job.run()
         except VitscaleError as error:
             # The first rank to fail says why; the others fail because of it, or with the same words.
-            first = folder.write_exit(BAD_INPUT, None, str(error))
+            first = folder.write_exit(STOPPED if error.requeues else BAD_INPUT, None, str(error))
             error.reported = not first
             raise
         except Exception as error:
