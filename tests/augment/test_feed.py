@@ -60,7 +60,7 @@ def batch_of(number: int) -> SimpleNamespace:
     names = tuple(f"s/{i}" for i in batch.labels)
     replaced = (Replacement(0, "s", "1", "label", "no number"),) * (number % 2)
     return SimpleNamespace(**vars(batch), number=number, names=names, replaced=replaced, sample_ids=batch.sample_keys,
-                           repeats=np.arange(4), epochs=np.full(4, number // 3))  # fmt: skip
+                           repeats=np.arange(4), epochs=np.full(4, number // 3), retries=0)  # fmt: skip
 
 
 def augment(device: str = "cpu", labels: bool = True) -> Augment:

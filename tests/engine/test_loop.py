@@ -153,7 +153,7 @@ def test_a_step_from_top_to_bottom() -> None:
     (_, row) = rows[0]
     assert row | {"time": 0, "lr": 0} == {
         "step": 1, "samples": 4, "epoch": 0, "loss": 0.5, "lr": 0, "accuracy": 0.5, "grad_norm": 1.0,
-        "skipped_steps": 0, "bad_samples": 0, "time": 0, "evaluate_seen": True, "log_seen": True,
+        "skipped_steps": 0, "bad_samples": 0, "data_retries": 0, "time": 0, "evaluate_seen": True, "log_seen": True,
     }  # fmt: skip
 
 
