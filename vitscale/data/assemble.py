@@ -19,6 +19,7 @@ from vitscale.data.shards import RawSample, Shards
 from vitscale.errors import DataError
 from vitscale.files.decode import Decoder, Job
 from vitscale.files.header import BadSample, Header, read_header
+from vitscale.files.retry import activity
 from vitscale.files.tar import LARGEST_MEMBER
 
 _CHUNK = 8  # samples that a thread takes at once
@@ -114,7 +115,7 @@ class Assembler:
         bad = {place: sample.bad for place, sample in enumerate(samples) if sample.bad is not None}
         good = [place for place in range(len(refs)) if place not in bad]
         jobs = filling.place(good, refs[good], [samples[place] for place in good])
-        failures = self._in_chunks(self._decoder.decode, jobs)
+        failures = self._in_chunks(self._decode, jobs)
         bad |= {place: failure for place, failure in zip(good, failures, strict=True) if failure is not None}
         replaced = []
         for place in sorted(bad):
@@ -122,6 +123,10 @@ class Assembler:
             self._replace(filling, place, self._plan.order.candidates(batch, first + place), raw, why)
             replaced.append(Replacement(first + place, raw.shard, raw.key, why.cause, why.reason))
         return filling.batch(tuple(replaced))
+
+    def _decode(self, jobs: list[Job]) -> list[BadSample | None]:
+        activity.count += 1
+        return self._decoder.decode(jobs)
 
     def _in_chunks(self, work: Callable[[list[Item]], list[Result]], items: list[Item]) -> list[Result]:
         chunks = [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]

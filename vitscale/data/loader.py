@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -21,14 +22,16 @@ from vitscale.data.crop import Crop
 from vitscale.data.index import ShardIndex, require_labels
 from vitscale.data.labels import LabelReader
 from vitscale.data.order import SampleOrder
-from vitscale.data.reader import IGNORED_SIGNALS
-from vitscale.data.wire import FREE, Failed, Filled, SharedMemory, receive, send
-from vitscale.errors import DataError
+from vitscale.data.reader import IGNORED_SIGNALS, STACKS
+from vitscale.data.wire import FREE, Alive, Failed, Filled, SharedMemory, Work, receive, send
+from vitscale.errors import DataError, StorageError
 from vitscale.files.decode import choose_decoder
+from vitscale.text import to_stderr
 from vitscale.world import World, child_environment
 
 _BATCHES_AHEAD = 64  # time to scan a shard on a slow file system before its first sample is due
-_PATIENCE_S = 5.0  # for a reader to leave by itself
+_LEAVING_S = 5.0  # for a reader to leave by itself
+_MOST_RESTARTS = 3  # of a reader that dies, without a batch between them
 # The reader has its own threads, and takes and frees an image's memory thousands of times a second: glibc is not
 # to give each back to the kernel (measured: 30% of simplejpeg's time).
 _ENVIRONMENT = {
@@ -96,17 +99,12 @@ class Loader:
         self._lent: dict[int, Batch] = {}  # what was given out and not released, by memory
         self._arrived: dict[int, Filled | Failed] = {}
         self._memories = [SharedMemory.create() for _ in range(data.prefetch)]
-        self._results, reader_end = os.pipe()
-        try:
-            self._process = self._start_reader(reader_end)
-        finally:
-            os.close(reader_end)
-        try:
-            send(self._control, self._plan)
-            for memory in range(data.prefetch):
-                self._free(memory)
-        except BrokenPipeError:
-            raise self._died() from None
+        self._next_fill = list(range(data.prefetch))  # the micro-batch that each memory is to have next
+        self._filling: dict[int, int] = {}  # memory -> the micro-batch that the reader is at, or will be
+        self._patience_s, self._restarts = data.patience_s, 0
+        self._start_reader()
+        for memory in range(data.prefetch):
+            self._free(memory)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -116,10 +114,7 @@ class Loader:
         while self._number not in self._arrived and self._number != self._plan.micro_batches:
             if not select.select([self._results], [], [], 0)[0]:
                 return False
-            try:
-                self._receive()
-            except EOFError:
-                break  # `next()` will meet it too, and says how the reader died
+            self._receive()
         return True
 
     def __next__(self) -> Batch:
@@ -128,11 +123,8 @@ class Loader:
             raise StopIteration
         memory = number % len(self._memories)
         assert memory not in self._lent, "the batch that lies in this memory was never released"
-        try:
-            while number not in self._arrived:
-                self._receive()
-        except (EOFError, BrokenPipeError):
-            raise self._died() from None
+        while number not in self._arrived:
+            self._receive()
         message = self._arrived[number]
         if isinstance(message, Failed):
             if message.error is not None:
@@ -144,13 +136,10 @@ class Loader:
         return batch
 
     def release(self, batch: Batch) -> None:
-        """The pixels of a batch are no longer needed. DataError where the reader has died meanwhile."""
+        """The pixels of a batch are no longer needed."""
         memory = self._memory_of(batch)
         del self._lent[memory]
-        try:
-            self._free(memory)
-        except BrokenPipeError:
-            raise self._died() from None
+        self._free(memory)
 
     @property
     def memories(self) -> int:
@@ -174,13 +163,7 @@ class Loader:
         """End the reader. Batches given out before stay readable."""
         if self._process.stdin is None or self._process.stdin.closed:
             return
-        self._process.stdin.close()
-        try:
-            self._process.wait(_PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        os.close(self._results)
+        self._close_reader()
         for memory in self._memories:
             memory.close()
 
@@ -196,13 +179,60 @@ class Loader:
         return self._process.stdin.fileno()
 
     def _free(self, memory: int) -> None:
-        os.write(self._control, FREE.pack(memory))
+        """Let the reader fill a memory with its next micro-batch."""
+        self._filling[memory] = self._next_fill[memory]
+        self._next_fill[memory] += len(self._memories)
+        with contextlib.suppress(BrokenPipeError):  # seen, and mended, by `_receive`
+            os.write(self._control, FREE.pack(memory))
 
     def _receive(self) -> None:
-        message = receive(self._results)
-        self._arrived[message.number] = message
+        """Take the reader's next message. One that died is started again at the same place; StorageError where it gives
+        no sign of life for data.patience_s, DataError where it dies again and again."""
+        if not select.select([self._results], [], [], self._patience_s or None)[0]:
+            raise self._stuck()
+        try:
+            message = receive(self._results)
+        except EOFError:
+            self._restart()
+            return
+        if not isinstance(message, Alive):
+            self._arrived[message.number] = message
+            self._filling.pop(message.number % len(self._memories), None)
+            self._restarts = 0
 
-    def _start_reader(self, results: int) -> subprocess.Popen[bytes]:
+    def _restart(self) -> None:
+        """Start another reader in place of one that died; what it has not filled is filled anew."""
+        self._restarts += 1
+        if self._restarts > _MOST_RESTARTS:
+            raise self._died()
+        to_stderr(f"rank {self._plan.rank}: the reader process died ({self._end()}) and is started again")
+        self._close_reader()
+        self._start_reader()
+        with contextlib.suppress(BrokenPipeError):
+            for memory in self._filling:
+                os.write(self._control, FREE.pack(memory))
+
+    def _start_reader(self) -> None:
+        first = [self._filling.get(memory, following) for memory, following in enumerate(self._next_fill)]
+        self._results, reader_end = os.pipe()
+        try:
+            self._process = self._reader_process(reader_end)
+        finally:
+            os.close(reader_end)
+        with contextlib.suppress(BrokenPipeError):
+            send(self._control, Work(self._plan, first))
+
+    def _close_reader(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(_LEAVING_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        os.close(self._results)
+
+    def _reader_process(self, results: int) -> subprocess.Popen[bytes]:
         memories = [memory.descriptor for memory in self._memories]
         arguments = [str(number) for number in (results, os.getpid(), *memories)]
         environment = child_environment() | _ENVIRONMENT
@@ -219,15 +249,30 @@ class Loader:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def _died(self) -> DataError:
-        """The reader's end as an error; it closes its pipe only by ending."""
+    def _end(self) -> str:
+        """How the reader ended; it closes its pipe only by ending."""
         try:
-            code = self._process.wait(_PATIENCE_S)
+            code = self._process.wait(_LEAVING_S)
         except subprocess.TimeoutExpired:
-            code = None
-        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+            return "without an exit code"
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+    def _died(self) -> DataError:
         return DataError(
-            f"rank {self._plan.rank}: the reader process died ({how}) at {self._plan.where(self._number)}; start the "
-            "run again to go on from its newest checkpoint. Signal 9 is most often the machine's memory limit: lower "
-            "data.prefetch, train.micro_batch or data.max_pixels"
+            f"rank {self._plan.rank}: the reader process died ({self._end()}) at {self._plan.where(self._number)}, "
+            f"{self._restarts} times; start the run again to go on from its newest checkpoint. Signal 9 is mostly the "
+            "machine's memory limit: lower data.prefetch, train.micro_batch or data.max_pixels"
+        )
+
+    def _stuck(self) -> StorageError:
+        """End a reader that hangs, after it has said where its threads stand."""
+        for number in (signal.SIGCONT, STACKS):
+            self._process.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1)
+        self._process.kill()
+        return StorageError(
+            f"rank {self._plan.rank}: the reader process has read nothing for data.patience_s={self._patience_s:g}, at "
+            f"{self._plan.where(self._number)}; where its threads stand is printed above; start the run again once its "
+            "storage answers"
         )

@@ -1,8 +1,9 @@
 """The reader process of a rank: `python -m vitscale.data.reader RESULTS_FD PARENT_PID MEMORY_FD...`.
 
-It reads ahead and decodes, with threads, and never imports torch. Standard input brings the Plan, then the
-number of each memory that is free to be filled; RESULTS_FD takes a message for each micro-batch. It ignores
-the signals that stop a run (the ranks save and leave in their own time) and leaves when its parent is gone.
+It reads ahead and decodes, with threads, and never imports torch. Standard input brings its Work, then the
+number of each memory that is free to be filled; RESULTS_FD takes a message for each micro-batch, and signs
+of life. It ignores the signals that stop a run (the ranks save and leave in their own time) and leaves when
+its parent is gone.
 """
 
 from __future__ import annotations
@@ -21,21 +22,23 @@ import numpy as np
 from PIL import Image
 
 from vitscale.data.assemble import Assembler, Plan
-from vitscale.data.wire import FREE, Failed, Filled, SharedMemory, receive, send
+from vitscale.data.wire import FREE, Alive, Failed, Filled, SharedMemory, Work, receive, send
 from vitscale.errors import VitscaleError
-from vitscale.files.retry import retries
+from vitscale.files.retry import activity, retries
 from vitscale.text import ignore_warnings_of_pillow
 
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STACKS = signal.SIGUSR2  # prints where every thread stands
 
 
 class _Reader:
     """Fills memories as they become free: micro-batch n goes to memory n % prefetch."""
 
-    def __init__(self, plan: Plan, memories: list[SharedMemory], results: int) -> None:
+    def __init__(self, plan: Plan, first: list[int], memories: list[SharedMemory], results: int) -> None:
         self._memories, self._results = memories, results
         self._end = plan.micro_batches
-        self._next = list(range(len(memories)))  # the micro-batch that each memory takes next
+        self._next = list(first)  # the micro-batch that each memory takes next
+        self._active = 0
         self._assembler = Assembler(plan)
         self._pool = ThreadPoolExecutor(len(memories), thread_name_prefix="assemble")
         self._sending = Lock()
@@ -47,6 +50,13 @@ class _Reader:
         self._next[memory] += len(self._memories)
         if self._end is None or number < self._end:
             self._pool.submit(self._fill, number, self._memories[memory])
+
+    def tell_life(self) -> None:
+        """Send a sign of life if there was any: a reader that hangs sends none."""
+        if self._active != activity.count:
+            self._active = activity.count
+            with self._sending:
+                send(self._results, Alive())
 
     def _fill(self, number: int, memory: SharedMemory) -> None:
         message: Filled | Failed
@@ -88,15 +98,17 @@ def main(arguments: list[str]) -> None:
 
 def _serve(results: int, parent: int, memories: list[SharedMemory]) -> None:
     """Until the parent closes its end of standard input, or is no more."""
-    plan: Plan = receive(0)
+    work: Work = receive(0)
+    plan: Plan = work.plan
     Image.MAX_IMAGE_PIXELS = plan.max_pixels
     ignore_warnings_of_pillow()
     try:
-        reader = _Reader(plan, memories, results)
+        reader = _Reader(plan, work.first, memories, results)
     except VitscaleError as error:
         send(results, Failed(0, error))
         return
     while os.getppid() == parent:
+        reader.tell_life()
         if select.select([0], [], [], 1.0)[0]:
             message = os.read(0, FREE.size)
             if not message:
@@ -108,6 +120,7 @@ def _quiet() -> None:
     """Send what C libraries print (nvImageCodec, libtiff: a line for each bad image) nowhere; Python's own stays."""
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")  # as Python's own
     faulthandler.enable(sys.stderr)
+    faulthandler.register(STACKS, sys.stderr)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)

@@ -41,6 +41,19 @@ class Failed:
     traceback: str = ""
 
 
+@dataclass(frozen=True)
+class Alive:
+    """The reader has read or decoded something since its last message."""
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What a reader is started with."""
+
+    plan: Any  # a Plan
+    first: list[int]  # the micro-batch that each memory takes first
+
+
 class SharedMemory:
     """An unnamed file in memory (memfd) that parent and child both map: gone when both are, however they end."""
 

@@ -14,17 +14,20 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vitscale.errors import ConfigError, DataError
 from vitscale.files.atomic import flush_to_disk, write_atomically
+from vitscale.files.retry import activity
 from vitscale.files.store import FileStat, Paths, Store, sha256_of
 
 _PIECE = 8 << 20  # bytes of one request
 _REQUESTS = 4  # of one download, at once
 _LEFT_FREE = 0.05  # of the disk, where data.cache_bytes does not say how much may be used
+_POLL_S = 0.05
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -177,13 +180,23 @@ def _locked(path: Path) -> Iterator[None]:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            while not _try_lock(descriptor):
+                activity.count += 1  # whoever holds it is watched by its own parent
+                time.sleep(_POLL_S)
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
                     yield
                     return
         finally:
             os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _read(path: str, start: int, count: int) -> bytes:

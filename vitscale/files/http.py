@@ -22,7 +22,7 @@ from urllib.parse import urljoin, urlsplit
 import urllib3
 from urllib3.exceptions import HTTPError, NameResolutionError, SSLError
 
-from vitscale.files.retry import PATIENCE_S, Attempts
+from vitscale.files.retry import PATIENCE_S, Attempts, activity
 from vitscale.files.store import FileStat, Paths
 
 _CONNECT_S, _SILENT_S = 10.0, 30.0  # without a connection, without a byte
@@ -126,6 +126,7 @@ class HttpFiles:
                 piece = response.read1(_PIECE if skip else min(_PIECE, count - len(data)), decode_content=False)
                 if not piece:
                     break
+                activity.count += 1
                 received += len(piece)
                 data += piece[skip : skip + count - len(data)]
                 skip = max(0, skip - len(piece))

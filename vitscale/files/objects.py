@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from vitscale.errors import ConfigError
-from vitscale.files.retry import PATIENCE_S, UnavailableError, with_retries
+from vitscale.files.retry import PATIENCE_S, UnavailableError, activity, with_retries
 from vitscale.files.store import FileStat, Paths
 
 Result = TypeVar("Result")
@@ -77,6 +77,7 @@ class ObjectFiles:
         root = _split(path)[0]
 
         def once() -> Result:
+            activity.count += 1
             try:
                 if root not in self._stores:
                     self._stores[root] = obstore.store.from_url(

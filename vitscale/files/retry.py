@@ -53,6 +53,18 @@ class _Count:
 retries = _Count()
 
 
+class _Activity:
+    """A number that grows while bytes come or images are decoded: who watches it sees a process that hangs.
+
+    Several threads add to it without a lock: a lost addition is of no account.
+    """
+
+    count = 0
+
+
+activity = _Activity()
+
+
 class _Reporter:
     """To standard error now and then: a wait of minutes is not to look like a hang."""
 

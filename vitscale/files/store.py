@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from vitscale.files.atomic import write_atomically
 from vitscale.files.cache import LruCache
-from vitscale.files.retry import TRANSIENT, with_retries
+from vitscale.files.retry import TRANSIENT, activity, with_retries
 
 _OPEN_FILES = 256
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -110,6 +110,7 @@ class LocalFiles:
     def _read(self, path: str, start: int, count: int) -> bytes:
         file = self._files.get(path)  # referenced until it is read, or another thread's eviction would close it
         data = os.pread(file.descriptor, count, start)
+        activity.count += 1
         while len(data) < count and (more := os.pread(file.descriptor, count - len(data), start + len(data))):
             data += more
         return data
