@@ -60,12 +60,10 @@ def measure(arguments: Sequence[str]) -> dict[str, Any]:
     photographs = [np.array(Image.open(io.BytesIO(photograph(seed)))) for seed in range(options.batch)]
     labels = torch.arange(options.batch) % CLASSES
     steps, left_out = {OURS: _ours(section, photographs, labels, options.size, device)}, {}
-    for name, start in (
-        ("torchvision v2, an image at a time", _by_image),
-        ("torchvision v2, a batch at a time", _by_batch),
-    ):
+    for many in ("an image", "a batch"):
+        name = f"torchvision v2, {many} at a time"
         try:
-            step = start(section, photographs, labels, options.size, device)
+            step = _torchvision(section, photographs, labels, options.size, device, many == "a batch")
             step()
             steps[name] = step
         except Exception as error:  # of a torchvision that is not there, or broken
@@ -105,31 +103,26 @@ def _ours(
     return step
 
 
-def _by_image(
-    section: Augmentation, photographs: Sequence[np.ndarray], labels: Tensor, size: int, device: torch.device
-) -> Step:
-    transform, mix = _torchvision(section, size)
-    images = [torch.from_numpy(image).permute(2, 0, 1) for image in photographs]
-
-    def step() -> Any:
-        batch = torch.stack([transform(image.to(device, non_blocking=True)) for image in images])
-        return mix(batch, labels.to(device))
-
-    return step
-
-
-def _by_batch(
-    section: Augmentation, photographs: Sequence[np.ndarray], labels: Tensor, size: int, device: torch.device
-) -> Step:
-    transform, mix = _torchvision(section, size)
-    images = torch.from_numpy(np.stack(photographs)).permute(0, 3, 1, 2)
-    return lambda: mix(transform(images.to(device, non_blocking=True)), labels.to(device))
-
-
-def _torchvision(section: Augmentation, size: int) -> tuple[Callable[[Tensor], Tensor], Callable[..., Any]]:
-    """The section as torchvision's transforms: of images, and of a batch with its labels."""
+def _torchvision(
+    section: Augmentation, photographs: Sequence[np.ndarray], labels: Tensor, size: int, device: torch.device,
+    by_batch: bool,
+) -> Step:  # fmt: skip
     v2 = importlib.import_module("torchvision.transforms.v2")
+    transform, mix = _transforms(section, size, v2)
+    images = torch.from_numpy(np.stack(photographs)).permute(0, 3, 1, 2)
 
+    def one(image: Tensor) -> Tensor:
+        return transform(image.to(device, non_blocking=True))
+
+    if by_batch:
+        return lambda: mix(one(images), labels.to(device))
+    return lambda: mix(torch.stack([one(image) for image in images]), labels.to(device))
+
+
+def _transforms(
+    section: Augmentation, size: int, v2: ModuleType
+) -> tuple[Callable[[Tensor], Tensor], Callable[..., Any]]:
+    """The section as torchvision's transforms: of images, and of a batch with its labels."""
     crop = v2.RandomResizedCrop(
         size, section.crop_scale, section.crop_ratio, v2.InterpolationMode.BICUBIC, antialias=True
     )

@@ -51,17 +51,17 @@ def photograph_shards(folder: Path, images: int, distinct: int = 256, shards: in
 def open_loader(folder: Path, config: RunConfig) -> Loader:
     """A single rank's loader of the shards in `folder`, from the first batch on."""
     index = open_index((Source(f"{folder}/*.tar"),), None, folder)
-    data, train = config.data, config.train
+    size = pair(config.model.image_size)
     return Loader(
         index=index,
         order=training_order(config, index.samples),
-        crop=training_crop(config.augment, pair(config.model.image_size)),
-        data=data,
+        crop=training_crop(config.augment, size),
+        data=config.data,
         num_channels=config.model.num_channels,
         seed=config.run.seed,
         world=World(),
-        global_batch=train.global_batch,
-        micro_batch=train.micro_batch,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
         start=0,
-        image_size=pair(config.model.image_size),
+        image_size=size,
     )

@@ -47,13 +47,9 @@ def main(arguments: Sequence[str]) -> int:
         }
         times = in_turns({name: partial(seconds, work) for name, work in works.items()}, options.rounds)
     result = {
-        "bench": "startup",
-        "shards": options.shards,
-        "rounds": options.rounds,
-        "peak_memory_bytes": peak,
-        "broadcast_bytes": len(packed),
+        "bench": "startup", **vars(options), "peak_memory_bytes": peak, "broadcast_bytes": len(packed),
         "contenders": figures(times, STAT),
-    }
+    }  # fmt: skip
     title = (f"The index of {options.shards:,} shards: {peak / 1e6:.0f} MB at its peak, {len(packed) / 1e6:.1f} MB for "
              "each other rank")  # fmt: skip
     report(title, {"ms": "{median_ms:.1f}"}, result)

@@ -35,7 +35,7 @@ def _machine(device: torch.device) -> Figures:
     """Versions, cores and memory, and which decoders can be imported."""
     versions = {name: _version(name) for name in _PACKAGES}
     decoders = {name: _importable(module) for name, module in _DECODERS.items()}
-    figures: Figures = {
+    figures = {
         "device": device_name(device),
         "python": platform.python_version(),
         "kernel": platform.release(),
@@ -44,9 +44,8 @@ def _machine(device: torch.device) -> Figures:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": psutil.virtual_memory().total / 2**30,
         "scratch_free_gib": shutil.disk_usage("/tmp").free / 2**30,
+        **(_gpu(device) if device.type == "cuda" else {}),
     }
-    if device.type == "cuda":
-        figures |= _gpu(device)
     able = [name for name, problem in decoders.items() if problem is None]
     figures["text"] = (
         f"{figures['device']}, driver {figures.get('driver', 'none')}, torch {torch.__version__}, deepspeed "

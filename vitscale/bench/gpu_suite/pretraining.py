@@ -23,6 +23,7 @@ STAGES = (0, 2, 1, 3)
 STEPS, WARM = 60, 20  # rates are of the steps after WARM: compiling, the first reads
 AGREE, AGREE_REL = 5, 0.01  # so many first losses, within this: from ZeRO-1 on bf16 rounds the weights
 RECIPE = Path(__file__).parents[3] / "configs" / "pretrain_vit_b_mae.yaml"
+SIZES = (f"train={{global_batch: 256, micro_batch: 256, steps: {STEPS}, compile: true}}",)
 TINY = ("model={preset: null, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 64, "
         "image_size: 32, patch_size: 8}",
         "objective.mae={decoder_hidden_size: 16, decoder_num_hidden_layers: 1, decoder_num_attention_heads: 2, "
@@ -35,22 +36,18 @@ def cases(setting: Setting) -> Cases:
     return {f"ZeRO-{stage}": partial(_pretrain, stage, losses, setting) for stage in STAGES}
 
 
-def overrides(setting: Setting) -> list[str]:
-    """What the suite changes in the recipe: the data, the size of a step, what is logged."""
-    sizes = TINY if setting.tiny else (f"train={{global_batch: 256, micro_batch: 256, steps: {STEPS}, compile: true}}",)
-    return [
-        f"data={{train: ['{setting.photographs()}/*.tar'], lanes: 8, window: 16384}}",
-        *sizes,
-        f"run.dir={setting.scratch}/runs",
-        "log.every_steps=1",
-        "tracking.mlflow=false",
-    ]
-
-
 def _pretrain(stage: int, losses: dict[str, list[float]], setting: Setting) -> Figures:
     """One run to its end, and what its files say of it; its losses are to agree with those of the other stages."""
     name = f"ZeRO-{stage}"
-    keys = [*overrides(setting), f"parallel.zero_stage={stage}", f"run.name={name}"]
+    keys = [
+        f"data={{train: ['{setting.photographs()}/*.tar'], lanes: 8, window: 16384}}",
+        *(TINY if setting.tiny else SIZES),
+        f"run.dir={setting.scratch}/runs",
+        "log.every_steps=1",
+        "tracking.mlflow=false",
+        f"parallel.zero_stage={stage}",
+        f"run.name={name}",
+    ]
     run = setting.scratch / "runs" / name
     shutil.rmtree(run, ignore_errors=True)
     if code := run_command(["pretrain", str(RECIPE), *keys], setting):
@@ -88,8 +85,8 @@ def _figures(rows: Sequence[dict[str, Any]], summary: dict[str, Any], keys: Sequ
     seconds = [row["step_seconds"] for row in warm]
     rate = config.train.global_batch * len(seconds) / sum(seconds)  # not of the median step: a stall counts
     peak, source = _peak(setting)
-    shares: Figures = {name: statistics.fmean(row[name] for row in warm) for name in ("data_share", "augment_share")
-              if name in warm[0]}  # fmt: skip
+    names = [name for name in ("data_share", "augment_share") if name in warm[0]]
+    shares: Figures = {name: statistics.fmean(row[name] for row in warm) for name in names}
     figures = shares | {
         "images_per_second": rate,
         "utilization": rate * flops / peak,

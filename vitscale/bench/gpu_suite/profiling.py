@@ -65,9 +65,10 @@ def _profile(setting: Setting) -> Figures:
     if cuda:
         if not top:
             raise Mismatch("the profiler saw nothing on the GPU")
-        figures["idle_share"] = idle_share(_spans(profiler))
-    idle = f"GPU idle {figures['idle_share']:.1%}; " if cuda else ""
-    figures["text"] = f"{idle}{first}; {figures['trace']}"
+        kernels = (event.time_range for event in profiler.events() if _is_kernel(event))
+        figures["idle_share"] = idle_share((time.start, time.end) for time in kernels)
+        first = f"GPU idle {figures['idle_share']:.1%}; {first}"
+    figures["text"] = f"{first}; {figures['trace']}"
     return figures
 
 
@@ -101,13 +102,6 @@ def _top(profiler: Any, cuda: bool) -> list[Figures]:
     ]  # fmt: skip
 
 
-def _spans(profiler: Any) -> Iterator[tuple[float, float]]:
-    """(start, end) of what ran on the GPU, in microseconds."""
-    for event in profiler.events():
-        if _is_kernel(event):
-            yield event.time_range.start, event.time_range.end
-
-
 def _is_kernel(event: Any) -> bool:
     """Of the GPU, and no range that only names what kernels are for."""
     return event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
@@ -115,12 +109,10 @@ def _is_kernel(event: Any) -> bool:
 
 def idle_share(spans: Iterable[tuple[float, float]]) -> float:
     """The share of the time between the first start and the last end in which no span is."""
-    busy, end, first = 0.0, None, None
-    for start, stop in sorted(spans):
-        if end is None or first is None:
-            first = end = start
+    ordered = sorted(spans)
+    begin = end = ordered[0][0] if ordered else 0.0
+    busy = 0.0
+    for start, stop in ordered:
         busy += max(0.0, stop - max(start, end))
         end = max(end, stop)
-    if first is None or end is None or end == first:
-        return 0.0
-    return 1.0 - busy / (end - first)
+    return 1.0 - busy / (end - begin) if end > begin else 0.0

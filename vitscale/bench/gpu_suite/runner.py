@@ -95,10 +95,11 @@ class _Watch:
         self._take_lines()
         code = process.exitcode or 0
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        why = f"its process ended with {how}; log.txt has what it printed"
         if self._case:
-            self._give_up("failed", f"its process ended with {how}; log.txt has what it printed")
+            self._give_up("failed", why)
         elif not self.finished and not self.tried and not self._record["error"]:
-            self._record["error"] = f"its process ended with {how}; log.txt has what it printed"
+            self._record["error"] = why
 
     @property
     def _record(self) -> dict[str, Any]:
