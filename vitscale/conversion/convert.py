@@ -79,8 +79,6 @@ def convert(
     options: what a bare file of weights leaves open; take: which of its sets of weights. `to` must not be there yet.
     ConfigError and CheckpointError name what cannot be read, what the target cannot express, and a failed check.
     """
-    if target not in _WRITERS:
-        raise ConfigError(f"--to {target}: must be one of {', '.join(_WRITERS)}")
     if to.exists():
         raise ConfigError(f"{to}: is there already; name a new {'file' if target == 'mae' else 'folder'}")
     opened = open_model(source, options, take)
@@ -138,11 +136,9 @@ def _write_hf(folder: Path, opened: Opened) -> tuple[list[str], list[str]]:
     if beyond:
         values = [f"{key}={getattr(opened.model.config, key)!r}" for key in beyond]
         raise ConfigError(f"{', '.join(values)}: {_BEYOND}")
-    notes = []
-    if isinstance(opened.model, ViTForMultitaskPreTraining):
-        notes.append("transformers has no such class: its ViTForImageClassification takes all but the decoder")
     _write_vitscale(folder, opened)
-    return [], notes
+    note = "transformers has no such class: its ViTForImageClassification takes all but the decoder"
+    return [], [note] if isinstance(opened.model, ViTForMultitaskPreTraining) else []
 
 
 def _write_vitscale(folder: Path, opened: Opened) -> tuple[list[str], list[str]]:

@@ -10,8 +10,7 @@ import torch
 
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.interop.bare import EPS, KEYS, WRITTEN
-from vitscale.interop.timm_names import timm_name
-from vitscale.interop.vision_transformer import Opened, state_of
+from vitscale.interop.vision_transformer import Opened, by_timm_names
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration_mae import ViTMAEConfig
 from vitscale.models.mae import ViTMAEForPreTraining
@@ -32,15 +31,9 @@ def write_mae(path: Path, opened: Opened) -> tuple[list[str], list[str]]:
     Beside it plain numbers and texts say what such a file leaves open. Gives the names of our tensors that
     MAE has no place for, and notes. ConfigError that names what MAE's code cannot express.
     """
-    config, decodes = opened.model.config, isinstance(opened.model, ViTMAEForPreTraining)
+    config = opened.model.config
     _require_expressible(opened.model)
-    tensors, left_out = {}, []
-    for name, tensor in state_of(opened.model).items():
-        timm_key = timm_name(name)
-        if timm_key is None or (name.startswith("decoder.") and not decodes):
-            left_out.append(name)
-        else:
-            tensors[timm_key] = tensor.contiguous()
+    tensors, left_out = by_timm_names(opened.model, with_decoder=isinstance(opened.model, ViTMAEForPreTraining))
     written = {name: value for name, value in asdict(config).items() if name in (*KEYS, "mask_ratio", "id2label")}
     written["processor"] = opened.processor.to_dict()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,8 @@ import torch
 from vitscale.files.model_folder import CONFIG, as_text
 from vitscale.interop.timm import arguments_for
 from vitscale.interop.timm_inputs import input_content
-from vitscale.interop.timm_names import timm_name
-from vitscale.interop.vision_transformer import Opened, state_of
-from vitscale.interop.weight_files import MAX_SHARD_SIZE, write_folder
+from vitscale.interop.vision_transformer import Opened, by_timm_names
+from vitscale.interop.weight_files import write_folder
 
 
 def write_timm(folder: Path, opened: Opened) -> tuple[list[str], list[str]]:
@@ -23,20 +23,14 @@ def write_timm(folder: Path, opened: Opened) -> tuple[list[str], list[str]]:
     """
     config = opened.model.config
     architecture, arguments, notes = arguments_for(config)
-    tensors, left_out = {}, []
-    for name, tensor in state_of(opened.model).items():
-        timm_key = timm_name(name)
-        if timm_key is None or name.startswith("decoder."):
-            left_out.append(name)
-        else:
-            tensors[timm_key] = tensor.contiguous()
+    tensors, left_out = by_timm_names(opened.model)
     registers, cls = config.num_register_tokens, int(config.use_cls_token)
     if registers and "pos_embed" in tensors:  # a position of zero for each
         positions = tensors["pos_embed"]
         zeros = positions.new_zeros(1, registers, config.hidden_size)
         tensors["pos_embed"] = torch.cat([positions[:, :cls], zeros, positions[:, cls:]], dim=1)
     if config.rope_theta is not None:
-        tensors = {_eva_name(name): tensor for name, tensor in tensors.items()}
+        tensors = {re.sub(r"ls([12])\.gamma", r"gamma_\1", name): tensor for name, tensor in tensors.items()}  # Eva's
     classes = tensors["head.weight"].shape[0] if "head.weight" in tensors else 0
     content: dict[str, Any] = {
         "architecture": architecture,
@@ -56,9 +50,5 @@ def write_timm(folder: Path, opened: Opened) -> tuple[list[str], list[str]]:
     }
     if config.id2label is not None and config.has_class_names and classes:
         content["label_names"] = [config.id2label[number] for number in sorted(config.id2label)]
-    write_folder(folder, {CONFIG: as_text(content)}, tensors, MAX_SHARD_SIZE)
+    write_folder(folder, {CONFIG: as_text(content)}, tensors)
     return left_out, notes
-
-
-def _eva_name(name: str) -> str:
-    return name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
