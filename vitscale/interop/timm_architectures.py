@@ -35,10 +35,8 @@ _RULES: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "pre_norm": ((False,), "a norm before the blocks"),
         "final_norm": ((True,), "no norm after the blocks"),
         "act_layer": (("gelu", "gelu_tanh", "relu", "silu", "swish", "tanh"), "another activation"),
-        "block_fn": ((), "other blocks than attention, then MLP"),
         "attn_layer": (("", "default"), "another attention"),
         "mlp_layer": (("SwiGLUPacked",), "another MLP"),
-        "embed_layer": ((), "a stem that is no single convolution"),
         "norm_layer": ((None,), _NORM),
         "embed_norm_layer": ((None,), "a norm of the patches"),
         "scale_attn_norm": ((False,), "a norm within the attention"),
@@ -96,25 +94,19 @@ def arguments_of(architecture: str, model_args: dict[str, Any], under: dict[str,
     """
     table = ARCHITECTURES.get(architecture)
     if table is None:
-        raise ConfigError(f"architecture={architecture!r}: is none of timm 1.0's plain ViTs (vit_*, deit*, eva*)")
+        raise ConfigError(f"architecture={architecture!r}: is none of timm 1.0's ViTs that a ViTConfig can express")
     arguments = {**_DEFAULTS[table["class"]], **(under or {}), **table, **model_args}
-    reasons = _refused(arguments["class"], arguments, model_args)
-    if reasons:
-        raise ConfigError(f"architecture={architecture!r}: no ViTConfig can express {'; '.join(reasons)}")
-    return arguments
-
-
-def _refused(kind: str, arguments: dict[str, Any], model_args: dict[str, Any]) -> list[str]:
-    if kind not in _RULES:
-        return [f"its class {kind}"]
-    rules = _RULES[kind]
+    rules = _RULES[table["class"]]
     reasons = [
         f"{name}={arguments[name]!r} ({reason})"
         for name, (allowed, reason) in rules.items()
         if name in arguments and arguments[name] not in allowed
     ]
-    unknown = sorted(model_args.keys() - rules.keys() - _KNOWN[kind])
-    return reasons + [f"{name}={model_args[name]!r} (an argument that is not known here)" for name in unknown]
+    unknown = sorted(model_args.keys() - rules.keys() - _KNOWN[table["class"]])
+    reasons += [f"{name}={model_args[name]!r} (an argument that is not known here)" for name in unknown]
+    if reasons:
+        raise ConfigError(f"architecture={architecture!r}: no ViTConfig can express {'; '.join(reasons)}")
+    return arguments
 
 
 def require_consistent(
