@@ -48,10 +48,7 @@ def read_checkpoint(path: Path, take: str | None = None) -> Checkpoint:
     take: which set of weights, where a file has several ("student"). CheckpointError if the file is broken, holds
     no encoder, or holds more than tensors and plain values; ConfigError if there is no set of that name.
     """
-    content = read_file(path)
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: must hold tensors by name, and holds {type(content).__name__}; {SAVE_STATE}")
-    return unwrap(content, str(path), take)
+    return unwrap(read_file(path), str(path), take)
 
 
 def unwrap(content: Mapping[Any, Any], where: str, take: str | None = None) -> Checkpoint:

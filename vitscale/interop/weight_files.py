@@ -133,28 +133,22 @@ def read_weights(folder: Path) -> dict[str, Any]:
             f"{folder / WEIGHTS}: no such file; weights are {WEIGHTS} or {PICKLE}, or several with {WEIGHTS + INDEX}"
         )
     if not file.name.endswith(INDEX):
-        return _mapping(file)
+        return read_file(file)
     tensors: dict[str, Any] = {}
     placed = weight_map(file)
     for shard in shards_of(file):
         if not (folder / shard).is_file():
             raise CheckpointError(f"{folder / shard}: no such file, and {file.name} names it; fetch the folder whole")
-        part = _mapping(folder / shard)
+        part = read_file(folder / shard)
         if part.keys() != {name for name, each in placed.items() if each == shard}:
             raise CheckpointError(f"{folder / shard}: holds other tensors than {file.name} says; fetch both again")
         tensors |= part
     return tensors
 
 
-def _mapping(path: Path) -> dict[str, Any]:
-    content = read_file(path)
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: must hold tensors by name, and holds {type(content).__name__}")
-    return dict(content)
-
-
-def read_file(path: Path) -> Any:
-    """What a file of weights holds, tensors on the CPU. CheckpointError if it is broken, or would run anything.
+def read_file(path: Path) -> dict[Any, Any]:
+    """What a file of weights holds, tensors on the CPU. CheckpointError if it is broken, holds no mapping, or would run
+    anything.
 
     torch reads pickles with weights_only. Beside tensors and plain values, classes that are harmless are made,
     and those that are not known become inert objects; names of modules that can do harm are refused.
@@ -171,7 +165,10 @@ def read_file(path: Path) -> Any:
             raise CheckpointError(f"{path}: cannot be read as safetensors: {error}; it {_CUT}") from None
     if (other := _what_else(path, start)) is not None:
         raise CheckpointError(f"{path}: holds no weights, it {other}")
-    return _read_pickle(path)
+    content = _read_pickle(path)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: must hold tensors by name, and holds {type(content).__name__}; {SAVE_STATE}")
+    return dict(content)
 
 
 def _read_pickle(path: Path) -> Any:
