@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -93,7 +93,7 @@ class FeatureFolder:
             for batch, features in batches:
                 rest = batch.entries
                 while rest:
-                    shard = shard or self._new_shard()
+                    shard = shard or _Shard(self._data(len(self._rows)), self._request)
                     rest, features = shard.take(rest, features)
                     if shard.is_full:
                         self._put(shard)
@@ -114,11 +114,6 @@ class FeatureFolder:
     @property
     def shards(self) -> int:
         return len(self._rows)
-
-    def _new_shard(self) -> _Shard:
-        path = self._data(len(self._rows))
-        writer = _Npy if self._request.file_format == "npy" else _Parquet
-        return _Shard(path, writer(_draft(path), self._request.shape), self._request.shard_size)
 
     def _put(self, shard: _Shard) -> None:
         """A finished shard in its place."""
@@ -152,21 +147,12 @@ class FeatureFolder:
                 )
 
 
-class _Writer(Protocol):
-    """A file of features that grows by rows."""
-
-    def append(self, features: np.ndarray, names: list[str]) -> None: ...
-
-    def close(self) -> None:
-        """Finish the file."""
-        ...
-
-
 class _Shard:
     """A shard being written."""
 
-    def __init__(self, path: Path, writer: _Writer, size: int) -> None:
-        self.path, self.writer, self._size = path, writer, size
+    def __init__(self, path: Path, request: Request) -> None:
+        self.path, self._size = path, request.shard_size
+        self.writer = (_Npy if request.file_format == "npy" else _Parquet)(_draft(path), request.shape)
         self.names: list[str] = []
         self.skipped: list[dict[str, Any]] = []
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vitscale.errors import ConfigError, DataError
 from vitscale.files.atomic import replaced
@@ -55,12 +55,10 @@ class Predictor:
         self._loaded.require_finite(logits, batch.names)
         if self.is_regression:
             return [list(zip(self._names, row, strict=True)) for row in logits.tolist()]
-        scores, places = self._probabilities(logits).topk(min(self._top_k, len(self._names)))
+        probabilities = logits.sigmoid() if self._is_multi_label else logits.softmax(-1)
+        scores, places = probabilities.topk(min(self._top_k, len(self._names)))
         rows = zip(places.tolist(), scores.tolist(), strict=True)
         return [[(self._names[i], score) for i, score in zip(*row, strict=True)] for row in rows]
-
-    def _probabilities(self, logits: Tensor) -> Tensor:
-        return logits.sigmoid() if self._is_multi_label else logits.softmax(-1)
 
 
 def predict_all(predictor: Predictor, batches: Iterable[ImageBatch], form: str, out: Path | None, tally: Tally) -> None:

@@ -6,9 +6,8 @@ import base64
 from functools import partial
 from typing import Any
 
-import torch
-
 from vitscale.errors import DataError
+from vitscale.inference.features import FeatureExtractor
 from vitscale.inference.images import ImageSource, batches
 from vitscale.inference.model import Loaded, load
 from vitscale.inference.predict import Predictor
@@ -24,7 +23,7 @@ class Served:
     """Labels of images or, of a model without a classifier, their features."""
 
     def __init__(self, loaded: Loaded) -> None:
-        self._loaded = loaded
+        self._loaded, self._extract = loaded, FeatureExtractor(loaded, "mean")
         self._predictor = Predictor(loaded) if hasattr(loaded.model, "classifier") else None
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[Any]:
@@ -46,15 +45,9 @@ class Served:
             if self._predictor is not None:
                 key = "value" if self._predictor.is_regression else "probability"
                 answers += [[{"label": name, key: score} for name, score in row] for row in self._predictor(batch)]
-            elif batch.pixel_values is not None:
-                answers += [{"features": row} for row in self._features(batch.pixel_values)]
+            else:
+                answers += [{"features": row} for row in self._extract(batch).tolist()]
         return answers
-
-    @torch.inference_mode()
-    def _features(self, pixel_values: torch.Tensor) -> list[list[float]]:
-        encoder: Any = getattr(self._loaded.model, "vit", self._loaded.model)
-        tokens = encoder(pixel_values=pixel_values.to(self._loaded.device)).last_hidden_state
-        return encoder.patch_tokens(tokens).mean(dim=1).float().cpu().tolist()
 
 
 def _encoded(value: bytes | str) -> bytes:
