@@ -30,12 +30,9 @@ def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added.add_argument("--depth", type=_levels, default=None, metavar="N", help="levels of the tree (default: all)")
     added.add_argument("--gradients", action="store_true", help="gradient norms by layer, of one backward of its loss")
     added.add_argument(
-        "--images",
-        nargs="+",
-        default=None,
-        metavar="IMAGES",
+        "--images", nargs="+", default=None, metavar="IMAGES",
         help="for --gradients: files, folders, patterns, shards (default: 8 images of random numbers)",
-    )
+    )  # fmt: skip
     added.add_argument(
         "--labels", nargs="+", type=float, default=None, metavar="LABEL",
         help="one an image, for --gradients (default: random)",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,8 +47,7 @@ def module_tree(model: ViTPreTrainedModel) -> Node:
 
     Modules of a list stand under the list's parent, and runs of alike ones are one node.
     """
-    run = _trace(model)
-    return _node(model, "", type(model).__name__, run)
+    return _node(model, "", type(model).__name__, *_trace(model))
 
 
 def as_table(tree: Node, depth: int | None = None) -> str:
@@ -75,17 +74,11 @@ def flop_unit(tree: Node) -> tuple[float, str]:
     return (1e9, "GFLOP") if tree.flops >= 1e9 else (1e6, "MFLOP")
 
 
-@dataclass
-class _Run:
-    """What one forward told of the modules."""
-
-    outputs: dict[nn.Module, Shape] = field(default_factory=dict)
-    flops: dict[str, int] = field(default_factory=dict)  # by "Class.path.of.module"
-
-
-def _trace(model: ViTPreTrainedModel) -> _Run:
-    """One image through `model` on meta tensors, in evaluation mode."""
-    run, config = _Run(), model.config
+def _trace(model: ViTPreTrainedModel) -> tuple[dict[nn.Module, Shape], dict[str, int]]:
+    """One image through `model` on meta tensors, in evaluation mode: the modules' outputs, and operations by
+    "Class.path.of.module"."""
+    outputs: dict[nn.Module, Shape] = {}
+    config = model.config
     state: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     without_memory = {name: tensor.detach().to("meta") for name, tensor in state.items()}
     image = torch.empty(1, config.num_channels, *pair(config.image_size), device="meta")
@@ -93,7 +86,7 @@ def _trace(model: ViTPreTrainedModel) -> _Run:
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
         shape = _first_shape(output)
         if shape is not None:
-            run.outputs[module] = shape
+            outputs[module] = shape
 
     handles = [module.register_forward_hook(note) for module in model.modules()]
     was_training = model.training
@@ -105,8 +98,7 @@ def _trace(model: ViTPreTrainedModel) -> _Run:
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    run.flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-    return run
+    return outputs, {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
 
 
 def _first_shape(output: Any) -> Shape | None:
@@ -115,15 +107,15 @@ def _first_shape(output: Any) -> Shape | None:
     return next((tuple(value.shape[1:]) for value in values if isinstance(value, Tensor) and value.ndim), None)
 
 
-def _node(module: nn.Module, name: str, path: str, run: _Run) -> Node:
-    children = [_node(child, label, f"{path}.{label}", run) for label, child in _children(module)]
+def _node(module: nn.Module, name: str, path: str, outputs: dict[nn.Module, Shape], flops: dict[str, int]) -> Node:
+    children = [_node(child, label, f"{path}.{label}", outputs, flops) for label, child in _children(module)]
     return Node(
         name=name,
         kind=type(module).__name__,
         parameters={label: tuple(each.shape) for label, each in module.named_parameters(recurse=False)},
         tables={label: tuple(each.shape) for label, each in module.named_buffers(recurse=False)},
-        output=run.outputs.get(module),
-        flops=run.flops.get(path, 0),
+        output=outputs.get(module),
+        flops=flops.get(path, 0),
         children=tuple(_folded(children)),
     )
 
