@@ -24,10 +24,7 @@ from vitscale.run_folder import RunFolder
 _CLASSES = {
     "ViTForImageClassification": ("image-classification", "an image classifier"),
     "ViTMAEForPreTraining": ("image-feature-extraction", "a masked autoencoder (arXiv 2111.06377), for its encoder"),
-    "ViTForMaskedImageModeling": (
-        "image-feature-extraction",
-        "pretrained by SimMIM (arXiv 2111.09886)",
-    ),
+    "ViTForMaskedImageModeling": ("image-feature-extraction", "pretrained by SimMIM (arXiv 2111.09886)"),
     "ViTForMultitaskPreTraining": ("image-feature-extraction", "pretrained by SimMIM and classification at once"),
 }
 _ENCODER = ("image-feature-extraction", "an image encoder")
@@ -97,23 +94,19 @@ def _opens_in_transformers(model: Model) -> bool:
 def _usage(model: Model, repo_id: str, in_transformers: bool, with_processor: bool) -> str:
     classifies = type(model).__name__ == "ViTForImageClassification"
     call = "AutoModelForImageClassification" if classifies else "AutoModel"
-    size = (1, model.config.num_channels, *pair(model.config.image_size))
-    made = (
-        [f'processor = AutoImageProcessor.from_pretrained("{repo_id}")',
-         'inputs = processor("image.jpg", return_tensors="pt")']
-        if with_processor
-        else [f'inputs = {{"pixel_values": torch.randn{size}}}  # images, normalized as in training']
-    )  # fmt: skip
-    lines = [
-        *([] if with_processor else ["import torch"]),
-        f"from vitscale import {'AutoImageProcessor, ' if with_processor else ''}{call}",
-        "",
-        f'model = {call}.from_pretrained("{repo_id}")',
-        *made,
-        f"outputs = model(**inputs).{'logits' if classifies else 'last_hidden_state'}",
-    ]
-    note = f"# transformers opens it too, as {type(model).__name__} or by its Auto classes"
-    return "\n".join([*lines, *([note] if in_transformers else [])])
+    lines = ["", f'model = {call}.from_pretrained("{repo_id}")']
+    if with_processor:
+        lines = [f"from vitscale import AutoImageProcessor, {call}", *lines]
+        lines += [f'processor = AutoImageProcessor.from_pretrained("{repo_id}")',
+                  'inputs = processor("image.jpg", return_tensors="pt")']  # fmt: skip
+    else:
+        lines = ["import torch", f"from vitscale import {call}", *lines]
+        size = (1, model.config.num_channels, *pair(model.config.image_size))
+        lines.append(f'inputs = {{"pixel_values": torch.randn{size}}}  # images, normalized as in training')
+    lines.append(f"outputs = model(**inputs).{'logits' if classifies else 'last_hidden_state'}")
+    if in_transformers:
+        lines.append(f"# transformers opens it too, as {type(model).__name__} or by its Auto classes")
+    return "\n".join(lines)
 
 
 def _of_run(run: RunRecord) -> Iterable[str]:

@@ -35,7 +35,10 @@ def push(
         if processor is not None:
             processor.save_pretrained(folder)
         elif run is not None:
-            _copy_processor(run, folder)
+            source = RunFolder(run).model / PROCESSOR
+            if not source.is_file():
+                raise CheckpointError(f"{source}: no such file; `vitscale export {run}` writes it, or pass processor")
+            shutil.copy(source, folder)
         card = model_card(model, repo_id, record, with_processor=(folder / PROCESSOR).exists())
         (folder / hub.CARD).write_text(card, encoding="utf-8")
         return hub.upload(
@@ -48,10 +51,3 @@ def push(
             create_pr=create_pr,
             commit_message=commit_message,
         )
-
-
-def _copy_processor(run: Path, folder: Path) -> None:
-    source = RunFolder(run).model / PROCESSOR
-    if not source.is_file():
-        raise CheckpointError(f"{source}: no such file; `vitscale export {run}` writes it, or pass processor")
-    shutil.copy(source, folder)

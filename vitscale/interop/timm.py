@@ -19,7 +19,7 @@ from vitscale.interop.checkpoints import TIMM_ANCHOR, unwrap
 from vitscale.interop.dialects import plain_names
 from vitscale.interop.timm_architectures import arguments_of, require_consistent
 from vitscale.interop.timm_inputs import processor_of
-from vitscale.interop.timm_table import EVA, VIT
+from vitscale.interop.timm_table import ARCHITECTURES, EVA, VIT
 from vitscale.interop.vision_transformer import LAYER_SCALE, Opened, build, fold_positions, mlp_ratio, require, sizes
 from vitscale.interop.weight_files import read_weights
 from vitscale.models.classification import ViTForImageClassification
@@ -34,14 +34,9 @@ _ACTIVATIONS = {
 _FROM_TIMM = {"gelu_tanh": "gelu_pytorch_tanh"}
 _POOLING = {"token": "cls", "avg": "mean"}
 
-# What a folder of ours says it is: names by (width, patch), so that it reads as what it is; model_args tell
-# the rest. Where timm has an argument only in an architecture's code, an architecture that has it.
-_BY_SIZE = {
-    (192, 16): "vit_tiny_patch16_224", (384, 8): "vit_small_patch8_224", (384, 16): "vit_small_patch16_224",
-    (384, 32): "vit_small_patch32_224", (768, 8): "vit_base_patch8_224", (768, 32): "vit_base_patch32_224",
-    (1024, 14): "vit_large_patch14_224", (1024, 16): "vit_large_patch16_224", (1024, 32): "vit_large_patch32_224",
-    (1280, 14): "vit_huge_patch14_224",
-}  # fmt: skip
+# What a folder of ours says it is: by its width and patch, where timm has that, so that it reads as what it is;
+# model_args tell the rest. Where timm has an argument only in an architecture's code, an architecture that has it.
+_BY_WIDTH = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
 _PLAIN, _SWIGLU = "vit_base_patch16_224", "vit_giant_patch14_dinov2"
 _PLAIN_EPS5 = "vit_base_patch16_clip_224"
 _ROTARY, _ROTARY_EPS5 = "vit_base_patch16_rope_224", "vit_base_patch16_dinov3"
@@ -155,13 +150,14 @@ def arguments_for(config: ViTConfig) -> tuple[str, dict[str, Any], list[str]]:
             f"hidden_size={config.hidden_size}; take --to hf"
         )
     architecture, eps = _architecture(config)
+    halves = 2 if config.swiglu and not rotary else 1  # VisionTransformer's SwiGLU counts both
     arguments: dict[str, Any] = {
         "img_size": list(pair(config.image_size)),
         "patch_size": list(pair(config.patch_size)),
         "embed_dim": config.hidden_size,
         "depth": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
-        "mlp_ratio": _mlp_ratio(config),
+        "mlp_ratio": mlp_ratio(halves * config.intermediate_size, config.hidden_size),
         "qkv_bias": config.qkv_bias,
         "qk_norm": config.qk_norm,
         "class_token": config.use_cls_token,
@@ -203,13 +199,7 @@ def _architecture(config: ViTConfig) -> tuple[str, float]:
     elif config.swiglu:
         choices = {1e-6: _SWIGLU}
     else:
-        patch = config.patch_size if isinstance(config.patch_size, int) else 0
-        choices = {1e-6: _BY_SIZE.get((config.hidden_size, patch), _PLAIN), 1e-5: _PLAIN_EPS5}
+        name = f"vit_{_BY_WIDTH.get(config.hidden_size)}_patch{config.patch_size}_224"
+        choices = {1e-6: name if name in ARCHITECTURES else _PLAIN, 1e-5: _PLAIN_EPS5}
     eps = min(choices, key=lambda each: abs(math.log10(each / max(config.layer_norm_eps, 1e-30))))
     return choices[eps], eps
-
-
-def _mlp_ratio(config: ViTConfig) -> float:
-    """VisionTransformer's SwiGLU counts both halves."""
-    halves = 2 if config.swiglu and config.rope_theta is None else 1
-    return mlp_ratio(halves * config.intermediate_size, config.hidden_size)

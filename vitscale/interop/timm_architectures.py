@@ -80,9 +80,11 @@ _KNOWN = {
     },
 }  # fmt: skip
 # Arguments that the tensors tell too.
-_PLAIN = ("embed_dim", "depth", "in_chans", "num_classes", "qkv_bias", "qk_norm", "class_token", "no_embed_class")
-_BY_CLASS = ("reg_tokens", "fc_norm", "num_reg_tokens", "use_fc_norm", "use_abs_pos_emb", "swiglu_mlp")
-_COMPARED = (*_PLAIN, *_BY_CLASS, "patch_size", "mlp_ratio", "init_values", "pos_embed", "use_post_transformer_norm")
+_COMPARED = (
+    "embed_dim", "depth", "in_chans", "num_classes", "qkv_bias", "qk_norm", "class_token", "no_embed_class",
+    "reg_tokens", "fc_norm", "num_reg_tokens", "use_fc_norm", "use_abs_pos_emb", "swiglu_mlp", "patch_size",
+    "mlp_ratio", "init_values", "pos_embed", "use_post_transformer_norm",
+)  # fmt: skip
 
 
 def arguments_of(architecture: str, model_args: dict[str, Any], under: dict[str, Any] | None = None) -> dict[str, Any]:
