@@ -162,19 +162,18 @@ class _Shard:
 
     def take(self, entries: list[Entry], features: np.ndarray) -> tuple[list[Entry], np.ndarray]:
         """As many entries as fit, with their rows; what is left of both."""
-        names: list[str] = []
-        taken = 0
-        while taken < len(entries) and len(self.names) + len(names) < self._size:
+        before, taken = len(self.names), 0
+        while taken < len(entries) and not self.is_full:
             entry = entries[taken]
             if entry.bad is None:
-                names.append(entry.name)
+                self.names.append(entry.name)
             else:
-                place = len(self.names) + len(names) + len(self.skipped)
+                place = len(self.names) + len(self.skipped)
                 self.skipped.append({"place": place, "name": entry.name, "reason": entry.bad})
             taken += 1
-        self.writer.append(features[: len(names)], names)
-        self.names += names
-        return entries[taken:], features[len(names) :]
+        rows = len(self.names) - before
+        self.writer.append(features[:rows], self.names[before:])
+        return entries[taken:], features[rows:]
 
     def drop(self) -> None:
         """Forget what was written."""

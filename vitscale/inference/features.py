@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vitscale.errors import ConfigError
 from vitscale.inference.feature_files import FeatureFolder, Request
@@ -43,16 +43,11 @@ class FeatureExtractor:
         if batch.pixel_values is None:
             return np.empty((0, *self.shape), dtype=np.float32)
         tokens = self._encoder(pixel_values=batch.pixel_values.to(self._loaded.device)).last_hidden_state
-        features = self._pooled(tokens)
+        features = tokens[:, 0] if self._pool == "cls" else self._encoder.patch_tokens(tokens)
+        features = features.mean(dim=1) if self._pool == "mean" else features
         features = (features if self._norm is None else self._norm(features)).float().cpu()
         self._loaded.require_finite(features, batch.names)
         return features.numpy()
-
-    def _pooled(self, tokens: Tensor) -> Tensor:
-        if self._pool == "cls":
-            return tokens[:, 0]
-        patches = self._encoder.patch_tokens(tokens)
-        return patches if self._pool == "patch" else patches.mean(dim=1)
 
 
 def write_features(

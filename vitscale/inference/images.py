@@ -148,17 +148,13 @@ def _in_turn(data: bytes, max_pixels: int) -> AbstractContextManager[Any]:
 def _from_stdin(stdin: BinaryIO) -> Iterator[ImageSource]:
     head = stdin.read(_HEAD)
     if _is_image(head):
-        yield ImageSource("-", partial(_rest, head, stdin))
+        yield ImageSource("-", lambda: head + stdin.read(LARGEST_MEMBER))
         return
     # Line by line: a list may be long, or still be written.
     first, *lines = (head + stdin.readline()).split(b"\n")
     for line in itertools.chain([first], lines, stdin):
         if text := os.fsdecode(line.rstrip(b"\r\n")):
             yield from _from_argument(text)
-
-
-def _rest(head: bytes, stdin: BinaryIO) -> bytes:
-    return head + stdin.read(LARGEST_MEMBER)
 
 
 def _is_image(head: bytes) -> bool:
