@@ -178,18 +178,18 @@ def _layer(
     name: str, group: list[str], parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None]
 ) -> LayerGradient:
     used = {each: gradient for each in group if (gradient := gradients.get(each)) is not None}
-    parts: dict[str, list[Tensor]] = {}
+    parts: dict[str, list[Tensor]] = {"attention": [], "mlp": []}
     for each, gradient in used.items():
         # In a block: encoder.layers.3.mlp.fc1.weight -> mlp.
         _, _, inside = each.partition(".layers.")
         if inside:
-            parts.setdefault(_PART_OF[inside.split(".")[1]], []).append(gradient)
+            parts[_PART_OF[inside.split(".")[1]]].append(gradient)
     is_block = any(".layers." in each for each in group)
     return LayerGradient(
         name=name,
         norm=_norm(list(used.values())),
-        attention=_norm(parts.get("attention", [])) if is_block else None,
-        mlp=_norm(parts.get("mlp", [])) if is_block else None,
+        attention=_norm(parts["attention"]) if is_block else None,
+        mlp=_norm(parts["mlp"]) if is_block else None,
         weights=_norm([parameters[each].detach() for each in group]),
         unused=len(group) - len(used),
     )
