@@ -65,7 +65,9 @@ def model_card(model: Model, repo_id: str, run: RunRecord | None, with_processor
     with_processor: whether the model's preprocessor_config.json lies beside the card.
     """
     task, what = _CLASSES.get(type(model).__name__, _ENCODER)
-    config, in_transformers = model.config, _opens_in_transformers(model)
+    config = model.config
+    # Whether it has a class there that takes every tensor.
+    in_transformers = not config.beyond_transformers and type(model).__name__ != "ViTForMultitaskPreTraining"
     front = {
         "library_name": "transformers" if in_transformers else "vitscale",
         "pipeline_tag": task,
@@ -84,11 +86,6 @@ def model_card(model: Model, repo_id: str, run: RunRecord | None, with_processor
         "## License\nNot stated. Whoever publishes this model adds `license: NAME` to the lines at the top.",
     ]
     return "\n\n".join(lines) + "\n"
-
-
-def _opens_in_transformers(model: Model) -> bool:
-    """Whether it has a class there that takes every tensor."""
-    return not model.config.beyond_transformers and type(model).__name__ != "ViTForMultitaskPreTraining"
 
 
 def _usage(model: Model, repo_id: str, in_transformers: bool, with_processor: bool) -> str:

@@ -272,9 +272,11 @@ def write_folder(
             for name, names in shards.items():
                 save_file({each: tensors[each] for each in names}, draft / name, metadata={"format": "pt"})
                 flush_to_disk(draft / name)  # before the earlier ones go
-            for earlier in _weights_in(folder):
-                if earlier.name != WEIGHTS or last != WEIGHTS:  # a single file is replaced in one go
-                    earlier.unlink()
+            earlier = [path for path in folder.iterdir() if is_weights(path.name)]
+            # The index first: with it gone, what is left of an earlier save is no model.
+            for path in sorted(earlier, key=lambda path: not path.name.endswith(INDEX)):
+                if path.name != WEIGHTS or last != WEIGHTS:  # a single file is replaced in one go
+                    path.unlink()
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CheckpointError(f"{folder}: cannot be written: {reason}; name another folder") from None
@@ -301,10 +303,3 @@ def _split(tensors: Mapping[str, Tensor], max_shard_size: int | str) -> tuple[di
         return {WEIGHTS: list(tensors)}, None
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     return split.filename_to_tensors, as_text(index)
-
-
-def _weights_in(folder: Path) -> list[Path]:
-    """The index first: with it gone, what is left of an earlier save is no model."""
-    return sorted(
-        (path for path in folder.iterdir() if is_weights(path.name)), key=lambda path: not path.name.endswith(INDEX)
-    )
