@@ -7,7 +7,7 @@ with fewer heads comes head_dim, which transformers' ViT reads from 5.9 on: vers
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -98,26 +98,23 @@ def taylor(model: ViTPreTrainedModel, what: str, batches: Iterable[Labelled]) ->
     blocks = _blocks(model)
     heads = blocks[0].attention.attention.num_attention_heads
     outlets = [block.attention.output if what == "heads" else block.mlp.fc2 for block in blocks]
-    seen: dict[int, Tensor] = {}
+    seen: dict[nn.Module, Tensor] = {}
 
-    def remember(place: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            inputs[0].retain_grad()
-            seen[place] = inputs[0]
+    def remember(outlet: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        inputs[0].retain_grad()
+        seen[outlet] = inputs[0]
 
-        return hook
-
-    hooks = [outlet.register_forward_pre_hook(remember(place)) for place, outlet in enumerate(outlets)]
+    hooks = [outlet.register_forward_pre_hook(remember) for outlet in outlets]
     totals, images = [torch.zeros(heads if what == "heads" else outlet.in_features) for outlet in outlets], 0
     try:
         for pixels, labels in batches:
             model.zero_grad()
             (model(pixel_values=pixels, labels=labels).loss * len(pixels)).backward()
             images += len(pixels)
-            for place, total in enumerate(totals):
-                gradient = seen[place].grad
+            for outlet, total in zip(outlets, totals, strict=True):
+                gradient = seen[outlet].grad
                 assert gradient is not None, "the hook asked for it"
-                term = (seen[place].detach() * gradient).sum(dim=1)  # [n, width], over tokens
+                term = (seen[outlet].detach() * gradient).sum(dim=1)  # [n, width], over tokens
                 if what == "heads":
                     term = term.unflatten(1, (heads, -1)).sum(dim=2)
                 total += term.abs().sum(dim=0)
