@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +137,9 @@ def _require_sizes(tensors: Mapping[str, Tensor], where: str) -> None:
 
 def _declared(content: Mapping[Any, Any]) -> dict[str, Any]:
     """What a file says of KEYS: by our own note, or by the arguments of the run that wrote it."""
-    declared: dict[str, Any] = {}
-    if isinstance(content.get("args"), argparse.Namespace):
-        arguments = vars(content["args"])
-        declared = {name: arguments[name] for name in ("norm_pix_loss",) if isinstance(arguments.get(name), bool)}
-    written = content.get(WRITTEN)
+    arguments, written = content.get("args"), content.get(WRITTEN)
+    of_pixels = getattr(arguments, "norm_pix_loss", None) if isinstance(arguments, argparse.Namespace) else None
+    declared: dict[str, Any] = {"norm_pix_loss": of_pixels} if isinstance(of_pixels, bool) else {}
     if isinstance(written, dict):
         declared |= {name: written[name] for name in (*KEYS, "mask_ratio", "id2label") if name in written}
     return declared
@@ -177,10 +175,13 @@ class _Keys:
             keys |= self._decoder()
         elif model_class is ViTForImageClassification:
             keys["id2label"] = self._names(keys["num_labels"])
+        keys["position_embeddings"] = "none" if patches is None else "learned"
+        try:
+            config = model_class.config_class(**keys)
+        except ConfigError as error:
+            raise CheckpointError(f"{self.where}: {error}") from None
         if patches is None:
-            keys["position_embeddings"] = "none"
-            return self._made(model_class, keys)
-        config = self._made(model_class, keys | {"position_embeddings": "learned"})
+            return config
         if config.num_patches != patches:
             raise ConfigError(
                 f"image_size={config.image_size}: {self.where} has positions for {patches} patches of "
@@ -190,13 +191,7 @@ class _Keys:
             return config
         if dtype != torch.float32:
             self.notes.append(f"pos_embed: MAE's table, of {dtype} in the file, is computed anew")
-        return self._made(model_class, keys | {"position_embeddings": "sincos"})
-
-    def _made(self, model_class: type[ViTPreTrainedModel], keys: dict[str, Any]) -> ViTConfig:
-        try:
-            return model_class.config_class(**keys)
-        except ConfigError as error:
-            raise CheckpointError(f"{self.where}: {error}") from None
+        return replace(config, position_embeddings="sincos")
 
     def _rotary(self) -> tuple[float | None, int | None]:
         """Base of rotary positions and width of a head, as far as the file tells; else what was given."""
