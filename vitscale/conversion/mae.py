@@ -51,9 +51,8 @@ def _require_expressible(model: ViTPreTrainedModel) -> None:
     ]
     if config.attention_width != config.hidden_size:
         wrong.append(f"head_dim={config.head_dim} (its heads share out the width)")
-    for key in ("image_size", "patch_size"):
-        if isinstance(getattr(config, key), tuple):
-            wrong.append(f"{key}={getattr(config, key)} (no square)")
+    sides = {"image_size": config.image_size, "patch_size": config.patch_size}
+    wrong += [f"{key}={size} (no square)" for key, size in sides.items() if isinstance(size, tuple)]
     if isinstance(model, ViTForImageClassification) and (config.pooling == "mean") != config.fc_norm:
         wrong.append(f"pooling={config.pooling!r} with fc_norm={config.fc_norm} (it has mean with, or cls without)")
     if isinstance(config, ViTMAEConfig):
