@@ -69,7 +69,7 @@ def export(arguments: argparse.Namespace, export_run: ExportRun) -> int:
     from vitscale.export.model import Export
 
     out = _out(arguments, bool(prunings))
-    Export(arguments, prunings, out, lambda line: print(line, flush=True)).run()
+    Export(arguments, prunings, out).run()
     print(out)
     return DONE
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,16 +33,9 @@ RANDOM_BATCHES = (1, 3, 4)
 class Export:
     """One command being carried out: `run` leaves the file or folder at `out`, or nothing."""
 
-    def __init__(
-        self,
-        arguments: argparse.Namespace,
-        prunings: Sequence[tuple[str, float]],
-        out: Path,
-        say: Callable[[str], None],
-    ) -> None:
-        """arguments: those of the verb (see command.py), checked; prunings: heads or mlp, and the fraction to go;
-        say: told what is being done, and in the end what came out."""
-        self._arguments, self._prunings, self._out, self._say = arguments, prunings, out, say
+    def __init__(self, arguments: argparse.Namespace, prunings: Sequence[tuple[str, float]], out: Path) -> None:
+        """arguments: those of the verb (see command.py), checked; prunings: heads or mlp, and the fraction to go."""
+        self._arguments, self._prunings, self._out = arguments, prunings, out
         runs_images = bool(arguments.images or arguments.calibrate)
         loaded = load(arguments.source, "cpu", runs_images, arguments.take)
         self._model, self._processor = loaded.model, loaded.processor
@@ -65,33 +58,28 @@ class Export:
             if self._arguments.format == "hf":
                 self._save(model, target)
                 self._measure()
-                self._say(f"the folder opens in {opens_in(model.config)}")
+                _say(f"the folder opens in {opens_in(model.config)}")
             elif self._arguments.format == "onnx":
                 self._onnx(model, target)
             else:
                 self._torch_export(model, target)
 
     def _pruned(self) -> ViTPreTrainedModel:
-        model = self._model
+        model, labelled = self._model, None
+        if self._arguments.labelled and self._prunings:
+            labelled = self._calibration or self._named(self._arguments.images, "--images", MOST_CALIBRATION)
         for what, fraction in self._prunings:
-            labelled = self._labelled()
             if labelled is None:
-                self._say(f"prune {what} {fraction:g}: by the weights' magnitude")
+                _say(f"prune {what} {fraction:g}: by the weights' magnitude")
                 scores = magnitudes(model, what)
             else:
-                self._say(f"prune {what} {fraction:g}: by the loss of {len(labelled)} labelled images")
+                _say(f"prune {what} {fraction:g}: by the loss of {len(labelled)} labelled images")
                 scores = taylor(model, what, labelled)
             model = prune(model, what, fraction, scores)
         if self._prunings:
             served = self._served(model)
             self._variants.append(Variant("pruned", _runner(served), served.bytes))
         return model
-
-    def _labelled(self) -> Images | None:
-        """What decides which heads and units go, where anything but their weights does."""
-        if not self._arguments.labelled:
-            return None
-        return self._calibration or self._named(self._arguments.images, "--images", MOST_CALIBRATION)
 
     def _save(self, model: ViTPreTrainedModel, target: Path) -> None:
         save_pretrained(model, target, processor=self._processor)
@@ -105,11 +93,11 @@ class Export:
         served, quantize = self._served(model), self._arguments.quantize
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             exact = target if quantize is None else Path(scratch, "float32.onnx")
-            self._say("onnx: tracing and translating")
+            _say("onnx: tracing and translating")
             write_onnx(served, trace(served), exact, self._about(model))
             self._variants.append(Variant("onnx", open_onnx(exact), _bytes(exact), is_exact=True))
             if quantize is not None:
-                self._say(f"onnx: quantizing ({quantize})")
+                _say(f"onnx: quantizing ({quantize})")
                 calibration = (pixels for pixels, _ in self._calibration) if self._calibration else None
                 quantize_onnx(exact, target, calibration, large=served.bytes > ONE_FILE)
                 self._variants.append(Variant(f"onnx, int8 {quantize}", open_onnx(target), _bytes(target)))
@@ -122,7 +110,7 @@ class Export:
         if self._arguments.quantize is not None:
             served = int8_weights(served)
             self._variants.append(Variant("int8 weights", _runner(served), served.bytes))
-        self._say("torch-export: tracing")
+        _say("torch-export: tracing")
         write_torch_export(trace(served), target, self._about(model))
         opened = open_torch_export(target)
         self._variants.append(Variant("torch-export", opened, _bytes(target), is_exact=True))
@@ -131,7 +119,7 @@ class Export:
     def _measure(self) -> None:
         """Compare all variants, and print the table."""
         variants = self._variants
-        self._say(f"comparing {len(variants)}")
+        _say(f"comparing {len(variants)}")
         random = self._random_batches()
         agreements = compare(variants, random)
         if (real := self._images or self._calibration) is not None:
@@ -141,8 +129,8 @@ class Export:
         where = f"{agreements[0].images} {'random images' if real is None else 'images'}"
         size = "x".join(map(str, (served.config.num_channels, *pair(served.config.image_size))))
         threads = torch.get_num_threads()
-        self._say(as_table(variants, agreements, times, served.num_labels > 0))
-        self._say(f"agreement with fp32 on {where}; latency of one {size} image, median of {rounds}, {threads} threads")
+        _say(as_table(variants, agreements, times, served.num_labels > 0))
+        _say(f"agreement with fp32 on {where}; latency of one {size} image, median of {rounds}, {threads} threads")
 
     def _random_batches(self) -> Iterator[Labelled]:
         """Several numbers of images, and several sizes where they may vary."""
@@ -166,6 +154,10 @@ class Export:
     def _about(self, model: ViTPreTrainedModel) -> dict[str, Any]:
         """What whoever runs the file wants to know: the labels' names, how pixels are made."""
         return {CONFIG: model.config.to_dict(), PROCESSOR: self._processor.to_dict()}
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 @contextmanager

@@ -40,8 +40,9 @@ def prune(model: ViTPreTrainedModel, what: str, fraction: float, scores: list[Te
     step = min(UNITS, before) if what == "mlp" else 1
     stay = max(step, round(before * (1 - fraction) / step) * step)
     if not 0 < fraction < 1 or stay >= before:
+        units = "attention heads" if what == "heads" else "MLP units"
         raise ConfigError(
-            f"--prune {what} {fraction}: leaves {stay} of {before} {_named(what)} in each block; the fraction must lie "
+            f"--prune {what} {fraction}: leaves {stay} of {before} {units} in each block; the fraction must lie "
             f"between 0 and 1 and take away {step} at least"
         )
     model = copy.deepcopy(model)
@@ -155,7 +156,3 @@ def _keep_columns(linear: nn.Linear, columns: Tensor) -> None:
 def _blocks(model: ViTPreTrainedModel) -> list[ViTLayer]:
     """Of the encoder; a decoder's are not served."""
     return [block for block in model.base_model.blocks() if isinstance(block, ViTLayer)]
-
-
-def _named(what: str) -> str:
-    return "attention heads" if what == "heads" else "MLP units"
