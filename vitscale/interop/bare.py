@@ -14,24 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vitscale.config.model_rules import pair
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.interop.checkpoints import DINOV3_ANCHOR, HF_ANCHORS, TIMM_ANCHOR, read_checkpoint
 from vitscale.interop.dialects import plain_names, rope_theta
-from vitscale.interop.image_processing import ViTImageProcessor
+from vitscale.interop.image_processing import ViTImageProcessor, processor_for
 from vitscale.interop.strict import refuse_foreign
 from vitscale.interop.timm_names import IMAGENET_MEAN, IMAGENET_STD
-from vitscale.interop.vision_transformer import (
-    Opened,
-    build,
-    depth,
-    fold_positions,
-    require,
-    sizes,
-)
+from vitscale.interop.vision_transformer import Opened, build, depth, fold_positions, require, sizes
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.configuration_mae import ViTMAEConfig
@@ -299,12 +291,5 @@ def _processor(config: ViTConfig, content: Mapping[Any, Any], path: Path) -> ViT
     height, width = pair(config.image_size)
     same = config.num_channels == len(IMAGENET_MEAN)
     square = height == width <= 224  # larger ones are resized as they are
-    return ViTImageProcessor(
-        do_convert_rgb=same,
-        size={"shortest_edge": int(height / (224 / 256))} if square else (height, width),
-        resample=Image.Resampling.BICUBIC,
-        do_center_crop=square,
-        crop_size=(height, width) if square else None,
-        image_mean=IMAGENET_MEAN if same else (0.5,) * config.num_channels,
-        image_std=IMAGENET_STD if same else (0.5,) * config.num_channels,
-    )
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if same else (0.5, 0.5)
+    return processor_for(config, mean, std, {"shortest_edge": int(height / (224 / 256))} if square else None)

@@ -13,23 +13,20 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vitscale.config.model_rules import pair
 from vitscale.config.typed import is_finite
 from vitscale.errors import CheckpointError, ConfigError, DataError
-from vitscale.files.model_folder import PROCESSOR, as_text, read_json, write_json
+from vitscale.files.model_folder import PROCESSOR, read_json, write_json
 from vitscale.files.sources import HUB_OPTIONS
 from vitscale.interop.image_arrays import MAX_PIXELS, as_array, flatten
 from vitscale.interop.processor_files import TYPES, known_keys, processor_file
+from vitscale.models.configuration import ViTConfig
 from vitscale.text import did_you_mean
 
 RESAMPLE = {filter.name.lower(): filter for filter in Image.Resampling}
 _HUGE = 16_000_000  # pixels of a resized image of which a crop is taken
 _FLAGS = ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize")
-_SIZES = (
-    {"height", "width"},
-    {"shortest_edge"},
-    {"shortest_edge", "longest_edge"},
-    {"max_height", "max_width"},
-)
+_SIZES = ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"max_height", "max_width"})
 
 
 class BatchFeature(dict[str, Any]):
@@ -179,9 +176,6 @@ class ViTImageProcessor:
         present = {name: value for name, value in values.items() if value is not None}
         return {"image_processor_type": TYPES[0], **present}
 
-    def to_json_string(self) -> str:
-        return as_text(self.to_dict())
-
     def overridden(self, options: dict[str, Any]) -> Self:
         """This processor with other options; checked again, since fields may have been set by hand."""
         names = [field.name for field in fields(self)]
@@ -295,20 +289,19 @@ def _resized(
 def _by_pillow(
     image: np.ndarray | Image.Image, size: tuple[int, int], box: tuple[float, ...] | None, resample: Any
 ) -> np.ndarray:
-    """The box of an image (None: all of it) resized to `size` (width, height), as [height, width, channels]."""
-    if isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.shape[2] != 3):
-        return _by_band(image, size, box, resample)
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    return np.asarray(picture.resize(size, resample, box)).reshape(*size[::-1], -1)
+    """The box of an image (None: all of it) resized to `size` (width, height), as [height, width, channels].
 
-
-def _by_band(array: np.ndarray, size: tuple[int, int], box: tuple[float, ...] | None, resample: Any) -> np.ndarray:
-    """Pillow takes four bands for RGBA, whose colours it would weigh by the fourth, and no other numbers."""
-    whole = array if array.dtype == np.uint8 else array.astype(np.float32)
-    bands = [Image.fromarray(np.ascontiguousarray(whole[..., band])) for band in range(array.shape[2])]
+    Arrays that are no RGB go band by band: Pillow takes four for RGBA, whose colours it would weigh by the fourth.
+    """
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2] == 3:
+        image = Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        return np.asarray(image.resize(size, resample, box)).reshape(*size[::-1], -1)
+    whole = image if image.dtype == np.uint8 else image.astype(np.float32)
+    bands = [Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(whole, -1, 0)]
     resized = np.stack([np.asarray(band.resize(size, resample, box)) for band in bands], axis=-1)
-    if array.dtype.kind in "iu" and array.dtype != np.uint8:
-        resized.clip(np.iinfo(array.dtype).min, np.iinfo(array.dtype).max, out=resized)
+    if image.dtype.kind in "iu" and image.dtype != np.uint8:
+        resized.clip(np.iinfo(image.dtype).min, np.iinfo(image.dtype).max, out=resized)
     return resized
 
 
@@ -333,12 +326,37 @@ def _resample(value: Any) -> Image.Resampling:
 def _numbers(name: str, value: Any) -> float | tuple[float, ...]:
     """One number, or a tuple of them."""
     value = value.tolist() if isinstance(value, np.ndarray | torch.Tensor) else value
-    if not isinstance(value, list | tuple) or not value:
-        return _number(name, value, "a number, or one a channel")
-    return tuple(_number(name, each, "a number, or one a channel") for each in value)
+    rule = "a number, or one a channel"
+    several = isinstance(value, list | tuple) and value
+    return tuple(_number(name, each, rule) for each in value) if several else _number(name, value, rule)
 
 
 def _number(name: str, value: Any, rule: str = "a number") -> float:
     if not is_finite(value):
         raise ConfigError(f"{name}={value!r}: must be {rule}")
     return float(value)
+
+
+def per_channel(name: str, values: Any, channels: int) -> tuple[float, ...]:
+    """One number a channel; a single one is for all."""
+    each = tuple(values) if isinstance(values, list | tuple) else (values,)
+    numbers = each * channels if len(each) == 1 else each
+    if len(numbers) != channels or not all(map(is_finite, numbers)):
+        raise ConfigError(f"{name}={values!r}: must be one number, or one for each of {channels} channels")
+    return numbers
+
+
+def processor_for(
+    config: ViTConfig, image_mean: Any, image_std: Any, size: Any = None, resample: int | str = RESAMPLE["bicubic"]
+) -> ViTImageProcessor:
+    """The processor of a model: images are squeezed to its size or, with `size`, resized to that and cropped."""
+    model_size, channels = pair(config.image_size), config.num_channels
+    return ViTImageProcessor(
+        do_convert_rgb=channels == 3,
+        size=size or model_size,
+        resample=resample,
+        do_center_crop=size is not None,
+        crop_size=size and model_size,
+        image_mean=per_channel("image_mean", image_mean, channels),
+        image_std=per_channel("image_std", image_std, channels),
+    )

@@ -20,7 +20,7 @@ from vitscale.interop.config_files import config_as, read_config
 from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.interop.keymaps import places
 from vitscale.interop.pretrained import ENCODER, SavedModel, prefix_of, processor_dict, read_model, strict_model
-from vitscale.interop.strict import refuse, require_equal, shapes
+from vitscale.interop.strict import refuse
 from vitscale.interop.their_configs import ANTIALIASED, ANY_SIZE
 from vitscale.interop.timm import is_timm, read_timm
 from vitscale.interop.vision_transformer import Opened
@@ -71,12 +71,11 @@ def open_model(
     `locate`. CheckpointError and ConfigError name what cannot be read, and what to do.
     """
     path = _find(source, **where)
-    if path.is_file():
-        return read_bare(path, options or {}, take)
-    for name, value in (options or {}).items():
-        raise ConfigError(f"{name}={value!r}: is for a bare file of weights, and {source} says its own; leave it out")
-    if _is_of_timm(path):
-        return read_timm(path, take)
+    if options and path.is_dir():
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise ConfigError(f"{given}: is for a bare file of weights, and {source} says its own; leave it out")
+    if (opened := _by_tensors(path, options or {}, take)) is not None:
+        return opened
     saved = read_model(path, take=take)
     model, notes = strict_model(saved), list(saved.notes)
     tensors = sum(len(each.names) for each in places(saved.state))
@@ -97,9 +96,8 @@ def open_by_tensors(
     defaults: see `read_source`.
     """
     path = _find(source, **where, only=CONFIG)
-    if path.is_file():
-        return read_bare(path, {}, take, defaults)
-    return read_timm(_find(source, **where), take) if _is_of_timm(path) else None
+    follows = path.is_file() or is_timm(read_json(path / CONFIG))
+    return _by_tensors(_find(source, **where), {}, take, defaults) if follows else None
 
 
 def config_of(source: str | Path, overrides: Mapping[str, Any], take: str | None = None, **where: Any) -> ViTConfig:
@@ -124,9 +122,9 @@ def read_source(
     a file of weights leaves open.
     """
     path = _find(source, **where)
-    if path.is_dir() and not _is_of_timm(path):
+    opened = _by_tensors(path, {}, take, defaults)
+    if opened is None:
         return read_model(path, default, take)
-    opened = read_bare(path, {}, take, defaults) if path.is_file() else read_timm(path, take)
     model = opened.model
     state = {**model.state_dict(), **fixed_positions(model)}
     return SavedModel(path, type(model), model.config, state, [], opened.notes)
@@ -140,8 +138,13 @@ def _find(source: str | Path, **where: Any) -> Path:
     return path if path.is_file() and not stands_for_folder(path) else locate(source, **where)
 
 
-def _is_of_timm(folder: Path) -> bool:
-    return is_timm(read_json(folder / CONFIG))
+def _by_tensors(
+    path: Path, options: Mapping[str, Any], take: str | None, defaults: Mapping[str, Any] | None = None
+) -> Opened | None:
+    """The model of a file of weights or a folder of timm; None for another folder."""
+    if path.is_file():
+        return read_bare(path, options, take, defaults)
+    return read_timm(path, take) if is_timm(read_json(path / CONFIG)) else None
 
 
 def load_pretrained(
@@ -167,14 +170,17 @@ def load_pretrained(
         options.setdefault("use_mask_token", f"{ENCODER}embeddings.mask_token" in tensors)
     with torch.device("meta"):
         model = model_class(target, **options)
-    report = _fit(model, tensors, saved, str(source), ignore_mismatched_sizes)
+    values, report = _matched(model, tensors, saved, str(source))
+    if report.mismatched and not ignore_mismatched_sizes:
+        raise CheckpointError(_head_mismatch(str(source), saved.config, target, report.mismatched))
+    initialize(model, HEAD_SEED, only=report.fresh)
+    _fill(model, values)
     to_stderr(*(f"{source}: {note}" for note in saved.notes))
     to_stderr(*(f"{source}, as a {model_class.__name__}: {line}" for line in report.lines()))
     saved_dtype = next(iter(saved.state.values())).dtype
     return model.to(_dtype(dtype, saved_dtype)).eval(), report
 
 
-@torch.no_grad()
 def start_from(
     model: ViTPreTrainedModel, source: str | Path, adapt: bool = False, take: str | None = None
 ) -> LoadReport:
@@ -186,25 +192,12 @@ def start_from(
     """
     saved = read_source(source, type(model), keys_for_files(model.config, {}), take)
     to_stderr(*(f"{source}: {note}" for note in saved.notes))
-    tensors, adapted = _from_encoder(saved), []
-    for name in (_PROJECTION, *_POSITIONS) if adapt else ():
-        fitted, how = _adapted(name, tensors[name], saved, model.config) if name in tensors else (None, "")
-        if fitted is not None:
-            tensors[name] = fitted
-            adapted.append(f"{name} {how}")
-    parameters = dict(model.named_parameters())
-    loaded = {name for name, value in parameters.items() if name in tensors and tensors[name].shape == value.shape}
-    encoder = {name: value for name, value in parameters.items() if name.startswith(ENCODER)}
-    encoder.pop(f"{ENCODER}embeddings.mask_token", None)
-    named = {name: tensors[name] for name in encoder if name in tensors}
-    hint = _differing(saved.config, model.config)
-    require_equal(shapes(encoder), shapes(named), str(source), hint)
+    values, report = _matched(model, _from_encoder(saved), saved, str(source), adapt)
     if not adapt and (grids := _grids(saved.config, model.config, "instead of")):
-        refuse(str(source), other=[f"{name} {grids}" for name in _POSITIONS if name in loaded], hint=hint)
-    for name in loaded:
-        parameters[name].copy_(tensors[name])
-    unused = _unused(model, tensors, loaded, saved)
-    return LoadReport(fresh=sorted(parameters.keys() - loaded), unused=unused, adapted=adapted)
+        other = [f"{name} {grids}" for name in _POSITIONS if name in values]
+        refuse(str(source), other=other, hint=_differing(saved.config, model.config))
+    _fill(model, values)
+    return report
 
 
 def keys_for_files(config: ViTConfig | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,43 +226,46 @@ def _config(
 
 
 @torch.no_grad()
-def _fit(
-    model: ViTPreTrainedModel, tensors: dict[str, Tensor], saved: SavedModel, source: str, ignore_mismatched_sizes: bool
-) -> LoadReport:
-    """Fill a model without memory from `tensors`; CheckpointError where the encoder is not there whole."""
+def _matched(
+    model: ViTPreTrainedModel, tensors: dict[str, Tensor], saved: SavedModel, source: str, adapt: bool = True
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """What each parameter of the model gets of `tensors`; CheckpointError where the encoder is not there whole."""
     prefix = prefix_of(model)
     values: dict[str, Tensor] = {}
-    fresh: list[str] = []
     missing: list[str] = []
+    fresh: list[str] = []
+    adapted: list[str] = []
     other: dict[str, str] = {}
-    report = LoadReport()
     for name, parameter in model.named_parameters():
         full = prefix + name
         value = tensors.get(full)
-        fitted, how = (None, "") if value is None else _adapted(full, value, saved, model.config)
-        if fitted is not None and fitted.shape == parameter.shape:
-            report.adapted.append(f"{name} {how}")
-            value = fitted
         if value is None:
             optional = not full.startswith(ENCODER) or full.removeprefix(ENCODER) in _OPTIONAL
             (fresh if optional else missing).append(name)
-        elif value.shape == parameter.shape:
+            continue
+        fitted, how = _adapted(full, value, saved, model.config) if adapt else (None, "")
+        if fitted is not None and fitted.shape == parameter.shape:
+            adapted.append(f"{name} {how}")
+            value = fitted
+        if value.shape == parameter.shape:
             values[name] = value
         else:
             other[name] = f"{name} {list(value.shape)} instead of {list(parameter.shape)}"
-    head = [name for name in other if not (prefix + name).startswith(ENCODER)]
+    head = sorted(name for name in other if not (prefix + name).startswith(ENCODER))
     of_encoder = [text for name, text in other.items() if name not in head]
     refuse(source, missing=missing, other=of_encoder, hint=_differing(saved.config, model.config))
-    if head and not ignore_mismatched_sizes:
-        raise CheckpointError(_head_mismatch(source, saved.config, model.config, [other[name] for name in head]))
-    report.fresh.extend(sorted(fresh + head))
-    report.mismatched.extend(other[name] for name in sorted(head))
-    report.unused.extend(_unused(model, tensors, {prefix + name for name in values}, saved))
-    initialize(model, HEAD_SEED, only=report.fresh)
+    unused = tensors.keys() - {prefix + name for name in values}
+    if saved.config.position_embeddings == "sincos":  # computed, wherever there are any
+        unused -= {prefix + name for name in fixed_positions(model)}
+    mismatched = [other[name] for name in head]
+    return values, LoadReport(sorted(fresh + head), sorted(unused) + saved.unused, mismatched, adapted)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     parameters = dict(model.named_parameters())
     for name, value in values.items():
         parameters[name].copy_(value)
-    return report
 
 
 def _adapted(name: str, value: Tensor, saved: SavedModel, target: ViTConfig) -> tuple[Tensor | None, str]:
@@ -287,14 +283,6 @@ def _grids(config: ViTConfig, target: ViTConfig, between: str) -> str:
     """What differs between two grids, which may have as many patches; "" where they are one."""
     (rows, columns), (new_rows, new_columns) = config.grid, target.grid
     return "" if config.grid == target.grid else f"{rows}x{columns} {between} {new_rows}x{new_columns} patches"
-
-
-def _unused(model: nn.Module, tensors: dict[str, Tensor], loaded: set[str], saved: SavedModel) -> list[str]:
-    unused = tensors.keys() - loaded
-    if saved.config.position_embeddings == "sincos":  # computed, wherever there are any
-        prefix = prefix_of(model)
-        unused -= {prefix + name for name in fixed_positions(model)}
-    return sorted(unused) + saved.unused
 
 
 def _differing(config: ViTConfig, target: ViTConfig) -> str:

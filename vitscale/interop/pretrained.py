@@ -14,18 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from vitscale.config.check import has_validation
 from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig
-from vitscale.errors import CheckpointError, ConfigError
+from vitscale.errors import CheckpointError
 from vitscale.files.model_folder import CONFIG, PROCESSOR, as_text, read_json
-from vitscale.interop.checkpoints import HF_ANCHORS, Checkpoint, unwrap
+from vitscale.interop.checkpoints import unwrap
 from vitscale.interop.config_files import architecture, config_as, ignored_keys, read_config
 from vitscale.interop.dialects import vit_names
-from vitscale.interop.image_processing import ViTImageProcessor
+from vitscale.interop.image_processing import ViTImageProcessor, processor_for
 from vitscale.interop.keymaps import canonical, places
 from vitscale.interop.strict import refuse, require_equal, shapes
 from vitscale.interop.their_configs import THEIRS
@@ -79,7 +78,7 @@ def save_model(
     `image_mean`, `image_std`: what pixels in [0, 1] were normalized by, one number or one a channel; crop: see
     processor_dict. Raises CheckpointError where names or shapes are not those of the model.
     """
-    model = _skeleton(CLASSES[class_name], config, state)
+    model = skeleton(CLASSES[class_name], config, state)
     tensors = {name: torch.as_tensor(value).detach().cpu() for name, value in state.items()}
     require_equal(shapes(model.state_dict()), shapes(tensors), f"the state of {class_name}")
     processor = processor_dict(config, image_mean, image_std, crop)
@@ -95,22 +94,8 @@ def processor_dict(
     for square images; None: all of the image is squeezed to the size.
     """
     height, width = pair(config.image_size)
-    crops = crop is not None and height == width
-    channels = config.num_channels
-    mean, std = (list(each) * channels if len(each) == 1 else list(each) for each in (image_mean, image_std))
-    if len(mean) != channels or len(std) != channels:
-        raise ConfigError(
-            f"image_mean={mean}, image_std={std}: need one number, or one for each of the {channels} channels"
-        )
-    return ViTImageProcessor(
-        do_convert_rgb=channels == 3,
-        size={"shortest_edge": round(height / crop)} if crop and crops else (height, width),
-        do_center_crop=crops,
-        crop_size=(height, width) if crops else None,
-        resample=Image.Resampling.BICUBIC,
-        image_mean=mean,
-        image_std=std,
-    ).to_dict()
+    size = {"shortest_edge": round(height / crop)} if crop and height == width else None
+    return processor_for(config, image_mean, image_std, size).to_dict()
 
 
 def save_pretrained(
@@ -160,18 +145,22 @@ def load_model(folder: str | Path) -> ViTPreTrainedModel:
     return strict_model(saved)
 
 
-def strict_model(saved: SavedModel) -> ViTPreTrainedModel:
-    """The model of what was read, in float32 on the CPU, in evaluation mode; CheckpointError as `load_model`."""
-    where = str(saved.folder)
-    refuse(where, unexpected=saved.unused)
-    model = _skeleton(saved.model_class, saved.config, saved.state)
+def filled(model: ViTPreTrainedModel, state: Mapping[str, Tensor], where: str) -> ViTPreTrainedModel:
+    """A model without memory with this state, on the CPU, in evaluation mode; CheckpointError if it is another's."""
     model.to_empty(device="cpu")
-    fixed = fixed_positions(model)
-    state = {name: tensor for name, tensor in saved.state.items() if name not in fixed}
     require_equal(shapes(model.state_dict()), shapes(state), where)
     model.load_state_dict(state)
     fill_fixed_positions(model)
     return model.eval()
+
+
+def strict_model(saved: SavedModel) -> ViTPreTrainedModel:
+    """The model of what was read, in float32 on the CPU, in evaluation mode; CheckpointError as `load_model`."""
+    where = str(saved.folder)
+    refuse(where, unexpected=saved.unused)
+    model = skeleton(saved.model_class, saved.config, saved.state)
+    fixed = fixed_positions(model)
+    return filled(model, {name: tensor for name, tensor in saved.state.items() if name not in fixed}, where)
 
 
 def read_model(
@@ -185,7 +174,7 @@ def read_model(
     folder = Path(folder)
     content = read_json(folder / CONFIG)
     config, named = read_config(folder / CONFIG, content), architecture(folder / CONFIG, content)
-    checkpoint = _checkpoint(folder, take)
+    checkpoint = unwrap(read_weights(folder), str(folder), take)
     weights, notes = checkpoint.tensors, list(checkpoint.notes)
     bare = default and not any(canonical(name).startswith("vit.") for name in weights)
     model_class = CLASSES.get(_ENCODERS.get(named, named), ViTModel if bare else default)
@@ -218,16 +207,7 @@ def _of_theirs(
     return ViTModel, {name.removeprefix(ENCODER): tensor for name, tensor in weights.items()}, notes
 
 
-def _checkpoint(folder: Path, take: str | None) -> Checkpoint:
-    """The tensors of a folder by the names that transformers' model has."""
-    content = read_weights(folder)
-    is_plain = all(isinstance(value, Tensor) for value in content.values())
-    if is_plain and not any(name.endswith(HF_ANCHORS) for name in content):
-        return Checkpoint(content)  # `_assemble` names what is missing
-    return unwrap(content, str(folder), take)
-
-
-def _skeleton(model_class: type[ViTPreTrainedModel], config: ViTConfig, names: Iterable[str]) -> ViTPreTrainedModel:
+def skeleton(model_class: type[ViTPreTrainedModel], config: ViTConfig, names: Iterable[str]) -> ViTPreTrainedModel:
     """The module without memory; a bare ViTModel has the pooler and the mask token that `names` tell of."""
     with torch.device("meta"):
         if issubclass(model_class, ViTModel):
@@ -244,7 +224,7 @@ def _assemble(
     if len(named) < len(on_disk):
         twice = on_disk.keys() - named.values()
         raise CheckpointError(f"{folder}: tensors twice, by two of their names: {', '.join(sorted(twice))}")
-    model = _skeleton(model_class, config, named)
+    model = skeleton(model_class, config, named)
     expected = places([*model.state_dict(), *fixed_positions(model)])
     names = {name for place in expected for name in place.names}
     refuse(str(folder), missing=[name for name in names if name not in named])
@@ -277,7 +257,7 @@ def _settle_positions(
     """
     if config.position_embeddings != "sincos":
         return []
-    for name, table in fixed_positions(_skeleton(model_class, config, state)).items():
+    for name, table in fixed_positions(skeleton(model_class, config, state)).items():
         if is_table(state[name], table):
             continue
         config.position_embeddings = "learned"

@@ -10,7 +10,7 @@ from PIL import Image
 from vitscale.config.model_rules import pair
 from vitscale.config.typed import is_finite
 from vitscale.errors import ConfigError
-from vitscale.interop.image_processing import RESAMPLE, ViTImageProcessor
+from vitscale.interop.image_processing import RESAMPLE, ViTImageProcessor, per_channel, processor_for
 from vitscale.interop.timm_names import IMAGENET_MEAN, IMAGENET_STD
 from vitscale.models.configuration import ViTConfig
 
@@ -30,36 +30,19 @@ def processor_of(content: dict[str, Any], config: ViTConfig) -> tuple[ViTImagePr
     if not is_finite(crop_pct) or crop_pct < 0.01:
         raise ConfigError(f"crop_pct={crop_pct!r}: must be a share of the image, above 0.01")
     scaled = math.floor(height / crop_pct), math.floor(width / crop_pct)
-    size: Any = {"height": scaled[0], "width": scaled[1]}
+    size: Any = None if scaled == (height, width) else scaled
     if mode == "center" and scaled[0] == scaled[1]:
         size = {"shortest_edge": scaled[0]}
     elif mode != "squash":
         notes.append(f"crop_mode={mode} to {height}x{width}: images are resized to that, whatever their aspect ratio")
-        size = {"height": height, "width": width}
+        size = None
     interpolation = str(content.get("interpolation") or "bicubic")
     if interpolation not in RESAMPLE:
         notes.append(f"interpolation={interpolation}: bicubic instead")
         interpolation = "bicubic"
-    crops = size != {"height": height, "width": width}
-    processor = ViTImageProcessor(
-        do_convert_rgb=config.num_channels == 3,
-        size=size,
-        resample=interpolation,
-        do_center_crop=crops,
-        crop_size=(height, width) if crops else None,
-        image_mean=_numbers("mean", content.get("mean") or IMAGENET_MEAN, config.num_channels),
-        image_std=_numbers("std", content.get("std") or IMAGENET_STD, config.num_channels),
-    )
-    return processor, notes
-
-
-def _numbers(name: str, values: Any, channels: int) -> tuple[float, ...]:
-    """One a channel; a single one is for all."""
-    each = tuple(values) if isinstance(values, list | tuple) else (values,)
-    numbers = each * channels if len(each) == 1 else each
-    if len(numbers) != channels or not all(map(is_finite, numbers)):
-        raise ConfigError(f"{name}={values!r}: must be one number, or one for each of {channels} channels")
-    return numbers
+    mean = per_channel("mean", content.get("mean") or IMAGENET_MEAN, config.num_channels)
+    std = per_channel("std", content.get("std") or IMAGENET_STD, config.num_channels)
+    return processor_for(config, mean, std, size, interpolation), notes
 
 
 def input_content(processor: ViTImageProcessor, config: ViTConfig) -> dict[str, Any]:
@@ -79,8 +62,8 @@ def input_content(processor: ViTImageProcessor, config: ViTConfig) -> dict[str, 
         "interpolation": Image.Resampling(processor.resample).name.lower(),
         "crop_pct": crop_pct,
         "crop_mode": mode,
-        "mean": [value / scale for value in _numbers("image_mean", mean, channels)],
-        "std": [value / scale for value in _numbers("image_std", std, channels)],
+        "mean": [value / scale for value in per_channel("image_mean", mean, channels)],
+        "std": [value / scale for value in per_channel("image_std", std, channels)],
     }
 
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from vitscale.errors import CheckpointError, ConfigError
 from vitscale.interop.image_processing import ViTImageProcessor
-from vitscale.interop.pretrained import ENCODER, prefix_of
+from vitscale.interop.pretrained import ENCODER, filled, prefix_of, skeleton
 from vitscale.interop.strict import refuse, require_equal, shapes
 from vitscale.interop.timm_names import timm_name
 from vitscale.models.configuration import ViTConfig
-from vitscale.models.positions import fill_fixed_positions, fixed_positions
+from vitscale.models.positions import fixed_positions
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 
 LAYER_SCALE = 1e-5  # only what a new layer would start from
@@ -58,6 +58,18 @@ def state_of(model: ViTPreTrainedModel) -> dict[str, Tensor]:
     return {prefix + name: tensor.detach() for name, tensor in state.items()}
 
 
+def by_timm_names(model: ViTPreTrainedModel, with_decoder: bool = False) -> tuple[dict[str, Tensor], list[str]]:
+    """`state_of` a model by timm's names, and our names of what has none; a decoder has some in MAE's code alone."""
+    tensors, left_out = {}, []
+    for name, tensor in state_of(model).items():
+        timm_key = timm_name(name)
+        if timm_key is None or (name.startswith("decoder.") and not with_decoder):
+            left_out.append(name)
+        else:
+            tensors[timm_key] = tensor.contiguous()
+    return tensors, left_out
+
+
 def build(
     model_class: type[ViTPreTrainedModel], config: ViTConfig, tensors: Mapping[str, Tensor], where: str
 ) -> ViTPreTrainedModel:
@@ -66,20 +78,12 @@ def build(
     tensors: `pos_embed` as ours, class token and patches; those of fixed positions are not there.
     CheckpointError that names what is missing, left over, or of another shape.
     """
-    model: ViTPreTrainedModel
-    with torch.device("meta"):
-        if issubclass(model_class, ViTModel):
-            model = model_class(config, add_pooling_layer=f"{ENCODER}pooler.dense.weight" in tensors)
-        else:
-            model = model_class(config)
-    model.to_empty(device="cpu")
+    model = skeleton(model_class, config, [name.removeprefix(ENCODER) for name in tensors])
     prefix = prefix_of(model)
-    state = model.state_dict()
-    on_disk = {name: timm_name(prefix + name) or prefix + name for name in state}
-    require_equal({on_disk[name]: tuple(tensor.shape) for name, tensor in state.items()}, shapes(tensors), where)
-    model.load_state_dict({name: tensors[on_disk[name]] for name in state})
-    fill_fixed_positions(model)
-    return model.eval()
+    expected = shapes(model.state_dict())
+    on_disk = {name: timm_name(prefix + name) or prefix + name for name in expected}
+    require_equal({on_disk[name]: shape for name, shape in expected.items()}, shapes(tensors), where)
+    return filled(model, {name: tensors[on_disk[name]] for name in expected}, where)
 
 
 def require(needed: Iterable[str], tensors: Mapping[str, Tensor], where: str) -> None:
