@@ -69,7 +69,6 @@ def save_model(
     state: State,
     image_mean: Sequence[float],
     image_std: Sequence[float],
-    max_shard_size: int | str = MAX_SHARD_SIZE,
     crop: float | None = None,
 ) -> None:
     """Write a model's folder.
@@ -82,7 +81,7 @@ def save_model(
     tensors = {name: torch.as_tensor(value).detach().cpu() for name, value in state.items()}
     require_equal(shapes(model.state_dict()), shapes(tensors), f"the state of {class_name}")
     processor = processor_dict(config, image_mean, image_std, crop)
-    _write_model(folder, class_name, config, tensors | fixed_positions(model), max_shard_size, processor)
+    _write_model(folder, class_name, config, tensors | fixed_positions(model), processor)
 
 
 def processor_dict(
@@ -107,7 +106,7 @@ def save_pretrained(
     """Write a model's config and weights, as transformers does, and its processor where one is given."""
     tensors = {name: value.detach().cpu() for name, value in model.state_dict().items()} | fixed_positions(model)
     content = None if processor is None else processor.to_dict()
-    _write_model(folder, type(model).__name__, model.config, tensors, max_shard_size, content)
+    _write_model(folder, type(model).__name__, model.config, tensors, content, max_shard_size)
 
 
 def _write_model(
@@ -115,8 +114,8 @@ def _write_model(
     class_name: str,
     config: ViTConfig,
     tensors: Mapping[str, Tensor],
-    max_shard_size: int | str,
     processor: dict[str, Any] | None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
     """Write config, tensors (all that the class has, by our names) and the content of preprocessor_config.json."""
     on_disk: dict[str, Tensor] = {}

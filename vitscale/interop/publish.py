@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from vitscale.errors import CheckpointError
 from vitscale.files import hub
@@ -20,14 +21,10 @@ def push(
     *,
     run: Path | None,
     processor: ViTImageProcessor | None,
-    commit_message: str,
-    private: bool | None,
-    token: str | bool | None,
-    revision: str | None,
-    create_pr: bool,
     max_shard_size: int | str,
+    **options: Any,
 ) -> str:
-    """PretrainedMixin.push_to_hub."""
+    """PretrainedMixin.push_to_hub; options: of hub.upload."""
     record = None if run is None else RunRecord.read(run)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -41,13 +38,4 @@ def push(
             shutil.copy(source, folder)
         card = model_card(model, repo_id, record, with_processor=(folder / PROCESSOR).exists())
         (folder / hub.CARD).write_text(card, encoding="utf-8")
-        return hub.upload(
-            folder,
-            repo_id,
-            new_card=record is not None,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-        )
+        return hub.upload(folder, repo_id, new_card=record is not None, **options)

@@ -48,14 +48,14 @@ def refuse_foreign(tensors: Mapping[str, Tensor], where: str) -> None:
             raise CheckpointError(f"{where}: tensors {listed(names, 3)} are {what}, {_NO_CONFIG}")
 
 
-def require_equal(expected: Shapes, actual: Shapes, where: str, hint: str = "") -> None:
-    """CheckpointError where names or shapes differ; hint: see `refuse`."""
+def require_equal(expected: Shapes, actual: Shapes, where: str) -> None:
+    """CheckpointError where names or shapes differ."""
     other = [
         f"{name} {list(actual[name])} instead of {list(shape)}"
         for name, shape in expected.items()
         if name in actual and actual[name] != shape
     ]
-    refuse(where, expected.keys() - actual.keys(), actual.keys() - expected.keys(), other, hint)
+    refuse(where, expected.keys() - actual.keys(), actual.keys() - expected.keys(), other)
 
 
 def refuse(
