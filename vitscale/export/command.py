@@ -74,8 +74,8 @@ def export(arguments: argparse.Namespace, export_run: ExportRun) -> int:
     return DONE
 
 
-def _prunings(arguments: argparse.Namespace) -> list[tuple[str, float]]:
-    prunings: list[tuple[str, float]] = []
+def _prunings(arguments: argparse.Namespace) -> dict[str, float]:
+    prunings: dict[str, float] = {}
     for what, text in arguments.prune:
         try:
             fraction = float(text)
@@ -83,13 +83,13 @@ def _prunings(arguments: argparse.Namespace) -> list[tuple[str, float]]:
             fraction = 0.0
         if what not in PRUNABLE or not 0 < fraction < 1:
             raise ConfigError(f"--prune {what} {text}: must be heads or mlp, and a number between 0 and 1")
-        if what in [earlier for earlier, _ in prunings]:
+        if what in prunings:
             raise ConfigError(f"--prune {what}: is given twice; name the whole fraction once")
-        prunings.append((what, fraction))
+        prunings[what] = fraction
     return prunings
 
 
-def _check(arguments: argparse.Namespace, prunings: list[tuple[str, float]]) -> None:
+def _check(arguments: argparse.Namespace, prunings: dict[str, float]) -> None:
     if arguments.format == "hf":
         _refuse(arguments, "dynamic_size")
     if arguments.quantize == "static" and not arguments.calibrate:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,8 +33,8 @@ RANDOM_BATCHES = (1, 3, 4)
 class Export:
     """One command being carried out: `run` leaves the file or folder at `out`, or nothing."""
 
-    def __init__(self, arguments: argparse.Namespace, prunings: Sequence[tuple[str, float]], out: Path) -> None:
-        """arguments: those of the verb (see command.py), checked; prunings: heads or mlp, and the fraction to go."""
+    def __init__(self, arguments: argparse.Namespace, prunings: Mapping[str, float], out: Path) -> None:
+        """arguments: those of the verb (see command.py), checked; prunings: of heads or mlp, the fraction to go."""
         self._arguments, self._prunings, self._out = arguments, prunings, out
         runs_images = bool(arguments.images or arguments.calibrate)
         loaded = load(arguments.source, "cpu", runs_images, arguments.take)
@@ -68,7 +68,7 @@ class Export:
         model, labelled = self._model, None
         if self._arguments.labelled and self._prunings:
             labelled = self._calibration or self._named(self._arguments.images, "--images", MOST_CALIBRATION)
-        for what, fraction in self._prunings:
+        for what, fraction in self._prunings.items():
             if labelled is None:
                 _say(f"prune {what} {fraction:g}: by the weights' magnitude")
                 scores = magnitudes(model, what)
