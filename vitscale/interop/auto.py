@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from vitscale.errors import CheckpointError
 from vitscale.files.model_folder import CONFIG, read_json
@@ -16,7 +16,7 @@ from vitscale.models.auto import CLASSES
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.simmim import ViTForMaskedImageModeling
-from vitscale.models.vit import ViTModel, ViTPreTrainedModel
+from vitscale.models.vit import ViTModel
 
 
 class AutoConfig:
@@ -32,39 +32,23 @@ class AutoConfig:
         return config_as(config_class or type(config), config).overridden(overrides)
 
 
-class _AutoModel:
-    model_class: ClassVar[type[ViTPreTrainedModel]]
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, **options: Any) -> Any:
-        """As the from_pretrained of the class that is meant; see there.
-
-        CheckpointError where config.json is of a model that is not ours, naming those that are.
-        """
-        return cls.model_class.from_pretrained(source, **options)
-
-    @classmethod
-    def from_config(cls, config: ViTConfig) -> ViTPreTrainedModel:
-        """A model of this class and config, its values not yet of any use."""
-        return cls.model_class(config)
-
-
-class AutoModel(_AutoModel):
+# from_config: a model whose values are not yet of any use.
+class AutoModel:
     """The encoder, as a ViTModel: of an MAE too, which in transformers would hide patches."""
 
-    model_class = ViTModel
+    from_pretrained, from_config = ViTModel.from_pretrained, ViTModel
 
 
-class AutoModelForImageClassification(_AutoModel):
+class AutoModelForImageClassification:
     """A classifier; a folder without one gives it a new head, and says so."""
 
-    model_class = ViTForImageClassification
+    from_pretrained, from_config = ViTForImageClassification.from_pretrained, ViTForImageClassification
 
 
-class AutoModelForMaskedImageModeling(_AutoModel):
+class AutoModelForMaskedImageModeling:
     """SimMIM's model; a folder without its decoder gives it a new one, and says so."""
 
-    model_class = ViTForMaskedImageModeling
+    from_pretrained, from_config = ViTForMaskedImageModeling.from_pretrained, ViTForMaskedImageModeling
 
 
 class AutoModelForPreTraining:
