@@ -104,15 +104,15 @@ def as_table(
     variants: Sequence[Variant], agreements: Sequence[Agreement], milliseconds: Sequence[float], has_classes: bool
 ) -> str:
     """A line a variant; the first is what the others are held against."""
-    has_labels = any(agreement.labelled for agreement in agreements)
-    titles = ["", "MB", "ms/image", *(["top-1 agreement"] if has_classes else []), "max difference"]
-    lines = [[*titles, *(["accuracy"] if has_labels else [])]]
-    for place, (variant, agreement, time_taken) in enumerate(zip(variants, agreements, milliseconds, strict=True)):
-        cells = [variant.name, f"{variant.bytes / 1e6:.2f}", f"{time_taken:.2f}"]
-        if has_classes:
-            cells.append(f"{100 * agreement.same_top1 / agreement.images:.2f} %" if place else "")
-        cells.append(f"{agreement.max_difference:.2g}" if place else "")
-        if has_labels:
-            cells.append(f"{100 * agreement.correct / agreement.labelled:.2f} %")
-        lines.append(cells)
-    return aligned(lines, right=range(1, len(lines[0])))
+    columns = [
+        ["", *(variant.name for variant in variants)],
+        ["MB", *(f"{variant.bytes / 1e6:.2f}" for variant in variants)],
+        ["ms/image", *(f"{taken:.2f}" for taken in milliseconds)],
+    ]
+    others = agreements[1:]
+    if has_classes:
+        columns.append(["top-1 agreement", "", *(f"{100 * each.same_top1 / each.images:.2f} %" for each in others)])
+    columns.append(["max difference", "", *(f"{each.max_difference:.2g}" for each in others)])
+    if any(each.labelled for each in agreements):
+        columns.append(["accuracy", *(f"{100 * each.correct / each.labelled:.2f} %" for each in agreements)])
+    return aligned(list(zip(*columns, strict=True)), right=range(1, len(columns)))

@@ -18,6 +18,7 @@ from vitscale.inference.progress import Tally
 from vitscale.interop.image_arrays import MAX_PIXELS
 from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.models.configuration import ViTConfig
+from vitscale.text import listed
 from vitscale.world import World
 
 BATCH = 8
@@ -93,9 +94,8 @@ class _Labels:
         self._classes: dict[str, int] = config.label2id or {}
         if not self._classes.keys() >= set(folders):
             if len(folders) != config.num_labels:
-                some = ", ".join(folders[:4]) + (", ..." if len(folders) > 4 else "")
                 raise DataError(
-                    f"{key}: the images lie in {len(folders)} folders ({some}), the model has "
+                    f"{key}: the images lie in {len(folders)} folders ({listed(folders, limit=4)}), the model has "
                     f"{config.num_labels} classes; --labelled wants a folder for each, named as in label2id or in order"
                 )
             self._classes = {name: place for place, name in enumerate(folders)}
