@@ -65,26 +65,23 @@ _RULES: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "dynamic_img_pad": ((False,), "padded images"),
     },
 }
-# Arguments that the tensors tell too (_COMPARED), that timm.py reads, or that a trained model does not feel.
-_COMMON = {
-    "img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias",
-    "qk_norm", "init_values", "class_token", "no_embed_class", "dynamic_img_size", "drop_rate", "pos_drop_rate",
-    "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate",
-}  # fmt: skip
-_KNOWN = {
-    VIT: _COMMON | {"reg_tokens", "fc_norm", "pos_embed", "weight_init", "fix_init"},
-    EVA: _COMMON | {
-        "num_reg_tokens", "use_fc_norm", "use_post_transformer_norm", "use_abs_pos_emb", "swiglu_mlp",
+# Arguments that the tensors tell too, of both classes and of one.
+_TOLD = ("embed_dim", "depth", "in_chans", "num_classes", "qkv_bias", "qk_norm", "class_token", "no_embed_class",
+         "patch_size", "mlp_ratio", "init_values")  # fmt: skip
+_TOLD_OF = {
+    VIT: (*_TOLD, "reg_tokens", "fc_norm", "pos_embed"),
+    EVA: (*_TOLD, "num_reg_tokens", "use_fc_norm", "use_abs_pos_emb", "swiglu_mlp", "use_post_transformer_norm"),
+}
+# Arguments that timm.py reads, or that a trained model does not feel.
+_UNFELT = {"img_size", "num_heads", "dynamic_img_size", "drop_rate", "pos_drop_rate", "patch_drop_rate",
+           "proj_drop_rate", "attn_drop_rate", "drop_path_rate"}  # fmt: skip
+_UNFELT_OF = {
+    VIT: _UNFELT | {"weight_init", "fix_init"},
+    EVA: _UNFELT | {
         "swiglu_align_to", "rope_temperature", "rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords",
         "ref_feat_shape", "attn_pool_num_heads", "attn_pool_mlp_ratio", "head_init_scale",
     },
 }  # fmt: skip
-# Arguments that the tensors tell too.
-_COMPARED = (
-    "embed_dim", "depth", "in_chans", "num_classes", "qkv_bias", "qk_norm", "class_token", "no_embed_class",
-    "reg_tokens", "fc_norm", "num_reg_tokens", "use_fc_norm", "use_abs_pos_emb", "swiglu_mlp", "patch_size",
-    "mlp_ratio", "init_values", "pos_embed", "use_post_transformer_norm",
-)  # fmt: skip
 
 
 def arguments_of(architecture: str, model_args: dict[str, Any], under: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -97,14 +94,14 @@ def arguments_of(architecture: str, model_args: dict[str, Any], under: dict[str,
     table = ARCHITECTURES.get(architecture)
     if table is None:
         raise ConfigError(f"architecture={architecture!r}: is none of timm 1.0's ViTs that a ViTConfig can express")
-    arguments = {**_DEFAULTS[table["class"]], **(under or {}), **table, **model_args}
-    rules = _RULES[table["class"]]
+    kind = table["class"]
+    arguments, rules = {**_DEFAULTS[kind], **(under or {}), **table, **model_args}, _RULES[kind]
     reasons = [
         f"{name}={arguments[name]!r} ({reason})"
         for name, (allowed, reason) in rules.items()
         if name in arguments and arguments[name] not in allowed
     ]
-    unknown = sorted(model_args.keys() - rules.keys() - _KNOWN[table["class"]])
+    unknown = sorted(model_args.keys() - rules.keys() - {*_TOLD_OF[kind]} - _UNFELT_OF[kind])
     reasons += [f"{name}={model_args[name]!r} (an argument that is not known here)" for name in unknown]
     if reasons:
         raise ConfigError(f"architecture={architecture!r}: no ViTConfig can express {'; '.join(reasons)}")
@@ -134,7 +131,7 @@ def require_consistent(
         actual["no_embed_class"] = tensors["pos_embed"].shape[1] == config.num_patches
     wrong = [
         f"{name}={declared[name]!r}{by.get(name, '')} (the tensors have {actual[name]!r})"
-        for name in _COMPARED
+        for name in _TOLD_OF[declared["class"]]
         if name in declared and name in actual and _meaning(name, declared, config) != _meaning(name, actual, config)
     ]
     if wrong:
