@@ -232,7 +232,7 @@ def test_a_value_that_is_none_is_named(tmp_path: Path, said: str, key: str, valu
         ("mask_ratio", 7, r"mask_ratio=7.0: must be in \[0, 1\)"),
         ("mask_ratio", -7, r"mask_ratio=-7.0: must be in \[0, 1\)"),
         ("processor", {"image_mean": ["a"]}, "its note on images: image_mean="),
-        ("processor", {1: 2}, r"its note on images: key\(s\) 1"),
+        ("processor", {"do_pad": True}, r"its note on images: key\(s\) do_pad"),
     ],
 )
 def test_a_note_of_ours_that_was_edited(tmp_path: Path, key: str, value: Any, said: str) -> None:

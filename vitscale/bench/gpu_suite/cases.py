@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +97,12 @@ class Setting:
         self.emit(partial=figures)
 
 
-def start_context(device: str) -> BaseContext:
-    """How the suite starts processes: each a fresh Python; on a CPU forked from one that has imported the libraries,
-    which CUDA would not survive."""
-    return multiprocessing.get_context("fork" if device == "cpu" else "spawn")
+def start_process(device: str, target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """Start a fresh Python; on a CPU a fork of one that has imported the libraries, which CUDA would not survive."""
+    context: Any = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
+    process = context.Process(target=target, args=arguments)
+    process.start()
+    return process
 
 
 def serve(stage: Stage, setting: Setting, log: Path) -> None:

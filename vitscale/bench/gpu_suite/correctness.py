@@ -33,7 +33,7 @@ def cases(setting: Setting) -> Cases:
     device = torch.device(setting.device)
     of_objectives = {f"gradients {name}": partial(_compare_gradients, name, device) for name in OBJECTIVES}
     of_stages = {f"ZeRO-{stage}": partial(_compare_steps, stage, setting) for stage in (0, 1, 2, 3)}
-    return {**of_objectives, **of_stages, "gradients compiled": partial(_compare_compiled, device)}
+    return {**of_objectives, **of_stages, "gradients compiled": partial(_compare_gradients, "mae", device, True)}
 
 
 def resume_cases(setting: Setting) -> Cases:
@@ -61,20 +61,14 @@ def small_config(objective: str, tokens: bool = False) -> RunConfig:
     )
 
 
-def _compare_gradients(objective: str, device: torch.device) -> Figures:
-    """fp32, then bf16, both against fp32 on the CPU; raises Mismatch beyond TOLERANCES."""
+def _compare_gradients(objective: str, device: torch.device, compiled: bool = False) -> Figures:
+    """fp32, then bf16, both against fp32 on the CPU, or bf16 of compiled blocks; raises Mismatch beyond TOLERANCES."""
+    if compiled and device.type == "cpu":
+        raise Unable("compiling is for a GPU here; on a CPU, tests/models/test_compile.py does it")
     config = small_config(objective, tokens=device.type == "cuda")
     expected = gradients(config, torch.device("cpu"), torch.float32)
-    return _judge({dtype: gradients(config, device, dtype) for dtype in TOLERANCES}, expected)
-
-
-def _compare_compiled(device: torch.device) -> Figures:
-    """The same of compiled blocks, encoder and decoder."""
-    if device.type == "cpu":
-        raise Unable("compiling is for a GPU here; on a CPU, tests/models/test_compile.py does it")
-    config = small_config("mae", tokens=True)
-    expected = gradients(config, torch.device("cpu"), torch.float32)
-    return _judge({torch.bfloat16: gradients(config, device, torch.bfloat16, compiled=True)}, expected)
+    dtypes = [torch.bfloat16] if compiled else list(TOLERANCES)
+    return _judge({dtype: gradients(config, device, dtype, compiled) for dtype in dtypes}, expected)
 
 
 def _judge(computed: dict[torch.dtype, LossAndGradients], expected: LossAndGradients) -> Figures:

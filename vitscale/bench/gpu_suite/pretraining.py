@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vitscale.bench.gpu_suite.cases import Cases, Figures, Mismatch, Setting, start_context
+from vitscale.bench.gpu_suite.cases import Cases, Figures, Mismatch, Setting, start_process
 from vitscale.bench.measuring import peak_rate
 from vitscale.config.load import load_config
 from vitscale.models.auto import build_model
@@ -65,8 +65,7 @@ def _pretrain(stage: int, losses: dict[str, list[float]], setting: Setting) -> F
 
 def run_command(arguments: Sequence[str], setting: Setting) -> int | None:
     """The exit code of `vitscale ARGUMENTS` in a process of its own."""
-    process = start_context(setting.device).Process(target=_command, args=(arguments,))  # type: ignore[attr-defined]
-    process.start()
+    process = start_process(setting.device, _command, arguments)
     process.join()
     return process.exitcode
 

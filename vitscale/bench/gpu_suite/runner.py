@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from vitscale.bench.gpu_suite.cases import Setting, Stage, serve, start_context
+from vitscale.bench.gpu_suite.cases import Setting, Stage, serve, start_process
 from vitscale.bench.gpu_suite.results import Results
 
 _POLL_S = 0.1
@@ -57,8 +57,7 @@ class Runner:
                 self.images,
             )  # fmt: skip
             watch = _Watch(stage, setting, self.results)
-            process = start_context(self.device).Process(target=serve, args=(stage, setting, log))  # type: ignore[attr-defined]
-            process.start()
+            process = start_process(self.device, serve, stage, setting, log)
             try:
                 watch.until_end(process)
             finally:
