@@ -350,13 +350,13 @@ def processor_for(
     config: ViTConfig, image_mean: Any, image_std: Any, size: Any = None, resample: int | str = RESAMPLE["bicubic"]
 ) -> ViTImageProcessor:
     """The processor of a model: images are squeezed to its size or, with `size`, resized to that and cropped."""
-    model_size, channels = pair(config.image_size), config.num_channels
+    model_size, channels, crops = pair(config.image_size), config.num_channels, size is not None
     return ViTImageProcessor(
         do_convert_rgb=channels == 3,
-        size=size or model_size,
+        size=size if crops else model_size,
         resample=resample,
-        do_center_crop=size is not None,
-        crop_size=size and model_size,
+        do_center_crop=crops,
+        crop_size=model_size if crops else None,
         image_mean=per_channel("image_mean", image_mean, channels),
         image_std=per_channel("image_std", image_std, channels),
     )
