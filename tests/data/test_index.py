@@ -54,6 +54,21 @@ def test_what_is_kept_beside_shards_is_none_of_them(folder: Path) -> None:
         assert sorted(os.listdir(folder))[:2] == ["index.json", "index.tables"]
 
 
+def test_names_that_look_like_patterns_are_names(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = tmp_path / "set [2024] (a)" / "a*b" / "{0..1}"
+    odd.mkdir(parents=True)
+    (tmp_path / "set [2024] (a)" / "axb" / "{0..1}").mkdir(parents=True)
+    for where in (odd / "x[1].tar", odd / "y.tar", odd.parents[1] / "axb" / "{0..1}" / "z.tar"):
+        shutil.copy(folder / "s000.tar", where)
+    assert expand((Source(f"{odd}/*.tar"),)) == [f"{odd}/x[1].tar", f"{odd}/y.tar"]
+    assert expand((Source(f"{odd}/x[1].tar"),)) == [f"{odd}/x[1].tar"]
+    assert expand((Source(f"{odd}/{{y,x[[]1]}}.tar"),)) == [f"{odd}/y.tar", f"{odd}/x[1].tar"]
+    monkeypatch.setenv("HOME", str(odd))
+    assert expand((Source("~/y.tar"),)) == [f"{odd}/y.tar"]
+    monkeypatch.chdir(odd)
+    assert expand((Source("y.tar"), Source("./x*.tar"))) == [f"{odd}/y.tar", f"{odd}/./x[1].tar"]
+
+
 @pytest.mark.parametrize(
     "pattern, word",
     [

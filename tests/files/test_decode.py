@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -186,11 +188,27 @@ def test_bombs_are_told_from_the_header() -> None:
     assert why(png_header(0, 10)).cause == "undecodable"
 
 
-def test_a_png_that_unpacks_without_end_is_undecodable() -> None:
+@pytest.mark.parametrize("remark", ["large text", "large profile", "bad checksum"])
+def test_a_png_is_not_judged_by_its_remarks(remark: str) -> None:
+    plain = encoded(pixels(3), "PNG")
+    payload = zlib.compress(bytes(3 << 20))
+    name, body = {"large text": (b"zTXt", b"a\0\0" + payload), "large profile": (b"iCCP", b"a\0\0" + payload),
+                  "bad checksum": (b"tEXt", b"a\0b")}[remark]  # fmt: skip
+    checksum = zlib.crc32(name + body) ^ (remark == "bad checksum")
+    chunk = struct.pack(">I", len(body)) + name + body + struct.pack(">I", checksum)
+    header, expected = (read_header(data, 10**6) for data in (plain[:33] + chunk + plain[33:], plain))
+    assert np.array_equal(np.asarray(header.image), np.asarray(expected.image))
+
+
+def test_what_a_png_unpacks_beside_its_pixels_is_not_unpacked() -> None:
     text = b"zTXt" + b"a\0\0" + zlib.compress(bytes(8 << 20), 9)
     chunk = (len(text) - 4).to_bytes(4, "big") + text + zlib.crc32(text).to_bytes(4, "big")
     data = encoded(pixels(0), "PNG")
-    assert why(data[:33] + chunk + data[33:]).cause == "undecodable"
+    tracemalloc.start()
+    assert read_header(data[:33] + chunk + data[33:], 10**6).image is not None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
 
 
 @settings(deadline=None, max_examples=150)

@@ -79,6 +79,8 @@ def convert(
     options: what a bare file of weights leaves open; take: which of its sets of weights. `to` must not be there yet.
     ConfigError and CheckpointError name what cannot be read, what the target cannot express, and a failed check.
     """
+    if target not in _WRITERS:
+        raise ConfigError(f"target={target!r}: must be one of {', '.join(_WRITERS)}")
     if to.exists():
         raise ConfigError(f"{to}: is there already; name a new {'file' if target == 'mae' else 'folder'}")
     opened = open_model(source, options, take)

@@ -14,7 +14,7 @@ import braceexpand
 from vitscale.config.schema import Source
 from vitscale.errors import DataError
 from vitscale.files.retry import unreadable
-from vitscale.files.store import Store, is_remote
+from vitscale.files.store import Store, is_remote, split_existing
 from vitscale.files.stores import REMOTE, Stores, require_no_secret
 
 _MOST_SHARDS = 10_000_000
@@ -48,23 +48,40 @@ def _expand(pattern: str, store: Store) -> list[str]:
     local = re.sub(r"^file:(//)?", "", pattern, flags=re.IGNORECASE)
     if is_remote(local):
         require_no_secret(local, "data.train")
-    has_wildcards = glob.has_magic(local) and not local.lower().startswith("http")  # there ? begins a query
-    ranges = [[int(number or 1) for number in found] for found in _RANGE.findall(local)]
-    count = math.prod(abs(last - first) // max(1, abs(step)) + 1 for first, last, step in ranges)
-    if count > _MOST_SHARDS:
-        raise DataError(f"shards {pattern!r}: its braces stand for {count} paths; at most {_MOST_SHARDS} are taken")
-    try:
-        # Looking for backslashes in each of many names takes longer than the names.
-        names = list(braceexpand.braceexpand(local, escape="\\" in local))
-    except ValueError as error:
-        raise DataError(f"shards {pattern!r}: {error}") from None
-    if len(names) == 1 and not is_remote(local) and os.path.isdir(names[0]):
+        names = _braces(local, pattern)
+        return names if local.lower().startswith("http") else _matched(names, pattern, store)  # there ? begins a query
+    local = os.path.expanduser(local)
+    if os.path.isfile(local):  # its name may look like a pattern
+        return [local]
+    if os.path.isdir(local):
         folder = local.rstrip("/")
         raise DataError(
             f"shards {pattern!r}: is a folder; name the shards in it, say data.train='{folder}/*.tar' (of a folder of "
             f"images, `vitscale pack {folder} NEW_FOLDER` makes shards)"
         )
-    if not has_wildcards:
+    folder, rest = split_existing(local)
+    names = _braces(rest, pattern)
+    folder = glob.escape(folder) if glob.has_magic(rest) else folder
+    before = os.path.join(folder, "")
+    return _matched([before + name for name in names], pattern, store, rest)
+
+
+def _braces(text: str, pattern: str) -> list[str]:
+    """What the braces of a part of `pattern` stand for."""
+    ranges = [[int(number or 1) for number in found] for found in _RANGE.findall(text)]
+    count = math.prod(abs(last - first) // max(1, abs(step)) + 1 for first, last, step in ranges)
+    if count > _MOST_SHARDS:
+        raise DataError(f"shards {pattern!r}: its braces stand for {count} paths; at most {_MOST_SHARDS} are taken")
+    try:
+        # Looking for backslashes in each of many names takes longer than the names.
+        return list(braceexpand.braceexpand(text, escape="\\" in text))
+    except ValueError as error:
+        raise DataError(f"shards {pattern!r}: {error}") from None
+
+
+def _matched(names: list[str], pattern: str, store: Store, written: str | None = None) -> list[str]:
+    """Each name, or what it matches where it has wildcards. written: the part of them that can have some."""
+    if not glob.has_magic(pattern if written is None else written):
         return names
     paths: list[str] = []
     for name in names:

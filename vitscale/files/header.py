@@ -15,6 +15,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # of a GIF or another a
 _SIZE_MARKERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _BARE_MARKERS = {0x01, *range(0xD0, 0xD9)}
 _END = b"\xff\xd9"
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class BadSample(Exception):
@@ -94,6 +95,29 @@ def exif_orientation(tiff: bytes) -> int:
     return 1
 
 
+def _opened(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except (ValueError, SyntaxError, OSError):
+        if not data.startswith(_PNG):
+            raise
+    return Image.open(io.BytesIO(_png_without_remarks(data)), formats=FORMATS)
+
+
+def _png_without_remarks(data: bytes) -> bytes:
+    """A PNG's chunks that make its pixels. The others (texts, a profile) may be large or damaged, and say nothing here.
+
+    W3C's PNG, section 5.4: an ancillary chunk's name begins with a small letter.
+    """
+    kept, at = [_PNG], len(_PNG)
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 5].isupper() or data[at + 4 : at + 8] == b"tRNS":
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
+
 def _why_none(data: bytes, error: Exception) -> str:
     if data[4:8] == b"ftyp":
         kind = "AVIF" if data[8:12] in (b"avif", b"avis") else "HEIC or another film's format"
@@ -104,7 +128,7 @@ def _why_none(data: bytes, error: Exception) -> str:
 def _other_header(data: bytes) -> Header:
     """By Pillow, which opens without decoding; of a TIFF it applies the orientation itself."""
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = _opened(data)
     except Image.DecompressionBombError as error:
         raise BadSample("too_large", str(error)) from None
     except Exception as error:  # its parsers raise nearly anything on damaged files

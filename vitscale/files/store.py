@@ -128,6 +128,14 @@ def is_remote(path: str) -> bool:
     return _URL.match(path) is not None
 
 
+def split_existing(path: str) -> tuple[str, str]:
+    """The folders that are there, whatever their names look like, and what is left: a name, or a pattern."""
+    folder, rest = ("/" if path.startswith("/") else ""), [part for part in path.split("/") if part]
+    while rest and os.path.isdir(os.path.join(folder, rest[0])):
+        folder = os.path.join(folder, rest.pop(0))
+    return folder, "/".join(rest)
+
+
 def absolute(path: str) -> str:
     """A path from the root on; a URL as it is."""
     return path if is_remote(path) else os.path.abspath(path)

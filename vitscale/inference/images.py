@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vitscale.errors import DataError, VitscaleError
 from vitscale.files.header import IMAGE_KINDS, BadSample, read_header
+from vitscale.files.store import split_existing
 from vitscale.files.tar import LARGEST_MEMBER, scan_shard
 from vitscale.interop.image_arrays import MAX_PIXELS, decode
 from vitscale.interop.image_processing import ViTImageProcessor
@@ -178,7 +179,8 @@ def _from_argument(text: str) -> Iterator[ImageSource]:
     if os.path.lexists(path):
         yield from _from_path(path)
         return
-    folder, rest = _split(path)
+    above, rest = split_existing(str(path))
+    folder = Path(above)
     try:
         patterns = list(braceexpand.braceexpand(rest))
     except ValueError:  # braces that do not close are a name like any other
@@ -189,17 +191,6 @@ def _from_argument(text: str) -> Iterator[ImageSource]:
             yield _bad(str(folder / pattern), "no file is named so; check the pattern")
         for match in matches:
             yield from _from_folder_entry(folder / match)
-
-
-def _split(path: Path) -> tuple[Path, str]:
-    """The folders that are there, whatever their names look like, and what is left: a name, or a pattern."""
-    folder = Path(path.anchor)
-    parts = path.relative_to(folder).parts
-    for place, part in enumerate(parts):
-        if not (folder / part).is_dir():
-            return folder, os.path.join(*parts[place:])
-        folder /= part
-    return folder, ""
 
 
 def _from_path(path: Path) -> Iterator[ImageSource]:

@@ -16,7 +16,7 @@ from PIL import Image
 from vitscale.config.model_rules import pair
 from vitscale.config.typed import is_finite
 from vitscale.errors import CheckpointError, ConfigError, DataError
-from vitscale.files.model_folder import PROCESSOR, read_json, write_json
+from vitscale.files.model_folder import PROCESSOR, as_text, read_json, write_json
 from vitscale.files.sources import HUB_OPTIONS
 from vitscale.interop.image_arrays import MAX_PIXELS, as_array, flatten
 from vitscale.interop.processor_files import TYPES, known_keys, processor_file
@@ -175,6 +175,10 @@ class ViTImageProcessor:
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         present = {name: value for name, value in values.items() if value is not None}
         return {"image_processor_type": TYPES[0], **present}
+
+    def to_json_string(self) -> str:
+        """The file's text, as transformers' Trainer and hub classes ask for it."""
+        return as_text(self.to_dict())
 
     def overridden(self, options: dict[str, Any]) -> Self:
         """This processor with other options; checked again, since fields may have been set by hand."""
