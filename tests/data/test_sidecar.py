@@ -109,7 +109,7 @@ def damage_length(data: bytes) -> bytes:
         (lambda data: data[:-1], "bytes"),
         (lambda data: data[: len(data) // 2] + b"x" + data[len(data) // 2 + 1 :], "digest"),
         (lambda data: b"", "no table"),
-        (lambda data: b"vitscale-table-2" + data[16:], "no table of this version"),
+        (lambda data: b"vitscale-table-1" + data[16:], "no table of this version"),
         (damage_length, "bytes"),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.makers import write_tar
+from tests.data.makers import encoded, pixels, write_tar
 from vitscale.errors import DataError
 from vitscale.files.tar import scan_shard
 
@@ -51,7 +51,8 @@ def test_names_group_as_in_webdataset(tmp_path: Path) -> None:
     theirs = {}
     for sample in webdataset.WebDataset(str(path), shardshuffle=False, nodesplitter=None):
         theirs |= {f"{sample['__key__']}.{kind}": data for kind, data in sample.items() if not kind.startswith("__")}
-    assert read_back(path) == theirs
+    left_out = ("__meta__.json", "g.tar.gz")  # samples of no image and no label
+    assert read_back(path) == {name: data for name, data in theirs.items() if name not in left_out}
     assert list(theirs) == ["a/b.c/d.jpg", "a/b.c/d.seg.png", "./e.cls", "__meta__.json", "e.jpg", "g.tar.gz"]
 
 
@@ -177,9 +178,56 @@ def test_a_name_with_nul_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "a.tar", "NUL")
 
 
-def test_samples_in_pieces_are_refused(tmp_path: Path) -> None:
-    refused(write_tar(tmp_path / "a.tar", [("a.jpg", b""), ("b.jpg", b""), ("a.cls", b"1")]), "'a'", "two places")
-    refused(write_tar(tmp_path / "b.tar", [("a.jpg", b""), ("a.JPG", b"")]), "a.JPG", "twice")
+def test_members_of_a_sample_may_lie_anywhere(tmp_path: Path) -> None:
+    """As GNU tar packs a folder, or images first and labels behind them."""
+    members = [("b.jpg", b"B"), ("a.jpg", b"A"), ("c.cls", b"2"), ("a.cls", b"0"), ("b.cls", b"1"), ("c.jpg", b"C")]
+    path = write_tar(tmp_path / "a.tar", members)
+    assert read_back(path) == dict(members)
+    table = scan_shard(str(path), label="cls")
+    assert (table.keys, table.labels) == (["b", "a", "c"], {0: b"1", 1: b"0", 2: b"2"})
+    data = path.read_bytes()
+    assert [data[at : at + count] for at, count in map(table.image_of, range(3))] == [b"B", b"A", b"C"]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("between", [[], [("b.jpg", b"")]])
+def test_a_name_that_comes_twice_is_refused_with_both_places(tmp_path: Path, between: list[tuple[str, bytes]]) -> None:
+    path = write_tar(tmp_path / "b.tar", [("a.jpg", b""), *between, ("a.JPG", b"")])
+    refused(path, "'a.jpg' comes twice", f"its bytes from 512 and from {1024 + 512 * len(between)} on")
+
+
+PNG, JPEG = encoded(pixels(0), "PNG"), encoded(pixels(0), "JPEG")
+
+
+def test_what_belongs_to_no_sample_is_passed_over_and_counted(tmp_path: Path) -> None:
+    junk = [
+        "._1.jpg",
+        ".DS_Store",
+        "d/.gitkeep",
+        "d/._2.jpg",
+        "README",
+        "README.md",
+        "__MACOSX/d/._1.jpg",
+        "notes.json",
+    ]
+    members = [("d/1.jpg", JPEG), ("d/1.cls", b"3"), *((name, b"junk") for name in junk), ("d/2.cls", b"4")]
+    table = scan_shard(str(write_tar(tmp_path / "a.tar", members)), label="cls")
+    assert table.keys == ["d/1", "d/2"], "what has a label should have had an image"
+    assert (table.passed_over, table.example) == (len(junk), "._1.jpg")
+    assert table.labels == {0: b"3", 1: b"4"}
+    assert table.image_of(1) is None
+
+
+def test_content_tells_what_is_an_image(tmp_path: Path) -> None:
+    members = [
+        ("1.jfif", JPEG), ("2.jpg_large", JPEG), ("3.input.png", PNG), ("3.txt", b"x"), ("4.img", b"none"), ("4.cls", b"1"),
+        ("5.mask.png", PNG), ("5.jpg", b"a bad one"), ("6.jpe", JPEG),
+    ]  # fmt: skip
+    path = write_tar(tmp_path / "a.tar", members)
+    table, data = scan_shard(str(path)), path.read_bytes()
+    images = [place and data[place[0] : sum(place)] for place in map(table.image_of, range(len(table)))]
+    assert images == [JPEG, JPEG, PNG, None, b"a bad one", JPEG]
+    named = scan_shard(str(path), image="mask.png")
+    assert [key for i, key in enumerate(named.keys) if named.image_of(i)] == ["5"]
 
 
 def test_pax_size_counts(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ class Data:
     validation: tuple[Source, ...] = ()  # labelled shards to score on while training
     validation_fraction: float = 0.0  # or this share of data.train, chosen by a hash of each sample's key
     label: str = "cls"  # the extension of the member with the label; json.KEY.KEY: where in a .json it is
+    image: str | None = None  # the extension of the member with the image; null: told by extension, else by content
     decode: str = "auto"  # nvimgcodec, simplejpeg, pillow, or auto: the first that is installed
     background: int = 255  # what transparent pixels lie on, 0 (black) to 255 (white)
     max_pixels: int = 64_000_000  # a larger image is a bad sample, told from its header

@@ -43,9 +43,10 @@ class ShardIndex:
     modified: np.ndarray  # int64 [shards], nanoseconds; tells a stale row
     store: Store = field(default_factory=Stores)
     fallback_folders: tuple[str, ...] = ()  # for the tables of shards whose own folder cannot be written
+    image: str | None = None  # the extension of the members with images: data.image
 
     @staticmethod
-    def of(rows: Rows, store: Store, fallback_folders: tuple[str, ...] = ()) -> ShardIndex:
+    def of(rows: Rows, store: Store, fallback_folders: tuple[str, ...] = (), image: str | None = None) -> ShardIndex:
         paths = tuple(rows.paths)
         return ShardIndex(
             paths=paths,
@@ -56,6 +57,7 @@ class ShardIndex:
             modified=rows.modified,
             store=store,
             fallback_folders=fallback_folders,
+            image=image,
         )
 
     @property
@@ -101,7 +103,10 @@ class ShardIndex:
         """The index for other ranks, which `from_bytes` reads."""
         columns = np.stack([self.samples, self.bytes, self.modified]).astype("<i8")
         packer = zlib.compressobj(1)
-        parts = [packer.compress(_line([len(self.paths), self.fallback_folders])), packer.compress(columns.tobytes())]
+        parts = [
+            packer.compress(_line([len(self.paths), self.fallback_folders, self.image])),
+            packer.compress(columns.tobytes()),
+        ]
         for start in range(0, len(self.paths), _SENT):
             some = slice(start, start + _SENT)
             parts.append(packer.compress(_line([self.paths[some], self.sha256[some]])))
@@ -114,7 +119,7 @@ class ShardIndex:
         if hashlib.sha256(data[32:]).digest() != data[:32]:
             raise DataError("the index of the shards came damaged from rank 0; start the run again")
         content = io.BytesIO(zlib.decompress(memoryview(data)[32:]))
-        count, fallbacks = json.loads(content.readline())
+        count, fallbacks, image = json.loads(content.readline())
         samples, size, modified = np.frombuffer(content.read(count * 24), "<i8").reshape(3, -1).astype(np.int64)
         paths: list[str] = []
         sha256: list[str | None] = []
@@ -122,7 +127,8 @@ class ShardIndex:
             some_paths, some_sha256 = json.loads(line)
             paths += some_paths
             sha256 += some_sha256
-        return ShardIndex.of(Rows(paths, samples, size, sha256, modified), store or Stores(), tuple(fallbacks))
+        rows = Rows(paths, samples, size, sha256, modified)
+        return ShardIndex.of(rows, store or Stores(), tuple(fallbacks), image)
 
     def table(self, shard: int, label: str) -> SampleTable:
         """The table of a shard, with the labels of extension `label`. DataError where it is not what the index says."""
@@ -131,7 +137,7 @@ class ShardIndex:
             stat = self.store.stat(path)
         except OSError as error:
             raise unreadable(path, error) from None
-        return Sidecar(self.store, label, self.fallback_folders).table(self._checked(shard, stat))
+        return Sidecar(self.store, label, self.fallback_folders, self.image).table(self._checked(shard, stat))
 
     def complete_tables(self, label: str, say: Report = report) -> None:
         """Make the tables that are missing, in parallel: for a job that needs every row before its first step.
@@ -140,7 +146,7 @@ class ShardIndex:
         """
         stats = stat_all(self.store, self.paths).T.tolist()
         shards = [self._checked(shard, FileStat(*stat)) for shard, stat in enumerate(stats)]
-        count_samples(Sidecar(self.store, label, self.fallback_folders), shards, say)
+        count_samples(Sidecar(self.store, label, self.fallback_folders, self.image), shards, say)
 
     def _checked(self, shard: int, stat: FileStat) -> Shard:
         """A shard as it is now, which must be what was counted."""
@@ -164,14 +170,15 @@ def open_index(
     cache: Path,
     *,
     label: str = "cls",
+    image: str | None = None,
     store: Store | None = None,
 ) -> ShardIndex:
     """The index of the shards that `sources` name. Each is asked for its size and time once.
 
     From the file `index_path` (data.index) if given; else from index.json beside the shards where its rows are
     not stale, and the rest by a scan, kept beside the shards or, where that cannot be written, in the folder
-    `cache`. A scan leaves the shards' tables, with labels of the extension `label`. DataError names the pattern,
-    the shard or the file at fault.
+    `cache`. A scan leaves the shards' tables, with labels of the extension `label` and images of the extension `image`
+    (None: see scan_shard). DataError names the pattern, the shard or the file at fault.
     """
     if len({source.weight for source in sources}) > 1:
         raise DataError("data.train: weights are not supported yet: every shard is read once an epoch; leave them out")
@@ -180,9 +187,9 @@ def open_index(
     fallback = os.path.abspath(cache)
     if index_path is not None:
         builder.take_from_file(index_path)
-        return ShardIndex.of(builder.rows, store, (*_local_folder(index_path), fallback))
-    builder.take_from_folders(Sidecar(store, label, (fallback,)), fallback)
-    return ShardIndex.of(builder.rows, store, (fallback,))
+        return ShardIndex.of(builder.rows, store, (*_local_folder(index_path), fallback), image)
+    builder.take_from_folders(Sidecar(store, label, (fallback,), image), fallback)
+    return ShardIndex.of(builder.rows, store, (fallback,), image)
 
 
 def build_index(

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from vitscale.data.index_file import Rows, read_rows, write_rows
+from vitscale.data.index_file import Rows, is_current, read_rows, write_rows
 from vitscale.data.sidecar import Shard, Sidecar, count_samples, fallback_name, report
 from vitscale.errors import DataError
 from vitscale.files.retry import unreadable
@@ -132,11 +132,12 @@ class IndexBuilder:
     def _take_fresh(self, files: _FolderFiles) -> dict[int, tuple[int, int, str | None]]:
         """Take a folder's rows that are not stale; of the others, place -> (samples, bytes, sha256)."""
         outdated = {}
-        for rows in files.rows():
+        for rows, current in files.rows():
             places = self.places(rows)
             ours = np.flatnonzero(places >= 0)
             places = places[ours]
             fresh = (rows.bytes[ours] == self.bytes[places]) & (rows.modified[ours] == self.modified[places])
+            fresh &= current
             self.take(rows, ours[fresh], places[fresh])
             for row, place in zip(ours[~fresh].tolist(), places[~fresh].tolist(), strict=True):
                 outdated[place] = int(rows.samples[row]), int(rows.bytes[row]), rows.sha256[row]
@@ -160,17 +161,19 @@ class _FolderFiles:
         self._beside = (store, os.path.join(folder, "index.json"))
         self._fallback = (LocalFiles(), os.path.join(fallback, fallback_name(folder, ".json")))
 
-    def rows(self) -> Iterator[Rows]:
-        """Rows of both; none where there is no file, or from where it is not ours on."""
+    def rows(self) -> Iterator[tuple[Rows, bool]]:
+        """Rows of both, and whether they were counted by the rules of now; none where there is no file, or from where
+        it is not ours on."""
         for store, path in (self._fallback, self._beside):
-            with contextlib.suppress(DataError):
-                yield from read_rows(store, path)
+            with contextlib.suppress(DataError, OSError):
+                current = is_current(store, path)
+                yield from ((rows, current) for rows in read_rows(store, path))
 
     def save(self, ours: list[tuple[Any, ...]], builder: IndexBuilder) -> None:
         """These rows of the builder, and the rows of shards that it does not have, while they exist."""
         store, beside = self._beside
         others: dict[str, Any] = {}
-        for rows in self.rows():
+        for rows, _ in self.rows():
             missing = builder.places(rows) < 0
             others |= {row[0]: row for row, kept in zip(zip(*rows, strict=True), missing.tolist(), strict=True) if kept}
         there = [row for row in others.values() if _exists(store, row[0])]

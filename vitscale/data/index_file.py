@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,9 @@ from vitscale.files.retry import unreadable
 from vitscale.files.store import Store, absolute, is_remote, read_pieces
 
 FORMAT = "vitscale-index-1"
-_HEAD = f'{{"format": "{FORMAT}", "shards": [\n'.encode()
+RULES = 2  # of what a sample is, in files/tar.py; an index that does not say was counted by the first ones
+_OLD_HEAD = f'{{"format": "{FORMAT}", "shards": [\n'.encode()
+_HEAD = f'{{"format": "{FORMAT}", "rules": {RULES}, "shards": [\n'.encode()
 _NEXT = b"},\n"  # between two rows
 _END = b"\n]}\n"
 _READ = 1 << 18  # bytes read, and parsed, at once
@@ -41,6 +44,12 @@ def read_rows(store: Store, path: str) -> Iterator[Rows]:
         raise DataError(f"data.index={path}: is no index as `vitscale index` makes it: {error!r}") from None
 
 
+def is_current(store: Store, path: str) -> bool:
+    """Whether an index was counted by the rules of now. OSError where there is none."""
+    found = re.search(rb'"rules":\s*(\d+)', store.read(path, 0, 200))
+    return found is not None and int(found[1]) == RULES
+
+
 def write_rows(store: Store, path: str, rows: Rows) -> None:
     """Shards at or below the file's folder are named relative to it. OSError where it cannot be written."""
     folder = absolute(os.path.dirname(path))
@@ -63,8 +72,9 @@ def _entries(store: Store, path: str) -> Iterator[list[Any]]:
     """The file's rows as JSON has them: by the line where it is laid out as we write it, else read whole."""
     pieces = read_pieces(store, path, _READ)
     rest = next(pieces, b"")
-    if rest.startswith(_HEAD):
-        rest = rest[len(_HEAD) :]
+    head = _HEAD if rest.startswith(_HEAD) else _OLD_HEAD
+    if rest.startswith(head):
+        rest = rest[len(head) :]
         for piece in pieces:
             rows, end, begun = rest.rpartition(_NEXT)
             try:
@@ -73,7 +83,7 @@ def _entries(store: Store, path: str) -> Iterator[list[Any]]:
                 rest += piece
                 break
             rest = begun + piece
-        rest = _HEAD + rest
+        rest = head + rest
     content = json.loads(rest + b"".join(pieces))
     if content["format"] != FORMAT:
         raise ValueError(f"format is {content['format']!r}, not {FORMAT!r}")

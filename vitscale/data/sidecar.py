@@ -61,6 +61,7 @@ class Sidecar:
     store: Store
     label: str
     fallback_folders: tuple[str, ...]  # local, for tables that cannot lie beside their shards; the first is preferred
+    image: str | None = None  # the extension of the members with images; None: told by extension or content
 
     def table(self, shard: Shard) -> SampleTable:
         """From its file where that holds, else by a scan that leaves one.
@@ -80,7 +81,11 @@ class Sidecar:
         for what in wrong:
             _report_few(f"{what}; the table is made again from {shard.path}")
         _wait_for_next_tick(shard.stat)
-        made = tables.make_table(scan_shard(shard.path, self.store, self.label, shard.stat), shard.stat, self.label)
+        scanned = scan_shard(shard.path, self.store, self.label, shard.stat, self.image)
+        if scanned.passed_over:
+            what = f"{scanned.passed_over} members belong to no sample, as {scanned.example}"
+            _report_few(f"{shard.path}: {what}: they are passed over")
+        made = tables.make_table(scanned, shard.stat, self.label, self.image)
         if shard.samples not in (None, len(made)):
             raise DataError(
                 f"{shard.path}: holds {len(made)} samples, the index says {shard.samples}; "
@@ -96,7 +101,8 @@ class Sidecar:
 
     def _places(self, path: str) -> Iterator[tuple[Store, str]]:
         folder, name = os.path.split(path)
-        name = f"{name}.{quote(self.label, safe='')}.table"
+        kinds = self.label if self.image is None else f"{self.label}.{self.image}"
+        name = f"{name}.{quote(kinds, safe='')}.table"
         yield self.store, os.path.join(folder, FOLDER, name)
         for fallback in self.fallback_folders:
             yield LocalFiles(), os.path.join(fallback, fallback_name(folder, ".tables"), name)
@@ -108,7 +114,8 @@ class Sidecar:
         while len(data) < whole and (more := store.read(path, len(data), _NEXT_READ)):
             data += more
         table = tables.from_bytes(data)
-        if table.label != self.label or table.shard != shard.stat or shard.samples not in (None, len(table)):
+        wanted = (self.label, self.image, shard.stat, shard.samples or len(table))
+        if (table.label, table.image, table.shard, len(table)) != wanted:
             raise ValueError("is of another state of the shard")
         return table
 

@@ -13,11 +13,10 @@ from hashlib import blake2b
 
 import numpy as np
 
-from vitscale.files.header import IMAGE_KINDS
 from vitscale.files.store import FileStat
 from vitscale.files.tar import OffsetTable
 
-_MAGIC = b"vitscale-table-1\n"
+_MAGIC = b"vitscale-table-2\n"
 _LENGTHS = struct.Struct("<QI")  # bytes of the whole, bytes of the header
 _DIGEST_BYTES = 16
 _COLUMNS = ("key_hash", "key_end", "image_kind", "image_offset", "image_bytes", "label_offset", "label_bytes",
@@ -33,10 +32,11 @@ class SampleTable:
 
     shard: FileStat  # of the file that it was made from
     label: str  # the extension of the members with labels
+    image: str | None  # the extension of those with images; None: told by extension or content
     extensions: tuple[str, ...]  # all that the shard has
     key_hash: np.ndarray  # int64, blake2b of the key in UTF-8, 8 bytes, little-endian
     key_end: np.ndarray  # where each key ends in `keys`
-    image_kind: np.ndarray  # place in IMAGE_KINDS; -1: no image
+    image_kind: np.ndarray  # place in `extensions`; -1: no image
     image_offset: np.ndarray  # of the bytes in the shard, 0 where there is no image
     image_bytes: np.ndarray
     label_offset: np.ndarray
@@ -61,10 +61,11 @@ def _start(ends: np.ndarray, i: int) -> int:
     return int(ends[i - 1]) if i else 0
 
 
-def make_table(scanned: OffsetTable, shard: FileStat, label: str) -> SampleTable:
-    """The table of a shard that was scanned for `label`."""
-    kinds = np.array([IMAGE_KINDS.index(kind) if kind in IMAGE_KINDS else -1 for kind in scanned.kinds])
-    image_kind, image_offset, image_bytes = _first_of(scanned, kinds)
+def make_table(scanned: OffsetTable, shard: FileStat, label: str, image: str | None = None) -> SampleTable:
+    """The table of a shard that was scanned for `label` and `image`."""
+    has_image, member = scanned.image >= 0, np.maximum(scanned.image, 0)
+    image_kind = np.where(has_image, scanned.kind[member], -1)
+    image_offset, image_bytes = (np.where(has_image, each[member], 0) for each in (scanned.offsets, scanned.sizes))
     is_label = np.array([0 if kind == label else -1 for kind in scanned.kinds])
     has_label, label_offset, label_bytes = _first_of(scanned, is_label)
     keys = [key.encode() for key in scanned.keys]
@@ -73,6 +74,7 @@ def make_table(scanned: OffsetTable, shard: FileStat, label: str) -> SampleTable
     return SampleTable(
         shard=shard,
         label=label,
+        image=image,
         extensions=tuple(scanned.kinds),
         key_hash=np.frombuffer(hashes, dtype="<i8"),
         key_end=_narrow(np.cumsum([len(key) for key in keys])),
@@ -111,7 +113,7 @@ def to_bytes(table: SampleTable) -> bytes:
         "samples": len(table),
         "label": table.label,
         "extensions": table.extensions,
-        "image_kinds": IMAGE_KINDS,
+        "image": table.image,
     }
     columns = []
     for name in _COLUMNS:
@@ -141,8 +143,6 @@ def from_bytes(data: bytes) -> SampleTable:
         raise ValueError("does not have the digest that it names")
     body = HEAD_BYTES + _LENGTHS.unpack_from(data, len(_MAGIC))[1]
     header = json.loads(data[HEAD_BYTES:body])
-    if tuple(header["image_kinds"]) != IMAGE_KINDS:
-        raise ValueError("knows other kinds of images")
     content, samples = zlib.decompress(memoryview(data)[body:-_DIGEST_BYTES]), header["samples"]
     columns, at = {}, 0
     for name in _COLUMNS:
@@ -154,6 +154,7 @@ def from_bytes(data: bytes) -> SampleTable:
     return SampleTable(
         shard=FileStat(header["shard_bytes"], header["shard_modified"]),
         label=header["label"],
+        image=header["image"],
         extensions=tuple(header["extensions"]),
         keys=content[at:keys_end],
         labels=content[keys_end:],

@@ -18,6 +18,16 @@ _END = b"\xff\xd9"
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
+def looks_like_image(head: bytes) -> bool:
+    """Whether a file's first bytes are an image's of FORMATS."""
+    return (
+        head.startswith((b"\xff\xd8\xff", _PNG, b"II*\0", b"MM\0*"))
+        or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+        or (head[:2] == b"BM" and head[6:10] == bytes(4))
+        or (head[:6] in (b"GIF87a", b"GIF89a") and b"\0" in head[6:])
+    )
+
+
 class BadSample(Exception):
     """A sample that another one must stand in for; `cause` is one of CAUSES."""
 

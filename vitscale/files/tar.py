@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vitscale.errors import DataError
+from vitscale.files.header import IMAGE_KINDS, looks_like_image
 from vitscale.files.retry import unreadable
 from vitscale.files.store import FileStat, LocalFiles, Store
 
@@ -23,9 +24,9 @@ BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _LARGEST_EXTENDED_HEADER = 1 << 20
 LARGEST_MEMBER = 256 << 20  # bytes; a larger image is a bad sample, not read
+_NO_IMAGE = 2
 SMALL = 64  # bytes; a label of at most so many comes with its header, in one read
-# webdataset's rules (tariterators.py): key and extension of a member's name, and what is no sample.
-_KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+# webdataset's rule (tariterators.py) for what is no sample.
 _META = re.compile(r"__[^/]*__($|/)")
 
 
@@ -40,6 +41,9 @@ class OffsetTable:
     offsets: np.ndarray  # int64 [members], of the data in the file
     sizes: np.ndarray  # int64 [members], bytes
     labels: dict[int, bytes]  # sample -> the bytes of its member with the label's extension, if at most SMALL
+    image: np.ndarray  # int64 [samples], which member is the image; -1: none
+    passed_over: int = 0  # members that belong to no sample
+    example: str = ""  # the name of one of these
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -50,18 +54,28 @@ class OffsetTable:
         places = zip(self.offsets[chosen].tolist(), self.sizes[chosen].tolist(), strict=True)
         return {self.kinds[kind]: place for kind, place in zip(self.kind[chosen].tolist(), places, strict=True)}
 
+    def image_of(self, i: int) -> tuple[int, int] | None:
+        """(offset, bytes) of sample i's image."""
+        member = int(self.image[i])
+        return None if member < 0 else (int(self.offsets[member]), int(self.sizes[member]))
+
 
 def scan_shard(
-    path: str, store: Store | None = None, label: str | None = None, stat: FileStat | None = None
+    path: str,
+    store: Store | None = None,
+    label: str | None = None,
+    stat: FileStat | None = None,
+    image: str | None = None,
 ) -> OffsetTable:
     """Read all headers of a tar file, each once. DataError when it is not whole, not a tar, or holds no sample.
 
-    label: the extension of the members whose bytes are wanted with their headers; stat: what the store says of
-    the file, where it is known.
+    Members of one key are a sample, wherever they lie, if one is an image or a label. label: the extension of the
+    members whose bytes are wanted with their headers; stat: what the store says of the file, where it is known; image:
+    the extension of the images (default: of IMAGE_KINDS, else what their content says).
     """
     store = store or LocalFiles()
     try:
-        return _Scan(path, store, label, (stat or store.stat(path)).bytes).run()
+        return _Scan(path, store, label, image, (stat or store.stat(path)).bytes).run()
     except OSError as error:
         raise unreadable(path, error) from None
 
@@ -73,31 +87,85 @@ class _Scan:
     path: str
     store: Store
     label: str | None
+    image: str | None
     length: int  # bytes of the file
     position: int = 0  # of the next header
     block: bytes = b""  # what lies after the header read last
     long_name: bytes | None = None  # from an extended header, for the member that follows
     long_size: int | None = None
-    keys: list[str] = field(default_factory=list)
-    seen: set[str] = field(default_factory=set)
-    first: list[int] = field(default_factory=list)
+    samples: dict[str, int] = field(default_factory=dict)  # key -> which sample, in the order of their first members
+    sample: list[int] = field(default_factory=list)  # of each member, as the lists below
     kind_of: dict[str, int] = field(default_factory=dict)
     kind: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
-    labels: dict[int, bytes] = field(default_factory=dict)
-    extensions: set[str] = field(default_factory=set)  # of the sample being read
+    is_image: list[bool] = field(default_factory=list)  # by its content
+    labels: dict[int, bytes] = field(default_factory=dict)  # by member
+    passed_over: int = 0
+    example: str = ""
 
     def run(self) -> OffsetTable:
         while (header := self._next_header()) != _ZEROS:
             self._take(header)
         self._check_end()
-        if not self.keys:
-            self._fail("holds no sample: members need a base name and an extension, as in 000017.jpg")
-        numbers = [np.array(values, dtype=np.int64) for values in (self.first, self.kind, self.offsets, self.sizes)]
-        first, kind, offsets, sizes = numbers
-        first = np.append(first, len(kind))
-        return OffsetTable(self.keys, first, list(self.kind_of), kind.astype(np.int32), offsets, sizes, self.labels)
+        table = self._table()
+        if not len(table):
+            names = f", as {table.example!r}" if table.example else ""
+            self._fail(
+                f"holds no sample: members need a base name and an extension, and one of a sample to be an image or a "
+                f"label ({table.passed_over} are passed over{names})"
+            )
+        return table
+
+    def _table(self) -> OffsetTable:
+        """The members by sample, those of no sample left out."""
+        sample, kind, offsets, sizes = (
+            np.array(values, dtype=np.int64) for values in (self.sample, self.kind, self.offsets, self.sizes)
+        )
+        kinds, keys = list(self.kind_of), list(self.samples)
+        self._require_once(sample, kind, offsets, kinds, keys)
+        label = -1 if self.label is None else self.kind_of.get(self.label, -1)
+        score = self._image_score(kind, kinds)
+        good = np.zeros(len(keys), dtype=bool)
+        good[sample[(score < _NO_IMAGE) | (kind == label) | (kind == self.kind_of.get("cls", -1))]] = True
+        dropped = np.flatnonzero(~good)
+        passed_over = self.passed_over + int((~good[sample]).sum())
+        example = self.example or (keys[dropped[0]] if len(dropped) else "")
+        order = np.argsort(sample, kind="stable")
+        order = order[good[sample[order]]]
+        number = np.cumsum(good) - 1  # of each sample that stays
+        sample = number[sample[order]]
+        first = np.append(np.flatnonzero(np.diff(sample, prepend=-1)), len(sample))
+        image = np.full(len(first) - 1, -1, dtype=np.int64)
+        if len(image):
+            ranked = np.minimum.reduceat(score[order] * len(order) + np.arange(len(order)), first[:-1])
+            image = np.where(ranked < _NO_IMAGE * len(order), ranked % len(order), -1)
+        labels = {int(number[self.sample[member]]): text for member, text in self.labels.items()
+                  if good[self.sample[member]]}  # fmt: skip
+        return OffsetTable(
+            [key for key, stays in zip(keys, good.tolist(), strict=True) if stays], first, kinds,
+            kind[order].astype(np.int32), offsets[order], sizes[order], labels, image, passed_over, example,
+        )  # fmt: skip
+
+    def _image_score(self, kind: np.ndarray, kinds: list[str]) -> np.ndarray:
+        """int64 [members]: of a sample's members the one with the least is its image; _NO_IMAGE: it is none."""
+        if self.image is not None:
+            return np.where(kind == self.kind_of.get(self.image, -1), 0, _NO_IMAGE)
+        named = np.array([each in IMAGE_KINDS for each in kinds] or [False])
+        by_content = np.where(np.array(self.is_image, dtype=bool), 1, _NO_IMAGE)
+        return np.where(named[kind], 0, by_content) if len(kind) else by_content
+
+    def _require_once(
+        self, sample: np.ndarray, kind: np.ndarray, offsets: np.ndarray, kinds: list[str], keys: list[str]
+    ) -> None:
+        """DataError for a name that comes twice."""
+        order = np.lexsort((kind, sample))
+        same = np.flatnonzero((np.diff(sample[order]) == 0) & (np.diff(kind[order]) == 0))
+        if len(same):
+            one, other = order[same[0]], order[same[0] + 1]
+            name = f"{keys[sample[one]]}.{kinds[kind[one]]}"
+            places = f"its bytes from {offsets[one]} and from {offsets[other]} on"
+            self._fail(f"member {name!r} comes twice in one sample, {places} (a key ends at the first dot of the name)")
 
     def _fail(self, what: str) -> None:
         raise DataError(f"{self.path}: {what}; write the shard again or take it out of the data")
@@ -218,26 +286,22 @@ class _Scan:
         return records
 
     def _add(self, name: str, offset: int, size: int) -> None:
-        """A regular member, by webdataset's rule: neighbours of one key are one sample."""
-        match = None if _META.match(name) else _KEY.match(name)
-        if match is None:
+        """A regular member: its key is all up to the first dot of the file's name, as in webdataset."""
+        folder, slash, base = name.rpartition("/")
+        stem, dot, extension = base.partition(".")
+        if not stem or not dot or _META.match(name):  # .DS_Store, ._1.jpg of a Mac, README
+            self.passed_over += 1
+            self.example = self.example or name
             return
-        key, extension = match[1], match[2].lower()
-        if not self.keys or key != self.keys[-1]:
-            if key in self.seen:
-                self._fail(f"key {key!r} comes at two places: the members of a sample must be neighbours")
-            self.seen.add(key)
-            self.keys.append(key)
-            self.first.append(len(self.kind))
-            self.extensions.clear()
-        if extension in self.extensions:
-            self._fail(f"member {name!r} comes twice in one sample (a key ends at the first dot of the file's name)")
-        self.extensions.add(extension)
+        sample = self.samples.setdefault(folder + slash + stem, len(self.samples))
+        extension = extension.lower()
         if extension == self.label and size <= SMALL:
-            self.labels[len(self.keys) - 1] = self.block[:size]
+            self.labels[len(self.sample)] = self.block[:size]
+        self.sample.append(sample)
         self.kind.append(self.kind_of.setdefault(extension, len(self.kind_of)))
         self.offsets.append(offset)
         self.sizes.append(size)
+        self.is_image.append(looks_like_image(self.block[: min(size, 32)]))
 
     def _check_end(self) -> None:
         """After the first block of zeros: a second one, and zeros to the end of the file."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vitscale.errors import DataError, VitscaleError
-from vitscale.files.header import IMAGE_KINDS, BadSample, read_header
+from vitscale.files.header import IMAGE_KINDS, BadSample, looks_like_image, read_header
 from vitscale.files.store import split_existing
 from vitscale.files.tar import LARGEST_MEMBER, scan_shard
 from vitscale.interop.image_arrays import MAX_PIXELS, decode
@@ -148,7 +148,7 @@ def _in_turn(data: bytes, max_pixels: int) -> AbstractContextManager[Any]:
 
 def _from_stdin(stdin: BinaryIO) -> Iterator[ImageSource]:
     head = stdin.read(_HEAD)
-    if _is_image(head):
+    if looks_like_image(head) or head.startswith(b"\x93NUMPY"):
         yield ImageSource("-", lambda: head + stdin.read(LARGEST_MEMBER))
         return
     # Line by line: a list may be long, or still be written.
@@ -156,16 +156,6 @@ def _from_stdin(stdin: BinaryIO) -> Iterator[ImageSource]:
     for line in itertools.chain([first], lines, stdin):
         if text := os.fsdecode(line.rstrip(b"\r\n")):
             yield from _from_argument(text)
-
-
-def _is_image(head: bytes) -> bool:
-    """Whether bytes start like an image; none of these starts is a path's."""
-    return (
-        head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"\x93NUMPY"))
-        or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
-        or (head[:2] == b"BM" and head[6:10] == bytes(4))
-        or (head[:6] in (b"GIF87a", b"GIF89a") and b"\0" in head[6:])
-    )
 
 
 def _from_argument(text: str) -> Iterator[ImageSource]:
@@ -232,7 +222,7 @@ def _from_shard(path: Path) -> Iterator[ImageSource]:
         return
     for place, key in enumerate(table.keys):
         name = f"{_shown(path)}:{key}"
-        member = next((member for kind, member in table.members(place).items() if kind in IMAGE_KINDS), None)
+        member = table.image_of(place)
         if member is None:
             yield _bad(name, f"has no image ({', '.join(IMAGE_KINDS)})")
         else:

@@ -129,7 +129,9 @@ def prepare(arguments: Sequence[str], layout: Layout, script: str, patience_s: f
             train = packed_sources(train, folder.path / PACKED)
         if train:  # without any, the run itself says what to give
             data = config.data
-            open_index(train, data.index, folder.path, label=data.label_extension, store=store_of(data))
+            open_index(
+                train, data.index, folder.path, label=data.label_extension, image=data.image, store=store_of(data)
+            )
         keep_snapshot(folder, Path(arguments[1]), [script, *arguments])
     return folder
 

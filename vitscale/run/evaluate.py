@@ -175,7 +175,7 @@ def _open(config: RunConfig, results: RunFolder) -> dict[str, Packed | None]:
     store = store_of(config.data)
 
     def opened(sources: tuple[Source, ...], indexed: str | None) -> ShardIndex:
-        index = open_index(sources, indexed, results.path, label=label, store=store)
+        index = open_index(sources, indexed, results.path, label=label, image=config.data.image, store=store)
         if _is_labelled(config):
             require_labels(index, label)
         return index

@@ -119,7 +119,7 @@ def _other_data(config: RunConfig, folder: RunFolder, index: ShardIndex, look_at
     def opened(sources: tuple[Source, ...], needs_labels: bool = True) -> ShardIndex | None:
         if not sources:
             return None
-        other = open_index(sources, None, folder.path, label=label, store=index.store)
+        other = open_index(sources, None, folder.path, label=label, image=data.image, store=index.store)
         if needs_labels:
             require_labels(other, label)
         return other
@@ -183,7 +183,7 @@ def _open_index(config: RunConfig, folder: RunFolder, store: Stores) -> ShardInd
     data = config.data
     if not data.train:
         raise ConfigError("data.train is empty: give the shards, say data.train='/data/train-{000000..000099}.tar'")
-    index = open_index(data.train, data.index, folder.path, label=data.label_extension, store=store)
+    index = open_index(data.train, data.index, folder.path, label=data.label_extension, image=data.image, store=store)
     if config.objective.needs_labels:
         require_labels(index, data.label_extension)
     return index
