@@ -10,6 +10,7 @@ from tests.data.makers import encoded, pixels, write_tar
 from vitscale.errors import DataError
 from vitscale.files.tar import scan_shard
 
+PNG, JPEG = encoded(pixels(0), "PNG"), encoded(pixels(0), "JPEG")
 MEMBERS = [(f"{i:04d}.{kind}", bytes([65 + i]) * size) for i in range(6) for kind, size in (("jpg", 700), ("cls", 1))]
 
 
@@ -189,13 +190,16 @@ def test_members_of_a_sample_may_lie_anywhere(tmp_path: Path) -> None:
     assert [data[at : at + count] for at, count in map(table.image_of, range(3))] == [b"B", b"A", b"C"]  # type: ignore[misc]
 
 
+def test_a_number_between_dots_is_of_the_key(tmp_path: Path) -> None:
+    names = ["scan.0001.jpg", "scan.0002.jpg", "scan.0002.cls", "a.1.5.jpg", "v1.0/x.jpg", "1.5x_3.jpg", "b.7"]
+    table = scan_shard(str(write_tar(tmp_path / "a.tar", [(name, JPEG) for name in names])))
+    assert table.keys == ["scan.0001", "scan.0002", "a.1.5", "v1.0/x", "1", "b"]
+
+
 @pytest.mark.parametrize("between", [[], [("b.jpg", b"")]])
 def test_a_name_that_comes_twice_is_refused_with_both_places(tmp_path: Path, between: list[tuple[str, bytes]]) -> None:
     path = write_tar(tmp_path / "b.tar", [("a.jpg", b""), *between, ("a.JPG", b"")])
     refused(path, "'a.jpg' comes twice", f"its bytes from 512 and from {1024 + 512 * len(between)} on")
-
-
-PNG, JPEG = encoded(pixels(0), "PNG"), encoded(pixels(0), "JPEG")
 
 
 def test_what_belongs_to_no_sample_is_passed_over_and_counted(tmp_path: Path) -> None:
@@ -219,8 +223,8 @@ def test_what_belongs_to_no_sample_is_passed_over_and_counted(tmp_path: Path) ->
 
 def test_content_tells_what_is_an_image(tmp_path: Path) -> None:
     members = [
-        ("1.jfif", JPEG), ("2.jpg_large", JPEG), ("3.input.png", PNG), ("3.txt", b"x"), ("4.img", b"none"), ("4.cls", b"1"),
-        ("5.mask.png", PNG), ("5.jpg", b"a bad one"), ("6.jpe", JPEG),
+        ("1.jfif", JPEG), ("2.jpg_large", JPEG), ("3.input.png", PNG), ("3.txt", b"x"), ("4.img", b"none"),
+        ("4.cls", b"1"), ("5.mask.png", PNG), ("5.jpg", b"a bad one"), ("6.jpe", JPEG),
     ]  # fmt: skip
     path = write_tar(tmp_path / "a.tar", members)
     table, data = scan_shard(str(path)), path.read_bytes()

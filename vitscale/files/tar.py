@@ -286,9 +286,13 @@ class _Scan:
         return records
 
     def _add(self, name: str, offset: int, size: int) -> None:
-        """A regular member: its key is all up to the first dot of the file's name, as in webdataset."""
+        """A regular member: its key is all up to the first dot of the file's name, as in webdataset; a number between
+        dots (scan.0001.jpg), of which no extension consists, is of the key too."""
         folder, slash, base = name.rpartition("/")
         stem, dot, extension = base.partition(".")
+        while stem and "." in extension and extension.partition(".")[0].isdecimal():
+            number, _, extension = extension.partition(".")
+            stem = f"{stem}.{number}"
         if not stem or not dot or _META.match(name):  # .DS_Store, ._1.jpg of a Mac, README
             self.passed_over += 1
             self.example = self.example or name
