@@ -51,6 +51,9 @@ class _Known:
     validator: str | None  # a strong ETag, or the time of the last change: If-Range
 
 
+_Seen = list[_Known]  # empty, or what a file was at its first answer
+
+
 class HttpFiles:
     """A Store of http:// and https:// URLs. Proxies and ~/.netrc are as curl has them; nothing is written.
 
@@ -72,13 +75,18 @@ class HttpFiles:
 
     def stat(self, path: str) -> FileStat:
         """By a read of one byte, which also servers answer that know no HEAD."""
-        self._known.pop(path, None)
-        self._read(path, 0, 1)
-        known = self._known[path]
+        seen: _Seen = []
+        self._read(path, 0, 1, seen)
+        self._known[path] = known = seen[0]
         return FileStat(known.bytes, known.modified)
 
     def read(self, path: str, start: int, count: int) -> bytes:
-        return self._read(path, start, count)
+        known = self._known.get(path)
+        seen = [] if known is None else [known]
+        data = self._read(path, start, count, seen)
+        for first in seen:
+            self._known.setdefault(path, first)
+        return data
 
     def write(self, path: str, data: bytes) -> None:
         raise OSError(errno.EROFS, "HTTP servers are only read", path)
@@ -86,19 +94,20 @@ class HttpFiles:
     def fetch(self, path: str, sha256: str | None) -> None:
         """See Store.fetch: it has no place for it."""
 
-    def _read(self, path: str, start: int, count: int) -> bytes:
+    def _read(self, path: str, start: int, count: int, seen: _Seen) -> bytes:
+        """seen: what the file was at its first answer, once there was one."""
         data = bytearray()
         attempts = Attempts(path, self._patience_s)
         while len(data) < count:
-            known, before = self._known.get(path), len(data)
-            if known is not None and start + before >= known.bytes:
+            before = len(data)
+            if seen and start + before >= seen[0].bytes:
                 break
             try:
-                self._continue(path, start, count, data)
+                self._continue(path, start, count, data, seen)
             except (_Again, HTTPError, OSError) as error:
                 if isinstance(error, OSError) and error.filename is not None:
                     raise  # ours, for good
-                if isinstance(error, NameResolutionError) and not self._known:
+                if isinstance(error, NameResolutionError) and not seen and not self._known:
                     host = urlsplit(path).hostname
                     raise FileNotFoundError(errno.ENOENT, f"no host of that name is known here: {host}", path) from None
                 if isinstance(error, SSLError) and "CERTIFICATE" in str(error):
@@ -108,19 +117,18 @@ class HttpFiles:
                 attempts.failed(_reason(error), getattr(error, "after_s", 0.0))
         return bytes(data)
 
-    def _continue(self, path: str, start: int, count: int, data: bytearray) -> None:
+    def _continue(self, path: str, start: int, count: int, data: bytearray, seen: _Seen) -> None:
         """One request for what is missing of bytes `start` to `start + count`; appends what came of it."""
         at = start + len(data)
         headers = {"Range": f"bytes={at}-{start + count - 1}", "Accept-Encoding": "identity"}
-        known = self._known.get(path)
-        if known is not None and known.validator:
-            headers["If-Range"] = known.validator
+        if seen and seen[0].validator:
+            headers["If-Range"] = seen[0].validator
         response = self._answer(path, headers)
         try:
             if response.status == 416:
-                self._note_end(path, response, at)
+                _note_end(path, response, at, seen)
                 return
-            skip = self._skip(path, response, at)
+            skip = _skip(path, response, at, seen)
             began, received = time.monotonic(), 0
             while len(data) < count:
                 piece = response.read1(_PIECE if skip else min(_PIECE, count - len(data)), decode_content=False)
@@ -133,43 +141,11 @@ class HttpFiles:
                 took = time.monotonic() - began
                 if took > _SLOW_S and received < _SLOWEST * took:
                     raise _Again(f"{received} bytes in {took:.0f} s")
-            if len(data) < count and start + len(data) < self._known[path].bytes:
+            if len(data) < count and start + len(data) < seen[0].bytes:
                 raise _Again(f"cut after {received} bytes")
         finally:
             # A connection with bytes left is of no more use.
             response.release_conn() if response.length_remaining == 0 else response.close()
-
-    def _skip(self, path: str, response: Any, at: int) -> int:
-        """How many bytes of an answer come before byte `at`; takes note of the file at its first answer."""
-        found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        if response.headers.get("Content-Encoding", "identity") != "identity":
-            encoding = response.headers["Content-Encoding"]
-            raise OSError(errno.EPROTO, f"is sent with Content-Encoding {encoding}, so its bytes are others", path)
-        if response.status == 206:
-            if found is None or int(found[1]) != at or found[3] == "*":
-                raise _Again(f"another range than asked for: {response.headers.get('Content-Range')}")
-            size = int(found[3])
-        else:
-            length = response.headers.get("Content-Length", "")
-            if not length.isdigit():
-                raise OSError(errno.EPROTO, "its server tells no length", path)
-            size = int(length)
-        self._note(path, size, response.headers)
-        return at if response.status == 200 else 0
-
-    def _note(self, path: str, size: int, headers: Any) -> None:
-        """What a file is, told by its first answer; all others must say the same."""
-        known = _Known(size, _time(headers.get("Last-Modified")), _validator(headers))
-        before = self._known.setdefault(path, known)
-        if (known.bytes, known.validator) != (before.bytes, before.validator):
-            raise OSError(errno.ENODATA, "was written again while it was in use", path)
-
-    def _note_end(self, path: str, response: Any, at: int) -> None:
-        """An answer that there is nothing from byte `at` on."""
-        size = response.headers.get("Content-Range", "").removeprefix("bytes */")
-        if not size.isdigit() or int(size) > at:
-            raise _Again(f"HTTP 416 for byte {at}")
-        self._note(path, int(size), response.headers)
 
     def _answer(self, path: str, headers: dict[str, str]) -> Any:
         """The response of status 200, 206 or 416 (no such range), behind redirects."""
@@ -214,6 +190,42 @@ class HttpFiles:
             pool = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
             self._pools.setdefault(proxy, pool)
         return self._pools[proxy]
+
+
+def _skip(path: str, response: Any, at: int, seen: _Seen) -> int:
+    """How many bytes of an answer come before byte `at`; takes note of the file at its first answer."""
+    found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        encoding = response.headers["Content-Encoding"]
+        raise OSError(errno.EPROTO, f"is sent with Content-Encoding {encoding}, so its bytes are others", path)
+    if response.status == 206:
+        if found is None or int(found[1]) != at or found[3] == "*":
+            raise _Again(f"another range than asked for: {response.headers.get('Content-Range')}")
+        size = int(found[3])
+    else:
+        length = response.headers.get("Content-Length", "")
+        if not length.isdigit():
+            raise OSError(errno.EPROTO, "its server tells no length", path)
+        size = int(length)
+    _note(path, size, response.headers, seen)
+    return at if response.status == 200 else 0
+
+
+def _note(path: str, size: int, headers: Any, seen: _Seen) -> None:
+    """What a file is, told by its first answer; all others must say the same."""
+    known = _Known(size, _time(headers.get("Last-Modified")), _validator(headers))
+    if not seen:
+        seen.append(known)
+    if (known.bytes, known.validator) != (seen[0].bytes, seen[0].validator):
+        raise OSError(errno.ENODATA, "was written again while it was in use", path)
+
+
+def _note_end(path: str, response: Any, at: int, seen: _Seen) -> None:
+    """An answer that there is nothing from byte `at` on."""
+    size = response.headers.get("Content-Range", "").removeprefix("bytes */")
+    if not size.isdigit() or int(size) > at:
+        raise _Again(f"HTTP 416 for byte {at}")
+    _note(path, int(size), response.headers, seen)
 
 
 _NAMED_ADDRESS = re.compile(r"[\d.]+|.*:.*|localhost")  # an IP address, or what stands for one
