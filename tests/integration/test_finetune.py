@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -166,10 +167,14 @@ def test_a_folder_of_images(launcher: Launcher, encoder: Path, tmp_path: Path) -
     path.write_text(KEYS.format(folder=tmp_path, encoder=encoder, shards="X").replace("X/*.tar", str(images)))
     launcher.run(["finetune", str(path), "train.steps=2"])
     summary = json.loads((tmp_path / "tuned" / "summary.json").read_text())
-    assert summary["images"] == 150
+    assert summary["images"] == 126, "without those that are validated on"
     model = json.loads((tmp_path / "tuned" / "model" / "config.json").read_text())
     assert model["id2label"] == {"0": "class0", "1": "class1", "2": "class2"}
     assert "packed" in (tmp_path / "tuned" / "config.yaml").read_text()
+    assert "to have them packed again" not in launcher.run(["finetune", str(path), "train.steps=3"])
+    (images / "class0" / "another.png").write_bytes(next((images / "class0").glob("*.png")).read_bytes())
+    said = launcher.run(["finetune", str(path), "train.steps=4"], code=2)
+    assert re.search(r"packed: was packed of other images than .*/images has now; name another run", said)
 
 
 def test_folders_named_by_numbers_one_of_them_absent_from_validation(

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from vitscale.config.load import config_of
 from vitscale.config.schema import Checkpoint, Data, Log, Run, RunConfig, Source
 from vitscale.engine.loop import TrainState
 from vitscale.errors import ConfigError
 from vitscale.run import job
-from vitscale.run.job import Job, run_locked
+from vitscale.run.job import Job, pretrain, run_locked
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, FolderInUse
 from vitscale.tracking.meters import Meters
 from vitscale.world import World
@@ -102,3 +103,16 @@ def test_what_an_earlier_start_left_is_cleared(tmp_path: Path, supervised: bool)
         return DONE
 
     assert run_locked(Ending(tmp_path, look, supervised=supervised)) == DONE
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("objective.classification.loss", "bce"), ("objective.classification.class_weights", "balanced"),
+     ("optimizer.layer_decay", 0.5), ("train.freeze", 1)],
+)  # fmt: skip
+def test_what_finetune_alone_reads_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    keys = ["data.train=shards/*.tar", f"run.dir={tmp_path}", "train.steps=1", "objective.name=classification"]
+    config = config_of({}, [*keys, "model.num_labels=3", f"{key}={value}"])
+    with pytest.raises(ConfigError, match=rf"{key}={value}: is for `vitscale finetune CONFIG`"):
+        pretrain(config, World())
+    assert not list(tmp_path.iterdir())

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from vitscale.config.schema import Source
 from vitscale.data.pack import class_folders, pack
+from vitscale.errors import DataError
 
+_MADE_OF = "made-of"  # beside the shards: a digest of the names of their images
 PACKED = "packed"  # in the run's folder; packed-validation for data.validation
 
 
@@ -31,14 +35,27 @@ def pack_folder(sources: tuple[Source, ...], out: Path, classes: Sequence[str] |
     """
     if sources == packed_sources(sources, out):
         return
-    folder = sources[0].pattern
+    folder, made_of = sources[0].pattern, out / _MADE_OF
+    names = _digest(Path(folder))
     if (out / "index.json").exists():
+        if made_of.exists() and made_of.read_text(encoding="ascii") != names:
+            raise DataError(
+                f"{out}: was packed of other images than {folder} has now; name another run (run.name), or remove it to "
+                "have them packed again"
+            )
         print(f"{folder}: packed in {out}; remove that folder to have it packed again", flush=True)
         return
     print(f"{folder}: is a folder of images; packing it into {out}, once", flush=True)
     for draft in out.glob("*") if out.is_dir() else ():  # of a start that was cut off: the index comes last
         draft.unlink()
     pack(Path(folder), out, classes=classes)
+    made_of.write_text(names, encoding="ascii")
+
+
+def _digest(folder: Path) -> str:
+    """Of the paths of all files below a folder, not of its own: it may lie elsewhere at the next start."""
+    names = sorted(os.fsencode(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return hashlib.sha256(b"\0".join(names)).hexdigest()
 
 
 def classes_of(sources: tuple[Source, ...]) -> list[str] | None:

@@ -26,7 +26,7 @@ from vitscale.engine.backend import peak_memory
 from vitscale.engine.engine import Engine
 from vitscale.engine.loop import PeriodicTask, TrainingLoop, TrainState, every_n_steps
 from vitscale.engine.records import Records
-from vitscale.errors import VitscaleError
+from vitscale.errors import ConfigError, VitscaleError
 from vitscale.evaluation.figures import draw_curves
 from vitscale.files.atomic import write_atomically
 from vitscale.files.header import CAUSES
@@ -51,7 +51,25 @@ def pretrain(config: RunConfig, world: World) -> int:
     Raises VitscaleError where the user can mend the cause.
     """
     check_config(config, world)
+    _require_no_tuning(config)
     return run_locked(Job(config, world))
+
+
+def _require_no_tuning(config: RunConfig) -> None:
+    """ConfigError for a key that `vitscale finetune` alone reads."""
+    classification, usual = config.objective.classification, RunConfig()
+    given = {
+        "objective.classification.loss": (classification.loss, None),
+        "objective.classification.class_weights": (classification.class_weights, None),
+        "optimizer.layer_decay": (config.optimizer.layer_decay, usual.optimizer.layer_decay),
+        "train.freeze": (config.train.freeze, usual.train.freeze),
+    }
+    for key, (value, default) in given.items():
+        if value != default:
+            raise ConfigError(
+                f"{key}={value}: is for `vitscale finetune CONFIG`, which trains from scratch too (without "
+                "model.init_from); use that verb, or leave the key out"
+            )
 
 
 def run_locked(job: Job) -> int:
@@ -191,7 +209,7 @@ class Job:
             "run": config.run.name,
             "steps": state.step,
             "samples": state.samples,
-            "images": session.index.total,
+            "images": session.trained,
             "epochs": state.step / session.order.batches_per_epoch,
             "loss": rows[-1]["loss"] if rows else None,
             "parameters": parameters,
@@ -266,8 +284,10 @@ class Job:
         config, world, order, say = session.config, session.world, session.order, session.say
         say(f"run: {session.folder.path} (vitscale {__version__})")
         say(f"model: {type(model).__name__}, {parameters:,} parameters")
+        kept = "" if session.trained == session.index.total else f", {session.trained:,} of them to train on"
+        held_out = f", {session.held_out.total:,} to validate on" if session.held_out is not None else ""
         say(
-            f"data: {session.index.total:,} samples in {len(session.index.names)} shards, "
+            f"data: {session.index.total:,} samples in {len(session.index.names)} shards{kept}{held_out}, "
             f"{order.batches_per_epoch} steps an epoch, decoded by {session.decoder}"
         )
         say(

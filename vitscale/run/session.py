@@ -54,6 +54,11 @@ class Session:
         train = self.config.train
         return train.steps or max(1, int((train.epochs or 0) * self.order.batches_per_epoch))
 
+    @property
+    def trained(self) -> int:
+        """How many samples are trained on: of the index, or of a subset."""
+        return self.order.subset.total if isinstance(self.order, SubsetOrder) else self.index.total
+
     def say(self, line: str) -> None:
         """A line on the terminal, from rank 0."""
         if self.world.is_main:
