@@ -40,8 +40,8 @@ def pack_folder(sources: tuple[Source, ...], out: Path, classes: Sequence[str] |
     if (out / "index.json").exists():
         if made_of.exists() and made_of.read_text(encoding="ascii") != names:
             raise DataError(
-                f"{out}: was packed of other images than {folder} has now; name another run (run.name), or remove it to "
-                "have them packed again"
+                f"{out}: was packed of other images than {folder} has now; name another run (run.name), or remove it "
+                "to have them packed again"
             )
         print(f"{folder}: packed in {out}; remove that folder to have it packed again", flush=True)
         return
