@@ -11,10 +11,16 @@ import pytest
 from tests.data.makers import photo, write_shards, write_tar
 from vitscale.config.load import load_config
 from vitscale.config.schema import Data
+from vitscale.data.batch import Batch
+from vitscale.data.crop import RandomCrop
 from vitscale.data.index import build_index
 from vitscale.data.labels import LabelReader, count_labels
+from vitscale.data.loader import Loader
+from vitscale.data.order import Order
 from vitscale.data.subset import split
+from vitscale.errors import DataError
 from vitscale.files.header import BadSample
+from vitscale.world import World
 
 CLASSES = LabelReader(required=True, num_labels=3, names=("cat", "dog", "2"))
 SHARES = LabelReader(required=True, num_labels=3, kind="multi_label_classification")
@@ -107,6 +113,47 @@ def test_counted_from_the_tables(tmp_path: Path) -> None:
     parts = [count_labels(index, "cls", LabelReader(), part) for part in (training, validation)]
     assert sum(part.good for part in parts) == 25
     assert parts[1].good == validation.total
+
+
+def first_batch(folder: Path, member: str, text: str, reader: LabelReader) -> Batch:
+    """Two of four samples that have this member, as training reads them."""
+    members = [(f"{i}.{kind}", data) for i in range(4) for kind, data in (("jpg", photo(i)), (member, text.encode()))]
+    index = build_index([str(write_tar(folder / "a.tar", members))], label=member)
+    data = Data(lanes=1, window=4, label=".".join([member, *reader.path]), threads=1, decode="pillow")
+    loader = Loader(
+        index=index, order=Order(index.samples, 0, 2, 1, 4), crop=RandomCrop((1.0, 1.0), (1.0, 1.0)), data=data,
+        num_channels=3, seed=0, world=World(), global_batch=2, micro_batch=2, start=0, labels=reader,
+    )  # fmt: skip
+    with loader:
+        return next(loader)
+
+
+DIGITS = [i % 2 for i in range(80)]
+
+
+@pytest.mark.parametrize(
+    ("member", "text", "keys", "expected"),
+    [
+        ("json", json.dumps({"caption": "x" * 500, "class": {"id": 2}}), {"path": ("class", "id")}, 2),
+        ("cls", " ".join(map(str, DIGITS)), {"kind": "multi_label_classification", "num_labels": 80}, DIGITS),
+        ("json", json.dumps({"caption": "x" * 500, "y": [0.5, -2]}),
+         {"path": ("y",), "kind": "regression", "num_labels": 2}, [0.5, -2]),
+    ],
+    ids=["within JSON", "of 80 labels", "numbers"],
+)  # fmt: skip
+def test_labels_of_any_length_are_read(
+    tmp_path: Path, member: str, text: str, keys: dict[str, Any], expected: object
+) -> None:
+    """Those of more bytes than a table keeps too, as real images' JSON has."""
+    batch = first_batch(tmp_path, member, text, LabelReader(required=True, **keys))
+    assert batch.labels.tolist() == [expected] * 2
+    assert batch.replaced == ()
+
+
+def test_vectors_of_which_none_can_be_read_are_a_line(tmp_path: Path) -> None:
+    reader = LabelReader(kind="multi_label_classification", num_labels=3, required=True)
+    with pytest.raises(DataError, match=r"2 number\(s\), with model.num_labels=3; nor is any"):
+        first_batch(tmp_path, "cls", "1 0", reader)
 
 
 def test_long_labels_are_not_in_the_tables(tmp_path: Path) -> None:

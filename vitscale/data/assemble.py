@@ -196,7 +196,8 @@ class _Filling:
         self._ids[at] = refs.ids
         self._keys[at] = keys
         self._boxes[at] = np.array([region.box for region in regions]).reshape(-1, 4)
-        self._labels[at] = [sample.label for sample in samples]
+        if at:
+            self._labels[at] = [sample.label for sample in samples]
         for place, sample in zip(at, samples, strict=True):
             self._names[place] = f"{sample.raw.shard}/{sample.raw.key}"
         pixels = self._memory.reserve(self._used)

@@ -14,6 +14,7 @@ from vitscale.files.cache import LruCache
 from vitscale.files.retry import unreadable
 from vitscale.files.tar import LARGEST_MEMBER
 
+_LARGEST_LABEL = 16 << 20  # bytes; a longer one is none
 _FETCHING = 8  # tables at once
 
 
@@ -56,6 +57,8 @@ class Shards:
         shard, place = sample_id >> 32, sample_id & 0xFFFFFFFF
         table = self._tables.get(shard)
         name, key, label = self._index.names[shard], table.key(place), table.label_text(place)
+        if label is None and 0 <= table.label_bytes[place] <= _LARGEST_LABEL:  # too long to lie in the table
+            label = self._bytes(shard, int(table.label_offset[place]), int(table.label_bytes[place]))
         if table.image_kind[place] < 0:
             return RawSample(name, key, None, 0, label)
         size = int(table.image_bytes[place])
