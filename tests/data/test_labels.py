@@ -16,7 +16,7 @@ from vitscale.data.crop import RandomCrop
 from vitscale.data.index import build_index
 from vitscale.data.labels import LabelReader, count_labels
 from vitscale.data.loader import Loader
-from vitscale.data.order import Order
+from vitscale.data.order import Order, SequentialOrder
 from vitscale.data.subset import split
 from vitscale.errors import DataError
 from vitscale.files.header import BadSample
@@ -154,6 +154,23 @@ def test_vectors_of_which_none_can_be_read_are_a_line(tmp_path: Path) -> None:
     reader = LabelReader(kind="multi_label_classification", num_labels=3, required=True)
     with pytest.raises(DataError, match=r"2 number\(s\), with model.num_labels=3; nor is any"):
         first_batch(tmp_path, "cls", "1 0", reader)
+
+
+def test_what_stands_for_a_bad_sample_does_not_change_whose_turn_it_is(tmp_path: Path) -> None:
+    """The last image of an evaluation is bad: its place still counts, that of the filling behind it does not."""
+    members = [
+        (f"{i}.{kind}", data) for i in range(3) for kind, data in (("jpg", photo(i)), ("cls", b"019"[i : i + 1]))
+    ]
+    index = build_index([str(write_tar(tmp_path / "a.tar", members))])
+    loader = Loader(
+        index=index, order=SequentialOrder(index.samples, 2), crop=RandomCrop((1.0, 1.0), (1.0, 1.0)),
+        data=Data(threads=1, decode="pillow"), num_channels=3, seed=0, world=World(), global_batch=2, micro_batch=2,
+        start=0, labels=LabelReader(required=True, num_labels=3),
+    )  # fmt: skip
+    with loader:
+        first, last = next(loader), next(loader)
+        assert (first.repeats.tolist(), first.replaced) == ([0, 0], ())
+        assert (last.repeats.tolist(), [each.key for each in last.replaced]) == ([0, 1], ["2"])
 
 
 def test_long_labels_are_not_in_the_tables(tmp_path: Path) -> None:

@@ -269,6 +269,13 @@ def test_what_cannot_be_learned_is_a_line(launcher: Launcher, config: Path, enco
     one_based = [str(number % 3 + 1) for number in range(60)]
     said = refusal(launcher, base, shard("based", one_based), "model.num_labels=3")
     assert "they count from 1 to 3: write them from 0 to 2" in said
+    held_out = [f"data.validation={tmp_path}/based/*.tar", "data.validation_fraction=0", "model.num_labels=3"]
+    said = refusal(launcher, base, f"data.train={tmp_path}/range/*.tar", *held_out)
+    assert "of what is validated on, 20 of 60 labels are not what single_label_classification needs" in said
+    assert "no such file or folder; check the path" in refusal(launcher, base, f"data.train={tmp_path}/nofolder")
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "1.jpg").write_bytes(photo(1))
+    assert "put the images into one folder a class" in refusal(launcher, base, f"data.train={tmp_path}/flat")
     said = refusal(launcher, base, shard("single", ["1"] * 40), "model.num_labels=3")
     assert "every image has the label 1; a classifier needs two classes" in said
     words = shard("words", ["cat", "dog"] * 30)

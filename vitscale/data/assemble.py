@@ -111,7 +111,7 @@ class Assembler:
         self._shards.fetch(self._plan.order.shards_ahead(batch, first, last, self._plan.ahead).tolist())
         refs = self._plan.order.refs(batch, first, last)
         samples = self._in_chunks(lambda chunk: [self._read(sample_id) for sample_id in chunk], refs.ids.tolist())
-        filling = _Filling(self._plan, self._decoder, len(refs), memory)
+        filling = _Filling(self._plan, self._decoder, refs.repeats, memory)
         bad = {place: sample.bad for place, sample in enumerate(samples) if sample.bad is not None}
         good = [place for place in range(len(refs)) if place not in bad]
         jobs = filling.place(good, refs[good], [samples[place] for place in good])
@@ -159,7 +159,9 @@ class Assembler:
 class _Filling:
     """A micro-batch while its places are filled."""
 
-    def __init__(self, plan: Plan, decoder: Decoder, count: int, memory: Memory) -> None:
+    def __init__(self, plan: Plan, decoder: Decoder, repeats: np.ndarray, memory: Memory) -> None:
+        """repeats: of the samples that belong here, whatever stands for a bad one."""
+        count = len(repeats)
         self._plan = plan
         self._decoder = decoder
         self._memory = memory
@@ -168,7 +170,7 @@ class _Filling:
         width = plan.labels.width
         self._labels = np.zeros(count, np.int64) if width is None else np.zeros((count, width), np.float32)
         self._epochs = np.zeros(count, dtype=np.int64)
-        self._repeats = np.zeros(count, dtype=np.int64)
+        self._repeats = repeats.astype(np.int64)
         self._ids = np.zeros(count, dtype=np.int64)
         self._keys = np.zeros(count, dtype=np.int64)
         self._shapes = np.zeros((count, 2), dtype=np.int32)
@@ -192,7 +194,6 @@ class _Filling:
         self._offsets[at] = starts
         self._shapes[at] = shapes
         self._epochs[at] = refs.epochs
-        self._repeats[at] = refs.repeats
         self._ids[at] = refs.ids
         self._keys[at] = keys
         self._boxes[at] = np.array([region.box for region in regions]).reshape(-1, 4)

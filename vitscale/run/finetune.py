@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from vitscale.config.check import check_config, has_classes, problem_type
 from vitscale.config.load import Flat
-from vitscale.config.schema import Model, RunConfig
+from vitscale.config.schema import Model, RunConfig, Source
 from vitscale.data.image_folder import PACKED, classes_of, is_image_folder, pack_folder, packed_sources
 from vitscale.data.index import ShardIndex
 from vitscale.data.labels import LabelCounts, LabelReader, count_labels
@@ -16,9 +17,11 @@ from vitscale.data.patterns import expand
 from vitscale.data.subset import Subset
 from vitscale.engine.engine import Engine
 from vitscale.errors import CheckpointError, ConfigError, DataError
+from vitscale.evaluation.validation import HeldOut
 from vitscale.files.classes import class_names
 from vitscale.files.model_folder import CONFIG, PROCESSOR, read_json
 from vitscale.files.sources import locate
+from vitscale.files.store import is_remote
 from vitscale.files.stores import Stores
 from vitscale.interop.config_files import config_as, read_config
 from vitscale.interop.image_processing import ViTImageProcessor
@@ -65,6 +68,7 @@ def _of_labels(written: Flat) -> Flat:
         return {"model.num_labels": 1}
     names = _classes(written) if kind != "multi_label_classification" else None
     if names is None:
+        _require_there(written["data.train"])
         raise ConfigError(
             "model.num_labels: is not written, and no classes.json beside data.train names the classes (vitscale pack "
             "writes it): set model.num_labels, or model.id2label=[NAME, NAME, ...]"
@@ -75,6 +79,18 @@ def _of_labels(written: Flat) -> Flat:
             "model.problem_type=regression"
         )
     return {"model.id2label": tuple(names), "model.num_labels": len(names)}
+
+
+def _require_there(sources: tuple[Source, ...]) -> None:
+    """DataError for a name that stands for nothing, and for a folder that tells no classes."""
+    for pattern in (source.pattern for source in sources):
+        if is_image_folder(pattern):
+            raise DataError(
+                f"data.train={pattern}: is a folder without shards (*.tar) and without folders of images, whose names "
+                "would be the classes: put the images into one folder a class"
+            )
+        if not is_remote(pattern) and not Path(pattern).expanduser().exists() and not re.search(r"[*?\[{]", pattern):
+            raise DataError(f"data.train={pattern}: there is no such file or folder; check the path")
 
 
 def _of_checkpoint(source: str, written: Flat) -> Flat:
@@ -153,12 +169,17 @@ class Finetune(Job):
         for name, sources in self._folders.items():
             pack_folder(sources, self.folder.path / name, self.config.model.id2label or self._classes)
 
-    def look_at_data(self, config: RunConfig, index: ShardIndex, training: Subset | None) -> Any:
+    def look_at_data(
+        self, config: RunConfig, index: ShardIndex, training: Subset | None, held_out: HeldOut | None
+    ) -> Any:
         """Rank 0: DataError where the labels are not such as can be learned. How many images each class has."""
         reader, extension = LabelReader.of(config), config.data.label_extension
         counts = count_labels(index, extension, reader, training)
         _require_names(config, index)
         _require_labels(config, counts)
+        if held_out is not None:
+            scored = count_labels(held_out.index, extension, reader, held_out.subset)
+            _require_readable(config, scored, "of what is validated on, ")
         return sorted(counts.classes.items())
 
     def build(self, session: Session) -> ViTPreTrainedModel:
@@ -248,17 +269,23 @@ def _require_names(config: RunConfig, index: ShardIndex) -> None:
 
 
 def _require_labels(config: RunConfig, counts: LabelCounts) -> None:
-    data, model, seen = config.data, config.model, counts.good + counts.bad
-    most = max(3, data.max_bad_fraction * seen)
+    data = config.data
+    _require_readable(config, counts)
     classes = {label for label in counts.classes if label >= 0}
-    if counts.bad > most:
-        raise DataError(
-            f"data.label={data.label}: {counts.bad} of {seen} labels are not what {problem_type(config)} needs "
-            f"({counts.first_bad}){_one_based(model.num_labels, classes, counts.first_bad)}"
-        )
     if has_classes(config) and len(classes) == 1 and not counts.too_long:
         raise DataError(
             f"data.label={data.label}: every image has the label {classes.pop()}; a classifier needs two classes"
+        )
+
+
+def _require_readable(config: RunConfig, counts: LabelCounts, which: str = "") -> None:
+    """DataError for more bad labels than data.max_bad_fraction lets pass."""
+    data, model, seen = config.data, config.model, counts.good + counts.bad
+    if counts.bad > max(3, data.max_bad_fraction * seen):
+        classes = {label for label in counts.classes if label >= 0}
+        raise DataError(
+            f"data.label={data.label}: {which}{counts.bad} of {seen} labels are not what {problem_type(config)} needs "
+            f"({counts.first_bad}){_one_based(model.num_labels, classes, counts.first_bad)}"
         )
 
 

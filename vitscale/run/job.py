@@ -28,6 +28,7 @@ from vitscale.engine.loop import PeriodicTask, TrainingLoop, TrainState, every_n
 from vitscale.engine.records import Records
 from vitscale.errors import ConfigError, VitscaleError
 from vitscale.evaluation.figures import draw_curves
+from vitscale.evaluation.validation import HeldOut
 from vitscale.files.atomic import write_atomically
 from vitscale.files.header import CAUSES
 from vitscale.launch.snapshot import code_version, commit
@@ -141,7 +142,9 @@ class Job:
     def prepare(self) -> None:
         """What rank 0 does before it looks for the data."""
 
-    def look_at_data(self, config: RunConfig, index: ShardIndex, training: Subset | None) -> Any:
+    def look_at_data(
+        self, config: RunConfig, index: ShardIndex, training: Subset | None, held_out: HeldOut | None
+    ) -> Any:
         """What rank 0 finds in the data before it joins the others: `data_facts` of the session."""
 
     def build(self, session: Session) -> ViTPreTrainedModel:

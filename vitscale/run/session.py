@@ -65,8 +65,9 @@ class Session:
             print(line, flush=True)
 
 
-# (the config with the classes' names, the index, what of it is trained on) -> what the job wants to know on all ranks
-LookAtData = Callable[[RunConfig, ShardIndex, Subset | None], Any]
+# (config with the classes' names, index, what of it is trained on, what is validated on) -> what the job wants to know
+# on all ranks
+LookAtData = Callable[[RunConfig, ShardIndex, Subset | None, HeldOut | None], Any]
 
 
 def open_session(
@@ -143,7 +144,10 @@ def _other_data(config: RunConfig, folder: RunFolder, index: ShardIndex, look_at
     if test is not None:
         require_held_out(test, train or index)
     indexes = (packed(validation), packed(train), packed(test))
-    facts = look_at_data(named, index, sides and sides[0]) if look_at_data is not None else None
+    held_out = None if validation is None else HeldOut(validation)
+    if sides is not None and sides[1].total:
+        held_out = HeldOut(index, sides[1])
+    facts = None if look_at_data is None else look_at_data(named, index, sides and sides[0], held_out)
     return _OtherData(sides, indexes, facts)
 
 
