@@ -80,3 +80,16 @@ def test_the_config_knows_the_scores_by_name(kind: str, width: int, labels: np.n
     logits = np.random.default_rng(0).normal(size=(30, width)).astype(np.float32)
     config = RunConfig(model=Model(num_labels=width, problem_type=kind), objective=Objective(name="classification"))
     assert set(scores_of_validation(config)) == scores_of(kind, logits, labels).keys()
+
+
+def test_several_labels_of_which_each_image_has_one_are_still_several() -> None:
+    """The areas are of each label's own logits, whatever the others are; those of a class are of its share."""
+    random = np.random.default_rng(0)
+    logits, classes = random.normal(size=(80, 5)).astype(np.float32), random.integers(0, 5, 80)
+    one_hot = np.eye(5, dtype=np.float32)[classes]
+    scores = scores_of("multi_label_classification", logits, one_hot)
+    assert scores["auc"] == pytest.approx(metrics.roc_auc_score(one_hot, logits, average="macro"), abs=1e-9)
+    confident = logits * 60  # whose shares are 1 in float32
+    shares = softmax(confident.astype(np.float64), axis=1)
+    found = scores_of("single_label_classification", confident, classes)["auc"]
+    assert found == pytest.approx(metrics.roc_auc_score(classes, shares, multi_class="ovr"), abs=1e-9)

@@ -18,8 +18,8 @@ def scores_of(kind: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, fl
 
     single_label_classification: loss (cross-entropy), top1, top5, balanced_accuracy, macro_f1, auc (the mean over
     classes of each against the rest); multi_label_classification: loss (binary cross-entropy), map (the mean over
-    classes of the average precision), macro_f1 at 0.5, auc; regression: loss and mse, mae, r2. What cannot be told,
-    as the auc of a class that is absent, is left out.
+    classes of the average precision), macro_f1 at 0.5, auc; regression: loss and mse, mae, r2. A mean over classes is
+    over those that are there; what cannot be told is left out.
     """
     if kind == "single_label_classification":
         return _of_classes(logits, labels)
@@ -41,7 +41,10 @@ def _of_classes(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     recalls = [float((predicted[labels == each] == each).mean()) for each in present]
     scores["balanced_accuracy"] = float(np.mean(recalls))
     scores["macro_f1"] = float(metrics.f1_score(labels, predicted, labels=present, average="macro", zero_division=0))
-    return scores | _auc(logits, np.eye(classes, dtype=bool)[labels] if logits.size <= MOST_RANKED else None)
+    if logits.size > MOST_RANKED:
+        return scores
+    exponentials = np.exp((logits - logits.max(axis=1, keepdims=True)).astype(np.float64))
+    return scores | _auc(exponentials / exponentials.sum(axis=1, keepdims=True), np.eye(classes, dtype=bool)[labels])
 
 
 def _of_many_labels(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -52,16 +55,13 @@ def _of_many_labels(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     if present.any():
         precisions = [metrics.average_precision_score(truth[:, k], logits[:, k]) for k in np.flatnonzero(present)]
         scores["map"] = float(np.mean(precisions))
-    scores["macro_f1"] = float(metrics.f1_score(truth, logits > 0, average="macro", zero_division=0))
-    return scores | _auc(logits, truth if logits.size <= MOST_RANKED else None)
+        chosen = truth[:, present], logits[:, present] > 0
+        scores["macro_f1"] = float(metrics.f1_score(*chosen, average="macro", zero_division=0))
+    return scores | (_auc(logits, truth) if logits.size <= MOST_RANKED else {})
 
 
-def _auc(logits: np.ndarray, truth: np.ndarray | None) -> dict[str, float]:
-    """truth: bool [n, classes]; None: too many to sort."""
-    if truth is None:
-        return {}
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    ranked = exponentials / exponentials.sum(axis=1, keepdims=True) if (truth.sum(axis=1) == 1).all() else logits
+def _auc(ranked: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """ranked: what samples are ordered by, [n, classes]; truth: bool, the same."""
     both = np.flatnonzero(truth.any(axis=0) & ~truth.all(axis=0))
     areas = [metrics.roc_auc_score(truth[:, each], ranked[:, each]) for each in both]
     return {"auc": float(np.mean(areas))} if areas else {}
