@@ -47,6 +47,17 @@ def test_a_run_ends_early_after_so_many_without_a_better_one() -> None:
     assert state.is_done(10**9)
 
 
+def test_another_keep_best_goes_by_its_own_values() -> None:
+    state = TrainState(step=1)
+    assert judge(state, {"validation/top1": 0.7, "validation/loss": 1.1}, config(keep_best="validation/top1"))
+    state.step = 2
+    assert judge(state, {"validation/top1": 0.6, "validation/loss": 1.0}, config(keep_best="validation/loss"))
+    assert (state.best or {})["step"] == 2
+    state.step = 3
+    assert not judge(state, {"validation/top1": 0.5, "validation/loss": 1.05}, config(keep_best="validation/top1"))
+    assert (state.best or {}) | {"scores": 0} == {"metric": "validation/top1", "value": 0.6, "step": 2, "scores": 0}
+
+
 def test_a_score_that_there_is_not() -> None:
     with pytest.raises(ConfigError, match=r"train\.keep_best=validation/top2: must be one of validation/top1, validat"):
         judge(TrainState(), {"validation/top1": 1, "validation/loss": 0}, config(keep_best="validation/top2"))

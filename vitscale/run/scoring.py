@@ -67,6 +67,9 @@ def judge(state: TrainState, scores: Mapping[str, float], config: RunConfig) -> 
         return False
     if metric not in scores:
         raise ConfigError(f"train.keep_best={metric}: must be one of {', '.join(scores)}")
+    if state.best is not None and state.best["metric"] != metric:  # keep_best was changed: by the new one's value then
+        own = state.best.get("scores", {}).get(metric)
+        state.best = None if own is None else state.best | {"metric": metric, "value": own}
     value, before = scores[metric], math.nan if state.best is None else state.best["value"]
     sign = -1 if metric.rpartition("/")[2].removeprefix("raw_") in _LESS_IS_BETTER else 1
     is_better = not math.isnan(value) and not sign * value <= sign * before
