@@ -49,7 +49,9 @@ def misbehave(web: Web) -> None:
 
 
 @pytest.mark.parametrize(
-    "ways", [["data.cache=CACHE"], [], ["data.index=URL/d/index.json"]], ids=["cache", "ranges", "index"]
+    "ways",
+    [["data.cache=CACHE"], pytest.param([], marks=pytest.mark.full), ["data.index=URL/d/index.json"]],
+    ids=["cache", "ranges", "index"],
 )
 def test_http_gives_the_local_trace(
     launcher: Launcher,

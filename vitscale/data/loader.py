@@ -30,6 +30,7 @@ from vitscale.text import to_stderr
 from vitscale.world import World, child_environment
 
 _BATCHES_AHEAD = 64  # time to scan a shard on a slow file system before its first sample is due
+_STARTING_S = 60.0  # for a reader to be there
 _LEAVING_S = 5.0  # for a reader to leave by itself
 _MOST_RESTARTS = 3  # of a reader that dies, without a batch between them
 # The reader has its own threads, and takes and frees an image's memory thousands of times a second: glibc is not
@@ -102,6 +103,7 @@ class Loader:
         self._next_fill = list(range(data.prefetch))  # the micro-batch that each memory is to have next
         self._filling: dict[int, int] = {}  # memory -> the micro-batch that the reader is at, or will be
         self._patience_s, self._restarts = data.patience_s, 0
+        self._results, self._lives = -1, False  # the reader's messages; whether there was one
         self._start_reader()
         for memory in range(data.prefetch):
             self._free(memory)
@@ -188,13 +190,15 @@ class Loader:
     def _receive(self) -> None:
         """Take the reader's next message. One that died is started again at the same place; StorageError where it gives
         no sign of life for data.patience_s, DataError where it dies again and again."""
-        if not select.select([self._results], [], [], self._patience_s or None)[0]:
+        limit = self._patience_s if self._lives else max(self._patience_s, _STARTING_S)
+        if not select.select([self._results], [], [], limit or None)[0]:
             raise self._stuck()
         try:
             message = receive(self._results)
         except EOFError:
             self._restart()
             return
+        self._lives = True
         if not isinstance(message, Alive):
             self._arrived[message.number] = message
             self._filling.pop(message.number % len(self._memories), None)
@@ -214,6 +218,7 @@ class Loader:
 
     def _start_reader(self) -> None:
         first = [self._filling.get(memory, following) for memory, following in enumerate(self._next_fill)]
+        self._lives = False  # until its first message
         self._results, reader_end = os.pipe()
         try:
             self._process = self._reader_process(reader_end)

@@ -28,6 +28,7 @@ from vitscale.files.retry import activity, retries
 from vitscale.text import ignore_warnings_of_pillow
 
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_LIFE_EVERY_S = 0.25
 STACKS = signal.SIGUSR2  # prints where every thread stands
 
 
@@ -38,7 +39,7 @@ class _Reader:
         self._memories, self._results = memories, results
         self._end = plan.micro_batches
         self._next = list(first)  # the micro-batch that each memory takes next
-        self._active = 0
+        self._active = -1  # so that the first sign comes at once
         self._assembler = Assembler(plan)
         self._pool = ThreadPoolExecutor(len(memories), thread_name_prefix="assemble")
         self._sending = Lock()
@@ -109,7 +110,7 @@ def _serve(results: int, parent: int, memories: list[SharedMemory]) -> None:
         return
     while os.getppid() == parent:
         reader.tell_life()
-        if select.select([0], [], [], 1.0)[0]:
+        if select.select([0], [], [], _LIFE_EVERY_S)[0]:
             message = os.read(0, FREE.size)
             if not message:
                 return

@@ -17,6 +17,7 @@ Result = TypeVar("Result")
 PATIENCE_S = 300.0
 _LEAST_ATTEMPTS = 8
 _REPORT_EVERY_S = 10.0
+_SLICE_S = 0.25  # of a pause
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 30.0
 # Of a network file system, or of the network itself; what a local file may never give, or only once.
 TRANSIENT = frozenset({
@@ -36,6 +37,18 @@ def unreadable(path: str, error: OSError, where: str = "") -> VitscaleError:
     return DataError(f"{path}: cannot be read{where}: {error.strerror}")
 
 
+class _Activity:
+    """A number that grows while bytes come or images are decoded: who watches it sees a process that hangs.
+
+    Several threads add to it without a lock: a lost addition is of no account.
+    """
+
+    count = 0
+
+
+activity = _Activity()
+
+
 class _Count:
     """How many attempts of this process failed and were made again. For many threads at once."""
 
@@ -51,18 +64,6 @@ class _Count:
 
 
 retries = _Count()
-
-
-class _Activity:
-    """A number that grows while bytes come or images are decoded: who watches it sees a process that hangs.
-
-    Several threads add to it without a lock: a lost addition is of no account.
-    """
-
-    count = 0
-
-
-activity = _Activity()
 
 
 class _Reporter:
@@ -107,7 +108,10 @@ class Attempts:
         retries.add()
         _report(f"{self._path}: {why}; attempt {self._failed + 1} follows")
         pause = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** (self._failed - 1)) * random.uniform(0.5, 1.0)
-        time.sleep(max(pause, min(after_s, self._patience_s)))
+        ends = time.monotonic() + max(pause, min(after_s, self._patience_s))
+        while (left := ends - time.monotonic()) > 0:
+            activity.count += 1  # who waits for storage does not hang
+            time.sleep(min(left, _SLICE_S))
 
 
 def with_retries(work: Callable[[], Result], path: str, patience_s: float) -> Result:
