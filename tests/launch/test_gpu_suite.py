@@ -65,7 +65,8 @@ def test_the_rehearsal_passes_and_leaves_what_is_said(tree: Path, venv: str, tmp
     stages = json.loads(content)["stages"]
     states = {letter: {case["state"] for case in stage["cases"].values()} for letter, stage in stages.items()}
     some, none = {letter: {"passed", "cannot"} for letter in "ab"}, {"h": {"cannot"}}
-    assert states == {letter: {"passed"} for letter in "cdefg"} | some | none
+    not_run = {"i": set()}  # it needs CIFAR10
+    assert states == {letter: {"passed"} for letter in "cdefg"} | some | none | not_run
     assert list(stages["c"]["cases"]) == ["ZeRO-0", "ZeRO-2", "ZeRO-1", "ZeRO-3"]
     figures = stages["c"]["cases"]["ZeRO-2"]["figures"]
     assert figures["images_per_second"] > 0
