@@ -329,6 +329,12 @@ def test_problem_types_of_shards(base: Path) -> None:
         mended(base, 1, *asked)
     alone = (supervised, "model.num_labels=1", "model.problem_type=single_label_classification")
     assert "model.num_labels=1" in refusal(base, 1, *alone)
+    several = (supervised, "model.num_labels=3", "model.problem_type=multi_label_classification")
+    for loss, of in (("bce", (supervised, "model.num_labels=1")), ("ce", several)):
+        assert f"classification.loss={loss}: is of classes" in refusal(
+            base, 1, *of, f"objective.classification.loss={loss}"
+        )
+    made(base, *several, "objective.classification.loss=bce")
     smooth = (supervised, "model.num_labels=1", "objective.classification.label_smoothing=0.1")
     assert "label_smoothing=0.1" in refusal(base, 1, *smooth)
     mended(base, 1, *smooth)

@@ -90,7 +90,12 @@ def test_a_key_like_no_other_points_to_the_list(write: Any) -> None:
         ("train: {steps: '5'}", ["train.steps='5'", "a whole number"]),
         ("model: {image_size: [224]}", ["model.image_size=[224]", "a whole number or a list of 2 whole numbers"]),
         ("data: {train: [[a]]}", ["data.train=[['a']]", "{pattern, weight}"]),
-        ("data: {train: [{patern: x}]}", ["data.train", "{pattern, weight}"]),
+        ("data: {train: [{patern: x}]}", ["data.train: unknown key 'patern'; did you mean", "pattern, weight"]),
+        (
+            "augment: {steps: [{name: rotate, p: 1}]}",
+            ["augment.steps: unknown key 'p'", "name, probability"],
+        ),
+        ("augment: {steps: [{low: 1}]}", ["augment.steps={'low': 1}: has no name"]),
         ("data: {train: [{pattern: x, weight: heavy}]}", ["data.train.weight='heavy'", "a number"]),
         ("train: 5", ["train=5", "section"]),
         ("train: [steps]", ["train=['steps']", "section"]),
@@ -418,7 +423,9 @@ def test_steps_are_names_or_mappings(tmp_path: Path) -> None:
     assert load_config(path, ["augment.steps=[invert]"]).augment.steps == (Step("invert"),)
     assert load_config(path, ["augment.steps=invert"]).augment.steps == (Step("invert"),)
     for wrong in ("[{name: rotate, angle: 3}]", "[{probability: 0.5}]", "[[invert]]"):
-        with pytest.raises(ConfigError, match=r"augment\.steps=.*must be a list of names or"):
+        with pytest.raises(
+            ConfigError, match=r"augment\.steps.*(must be a list of names or|unknown key 'angle'|has no name)"
+        ):
             load_config(path, [f"augment.steps={wrong}"])
     with pytest.raises(ConfigError, match=r"augment\.steps\.high='far': must be"):
         load_config(path, ["augment.steps=[{name: rotate, high: far}]"])

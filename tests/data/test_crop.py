@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitscale import rng
-from vitscale.data.crop import CenterCrop, Crop, RandomCrop, SimpleCrop
+from vitscale.data.crop import CenterCrop, Crop, RandomCrop, SimpleCrop, evaluation_crop
 
 KEYS = rng.sample_key(0, 0, np.arange(4000, dtype=np.int64))
 
@@ -82,6 +82,10 @@ def test_center_crop() -> None:
     assert drawn(CenterCrop(0.875), 256, 400)[0].tolist() == [16, 88, 240, 312]
     assert drawn(CenterCrop(1.0, aspect=2.0), 300, 400)[0].tolist() == [50, 0, 250, 400]
     assert drawn(CenterCrop(0.5), 8, 8)[0].tolist() == [2, 2, 6, 6]
+    assert evaluation_crop(0.875, (224, 224)) == CenterCrop(0.875)
+    assert evaluation_crop(0.875, (32, 64)) == CenterCrop(32 / 37, aspect=2.0), (
+        "a processor resizes to 37, not to 36.57"
+    )
 
 
 @pytest.mark.parametrize(("size", "aspect"), [((50, 80), 1.0), ((80, 50), 1.0), ((60, 60), 2.0), ((7, 90), 0.5)])

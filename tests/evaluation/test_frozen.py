@@ -125,8 +125,9 @@ def test_what_is_said_of_bad_features() -> None:
     assert warnings_of(good, {"untrained": good | {"knn": 0.7}}) == []
     (line,) = warnings_of(good, {"untrained": good | {"knn": 0.85}})
     assert "features are worse than untrained: knn 0.800 (there 0.850)" in line
-    (line,) = warnings_of(good | {"rankme": 1.2}, {})
-    assert "features have collapsed: rankme 1.2" in line
+    assert warnings_of(good | {"rankme": 1.2}, {"untrained": good | {"knn": 0.7}}) == [], "a large mean alone"
+    lines = warnings_of(good | {"rankme": 1.2}, {"untrained": good | {"linear_probe": 0.95}})
+    assert "features have collapsed: rankme 1.2" in lines[-1]
 
 
 def test_features_need_no_memory(tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def test_the_best_is_kept_and_reproduced_by_transformers(
         "finetune",
         str(config),
         "optimizer.lr=1e-9",
+        "evaluation.crop_fraction=0.7",
         "data.validation_fraction=0",
         f"data.validation={shards}/*.tar",
     ]
@@ -170,7 +171,18 @@ def test_a_folder_of_images(launcher: Launcher, encoder: Path, tmp_path: Path) -
     assert summary["images"] == 126, "without those that are validated on"
     model = json.loads((tmp_path / "tuned" / "model" / "config.json").read_text())
     assert model["id2label"] == {"0": "class0", "1": "class1", "2": "class2"}
-    assert "packed" in (tmp_path / "tuned" / "config.yaml").read_text()
+    run = tmp_path / "tuned"
+    assert "packed" in (run / "config.yaml").read_text()
+    last = scored(run)[-1]
+    launcher.run(["evaluate", str(run)], ranks=2)  # on what the run set apart
+    own = json.loads((run / "summary.json").read_text())["evaluation"]
+    assert own["test"] == own["test_scores"]["test/images"] == last["validation/images"] == 24
+    assert own["train"] == 126
+    assert own["test_scores"]["test/top1"] == pytest.approx(last["validation/top1"], abs=1.001 / 24)
+    launcher.run(["evaluate", str(run / "model"), "--out", str(tmp_path / "out"), f"evaluation.test={images}"])
+    own = json.loads((tmp_path / "out" / "summary.json").read_text())["evaluation"]
+    assert own["test_scores"]["test/images"] == 150, "a classifier needs no images to fit on"
+    assert own["scores"] == {}
     assert "to have them packed again" not in launcher.run(["finetune", str(path), "train.steps=3"])
     (images / "class0" / "another.png").write_bytes(next((images / "class0").glob("*.png")).read_bytes())
     said = launcher.run(["finetune", str(path), "train.steps=4"], code=2)

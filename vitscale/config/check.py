@@ -256,6 +256,9 @@ def _remedy(key: str, rule: str, model: Model) -> str:
     return "; set model.pooling=mean" if key == "pooling" else ""
 
 
+_LOSSES = {"single_label_classification": ("ce", "bce"), "multi_label_classification": ("bce",)}
+
+
 def _check_labels(config: RunConfig) -> None:
     model, name, smoothing = config.model, config.objective.name, config.objective.classification.label_smoothing
     if model.num_labels < 1:
@@ -269,7 +272,12 @@ def _check_labels(config: RunConfig) -> None:
             f"model.problem_type={model.problem_type}: is not what objective.name=multitask can train; "
             f"set model.problem_type={single}"
         )
-    kind = problem_type(config)
+    kind, loss = problem_type(config), config.objective.classification.loss
+    if loss is not None and loss not in _LOSSES.get(kind or "", ()):
+        raise ConfigError(
+            f"objective.classification.loss={loss}: is of classes, and model.problem_type={kind} has its own loss; "
+            "leave it out"
+        )
     if kind != single and smoothing:
         raise ConfigError(
             f"objective.classification.label_smoothing={smoothing}: is for one class an image, and "

@@ -295,8 +295,12 @@ def _record(kind: Any, value: Any, key: str, where: str) -> Any:
         if isinstance(value, Plain) and value.lower() in NULL:  # in quotes it is a text
             raise TypeError
         return kind(as_type(hints[first], value))
-    if first not in value or not set(value) <= set(hints):
-        raise TypeError
+    for name in value.keys() - hints.keys():
+        raise ConfigError(
+            f"{where}: {key}: unknown key {name!r}{did_you_mean(str(name), hints)}; it has {', '.join(hints)}"
+        )
+    if first not in value:
+        raise ConfigError(f"{where}: {key}={value!r}: has no {first}")
     return kind(**{name: _typed(hints[name], part, f"{key}.{name}", where) for name, part in value.items()})
 
 

@@ -78,6 +78,13 @@ class CenterCrop:
 Crop = RandomCrop | SimpleCrop | CenterCrop
 
 
+def evaluation_crop(fraction: float, size: tuple[int, int]) -> CenterCrop:
+    """evaluation.crop_fraction, as a processor of transformers does it: the shorter side resized to a whole number of
+    pixels, then the middle of `size` (height, width)."""
+    height, width = size
+    return CenterCrop(height / round(height / fraction), width / height)
+
+
 def training_crop(augment: Augmentation, size: tuple[int, int]) -> Crop:
     """What augment.crop asks for. size: (height, width) that boxes are resized to."""
     if augment.crop == "simple":

@@ -15,7 +15,7 @@ from vitscale.augment.feed import DeviceFeed, FedBatch
 from vitscale.augment.pipeline import Augment
 from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig
-from vitscale.data.crop import CenterCrop
+from vitscale.data.crop import evaluation_crop
 from vitscale.data.labels import LabelReader
 from vitscale.data.loader import Loader
 from vitscale.data.subset import chosen_by_hash
@@ -37,7 +37,7 @@ from vitscale.models.vit import ViTModel
 from vitscale.world import World
 
 Scores = dict[str, float]
-_COLLAPSED = {"rankme": 2.0}  # below it features say next to nothing
+_COLLAPSED = 2.0  # effective rank below which features say next to nothing
 
 
 class Probing:
@@ -47,16 +47,15 @@ class Probing:
         self,
         config: RunConfig,
         world: World,
-        train: HeldOut,
+        train: HeldOut | None,
         test: HeldOut | None,
         scratch: Path,
         most: int | None = None,
     ) -> None:
-        """scratch: a folder for features, which leave no file; most: images of each side, the same ones every time,
-        chosen by a hash of their keys (None: all)."""
+        """train: None where pictures are drawn and no features scored; scratch: a folder for features, which leave no
+        file; most: images of each side, the same ones every time, chosen by a hash of their keys (None: all)."""
         self._config, self._world, self._scratch = config, world, scratch
-        self.train = self._capped(train, most)
-        self.test = None if test is None else self._capped(test, most)
+        self.train, self.test = (side and self._capped(side, most) for side in (train, test))
 
     def _capped(self, side: HeldOut, most: int | None) -> HeldOut:
         if most is None or side.total <= most:
@@ -72,6 +71,7 @@ class Probing:
 
     def tables(self, model: Evaluable, encode: Callable[[Any], Encode]) -> tuple[FeatureTable, FeatureTable | None]:
         """This rank's features of both sides, of the labelled images that can be read. A collective."""
+        assert self.train is not None
         train = self._table(model, encode, self.train)
         return train, None if self.test is None else self._table(model, encode, self.test)
 
@@ -123,7 +123,9 @@ class Probing:
             if self._world.is_main and panels is not None:
                 draw_reconstructions(panels, folder / "reconstructions.png", title)
 
-        with self._feed(self.test or self.train, model.device) as feed:
+        side = self.test or self.train
+        assert side is not None
+        with self._feed(side, model.device) as feed:
             model.evaluate(feed, 1, lambda output, batch: {}, forward=forward)
 
     def _batch(self, side: HeldOut) -> int:
@@ -138,7 +140,7 @@ class Probing:
         return Loader(
             index=side.index,
             order=side.order(batch),
-            crop=CenterCrop(config.evaluation.crop_fraction, size[1] / size[0]),
+            crop=evaluation_crop(config.evaluation.crop_fraction, size),
             data=config.data,
             num_channels=config.model.num_channels,
             seed=config.run.seed,
@@ -198,10 +200,11 @@ def warnings_of(scores: Scores, baselines: Mapping[str, Scores]) -> list[str]:
                 f"features are worse than {name}: {told}; early in a run this passes; later look at optimizer.lr, "
                 "the augmentation, and whether images and labels belong together"
             )
-    for kind, least in _COLLAPSED.items():
-        if scores[kind] < least:
-            lines.append(
-                f"features have collapsed: {kind} {scores[kind]:.3g}; lower optimizer.lr, lengthen optimizer.warmup, "
-                "or look for images that are all alike"
-            )
+    # A large mean alone makes the rank small too: features that tell classes apart have not collapsed.
+    tell_nothing = all(scores["linear_probe"] < baseline["linear_probe"] for baseline in baselines.values())
+    if scores["rankme"] < _COLLAPSED and tell_nothing:
+        lines.append(
+            f"features have collapsed: rankme {scores['rankme']:.3g}; lower optimizer.lr, lengthen optimizer.warmup, "
+            "or look for images that are all alike"
+        )
     return lines

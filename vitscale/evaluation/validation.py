@@ -14,7 +14,7 @@ from vitscale.augment.pipeline import Augment
 from vitscale.config.check import problem_type
 from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig
-from vitscale.data.crop import CenterCrop
+from vitscale.data.crop import evaluation_crop
 from vitscale.data.index import ShardIndex
 from vitscale.data.labels import LabelReader
 from vitscale.data.loader import Loader
@@ -140,7 +140,7 @@ class Validation:
         return Loader(
             index=self._held_out.index,
             order=self._held_out.order(batch),
-            crop=CenterCrop(config.evaluation.crop_fraction, size[1] / size[0]),
+            crop=evaluation_crop(config.evaluation.crop_fraction, size),
             data=config.data,
             num_channels=config.model.num_channels,
             seed=config.run.seed,

@@ -20,7 +20,9 @@ from vitscale import __version__
 from vitscale.config.check import problem_type
 from vitscale.config.load import config_of, dump_config, load_config
 from vitscale.config.schema import RunConfig, Source
+from vitscale.data.image_folder import PACKED, classes_of, pack_folder, packed_sources
 from vitscale.data.index import ShardIndex, open_index, require_labels, store_of
+from vitscale.data.subset import Subset, split
 from vitscale.engine.ranks import ProcessRanks, joined
 from vitscale.engine.whole import WholeModel
 from vitscale.errors import CheckpointError, ConfigError, DataError
@@ -83,10 +85,11 @@ def evaluate(
     config = subject.config
     if is_run and world.is_main:
         draw_curves(JsonlFile(folder.metrics).rows(), results.figures / "loss.png", _title(config))
-    opened = _open(config, results) if world.is_main else None
+    opened = _open(subject, results) if world.is_main else None
     with joined(world, config.parallel.timeout_s) as ranks:
         train, test = _held_out(opened, ranks, store_of(config.data))
-        digest = (test or train).index.digest
+        scored = test or train
+        assert scored is not None, "_open refuses neither"
         device = torch.device(world.device, world.local_rank) if world.device == "cuda" else torch.device("cpu")
         probing = Probing(config, world, train, test, results.path)
         title = f"{_title(config)}, {'held-out' if test else 'training'} images"
@@ -100,7 +103,7 @@ def evaluate(
         if world.is_main:
             _write(results, summary | {"source": str(source), "scores": scores})
             if out is not None:
-                _name(results, config, source, digest)
+                _name(results, config, source, scored.index.digest)
             report(results)
         ranks.barrier()
     return results
@@ -165,36 +168,54 @@ def _of_model(source: str, overrides: Sequence[str], take: str | None) -> Subjec
     return Subject(config, {"trained": model, "untrained": untrained})
 
 
-def _open(config: RunConfig, results: RunFolder) -> dict[str, Packed | None]:
-    """The shards of both sides and the names of their classes, as rank 0 finds them."""
-    evaluation, label = config.evaluation, config.data.label_extension
-    trained = evaluation.train or config.data.train
-    if not trained:
+Side = tuple[Packed, Subset | None]  # shards, and which of their samples; None: all
+
+
+def _open(subject: Subject, results: RunFolder) -> dict[str, Side | None]:
+    """The images of both sides, as rank 0 finds them; folders of images are packed in the results' folder."""
+    config, data = subject.config, subject.config.data
+    evaluation, label, store = config.evaluation, data.label_extension, store_of(data)
+    trained = evaluation.train or data.train
+    if not trained and not (evaluation.test and config.objective.needs_labels):
         raise ConfigError("evaluation.train is empty: name labelled shards, say evaluation.train='FOLDER/train/*.tar'")
 
-    store = store_of(config.data)
-
-    def opened(sources: tuple[Source, ...], indexed: str | None) -> ShardIndex:
-        index = open_index(sources, indexed, results.path, label=label, image=config.data.image, store=store)
+    def opened(sources: tuple[Source, ...], indexed: str | None, name: str) -> ShardIndex | None:
+        if not sources:
+            return None
+        out = results.path / f"{PACKED}-{name}"
+        pack_folder(sources, out, config.model.id2label or classes_of(trained))
+        shards = packed_sources(sources, out)
+        index = open_index(shards, indexed, results.path, label=label, image=data.image, store=store)
         if _is_labelled(config):
             require_labels(index, label)
         return index
 
-    indexed = None if evaluation.train else config.data.index
-    test = opened(evaluation.test, None) if evaluation.test else None
-    fitted = opened(trained, indexed)
-    if test is not None:
+    fitted = opened(trained, None if evaluation.train else data.index, "train")
+    test = opened(evaluation.test, None, "test")
+    if fitted is not None and test is not None:
         require_held_out(test, fitted)
-    return {"train": packed(fitted), "test": packed(test)}
+    sides: dict[str, tuple[ShardIndex | None, Subset | None]] = {"train": (fitted, None), "test": (test, None)}
+    if fitted is not None and _splits(config):
+        training, validation = split(fitted, data, config.run.seed)
+        sides = {"train": (fitted, training), "test": (fitted, validation)}
+    return {name: None if index is None else (packed(index), subset) for name, (index, subset) in sides.items()}
 
 
-def _held_out(opened: Any, ranks: ProcessRanks, store: Stores) -> tuple[HeldOut, HeldOut | None]:
+def _held_out(opened: Any, ranks: ProcessRanks, store: Stores) -> tuple[HeldOut | None, HeldOut | None]:
+    def of(side: Side | None) -> HeldOut | None:
+        if side is None:
+            return None
+        (content, class_names), subset = side
+        return HeldOut(ShardIndex.from_bytes(content, store), subset, class_names)
+
     found = ranks.gather(opened)[0]
-    train, test = (
-        found[side] and HeldOut(ShardIndex.from_bytes(found[side][0], store), class_names=found[side][1])
-        for side in ("train", "test")
-    )
-    return train, test
+    return of(found["train"]), of(found["test"])
+
+
+def _splits(config: RunConfig) -> bool:
+    """Whether what is scored on is what the run set apart of its training images."""
+    named = config.evaluation.test or config.evaluation.train
+    return not named and config.objective.needs_labels and config.data.validation_fraction > 0
 
 
 def _score(
@@ -204,7 +225,7 @@ def _score(
     config, models = subject.config, nn.ModuleDict(subject.models)
     scores: Scores = {}
     summary: dict[str, Any] = {}
-    if not _takes_vectors(config):
+    if probing.train is not None and not _takes_vectors(config):
         whole = WholeModel(models, ranks, device)
         train, test = probing.tables(whole, _all_encoders)
         summary = _counts(config, probing, {"train": train, "test": test}, ranks)
@@ -284,7 +305,7 @@ def _name(results: RunFolder, config: RunConfig, source: str, digest: str) -> No
 
 def _is_labelled(config: RunConfig) -> bool:
     """Whether features are to be scored; else there are figures alone."""
-    return bool(config.evaluation.test or config.evaluation.train)
+    return bool(config.evaluation.test or config.evaluation.train or _splits(config))
 
 
 def _takes_vectors(config: RunConfig) -> bool:

@@ -152,6 +152,8 @@ def _facts(folder: RunFolder, rows: Sequence[Row], summary: Row) -> Iterator[str
     if exit_record:
         reason = f": {exit_record['reason']}" if exit_record["code"] else ""
         facts["state"] = _ENDS.get(exit_record["code"], "") + reason
+    elif rows and "steps" in summary:  # written at the run's end, before its exit record
+        facts["state"] = _ENDS[DONE]
     if "parameters" in summary:
         facts["parameters"] = f"{summary['parameters']:,}"
         facts["images"] = f"{summary['images']:,}, {summary['epochs']:.1f} epochs"

@@ -112,7 +112,7 @@ class _OtherData:
     """What rank 0 found beside the index."""
 
     sides: tuple[Subset, Subset] | None  # (training, validation) of the index
-    indexes: tuple[Packed | None, Packed | None, Packed | None]  # of data.validation, evaluation.train, evaluation.test
+    indexes: tuple[Packed | None, ...]  # of data.validation, evaluation.train, evaluation.test
     facts: Any  # the job's
 
 
@@ -143,7 +143,7 @@ def _other_data(config: RunConfig, folder: RunFolder, index: ShardIndex, look_at
             require_same_classes("data.validation", validation.class_names, "training", names)
     if test is not None:
         require_held_out(test, train or index)
-    indexes = (packed(validation), packed(train), packed(test))
+    indexes = tuple(None if each is None else packed(each) for each in (validation, train, test))
     held_out = None if validation is None else HeldOut(validation)
     if sides is not None and sides[1].total:
         held_out = HeldOut(index, sides[1])
@@ -151,9 +151,9 @@ def _other_data(config: RunConfig, folder: RunFolder, index: ShardIndex, look_at
     return _OtherData(sides, indexes, facts)
 
 
-def packed(index: ShardIndex | None) -> Packed | None:
+def packed(index: ShardIndex) -> Packed:
     """What the other ranks are told of an index."""
-    return None if index is None else (index.to_bytes(), tuple(index.class_names or ()))
+    return index.to_bytes(), tuple(index.class_names or ())
 
 
 def require_held_out(test: ShardIndex, fitted: ShardIndex) -> None:
