@@ -60,7 +60,7 @@ def batch_of(number: int) -> SimpleNamespace:
     names = tuple(f"s/{i}" for i in batch.labels)
     replaced = (Replacement(0, "s", "1", "label", "no number"),) * (number % 2)
     return SimpleNamespace(**vars(batch), number=number, names=names, replaced=replaced, sample_ids=batch.sample_keys,
-                           repeats=np.arange(4), epochs=np.full(4, number // 3), retries=0)  # fmt: skip
+                           repeats=np.arange(4), epoch=number // 3, retries=0)  # fmt: skip
 
 
 def augment(device: str = "cpu", labels: bool = True) -> Augment:
@@ -91,7 +91,7 @@ def test_gives_the_loaders_batches_in_order(ahead: int) -> None:
     assert len(given) == 7
     for number, fed in enumerate(given):
         batch = batch_of(number)
-        assert (fed.names, fed.replaced, fed.epoch) == (batch.names, batch.replaced, batch.epochs[0])
+        assert (fed.names, fed.replaced, fed.epoch) == (batch.names, batch.replaced, batch.epoch)
         assert (fed.sample_ids.tolist(), fed.repeats.tolist()) == (batch.sample_ids.tolist(), batch.repeats.tolist())
         expected = augment()(batch).inputs()
         assert fed.inputs.keys() == expected.keys() == {"pixel_values", "sample_key", "labels"}

@@ -118,7 +118,16 @@ def test_lanes_that_ranks_do_not_divide_are_not_told(base: Path) -> None:
 
 def test_weights_of_sources(base: Path) -> None:
     check_config(made(base, "data.train=[{pattern: a, weight: 2}, {pattern: b, weight: 2}]"), World())
-    assert "data.train" in refusal(base, 1, "data.train=[a, {pattern: b, weight: 2}]")
+    said = refusal(base, 1, "data.train=[a, {pattern: b, weight: 2}]")
+    assert "data.train: pattern=a: has no weight, and b has one" in said
+    said = refusal(base, 1, "data.train=[{pattern: a, repeat: 3}, {pattern: b, weight: 2}]")
+    assert "pattern=a: has repeat=3 and no weight" in said
+    check_config(made(base, "data.train=[a, {pattern: b, repeat: 2.5}]", "data.epoch_samples=64"), World())
+    for wrong in ("weight: 0", "repeat: -1", "weight: 1, repeat: 2"):
+        with pytest.raises(ConfigError, match=r"data\.train"):
+            made(base, f"data.train=[{{pattern: a, {wrong}}}]")
+    assert "weight and repeat are for data.train" in refusal(base, 1, "data.validation=[{pattern: a, weight: 1}]")
+    assert "data.epoch_samples=3: must be train.global_batch=" in refusal(base, 1, "data.epoch_samples=3")
 
 
 def test_image_and_patch(base: Path) -> None:

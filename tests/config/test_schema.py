@@ -108,7 +108,7 @@ def test_a_config_is_frozen() -> None:
 
 def test_as_dict_is_plain() -> None:
     plain = schema.as_dict(schema.RunConfig(data=schema.Data(train=(schema.Source("a"),))))
-    assert plain["data"]["train"] == [{"pattern": "a", "weight": 1.0}]
+    assert plain["data"]["train"] == [{"pattern": "a", "weight": None, "repeat": None}]
     assert plain["optimizer"]["betas"] == [0.9, 0.95]
 
 

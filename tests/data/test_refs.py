@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from tests.data.makers import photo, write_shards, write_tar
-from tests.data.orders import Mixture, Repeated
 from vitscale import rng
 from vitscale.config.schema import Data
 from vitscale.data.batch import Batch
 from vitscale.data.crop import RandomCrop
 from vitscale.data.index import ShardIndex, build_index
 from vitscale.data.loader import Loader
-from vitscale.data.order import Refs, SampleOrder
+from vitscale.data.mixture import Mixture
+from vitscale.data.order import Order, Refs, SampleOrder
 from vitscale.world import World
 
 BATCH, SEED = 8, 7
@@ -60,14 +60,15 @@ def keys_of(refs: Refs) -> list[int]:
 
 
 def test_sources_with_epochs_of_their_own_and_repeated_views(index: ShardIndex) -> None:
-    mixture = Mixture(index.samples, 1, SEED, BATCH)
+    parts = [index.samples[:1], index.samples[1:]]  # 10 and 44 images, the former as often as the latter
+    mixture = Mixture(parts, [4.4, 1.0], SEED, BATCH, 1, 1000)
     batches = take(index, mixture, 6)
-    epochs = [[batch // 2] * 4 + [0] * 4 for batch in range(6)]  # sources of 10 and 44 images, 4 of each in a batch
-    assert [batch.epochs.tolist() for batch in batches] == epochs
+    assert {int(epoch) for batch in batches for epoch in batch.epochs} == {0, 1, 2}
+    assert [batch.epoch for batch in batches] == [0] * 6
     mixed = views(batches, mixture)
     assert len(mixed) == len({key for key, *_ in mixed.values()}) == 6 * BATCH
 
-    repeated = Repeated(index.samples, SEED, BATCH, run=4, repeats=3)
+    repeated = Order(index.samples, SEED, BATCH, 1, 1000, repeats=3)
     seen = views(take(index, repeated, 15), repeated)
     assert len(seen) == len({key for key, *_ in seen.values()}) == 15 * BATCH, "a key of its own for every view"
     by_sample = defaultdict(list)
@@ -85,7 +86,7 @@ def test_a_replacement_is_a_view_of_its_own(tmp_path: Path) -> None:
     """All views of a bad sample become views of one other sample, with the keys that these have anywhere."""
     images = {i: b"no image" if i == 5 else photo(i, 40, 50) for i in range(24)}
     index = build_index([str(write_tar(tmp_path / "a.tar", [(f"{i:02d}.jpg", data) for i, data in images.items()]))])
-    order = Repeated(index.samples, SEED, BATCH, run=4, repeats=4)
+    order = Order(index.samples, SEED, BATCH, 1, 1000, repeats=4)
     batches = take(index, order, 12)
     bad = [(number, item.slot) for number, batch in enumerate(batches) for item in batch.replaced]
     assert len(bad) == 4, "as often as it would have come"

@@ -112,6 +112,33 @@ def test_other_worlds_and_stages(launcher: Launcher, config: Path, tmp_path: Pat
     assert losses(run) == pytest.approx(losses(unbroken), rel=1e-5)
 
 
+def test_sources_with_epochs_of_their_own(launcher: Launcher, config: Path, shards: Path, tmp_path: Path) -> None:
+    """A mixture on 1 rank, and on 2, stopped and gone on with on 1 and 4: the same samples and rows."""
+    one, *others = sorted(str(path) for path in shards.glob("*.tar"))
+    sources = f"[{{pattern: '{one}', repeat: 2.5}}, {', '.join(repr(path) for path in others)}]"
+    argv = ["pretrain", str(config), f"data.train={sources}", "train.steps=24"]
+    launcher.run([*argv, "run.name=alone"])
+    parts = [*argv, "parallel.zero_stage=2"]
+    launcher.run([*parts, "train.steps=9"], ranks=2)
+    launcher.run([*parts, "train.steps=17"])
+    launcher.run(parts, ranks=4)
+    alone, run = tmp_path / "runs" / "alone", tmp_path / "runs" / "run"
+    assert trace(run) == trace(alone)
+    assert [(row["epoch"], row["samples"]) for row in rows(run)] == [
+        (row["epoch"], row["samples"]) for row in rows(alone)
+    ]
+    seen = Counter(key for keys in trace(alone).values() for key in keys)
+    of_one = Path(one).stem
+    counts = [
+        [count for key, count in seen.items() if key.startswith(f"{of_one}/") == is_it] for is_it in (True, False)
+    ]
+    assert np.mean(counts[0]) > 2 * np.mean(counts[1])
+    said = launcher.run(
+        [*argv, "run.name=alone", "train.steps=30", f"data.train={sources.replace('2.5', '2')}"], code=2
+    )
+    assert "data.train's sources=[[1, None, 2.5]" in said
+
+
 def test_stop_file(launcher: Launcher, config: Path, tmp_path: Path) -> None:
     """A stop file from before the start is cleared; one made later stops the run, which takes it away."""
     run = tmp_path / "runs" / "run"

@@ -31,7 +31,7 @@ class NamedBatch(RaggedBatch, Protocol):
     @property
     def repeats(self) -> np.ndarray: ...
     @property
-    def epochs(self) -> np.ndarray: ...
+    def epoch(self) -> int: ...
     @property
     def retries(self) -> int: ...
 
@@ -58,7 +58,7 @@ class FedBatch:
     inputs: dict[str, Tensor]  # the model's keyword arguments, on the device
     names: tuple[str, ...]  # "shard/key" of each sample
     replaced: Sequence[Any]  # the bad samples that others stand in for
-    epoch: int  # of its first sample
+    epoch: int
     sample_ids: np.ndarray  # int64 [n]
     repeats: np.ndarray  # int64 [n]; an evaluation counts a sample where it is 0
     retries: int = 0  # reads of storage that were made again
@@ -148,9 +148,8 @@ class DeviceFeed(Generic[B]):
         self._spans["augment"].append((began, ready))
         self._lent.append((batch, ready))
         self._release()
-        epoch = int(batch.epochs[0])
         return FedBatch(
-            inputs, batch.names, batch.replaced, epoch, batch.sample_ids, batch.repeats, batch.retries
+            inputs, batch.names, batch.replaced, batch.epoch, batch.sample_ids, batch.repeats, batch.retries
         ), ready
 
     def _release(self) -> None:

@@ -16,7 +16,7 @@ from vitscale.config.schema import RunConfig, Source
 from vitscale.data.crop import training_crop
 from vitscale.data.index import ShardIndex, open_index
 from vitscale.data.loader import Loader
-from vitscale.data.order import training_order
+from vitscale.data.mixture import training_order
 from vitscale.data.pack import PackedSample, write_shards
 from vitscale.world import World
 
@@ -54,7 +54,7 @@ def open_loader(folder: Path, config: RunConfig) -> Loader:
     size = pair(config.model.image_size)
     return Loader(
         index=index,
-        order=training_order(config, index.samples),
+        order=training_order(config, index.samples, index.sources),
         crop=training_crop(config.augment, size),
         data=config.data,
         num_channels=config.model.num_channels,

@@ -73,6 +73,7 @@ def too_few_lanes(config: RunConfig, world: World) -> str | None:
 def check_config(config: RunConfig, world: World) -> None:
     """Raise ConfigError where keys contradict each other or the world."""
     _check_batch(config, world)
+    _check_sources(config)
     _check_model(config)
     _check_objective(config)
     _check_augment(config)
@@ -111,11 +112,26 @@ def _check_batch(config: RunConfig, world: World) -> None:
             f"augment.repeats={repeats}: a batch holds {share} samples of each of {lanes(config)} lanes, and needs "
             f"{2 * repeats} or more; lower it, or set {way} or {'less' if written else 'more'}"
         )
-    weights = {source.weight for source in config.data.train}
-    if len(weights) > 1:
+    if config.data.epoch_samples is not None and config.data.epoch_samples < batch:
+        raise ConfigError(f"data.epoch_samples={config.data.epoch_samples}: must be train.global_batch={batch} or more")
+
+
+def _check_sources(config: RunConfig) -> None:
+    """Sources of data.train are mixed by one rule, and other keys have none."""
+    train = config.data.train
+    weighted = [source for source in train if source.weight is not None]
+    if weighted and len(weighted) < len(train):
+        without = next(source for source in train if source.weight is None)
+        has = f"repeat={without.repeat:g} and " if without.repeat is not None else ""
         raise ConfigError(
-            f"data.train: weights {sorted(weights)}: sources of different weight cannot be mixed yet; give all the same"
+            f"data.train: pattern={without.pattern}: has {has}no weight, and {weighted[0].pattern} has one; give a "
+            "weight to all sources, or to none"
         )
+    data, evaluation = config.data, config.evaluation
+    others = {"data.validation": data.validation, "evaluation.train": evaluation.train}
+    for key, sources in (others | {"evaluation.test": evaluation.test}).items():
+        if any((source.weight, source.repeat) != (None, None) for source in sources):
+            raise ConfigError(f"{key}: weight and repeat are for data.train, images here count once: leave them out")
 
 
 def _check_model(config: RunConfig) -> None:

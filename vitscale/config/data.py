@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vitscale.config.typed import one_of, require
+from vitscale.errors import ConfigError
 
 DECODERS = ("auto", "nvimgcodec", "simplejpeg", "pillow")
 
@@ -14,7 +15,18 @@ class Source:
     """Shards of one kind: a path or URL with brace ranges ({000..099}) or wildcards (*, ?)."""
 
     pattern: str
-    weight: float = 1.0
+    # Of several sources of data.train, all by one of the two; null: their shards are one set, each read once an epoch.
+    weight: float | None = None  # its share of the samples, over the sum of all weights
+    repeat: float | None = None  # or how often its samples come while those without it come once
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "repeat"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"data.train.{name}", value, "above 0 or null")
+        if self.weight is not None and self.repeat is not None:
+            raise ConfigError(
+                f"data.train: pattern={self.pattern}: has weight={self.weight:g} and repeat={self.repeat:g}; give one"
+            )
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,7 @@ class Data:
     # Samples over all lanes within which the order is shuffled, in blocks of window / lanes: a multiple of lanes where
     # lanes is written, else each block is rounded down.
     window: int = 16384
+    epoch_samples: int | None = None  # samples (views) that train.epochs and the rows' epoch count; null: the data
     fraction: float = 1.0  # of data.train to train on, chosen by a hash of run.seed and each sample's key
     validation: tuple[Source, ...] = ()  # labelled shards to score on while training
     validation_fraction: float = 0.0  # or this share of data.train, chosen by a hash of each sample's key
@@ -48,6 +61,8 @@ class Data:
     def __post_init__(self) -> None:
         require(self.lanes is None or self.lanes > 0, "data.lanes", self.lanes, "above 0 or null")
         require(self.window > 0, "data.window", self.window, "above 0 (samples over all lanes)")
+        samples = self.epoch_samples
+        require(samples is None or samples > 0, "data.epoch_samples", samples, "above 0 or null")
         one_of("data.decode", self.decode, DECODERS)
         require(0 < self.fraction <= 1, "data.fraction", self.fraction, "in (0, 1]")
         value = self.validation_fraction

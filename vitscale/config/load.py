@@ -28,7 +28,7 @@ from vitscale.text import did_you_mean
 Flat = dict[str, Any]
 # What lists hold beside texts and numbers: an item is a mapping, or a text, which is its first field.
 _RECORDS = {
-    Source: "a list of patterns or {pattern, weight}",
+    Source: "a list of patterns or {pattern, weight, repeat}",
     Step: "a list of names or {name, probability, low, high}",
 }
 _PATHS = ("run.dir", "data.index", "model.init_from", "checkpoint.resume_from")  # beside the patterns of a Source

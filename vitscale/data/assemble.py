@@ -122,7 +122,7 @@ class Assembler:
             raw, why = samples[place].raw, bad[place]
             self._replace(filling, place, self._plan.order.candidates(batch, first + place), raw, why)
             replaced.append(Replacement(first + place, raw.shard, raw.key, why.cause, why.reason))
-        return filling.batch(tuple(replaced))
+        return filling.batch(tuple(replaced), self._plan.order.epoch(batch))
 
     def _decode(self, jobs: list[Job]) -> list[BadSample | None]:
         activity.count += 1
@@ -208,7 +208,7 @@ class _Filling:
             for sample, header, region, room in zip(samples, headers, regions, rooms, strict=True)
         ]
 
-    def batch(self, replaced: tuple[Replacement, ...]) -> Batch:
+    def batch(self, replaced: tuple[Replacement, ...], epoch: int) -> Batch:
         return Batch(
             pixels=self._memory.reserve(self._used)[: self._used],
             offsets=self._offsets,
@@ -223,4 +223,5 @@ class _Filling:
             repeats=self._repeats,
             epochs=self._epochs,
             replaced=replaced,
+            epoch=epoch,
         )

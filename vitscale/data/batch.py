@@ -41,6 +41,7 @@ class Batch:
     repeats: np.ndarray  # int64 [n]: which view of the sample in its epoch; above 0 in what fills up an evaluation
     epochs: np.ndarray  # int64 [n]
     replaced: tuple[Replacement, ...]
+    epoch: int = 0  # of the global batch: SampleOrder.epoch
     retries: int = 0  # reads that failed and were made again, since the micro-batch before
 
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class ShardIndex:
     store: Store = field(default_factory=Stores)
     fallback_folders: tuple[str, ...] = ()  # for the tables of shards whose own folder cannot be written
     image: str | None = None  # the extension of the members with images: data.image
+    sources: tuple[int, ...] = ()  # how many shards each entry of data.train stands for, in their order
 
     @staticmethod
     def of(rows: Rows, store: Store, fallback_folders: tuple[str, ...] = (), image: str | None = None) -> ShardIndex:
@@ -104,7 +105,7 @@ class ShardIndex:
         columns = np.stack([self.samples, self.bytes, self.modified]).astype("<i8")
         packer = zlib.compressobj(1)
         parts = [
-            packer.compress(_line([len(self.paths), self.fallback_folders, self.image])),
+            packer.compress(_line([len(self.paths), self.fallback_folders, self.image, self.sources])),
             packer.compress(columns.tobytes()),
         ]
         for start in range(0, len(self.paths), _SENT):
@@ -119,7 +120,7 @@ class ShardIndex:
         if hashlib.sha256(data[32:]).digest() != data[:32]:
             raise DataError("the index of the shards came damaged from rank 0; start the run again")
         content = io.BytesIO(zlib.decompress(memoryview(data)[32:]))
-        count, fallbacks, image = json.loads(content.readline())
+        count, fallbacks, image, sources = json.loads(content.readline())
         samples, size, modified = np.frombuffer(content.read(count * 24), "<i8").reshape(3, -1).astype(np.int64)
         paths: list[str] = []
         sha256: list[str | None] = []
@@ -128,7 +129,8 @@ class ShardIndex:
             paths += some_paths
             sha256 += some_sha256
         rows = Rows(paths, samples, size, sha256, modified)
-        return ShardIndex.of(rows, store or Stores(), tuple(fallbacks), image)
+        index = ShardIndex.of(rows, store or Stores(), tuple(fallbacks), image)
+        return replace(index, sources=tuple(sources))
 
     def table(self, shard: int, label: str) -> SampleTable:
         """The table of a shard, with the labels of extension `label`. DataError where it is not what the index says."""
@@ -180,16 +182,17 @@ def open_index(
     `cache`. A scan leaves the shards' tables, with labels of the extension `label` and images of the extension `image`
     (None: see scan_shard). DataError names the pattern, the shard or the file at fault.
     """
-    if len({source.weight for source in sources}) > 1:
-        raise DataError("data.train: weights are not supported yet: every shard is read once an epoch; leave them out")
     store = store or Stores()
-    builder = IndexBuilder(expand(sources, store), store)
-    fallback = os.path.abspath(cache)
+    parts = [expand([source], store) for source in sources] or [expand((), store)]
+    builder = IndexBuilder([path for part in parts for path in part], store)
+    fallbacks: tuple[str, ...] = (os.path.abspath(cache),)
     if index_path is not None:
         builder.take_from_file(index_path)
-        return ShardIndex.of(builder.rows, store, (*_local_folder(index_path), fallback), image)
-    builder.take_from_folders(Sidecar(store, label, (fallback,), image), fallback)
-    return ShardIndex.of(builder.rows, store, (fallback,), image)
+        fallbacks = (*_local_folder(index_path), *fallbacks)
+    else:
+        builder.take_from_folders(Sidecar(store, label, fallbacks, image), fallbacks[0])
+    index = ShardIndex.of(builder.rows, store, fallbacks, image)
+    return replace(index, sources=tuple(len(part) for part in parts))
 
 
 def build_index(

@@ -50,7 +50,7 @@ def fetched_ahead(order: SampleOrder, largest: int, global_batch: int, ranks: in
     ahead = max(order.block, share) + min(largest, _BATCHES_AHEAD * share)
     lanes = -(-order.lanes // ranks) + (order.lanes % ranks > 0)
     # A batch starts and what is ahead ends inside a block, and shards reach over both ends.
-    return ahead, lanes * (3 * order.block + share + ahead + 2 * largest)
+    return ahead, lanes * (3 * order.block + share + ahead + 2 * largest * order.sources)
 
 
 class Loader:

@@ -94,9 +94,16 @@ class SubsetOrder:
     def batches_per_epoch(self) -> int:
         return self.order.batches_per_epoch
 
+    def epoch(self, batch: int) -> int:
+        return self.order.epoch(batch)
+
     @property
     def lanes(self) -> int:
         return self.order.lanes
+
+    @property
+    def sources(self) -> int:
+        return self.order.sources
 
     @property
     def block(self) -> int:

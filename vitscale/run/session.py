@@ -12,7 +12,8 @@ from vitscale.config.check import has_classes
 from vitscale.config.load import dump_config
 from vitscale.config.schema import RunConfig, Source
 from vitscale.data.index import ShardIndex, open_index, require_labels, store_of
-from vitscale.data.order import SampleOrder, training_order
+from vitscale.data.mixture import training_order
+from vitscale.data.order import SampleOrder
 from vitscale.data.subset import Subset, SubsetOrder, split
 from vitscale.engine.backend import Backend
 from vitscale.engine.preempt import StopRequest
@@ -95,10 +96,10 @@ def open_session(
     held_out, train, test = (
         each and HeldOut(ShardIndex.from_bytes(each[0], store), class_names=each[1]) for each in others.indexes
     )
-    order: SampleOrder = training_order(config, index.samples)
+    order: SampleOrder = training_order(config, index.samples, index.sources)
     if sides is not None:
         training, validation = sides
-        order = SubsetOrder(training_order(config, training.counts), training)
+        order = SubsetOrder(training_order(config, training.counts, index.sources), training)
         held_out = HeldOut(index, validation) if validation.total else held_out
     probed = None if test is None else (train or HeldOut(index), test)
     return Session(config, world, folder, backend, stop, index, order, decoder, held_out, probed, facts, adapts)

@@ -13,6 +13,7 @@ from vitscale.config.check import lanes
 from vitscale.config.load import load_config
 from vitscale.config.schema import RunConfig, as_dict
 from vitscale.data.index import ShardIndex
+from vitscale.data.mixture import is_mixture
 from vitscale.engine.engine import load_weights
 from vitscale.engine.loop import TrainState
 from vitscale.errors import CheckpointError, ConfigError
@@ -27,7 +28,9 @@ from vitscale.text import listed
 from vitscale.tracking.outbox import flat_params
 
 # With these values a manifest does not name the keys.
-_USUAL = {"augment.repeats": 1, "data.validation_fraction": 0.0, "data.fraction": 1.0}
+_USUAL: dict[str, Any] = {
+    "augment.repeats": 1, "data.validation_fraction": 0.0, "data.fraction": 1.0, "data.train's sources": None,
+}  # fmt: skip
 
 
 def start(session: Session, model: ViTPreTrainedModel) -> tuple[Checkpoint | None, TrainState]:
@@ -80,8 +83,19 @@ def order_keys(session: Session) -> dict[str, Any]:
         "augment.repeats": config.augment.repeats,
         "data.validation_fraction": config.data.validation_fraction,
         "data.fraction": config.data.fraction,
+        "data.train's sources": _mixed(session),
     }
     return keys | {name: value for name, value in optional.items() if value != _USUAL[name]}
+
+
+def _mixed(session: Session) -> list[list[Any]] | None:
+    """[shards, weight, repeat] of each source of a mixture."""
+    sources = session.config.data.train
+    if not is_mixture(sources):
+        return None
+    return [
+        [shards, source.weight, source.repeat] for shards, source in zip(session.index.sources, sources, strict=True)
+    ]
 
 
 def _require_same_order(session: Session, checkpoint: Checkpoint) -> None:
