@@ -13,6 +13,7 @@ import pytest
 
 from tests.data.makers import write_shards, write_tar
 from tests.data.stores import CountingFiles
+from tests.files.web import served
 from vitscale.config.schema import Source
 from vitscale.data import index_builder
 from vitscale.data.index import ShardIndex, build_index, open_index, require_labels
@@ -157,7 +158,7 @@ def test_shards_in_many_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         index_builder,
         "count_samples",
-        lambda sidecar, shards: (counted.append(len(shards)), count_samples(sidecar, shards))[1],
+        lambda sidecar, shards, **_: (counted.append(len(shards)), count_samples(sidecar, shards))[1],
     )
     sources, listed = (Source(f"{tmp_path}/?/s.tar"),), []
     store = CountingFiles()
@@ -228,11 +229,51 @@ def test_bad_shards_are_told_at_the_start(folder: Path) -> None:
         opened(folder)
 
 
-def test_declared_counts_spare_the_scan(folder: Path) -> None:
+def declare(folder: Path, count: int) -> None:
+    """What img2dataset and open_clip leave beside shards; of s001 a count of ours."""
     (folder / "s000_stats.json").write_text('{"count": 9, "successes": 3, "failed_to_download": 6}')
     (folder / "s001_stats.json").write_text("[" * 99999)  # which says nothing
-    (folder / "sizes.json").write_text('{"s001.tar": 6}')
-    assert opened(folder).samples.tolist() == [3, 6, 2]  # reading s001 will tell
+    (folder / "sizes.json").write_text(f'{{"s001.tar": {count}}}')
+
+
+def test_declared_counts_are_held_against_the_shards_at_the_start(folder: Path) -> None:
+    declare(folder, 6)
+    with pytest.raises(DataError, match=r"s001.tar: holds 5 samples, .*/sizes.json says 6; delete that file if it"):
+        opened(folder)
+    with pytest.raises(DataError, match=r"s001.tar: holds 5 samples, .*/sizes.json says 6"):
+        opened(folder)  # though there is a table now
+    (folder / "sizes.json").unlink()
+    assert opened(folder).samples.tolist() == [3, 5, 2]
+    (folder / "index.json").unlink()
+    (folder / "s000_stats.json").write_text('{"successes": 4}')
+    with pytest.raises(DataError, match=r"s000.tar: holds 3 samples, .*/s000_stats.json says 4"):
+        opened(folder)
+    assert build_index(expand([Source(f"{folder}/*.tar")])).samples.tolist() == [3, 5, 2]  # the way out
+
+
+def test_of_shards_at_urls_a_few_are_looked_at(folder: Path) -> None:
+    """Which are read whole for it; the others are held to their counts when they are read."""
+    write_shards(folder, [2] * 12)
+    names = [f"s{i:03d}.tar" for i in range(12)]
+    with served() as web:
+        for name in names:
+            web.files[f"/d/{name}"] = (folder / name).read_bytes()
+        sources = (Source(f"{web.url}/d/s{{000..011}}.tar"),)
+
+        def start(claims: dict[str, int]) -> ShardIndex:
+            web.files["/d/sizes.json"] = json.dumps(claims).encode()
+            return open_index(sources, None, folder.parent / "run")
+
+        right = dict.fromkeys(names, 2)
+        index = start(right | {"s001.tar": 3})
+        assert index.samples.tolist() == [2, 3, *[2] * 10]
+        kept = ShardIndex.load(next((folder.parent / "run").glob("index-*.json")))
+        assert len(kept.names) == 4, "what nobody has counted is not kept as if it were"
+        with pytest.raises(DataError, match=r"s001.tar: holds 2 samples, http.*/sizes.json says 3"):
+            index.table(1, "cls")
+        shutil.rmtree(folder.parent / "run")
+        with pytest.raises(DataError, match=r"s\d+.tar: holds 2 samples, http.*/sizes.json says 3"):
+            start(dict.fromkeys(names, 3))
 
 
 def test_the_digest_does_not_depend_on_the_place(folder: Path) -> None:

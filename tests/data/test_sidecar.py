@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import pytest
 from tests.data.makers import photo, write_shards, write_tar
 from tests.data.stores import CountingFiles
 from vitscale.config.schema import Source
-from vitscale.data import sidecar
+from vitscale.data import parallel, sidecar
 from vitscale.data.index import ShardIndex, open_index
 from vitscale.data.shards import Shards
 from vitscale.data.sidecar import FOLDER
@@ -44,6 +45,13 @@ def _no_reports_yet(monkeypatch: pytest.MonkeyPatch) -> None:
 def opened(folder: Path, store: CountingFiles | None = None, label: str = "cls") -> ShardIndex:
     source = (Source(f"{folder}/*.tar"),)
     return open_index(source, None, folder.parent / "run", label=label, store=store or CountingFiles())
+
+
+def untouched(folder: Path) -> ShardIndex:
+    """An index of shards that have no tables yet, as one that was copied without them."""
+    index, _ = again(opened(folder))
+    shutil.rmtree(folder / FOLDER)
+    return index
 
 
 def again(index: ShardIndex) -> tuple[ShardIndex, CountingFiles]:
@@ -74,11 +82,7 @@ def test_labels_are_never_read_again(folder: Path) -> None:
 
 
 def test_a_table_is_filled_when_its_shard_is_first_needed(folder: Path) -> None:
-    (folder / "sizes.json").write_text('{"s000.tar": 3, "s001.tar": 5, "s002.tar": 2}')
-    store = CountingFiles()
-    index = opened(folder, store)
-    assert not store.headers
-    assert not (folder / FOLDER).exists()
+    index = untouched(folder)
     Shards(index, "cls", 100).read(2 << 32)
     assert os.listdir(folder / FOLDER) == ["s002.tar.cls.table"]
 
@@ -237,14 +241,14 @@ def test_many_make_the_same_table_at_once(folder: Path) -> None:
 @pytest.mark.parametrize("worth_a_process", [1, 1 << 40])
 def test_all_tables_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch, worth_a_process: int) -> None:
     """In processes and in threads."""
-    monkeypatch.setattr(sidecar, "_WORTH_A_PROCESS", worth_a_process)
-    monkeypatch.setattr(sidecar, "_REPORT_EVERY_S", 0.0)
+    monkeypatch.setattr(parallel, "_WORTH_A_PROCESS", worth_a_process)
+    monkeypatch.setattr(parallel, "_REPORT_EVERY_S", 0.0)
     index = opened(folder)
     for name in ("s000", "s002"):
         (folder / FOLDER / f"{name}.tar.cls.table").unlink()
     lines: list[str] = []
     index.complete_tables("cls", lines.append)
-    assert lines[-1].startswith("tables: 3 of 3 shards, 10 samples")
+    assert lines[-1].startswith("tables: 3 of 3 shards, ")
     index, store = again(index)
     assert [len(index.table(i, "cls")) for i in range(3)] == [3, 5, 2]
     assert not store.headers
@@ -257,7 +261,7 @@ def test_all_tables_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch, worth
 
 
 def test_nodes_begin_at_different_shards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sidecar, "_THREADS", 1)
+    monkeypatch.setattr(parallel, "_THREADS", 1)
     begun = set()
     for node in range(12):
         monkeypatch.setattr("socket.gethostname", lambda node=node: f"node-{node}")
@@ -270,9 +274,10 @@ def test_nodes_begin_at_different_shards(folder: Path, monkeypatch: pytest.Monke
 
 
 def test_tables_to_come_are_fetched_in_the_background(folder: Path) -> None:
-    (folder / "sizes.json").write_text('{"s000.tar": 3, "s001.tar": 5, "s002.tar": 2}')
-    store = CountingFiles()
-    shards = Shards(opened(folder, store), "cls", 100)
+    index = untouched(folder)
+    store = index.store
+    assert isinstance(store, CountingFiles)
+    shards = Shards(index, "cls", 100)
     shards.fetch([2, 0])
     deadline = time.monotonic() + 10
     while not {f"s00{i}.tar.cls.table" for i in (0, 2)} <= _tables(folder) and time.monotonic() < deadline:

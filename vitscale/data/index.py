@@ -18,8 +18,9 @@ import numpy as np
 from vitscale.config.schema import Data, Source
 from vitscale.data.index_builder import IndexBuilder, stat_all
 from vitscale.data.index_file import Rows, read_rows, write_rows
+from vitscale.data.parallel import Report, report
 from vitscale.data.patterns import expand
-from vitscale.data.sidecar import Report, Shard, Sidecar, count_samples, report
+from vitscale.data.sidecar import Shard, Sidecar, count_samples
 from vitscale.data.table import SampleTable
 from vitscale.errors import DataError
 from vitscale.files.classes import class_names
@@ -200,16 +201,22 @@ def build_index(
     sha256: Sequence[str] | None = None,
     *,
     label: str = "cls",
+    image: str | None = None,
     fallback_folders: tuple[str, ...] = (),
+    store: Store | None = None,
+    workers: int | None = None,
 ) -> ShardIndex:
-    """Count every shard by its table, made where there is none, and read it whole for its sha256 unless given."""
-    builder = IndexBuilder(paths, Stores())
-    builder.count(range(len(paths)), Sidecar(builder.store, label, fallback_folders))
-    if sha256 is None:
-        builder.hash()
-    else:
+    """Count every shard by its table and take its sha256 from there. A shard whose table is not there, or lacks its
+    sha256 where none are given, is read once from end to end, which leaves the table: what is stopped goes on there.
+
+    workers: processes; None: see on_shards.
+    """
+    builder = IndexBuilder(paths, store or Stores())
+    if sha256 is not None:
         builder.sha256[:] = sha256
-    return ShardIndex.of(builder.rows, builder.store, fallback_folders)
+    sidecar = Sidecar(builder.store, label, fallback_folders, image, with_sha256=True)
+    builder.count(range(len(paths)), sidecar, workers)
+    return ShardIndex.of(builder.rows, builder.store, fallback_folders, image)
 
 
 def require_labels(index: ShardIndex, label: str) -> None:

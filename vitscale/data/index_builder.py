@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import glob
-import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import chain
@@ -15,15 +13,18 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from vitscale.data.declared import declared_counts
 from vitscale.data.index_file import Rows, is_current, read_rows, write_rows
-from vitscale.data.sidecar import Shard, Sidecar, count_samples, fallback_name, report
+from vitscale.data.parallel import report
+from vitscale.data.sidecar import Shard, Sidecar, count_samples, fallback_name
 from vitscale.errors import DataError
 from vitscale.files.retry import unreadable
-from vitscale.files.store import FileStat, LocalFiles, Store, is_remote, sha256_of
+from vitscale.files.store import FileStat, LocalFiles, Store, is_remote
 
 Result = TypeVar("Result")
 _THREADS = 16  # a file system far away answers many questions at once
 _PART = 512  # paths that a thread takes at once
+_LOOKED_AT = 4  # shards at URLs whose declared counts are held against them at once
 _SLOW_S = 100e-6  # of one stat: from here on several threads are faster, below it they only wait for each other
 
 
@@ -106,8 +107,11 @@ class IndexBuilder:
             self.take(rows, ours, places)
 
     def take_from_folders(self, sidecar: Sidecar, fallback: str) -> None:
-        """Every shard's row: from its folder's index.json where it is not stale, or another tool's declaration; the
-        others are counted. What was not in an index.json is written there, or else in a file of the folder `fallback`.
+        """Every shard's row: from its folder's index.json where it is not stale; the others are counted, which is
+        written there, or else in a file of the folder `fallback`.
+
+        What other tools declare is held against what is counted: DataError. Of shards at URLs, which are read whole to
+        be counted, it is held against a few alone, and taken for the others.
         """
         files = {folder: _FolderFiles(folder, self.store, fallback) for folder in self.folders}
         outdated: dict[int, tuple[int, int, str | None]] = {}
@@ -117,17 +121,21 @@ class IndexBuilder:
         if not stale:
             return
         changed = sorted({_folder(self.paths[i]) for i in stale})
-        declared = {folder: _declared(self.store, folder) for folder in changed}
-        for i in stale:
-            self.samples[i] = declared[_folder(self.paths[i])].get(os.path.basename(self.paths[i]), 0)
-        self.count(np.flatnonzero(self.samples == 0).tolist(), sidecar)
+        claims = {folder: declared_counts(self.store, folder) for folder in changed}
+        declared = {i: claims[_folder(self.paths[i])].get(os.path.basename(self.paths[i])) for i in stale}
+        far = [i for i in stale if is_remote(self.paths[i]) and declared[i] is not None]
+        unseen = set(far) - set(far[:: -(-len(far) // _LOOKED_AT) or 1])
+        for i, claim in declared.items():
+            self.samples[i] = claim.samples if claim is not None else 0
+        self.count([i for i in stale if i not in unseen], sidecar)
         for i in outdated.keys() & set(stale):  # a packer's sha256 stays while size and count do
             samples, size, sha256 = outdated[i]
             if (samples, size) == (self.samples[i], self.bytes[i]):
-                self.sha256[i] = sha256
+                self.sha256[i] = self.sha256[i] or sha256
         rows = list(zip(*self.rows, strict=True))
         for folder in changed:
-            files[folder].save([rows[i] for i in self.by_folder[folder]], self)
+            if seen := [rows[i] for i in self.by_folder[folder] if i not in unseen]:
+                files[folder].save(seen, self)
 
     def _take_fresh(self, files: _FolderFiles) -> dict[int, tuple[int, int, str | None]]:
         """Take a folder's rows that are not stale; of the others, place -> (samples, bytes, sha256)."""
@@ -143,15 +151,18 @@ class IndexBuilder:
                 outdated[place] = int(rows.samples[row]), int(rows.bytes[row]), rows.sha256[row]
         return outdated
 
-    def count(self, places: Iterable[int], sidecar: Sidecar) -> None:
-        """Count the samples of these shards by their tables."""
-        places = list(places)
-        shards = [Shard(self.paths[i], FileStat(int(self.bytes[i]), int(self.modified[i]))) for i in places]
-        self.samples[places] = count_samples(sidecar, shards)
+    def count(self, places: Sequence[int], sidecar: Sidecar, workers: int | None = None) -> None:
+        """Count the samples of these shards by their tables, and learn the sha256 of those that say it.
 
-    def hash(self) -> None:
-        """Read every shard whole for its sha256."""
-        self.sha256[:] = _in_threads(lambda path: _sha256(self.store, path), self.paths)
+        workers: processes; None: see on_shards. DataError where `samples` has another count than 0 for one, and it
+        does not hold so many.
+        """
+        shards = [
+            Shard(self.paths[i], FileStat(int(self.bytes[i]), int(self.modified[i])), int(self.samples[i]) or None,
+                  self.sha256[i]) for i in places
+        ]  # fmt: skip
+        for i, counted in zip(places, count_samples(sidecar, shards, workers=workers), strict=True):
+            self.samples[i], self.sha256[i] = counted.samples, counted.sha256 or self.sha256[i]
 
 
 class _FolderFiles:
@@ -195,37 +206,6 @@ class _FolderFiles:
             return False
 
 
-def _declared(store: Store, folder: str) -> dict[str, int]:
-    """Counts that open_clip's sizes.json or img2dataset's NAME_stats.json declare, by file name.
-
-    They spare the scan of many shards at a start; a shard is held to its count when it is read.
-    """
-    counts: dict[str, int] = {}
-    for path in _list(store, os.path.join(glob.escape(folder), "*_stats.json")):
-        content = _json(store, path)
-        if isinstance(content, dict) and isinstance(content.get("successes"), int):
-            counts[os.path.basename(path).removesuffix("_stats.json") + ".tar"] = content["successes"]
-    sizes = _json(store, os.path.join(folder, "sizes.json"))
-    if isinstance(sizes, dict):
-        counts |= {os.path.basename(name): count for name, count in sizes.items() if isinstance(count, int)}
-    return {name: count for name, count in counts.items() if count > 0}
-
-
-def _list(store: Store, pattern: str) -> list[str]:
-    """What matches; nothing where a store does not list."""
-    try:
-        return store.list(pattern)
-    except OSError:
-        return []
-
-
-def _json(store: Store, path: str) -> Any:
-    try:
-        return json.loads(store.read(path, 0, store.stat(path).bytes))
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
 def _exists(store: Store, path: str) -> bool:
     try:
         store.stat(path)
@@ -263,13 +243,6 @@ def _folder(path: str) -> str:
 def _real(folder: str) -> str:
     """A folder ("" or with a slash at the end) with its links resolved, with a slash at the end; a URL as it is."""
     return folder if is_remote(folder) else os.path.join(os.path.realpath(folder), "")
-
-
-def _sha256(store: Store, path: str) -> str:
-    try:
-        return sha256_of(path, store)
-    except OSError as error:
-        raise unreadable(path, error) from None
 
 
 def _in_threads(work: Callable[[Any], Result], items: Sequence[Any]) -> list[Result]:

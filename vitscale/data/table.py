@@ -44,6 +44,7 @@ class SampleTable:
     label_end: np.ndarray  # where each label ends in `labels`, which has those of at most tar.SMALL bytes
     keys: bytes
     labels: bytes
+    sha256: str | None = None  # of the shard, where it was read whole
 
     def __len__(self) -> int:
         return len(self.key_hash)
@@ -114,6 +115,7 @@ def to_bytes(table: SampleTable) -> bytes:
         "label": table.label,
         "extensions": table.extensions,
         "image": table.image,
+        "sha256": table.sha256,
     }
     columns = []
     for name in _COLUMNS:
@@ -158,6 +160,7 @@ def from_bytes(data: bytes) -> SampleTable:
         extensions=tuple(header["extensions"]),
         keys=content[at:keys_end],
         labels=content[keys_end:],
+        sha256=header.get("sha256"),
         **columns,
     )
 

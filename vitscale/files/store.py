@@ -17,6 +17,7 @@ from vitscale.files.cache import LruCache
 from vitscale.files.retry import TRANSIENT, activity, with_retries
 
 _OPEN_FILES = 256
+_PASSED = 1 << 20  # bytes of a pass through a file that are held at once
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 Paths = list[str]
 
@@ -28,7 +29,17 @@ class FileStat(NamedTuple):
     modified: int  # nanoseconds; 0 where a store does not know
 
 
-class Store(Protocol):
+class Readable(Protocol):
+    """What is asked of files that are only read."""
+
+    def stat(self, path: str) -> FileStat: ...
+
+    def read(self, path: str, start: int, count: int) -> bytes:
+        """`count` bytes from `start` on; fewer only where the file ends before."""
+        ...
+
+
+class Store(Readable, Protocol):
     """Files by path. For many threads at once; it can be pickled, for the reader process.
 
     What fails is an OSError with the path as its `filename`; of these FileNotFoundError where there is no such file.
@@ -36,12 +47,6 @@ class Store(Protocol):
 
     def list(self, pattern: str) -> Paths:
         """Paths that a pattern with wildcards (*, ?, [...]) matches, sorted."""
-        ...
-
-    def stat(self, path: str) -> FileStat: ...
-
-    def read(self, path: str, start: int, count: int) -> bytes:
-        """`count` bytes from `start` on; fewer only where the file ends before."""
         ...
 
     def write(self, path: str, data: bytes) -> None:
@@ -147,6 +152,34 @@ def read_pieces(store: Store, path: str, size: int = 8 << 20) -> Iterator[bytes]
     while data := store.read(path, start, size):
         yield data
         start += len(data)
+
+
+class OnePass:
+    """A file that is read from its front to its end by reads that never go back, and hashed as it passes."""
+
+    def __init__(self, store: Store, path: str) -> None:
+        self._store = store
+        self._pieces = read_pieces(store, path, _PASSED)
+        self._digest = hashlib.sha256()
+        self._held, self._start = b"", 0  # bytes that have come and may still be asked for; where they begin
+
+    def stat(self, path: str) -> FileStat:
+        return self._store.stat(path)
+
+    def read(self, path: str, start: int, count: int) -> bytes:
+        assert start >= self._start, "one pass does not go back"
+        while start + count > self._start + len(self._held) and (piece := next(self._pieces, b"")):
+            self._digest.update(piece)
+            kept = self._held[start - self._start :]
+            self._start += len(self._held) - len(kept)
+            self._held = kept + piece
+        return self._held[start - self._start : start - self._start + count]
+
+    def sha256(self) -> str:
+        """In hex, of the whole file, whose rest is read."""
+        for piece in self._pieces:
+            self._digest.update(piece)
+        return self._digest.hexdigest()
 
 
 def sha256_of(path: str | Path, store: Store | None = None) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from vitscale.errors import DataError
 from vitscale.files.header import IMAGE_KINDS, looks_like_image
 from vitscale.files.retry import unreadable
-from vitscale.files.store import FileStat, LocalFiles, Store
+from vitscale.files.store import FileStat, LocalFiles, Readable
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
@@ -62,7 +62,7 @@ class OffsetTable:
 
 def scan_shard(
     path: str,
-    store: Store | None = None,
+    store: Readable | None = None,
     label: str | None = None,
     stat: FileStat | None = None,
     image: str | None = None,
@@ -85,7 +85,7 @@ class _Scan:
     """The state of one walk from header to header."""
 
     path: str
-    store: Store
+    store: Readable
     label: str | None
     image: str | None
     length: int  # bytes of the file
