@@ -80,21 +80,27 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 
 def _index(arguments: argparse.Namespace) -> int:
-    from vitscale.config.schema import Source
-    from vitscale.data.index import build_index
-    from vitscale.data.patterns import expand
+    from vitscale.data.indexing import differences, make_index
 
-    out = Path(arguments.out)
-    if not out.parent.is_dir():  # an error now, not after all shards were read
-        raise VitscaleError(f"--out {out}: there is no folder {out.parent}; make it or name another")
-    paths = expand(tuple(Source(os.path.expanduser(pattern)) for pattern in arguments.patterns))
-    index = build_index(paths, label=arguments.label, fallback_folders=(os.path.abspath(out.parent),))
-    try:
-        index.save(out)
-    except OSError as error:
-        raise VitscaleError(f"--out {arguments.out}: cannot be written ({error})") from None
-    print(f"{arguments.out}: {index.total} samples in {len(index.names)} shards")
-    return DONE
+    kinds = {"label": arguments.label, "image": arguments.image, "workers": arguments.workers}
+    if arguments.check is None:
+        if not arguments.patterns or arguments.out is None:
+            arguments.parser.error("name shards and --out index.json, or --check index.json")
+        print(make_index(arguments.patterns, Path(arguments.out), part=arguments.part, **kinds))
+        return DONE
+    if arguments.patterns or arguments.out or arguments.part:
+        arguments.parser.error("--check index.json stands without shards, --out and --part: the index names its shards")
+    count, found = differences(arguments.check, **kinds)
+    print(*found, f"{arguments.check}: {len(found)} of {count} shards differ", sep="\n")
+    return BAD_INPUT if found else DONE
+
+
+def _part(text: str) -> tuple[int, int]:
+    """I/N, the I-th of N parts."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be I/N with I from 1 to N, say 3/8")
+    return int(found[1]), int(found[2])
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -196,10 +202,14 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--workers", type=inference.above_zero, default=None, help="processes (default: one a core)")
     added.add_argument("--seed", type=int, default=0, help="of the order and the split (default: 0)")
     added.add_argument("--classes", metavar="FILE", help="classes.json of other shards, whose labels these are to have")
-    added = verb("index", _index, "count and hash shards into an index.json")
-    added.add_argument("patterns", nargs="+", metavar="PATTERN")
-    added.add_argument("--out", required=True, metavar="index.json")
+    added = verb("index", _index, "count and hash shards into an index.json, or hold one against its shards")
+    added.add_argument("patterns", nargs="*", metavar="PATTERN", help="shards: paths or URLs")
+    added.add_argument("--out", metavar="index.json")
+    added.add_argument("--part", type=_part, metavar="I/N", help="every N-th shard; the last of N calls joins them")
+    added.add_argument("--check", metavar="index.json", help="read all again and say which shards differ; exit code 2")
+    added.add_argument("--workers", type=inference.above_zero, metavar="N", help="processes (default: one a core)")
     added.add_argument("--label", default="cls", help="the extension of members with labels (default: cls)")
+    added.add_argument("--image", help="the extension of members with images, where the run sets data.image")
     added = verb("evaluate", _evaluate, "score the features of a run or of any model on labelled images")
     added.add_argument("source", metavar="RUN|MODEL", help="a run's folder, a model's, a file of weights, a hub name")
     added.add_argument("overrides", metavar="dotted.key=value", nargs="*", help="say evaluation.test='held_out/*.tar'")

@@ -88,7 +88,7 @@ class ShardIndex:
         write_rows(LocalFiles(), str(path), self.rows)
 
     @staticmethod
-    def load(path: Path, store: Store | None = None) -> ShardIndex:
+    def load(path: Path | str, store: Store | None = None) -> ShardIndex:
         """DataError for what is no index of ours."""
         store = store or Stores()
         parts = list(read_rows(store, str(path)))
