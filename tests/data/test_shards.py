@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from vitscale.data.index import ShardIndex, open_index
 from vitscale.data.labels import LabelReader
 from vitscale.data.loader import fetched_ahead
 from vitscale.data.order import Order
+from vitscale.data.sidecar import FOLDER
 
 SHARDS, SAMPLES = 200, 4  # samples a shard
 BATCH, LANES, WINDOW = 16, 4, 32
@@ -83,8 +85,9 @@ def test_no_header_is_read_twice(folder: Path, unseen: None) -> None:
         assert not run(folder, 2 * EPOCH, rank, 2).headers
 
 
-def test_no_header_is_read_twice_where_counts_are_declared(folder: Path, unseen: None) -> None:
-    (folder / "sizes.json").write_text("{" + ", ".join(f'"s{i:03d}.tar": {SAMPLES}' for i in range(SHARDS)) + "}")
+def test_no_header_is_read_twice_where_an_index_has_the_counts(folder: Path, unseen: None) -> None:
+    run(folder, 0)
+    shutil.rmtree(folder / FOLDER)
     assert not run(folder, 0).headers, "none at the start"
     first = run(folder, 2 * EPOCH)
     assert set(first.headers.values()) == {1}
@@ -95,7 +98,8 @@ def test_no_header_is_read_twice_where_counts_are_declared(folder: Path, unseen:
 @pytest.mark.parametrize("lanes, window", [(LANES, WINDOW), (LANES, 1), (1, 1), (16, 16), (2, 100)])
 def test_no_header_is_read_while_a_step_waits(folder: Path, unseen: None, lanes: int, window: int) -> None:
     """After the first batch, whoever takes samples finds their tables there, as long as fetching keeps up."""
-    (folder / "sizes.json").write_text("{" + ", ".join(f'"s{i:03d}.tar": {SAMPLES}' for i in range(SHARDS)) + "}")
+    run(folder, 0)
+    shutil.rmtree(folder / FOLDER)
     store = CountingFiles()
     index = open_index((Source(f"{folder}/*.tar"),), None, folder.parent / "run", store=store)
     made, order = assembler(index, lanes=lanes, window=window)

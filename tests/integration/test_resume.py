@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.integration.worlds import Launcher, World, losses, rows, trace, weights
-from vitscale.run_folder import DONE, STOPPED
+from vitscale.run_folder import BAD_INPUT, DONE, STOPPED
 
 STEPS = 60
 EPOCH_SAMPLES, BATCH, LANES = 150, 16, 4
@@ -124,19 +124,44 @@ def test_sources_with_epochs_of_their_own(launcher: Launcher, config: Path, shar
     launcher.run(parts, ranks=4)
     alone, run = tmp_path / "runs" / "alone", tmp_path / "runs" / "run"
     assert trace(run) == trace(alone)
-    assert [(row["epoch"], row["samples"]) for row in rows(run)] == [
-        (row["epoch"], row["samples"]) for row in rows(alone)
-    ]
+    epochs, expected = ([(row["epoch"], row["samples"]) for row in rows(each)] for each in (run, alone))
+    assert epochs == expected
     seen = Counter(key for keys in trace(alone).values() for key in keys)
-    of_one = Path(one).stem
-    counts = [
-        [count for key, count in seen.items() if key.startswith(f"{of_one}/") == is_it] for is_it in (True, False)
-    ]
-    assert np.mean(counts[0]) > 2 * np.mean(counts[1])
-    said = launcher.run(
-        [*argv, "run.name=alone", "train.steps=30", f"data.train={sources.replace('2.5', '2')}"], code=2
-    )
-    assert "data.train's sources=[[1, None, 2.5]" in said
+    of_one = {key for key in seen if key.startswith(f"{Path(one).stem}/")}
+    assert np.mean([seen[key] for key in of_one]) > 2 * np.mean([seen[key] for key in seen.keys() - of_one])
+    other = f"data.train={sources.replace('2.5', '2')}"
+    said = launcher.run([*argv, "run.name=alone", "train.steps=30", other], code=2)
+    assert "data.train's shares=[[None, 2.5]" in said
+
+
+def test_a_grown_data_set(launcher: Launcher, config: Path, shards: Path, tmp_path: Path) -> None:
+    """Refused, until it is asked for: then an epoch of all shards begins, and goes on over stops and other ranks."""
+    few, run = tmp_path / "few", tmp_path / "runs" / "run"
+    few.mkdir()
+    paths = sorted(shards.glob("*.tar"))
+    for path in paths[:2]:  # 80 samples: 5 steps an epoch, then 9
+        shutil.copy(path, few)
+    argv = [*_argv(config, 0, 1), f"data.train={few}/*.tar", "checkpoint.every_steps=6", "checkpoint.keep=9"]
+    launcher.run([*argv, "train.steps=6"])
+    for path in paths[2:]:
+        shutil.copy(path, few)
+    argv += ["train.steps=20"]
+    said = launcher.run(argv, code=BAD_INPUT)
+    assert f"was saved with other shards (2 new: {paths[2].stem}, {paths[3].stem}): " in said
+    argv += ["data.when_changed=new_epoch"]
+    said = launcher.run([*argv, "train.steps=12"], 2)
+    assert "from step 7 on these are read, from the start of epoch 2: " in said
+    assert "from step" not in launcher.run(argv)
+    assert [row["epoch"] for row in rows(run)] == [0] * 5 + [1] + [2] * 9 + [3] * 5
+    _assert_each_once(run, range(7, 16), 9 * BATCH)
+    launcher.run([*argv, "run.name=straight", f"checkpoint.resume_from={run}/checkpoints/step_00000006"])
+    straight = trace(tmp_path / "runs" / "straight")
+    assert straight == {step: names for step, names in trace(run).items() if step > 6}
+
+
+def _assert_each_once(run: Path, steps: range, samples: int) -> None:
+    names = [name for step in steps for name in trace(run)[step]]
+    assert len(set(names)) == len(names) == samples
 
 
 def test_stop_file(launcher: Launcher, config: Path, tmp_path: Path) -> None:

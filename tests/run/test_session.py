@@ -16,6 +16,7 @@ from vitscale.config.load import dump_config
 from vitscale.config.schema import Data, RunConfig, Train
 from vitscale.data.index import ShardIndex, build_index
 from vitscale.data.order import Order
+from vitscale.engine.loop import TrainState
 from vitscale.errors import CheckpointError, LaunchError
 from vitscale.run import session, start
 from vitscale.run.session import Session
@@ -85,7 +86,8 @@ def test_epochs_are_whole_steps_and_at_least_one(tmp_path: Path, epochs: float, 
 def test_a_checkpoint_of_another_order_is_refused(tmp_path: Path, key: str, changed: RunConfig, samples: int) -> None:
     saved: Any = SimpleNamespace(folder=tmp_path, state={"order": start.order_keys(make_session(tmp_path))})
     start._require_same_order(make_session(tmp_path), saved)
-    with pytest.raises(CheckpointError, match=f"was saved with {key}="):
+    said = "other shards" if key == "the index" else f"{key}="
+    with pytest.raises(CheckpointError, match=f"was saved with {said}"):
         start._require_same_order(make_session(tmp_path, changed, samples), saved)
 
 
@@ -101,10 +103,36 @@ def test_shards_that_differ_are_named(tmp_path: Path) -> None:
         start._require_same_order(changed, saved)
     text = str(caught.value)
     assert f"1 new: grown.tar; 1 gone: {shards.names[0]}" in text
-    assert "another run.name with model.init_from" in text
+    assert "data.when_changed=new_epoch, or train on these by another run.name with model.init_from" in text
+    taken = replace(changed, config=replace(CONFIG, data=replace(CONFIG.data, when_changed="new_epoch")))
+    assert start._require_same_order(taken, saved) == "1 new: grown.tar; 1 gone: a; 1 changed: b"
+    seed = replace(taken, config=replace(taken.config, run=replace(CONFIG.run, seed=1)))
+    with pytest.raises(CheckpointError, match=r"was saved with run\.seed="):
+        start._require_same_order(seed, saved)
     before = session.folder.shards.stat().st_mtime_ns
     start.keep_shards(session)
     assert session.folder.shards.stat().st_mtime_ns == before  # the same ones are not written again
+
+
+@pytest.mark.parametrize("samples", [25, 60, 5])  # 5, 9 and 2 steps an epoch
+@pytest.mark.parametrize("stopped", [1, 4, 5, 6, 10, 13])
+def test_other_shards_begin_an_epoch_that_was_never_begun(
+    tmp_path: Path, samples: int, stopped: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their first step is the first of that epoch; twice in a row as well."""
+    session, batch = make_session(tmp_path), CONFIG.train.global_batch
+    state = TrainState(step=stopped, samples=stopped * batch, epoch=(stopped - 1) // session.order.batches_per_epoch)
+    for other in (make_session(tmp_path, samples=samples), make_session(tmp_path, samples=samples + 8)):
+        begun = state.epoch
+        start._begin_epoch(other, state, "1 new: c")
+        position = state.samples + state.shift
+        refs = other.order.refs(position // batch, 0, batch)
+        assert position % batch == 0
+        assert position // batch == (begun + 1) * other.order.batches_per_epoch
+        assert set(refs.epochs.tolist()) == {begun + 1}
+        line = capsys.readouterr().out
+        assert line.startswith(f"shards: 1 new: c; from step {state.step + 1} on these are read, from the start of ")
+        state.step, state.samples, state.epoch = state.step + 1, state.samples + batch, begun + 1
 
 
 def test_other_steps_and_another_decoder_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

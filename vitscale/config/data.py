@@ -35,6 +35,8 @@ class Data:
 
     train: tuple[Source, ...] = ()
     index: str | None = None  # an index.json by `vitscale index` or `pack`; else shards are scanned
+    # On resume with other shards than the checkpoint's: refuse, or new_epoch: go on with these, in a new epoch.
+    when_changed: str = "refuse"
     # Parallel runs through an epoch's shards, fixed for a run; divides the global batch. Null: its largest divisor up
     # to a quarter of it and to 1024.
     lanes: int | None = None
@@ -63,6 +65,7 @@ class Data:
         require(self.window > 0, "data.window", self.window, "above 0 (samples over all lanes)")
         samples = self.epoch_samples
         require(samples is None or samples > 0, "data.epoch_samples", samples, "above 0 or null")
+        one_of("data.when_changed", self.when_changed, ("refuse", "new_epoch"))
         one_of("data.decode", self.decode, DECODERS)
         require(0 < self.fraction <= 1, "data.fraction", self.fraction, "in (0, 1]")
         value = self.validation_fraction

@@ -72,7 +72,7 @@ class Plan:
         batch, first, _ = self.slots(number)
         refs = self.order.refs(batch, first, first + 1)
         shard = self.index.names[int(refs.ids[0]) >> 32]
-        return f"sample {batch * self.global_batch + first} of the run (epoch {refs.epochs[0]}, shard {shard})"
+        return f"sample {batch * self.global_batch + first} of the order (epoch {refs.epochs[0]}, shard {shard})"
 
 
 class Memory(Protocol):

@@ -66,7 +66,8 @@ class TrainState:
     """Where a run stands: what a checkpoint's manifest holds of the loop."""
 
     step: int = 0  # optimizer steps taken, skipped ones included
-    samples: int = 0  # global samples consumed: the data position
+    samples: int = 0  # global samples consumed
+    shift: int = 0  # what `samples` is short of the position in the order, since other shards began a new epoch
     epoch: int = 0
     skipped: int = 0  # steps whose gradient was not finite
     bad: dict[str, int] = field(default_factory=dict)  # replaced samples by cause

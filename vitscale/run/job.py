@@ -156,7 +156,7 @@ class Job:
         return session.backend.wrap(model, session.config)
 
     def loader(self, session: Session, samples: int) -> Loader:
-        """This rank's training batches after so many global samples."""
+        """This rank's training batches after so many global samples of the order."""
         config = session.config
         return Loader(
             index=session.index,
@@ -213,7 +213,7 @@ class Job:
             "steps": state.step,
             "samples": state.samples,
             "images": session.trained,
-            "epochs": state.step / session.order.batches_per_epoch,
+            "epochs": (state.step + state.shift // config.train.global_batch) / session.order.batches_per_epoch,
             "loss": rows[-1]["loss"] if rows else None,
             "parameters": parameters,
             "peak_memory_bytes": peaks,
@@ -250,7 +250,7 @@ class Job:
             engine.restore(checkpoint)
         meters, augment = Meters(), self.augment(session)
         with (
-            self.loader(session, state.samples) as loader,
+            self.loader(session, state.samples + state.shift) as loader,
             DeviceFeed(loader, augment, session.backend.device) as feed,
         ):
             loop = TrainingLoop(

@@ -29,8 +29,13 @@ from vitscale.tracking.outbox import flat_params
 
 # With these values a manifest does not name the keys.
 _USUAL: dict[str, Any] = {
-    "augment.repeats": 1, "data.validation_fraction": 0.0, "data.fraction": 1.0, "data.train's sources": None,
-}  # fmt: skip
+    "augment.repeats": 1,
+    "data.validation_fraction": 0.0,
+    "data.fraction": 1.0,
+    "data.train's shares": [],
+    "the shards of each source": None,
+}
+_OF_SHARDS = ("the index", "the shards of each source")  # what may change by data.when_changed
 
 
 def start(session: Session, model: ViTPreTrainedModel) -> tuple[Checkpoint | None, TrainState]:
@@ -46,11 +51,14 @@ def start(session: Session, model: ViTPreTrainedModel) -> tuple[Checkpoint | Non
         checkpoint = open_checkpoint(Path(config.checkpoint.resume_from), session.ranks)
     if checkpoint is not None:
         session.say(f"start: {checkpoint.folder}, step {checkpoint.state['step']} of {session.total_steps}")
-        _require_same_order(session, checkpoint)
+        differing = _require_same_order(session, checkpoint)
         _require_same_model(session, checkpoint)
         _say_changes(session, checkpoint)
         load_weights(model, checkpoint)
-        return checkpoint, _restored(checkpoint, config)
+        state = _restored(checkpoint, config)
+        if differing is not None:
+            _begin_epoch(session, state, differing)
+        return checkpoint, state
     if config.model.init_from:
         report = start_from(model, config.model.init_from, session.adapts, config.model.init_take)
         session.say(f"start: weights of {config.model.init_from}")
@@ -72,6 +80,7 @@ def _restored(checkpoint: Checkpoint, config: RunConfig) -> TrainState:
 def order_keys(session: Session) -> dict[str, Any]:
     """What decides the order of samples, as a checkpoint's manifest keeps it."""
     config = session.config
+    sources = config.data.train if is_mixture(config.data.train) else ()
     keys = {
         "run.seed": config.run.seed,
         "train.global_batch": config.train.global_batch,
@@ -83,33 +92,45 @@ def order_keys(session: Session) -> dict[str, Any]:
         "augment.repeats": config.augment.repeats,
         "data.validation_fraction": config.data.validation_fraction,
         "data.fraction": config.data.fraction,
-        "data.train's sources": _mixed(session),
+        "data.train's shares": [[source.weight, source.repeat] for source in sources],
+        "the shards of each source": list(session.index.sources) if sources else None,
     }
     return keys | {name: value for name, value in optional.items() if value != _USUAL[name]}
 
 
-def _mixed(session: Session) -> list[list[Any]] | None:
-    """[shards, weight, repeat] of each source of a mixture."""
-    sources = session.config.data.train
-    if not is_mixture(sources):
-        return None
-    return [
-        [shards, source.weight, source.repeat] for shards, source in zip(session.index.sources, sources, strict=True)
-    ]
-
-
-def _require_same_order(session: Session, checkpoint: Checkpoint) -> None:
+def _require_same_order(session: Session, checkpoint: Checkpoint) -> str | None:
+    """CheckpointError where the order is another one; which shards differ, where data.when_changed allows that."""
     saved = checkpoint.state["order"]
     own = order_keys(session)
     for name in own | saved:
         value, before = own.get(name, _USUAL.get(name)), saved.get(name, _USUAL.get(name))
-        if before != value:
-            if name == "the index":
-                _require_same_shards(session, checkpoint)
+        if before != value and name not in _OF_SHARDS:
             raise CheckpointError(
                 f"{checkpoint.folder}: was saved with {name}={before}, this run has {value}: samples would be "
                 "repeated or skipped; set it back, or start another run.name with model.init_from"
             )
+    if all(saved.get(name) == own.get(name) for name in _OF_SHARDS):
+        return None
+    differing = _differing_shards(session, saved["the index"])
+    if session.config.data.when_changed == "new_epoch":
+        return differing
+    raise CheckpointError(
+        f"{checkpoint.folder}: was saved with other shards ({differing}): samples would be repeated or skipped; set "
+        "data.train back to those of this run, go on with these from a new epoch by data.when_changed=new_epoch, or "
+        "train on these by another run.name with model.init_from"
+    )
+
+
+def _begin_epoch(session: Session, state: TrainState, differing: str) -> None:
+    """Go on with other shards: from the next step on in their own order, from the start of the first epoch that no step
+    has been in. Its number is new, so that what is drawn by (epoch, sample) is drawn for the first time too."""
+    epoch = state.epoch + 1
+    batch = session.config.train.global_batch
+    state.shift = epoch * session.order.batches_per_epoch * batch - state.samples
+    session.say(
+        f"shards: {differing}; from step {state.step + 1} on these are read, from the start of epoch {epoch}: samples "
+        f"that epoch {state.epoch} had not come to are left out of it"
+    )
 
 
 def keep_shards(session: Session) -> None:
@@ -133,11 +154,11 @@ def _shards(index: ShardIndex) -> Iterator[tuple[str, int, int]]:
     return zip(index.names, index.samples.tolist(), index.bytes.tolist(), strict=True)
 
 
-def _require_same_shards(session: Session, checkpoint: Checkpoint) -> None:
-    """CheckpointError that names the shards that differ, if those of the run's last start are known."""
+def _differing_shards(session: Session, digest: str) -> str:
+    """How the shards differ from those of a digest, by name where they are those of the run's last start."""
     kept = read_shards(session.folder)
-    if kept.get("digest") != checkpoint.state["order"]["the index"]:
-        return
+    if kept.get("digest") != digest:
+        return f"the index {digest[:12]}, here {session.index.digest[:12]}"
     before = {name: (samples, size) for name, samples, size in kept["shards"]}
     now = {name: (samples, size) for name, samples, size in _shards(session.index)}
     kinds = {
@@ -146,11 +167,7 @@ def _require_same_shards(session: Session, checkpoint: Checkpoint) -> None:
         "changed": {name for name in now.keys() & before.keys() if now[name] != before[name]},
     }
     differing = "; ".join(f"{len(names)} {kind}: {listed(sorted(names), 3)}" for kind, names in kinds.items() if names)
-    raise CheckpointError(
-        f"{checkpoint.folder}: was saved with other shards ({differing or 'the same ones in another order'}): samples "
-        "would be repeated or skipped; set data.train back to those of this run, or train on these by another run.name "
-        "with model.init_from"
-    )
+    return differing or "the same ones in another order"
 
 
 def _require_same_model(session: Session, checkpoint: Checkpoint) -> None:
