@@ -1,4 +1,4 @@
-"""slurm/pretrain_vit_h.sh as it is, on a real Slurm of four nodes on this machine, with a small config."""
+"""slurm/*.sh as they are, on a real Slurm of four nodes on this machine, with a small config."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 from tests.integration.processes import ranks_of
 from tests.integration.slurm_cluster import SlurmCluster, what_is_missing
 from tests.integration.worlds import ROOT, losses, rows, trace
+from vitscale.data.index import ShardIndex
 
 SCRIPT = ROOT / "slurm" / "pretrain_vit_h.sh"
 STEPS = 100
@@ -109,6 +110,17 @@ def test_a_bad_config_ends_the_job_at_once(slurm: SlurmCluster, config: Path, sh
     assert "train.global_batch=18" in lines[0]
     assert "4 ranks" in lines[0]
     assert not job.run.exists()
+
+
+def test_an_index_by_an_array(slurm: SlurmCluster, shards: Path, tmp_path: Path) -> None:
+    """Four tasks on as many nodes, in any order."""
+    out, logs = tmp_path / "index.json", str(tmp_path / "%a.log")
+    environment = {"VITSCALE_HOME": str(ROOT), "VITSCALE_VENV": sys.prefix, "OUT": str(out)}
+    arguments = ("--array=1-4", "--cpus-per-task=1", f"--output={logs}", str(ROOT / "slurm" / "index.sh"))
+    slurm.submit(*arguments, f"{shards}/*.tar", cwd=tmp_path, environment=environment)
+    slurm.wait_for("the index", out.exists, 240, tmp_path / "1.log")
+    made, packed = ShardIndex.load(out), ShardIndex.load(shards / "index.json")
+    assert (made.digest, made.sha256) == (packed.digest, packed.sha256)
 
 
 @pytest.mark.full
