@@ -412,7 +412,7 @@ def test_a_reader_that_dies_again_and_again_is_told_with_its_place(index: ShardI
         batches._start_reader = doomed  # type: ignore[method-assign]
         os.kill(reader_of(batches), signal.SIGKILL)
         started = time.monotonic()
-        with pytest.raises(DataError, match=r"died \(signal 9\) at sample \d+ of the run.*4 times") as caught:
+        with pytest.raises(DataError, match=r"died \(signal 9\) at sample \d+ of the order.*4 times") as caught:
             deque(kept(batches) for _ in range(9))
         assert time.monotonic() - started < 10
     assert any(name in str(caught.value) for name in index.names)
@@ -422,7 +422,7 @@ def test_a_reader_that_hangs_says_where_it_stands(index: ShardIndex, capfd: pyte
     with loader(index, micro=16, data=replace(SETTINGS, patience_s=1.0)) as batches:
         kept(batches)
         os.kill(reader_of(batches), signal.SIGSTOP)
-        with pytest.raises(StorageError, match=r"read nothing for data.patience_s=1, at sample \d+ of the run"):
+        with pytest.raises(StorageError, match=r"read nothing for data.patience_s=1, at sample \d+ of the order"):
             deque(kept(batches) for _ in range(9))
     assert 'File "' in capfd.readouterr().err, "the stacks of its threads"
 
