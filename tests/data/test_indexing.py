@@ -69,8 +69,10 @@ def test_parts_are_joined_by_the_last_to_end(
         assert not out.exists()
         assert index(f"{folder}/*.tar", "--out", out, "--part", f"{number}/3") == DONE
         said.append(capsys.readouterr().out)
-    assert said[0].endswith(f"of 3 parts 2 are missing or of other shards than now: {listed(sorted(order[1:]))}\n")
-    assert said[1].endswith(f"1 are missing or of other shards than now: {order[2]}\n")
+    assert said[0].endswith(
+        f"parts that are missing, or of shards that changed since: {listed(sorted(order[1:]))} of 3\n"
+    )
+    assert said[1].endswith(f"since: {order[2]} of 3\n")
     assert said[2] == f"{out}: 15 samples in 5 shards\n"
     assert out.read_bytes() == whole
     assert not any(path.name.startswith(("index.json.", ".index")) for path in folder.parent.iterdir())
@@ -97,7 +99,7 @@ def test_a_part_of_an_earlier_state_is_missing(folder: Path, capsys: pytest.Capt
     (parts / "2-of-3.json").write_bytes((parts / "2-of-3.json").read_bytes()[:-9])
     capsys.readouterr()
     assert index(*words, "--part", "3/3") == DONE
-    assert "2 are missing or of other shards than now: 1, 2\n" in capsys.readouterr().out
+    assert "since: 1, 2 of 3\n" in capsys.readouterr().out
     assert not out.exists()
     index(*words)
     assert ShardIndex.load(out).samples.tolist() == [3, 5, 2, 2, 1]
@@ -280,5 +282,5 @@ def test_the_script_of_an_array(folder: Path, whole: bytes) -> None:
     assert "OUT=" in refused.stderr
     ended = [task(number, OUT=str(out)) for number in (14, 10, 12)]
     assert [each.returncode for each in ended] == [DONE] * 3, ended
-    assert "of 3 parts 2 are missing or of other shards than now: 1, 2" in ended[0].stdout
+    assert "parts that are missing, or of shards that changed since: 1, 2 of 3" in ended[0].stdout
     assert out.read_bytes() == whole

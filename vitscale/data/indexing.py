@@ -48,8 +48,8 @@ def make_index(
         whole, missing = _joined(out, paths, count)
         if missing:
             return (
-                f"{_part(out, number, count)}: {index.total} samples in {len(index.paths)} shards; of {count} parts "
-                f"{len(missing)} are missing or of other shards than now: {listed(missing, 20)}"
+                f"{_part(out, number, count)}: {index.total} samples in {len(index.paths)} shards; parts "
+                f"that are missing, or of shards that changed since: {listed(missing, 20)} of {count}"
             )
     if whole is None:
         return f"{out}: another call has put its {count} parts together"
