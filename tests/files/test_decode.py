@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import struct
 import tracemalloc
 import zlib
 
@@ -12,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from tests.data import zoo_images
 from tests.data.makers import encoded, photo, pixels, png_header
 from vitscale.errors import DataError
 from vitscale.files.decode import Box, Decoder, Job, choose_decoder
@@ -188,16 +188,31 @@ def test_bombs_are_told_from_the_header() -> None:
     assert why(png_header(0, 10)).cause == "undecodable"
 
 
-@pytest.mark.parametrize("remark", ["large text", "large profile", "bad checksum"])
-def test_a_png_is_not_judged_by_its_remarks(remark: str) -> None:
+@pytest.mark.parametrize("remark", zoo_images.remarks())
+def test_a_png_is_not_judged_by_its_remarks(remark: bytes) -> None:
+    """Wherever they stand: large, damaged, or named as Pillow names what it has read."""
     plain = encoded(pixels(3), "PNG")
-    payload = zlib.compress(bytes(3 << 20))
-    name, body = {"large text": (b"zTXt", b"a\0\0" + payload), "large profile": (b"iCCP", b"a\0\0" + payload),
-                  "bad checksum": (b"tEXt", b"a\0b")}[remark]  # fmt: skip
-    checksum = zlib.crc32(name + body) ^ (remark == "bad checksum")
-    chunk = struct.pack(">I", len(body)) + name + body + struct.pack(">I", checksum)
-    header, expected = (read_header(data, 10**6) for data in (plain[:33] + chunk + plain[33:], plain))
-    assert np.array_equal(np.asarray(header.image), np.asarray(expected.image))
+    expected, _ = decode(plain)
+    for at in (33, len(plain) - 12):  # behind the header, behind the pixels
+        assert np.array_equal(decode(plain[:at] + remark + plain[at:])[0], expected)
+
+
+def test_a_png_is_turned_wherever_its_orientation_stands() -> None:
+    turned = encoded(pixels(3, 24, 32), "PNG", orientation=6)
+    at = turned.index(b"eXIf") - 4
+    length = 12 + int.from_bytes(turned[at : at + 4], "big")
+    block, plain = turned[at : at + length], turned[:at] + turned[at + length :]
+    assert read_header(plain, LIMIT).oriented == (24, 32)
+    assert read_header(plain[:-12] + block + plain[-12:], LIMIT).oriented == (32, 24)
+
+
+def test_tiles_and_scans_are_limits_too() -> None:
+    """A TIFF's tile is decoded whole; a scan of a progressive JPEG passes over all of the image for a few bytes."""
+    assert np.array_equal(decode(zoo_images.tiled_tiff(64))[0], np.zeros((40, 40, 3), np.uint8))
+    assert why(zoo_images.tiled_tiff(16_384)).cause == "too_large"
+    assert decode(zoo_images.many_scans(100))[0].shape == (1000, 1000, 3)
+    bad = why(zoo_images.many_scans(3_000))
+    assert (bad.cause, bad.reason) == ("too_large", "progressive JPEG of more than 500 scans")
 
 
 def test_what_a_png_unpacks_beside_its_pixels_is_not_unpacked() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.data import zoo_tars
 from tests.data.makers import encoded, pixels, write_tar
 from vitscale.errors import DataError
 from vitscale.files.tar import scan_shard
@@ -242,3 +243,11 @@ def test_pax_size_counts(tmp_path: Path) -> None:
     head = info.create_pax_header(info.get_info() | {"size": 0}, "utf-8")
     (tmp_path / "a.tar").write_bytes(head + b"hello".ljust(512, b"\0") + bytes(1024))
     assert read_back(tmp_path / "a.tar") == {"a.jpg": b"hello"}
+
+
+@pytest.mark.parametrize("size", [b"9" * 5000, b"-1", b"1e3", "\u0663".encode(), b""])
+def test_impossible_pax_sizes_are_refused(tmp_path: Path, size: bytes) -> None:
+    """Python makes no number of more than 4300 digits, and says so by a ValueError."""
+    tar = zoo_tars.extended(b"x", zoo_tars.pax(size=size)) + zoo_tars.header(b"a.jpg", 5) + b"hello".ljust(512, b"\0")
+    (tmp_path / "a.tar").write_bytes(tar + bytes(1024))
+    refused(tmp_path / "a.tar", "no valid size")

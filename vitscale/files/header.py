@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 from dataclasses import dataclass
 
@@ -13,9 +14,12 @@ CAUSES = ("no_image", "undecodable", "too_large", "channels", "label")
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif")  # extensions, without a dot
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # of a GIF or another animation the first frame
 _SIZE_MARKERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
+_MOST_SCANS = 500  # of a progressive JPEG; each costs a pass over all blocks, and may take up a few bytes
 _BARE_MARKERS = {0x01, *range(0xD0, 0xD9)}
 _END = b"\xff\xd9"
 _PNG = b"\x89PNG\r\n\x1a\n"
+_TILE_SIDES = (322, 323)  # TIFF's tags: a tile's width and height
 
 
 def looks_like_image(head: bytes) -> bool:
@@ -60,7 +64,7 @@ def read_header(data: bytes, max_pixels: int) -> Header:
     """
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit must not contradict one that was raised
-    header = _jpeg_header(data) if data[:3] == b"\xff\xd8\xff" else _other_header(data)
+    header = _jpeg_header(data) if data[:3] == b"\xff\xd8\xff" else _other_header(data, max_pixels)
     if header.height < 1 or header.width < 1:
         raise BadSample("undecodable", f"its header says {header.width}x{header.height} pixels")
     if header.height * header.width > max_pixels:
@@ -85,6 +89,8 @@ def _jpeg_header(data: bytes) -> Header:
         if marker in _SIZE_MARKERS and length >= 8:
             if data.rfind(_END, at) < 0:
                 raise BadSample("undecodable", "JPEG without an end marker: it is cut")
+            if marker in _PROGRESSIVE and data.count(b"\xff\xda", at) > _MOST_SCANS:
+                raise BadSample("too_large", f"progressive JPEG of more than {_MOST_SCANS} scans")
             height, width, components = struct.unpack(">HHB", data[start + 1 : start + 6])
             return Header(height, width, orientation, components)
     raise BadSample("undecodable", "JPEG without a frame header")
@@ -105,27 +111,21 @@ def exif_orientation(tiff: bytes) -> int:
     return 1
 
 
-def _opened(data: bytes) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except (ValueError, SyntaxError, OSError):
-        if not data.startswith(_PNG):
-            raise
-    return Image.open(io.BytesIO(_png_without_remarks(data)), formats=FORMATS)
+def _png_parts(data: bytes) -> tuple[bytes, bytes]:
+    """A PNG of the chunks that make its pixels, and what its EXIF block holds.
 
-
-def _png_without_remarks(data: bytes) -> bytes:
-    """A PNG's chunks that make its pixels. The others (texts, a profile) may be large or damaged, and say nothing here.
-
-    W3C's PNG, section 5.4: an ancillary chunk's name begins with a small letter.
+    The others (texts, a profile) may be large or damaged, and say nothing here. W3C's PNG, section 5.4: an ancillary
+    chunk's name begins with a small letter.
     """
-    kept, at = [_PNG], len(_PNG)
+    kept, exif, at = [_PNG], b"", len(_PNG)
     while at + 12 <= len(data):
-        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        if data[at + 4 : at + 5].isupper() or data[at + 4 : at + 8] == b"tRNS":
+        end, name = at + 12 + int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        if name[:1].isupper() or name == b"tRNS":
             kept.append(data[at:end])
+        elif name == b"eXIf":
+            exif = data[at + 8 : end - 4]
         at = end
-    return b"".join(kept)
+    return b"".join(kept), exif
 
 
 def _why_none(data: bytes, error: Exception) -> str:
@@ -135,15 +135,19 @@ def _why_none(data: bytes, error: Exception) -> str:
     return "" if isinstance(error, UnidentifiedImageError) else f": {type(error).__name__}"
 
 
-def _other_header(data: bytes) -> Header:
+def _other_header(data: bytes, max_pixels: int) -> Header:
     """By Pillow, which opens without decoding; of a TIFF it applies the orientation itself."""
+    pixels, exif = _png_parts(data) if data.startswith(_PNG) else (data, b"")
     try:
-        image = _opened(data)
+        image = Image.open(io.BytesIO(pixels), formats=FORMATS)
+        tile = math.prod(int(image.tag_v2.get(tag, 0)) for tag in _TILE_SIDES) if image.format == "TIFF" else 0
     except Image.DecompressionBombError as error:
         raise BadSample("too_large", str(error)) from None
     except Exception as error:  # its parsers raise nearly anything on damaged files
         if not data or data.lstrip()[:1] in (b"<", b"{"):
             raise BadSample("undecodable", "0 bytes" if not data else "a text, not an image") from None
         raise BadSample("undecodable", f"no {', '.join(FORMATS)} image{_why_none(data, error)}") from None
-    exif = image.info.get("exif") or b""
+    if tile > max_pixels:  # which is decoded whole, however little of it the image shows
+        raise BadSample("too_large", f"TIFF in tiles of {tile} pixels, more than data.max_pixels={max_pixels}")
+    exif = exif or image.info.get("exif") or b""
     return Header(image.height, image.width, exif_orientation(exif.removeprefix(b"Exif\0\0")), 0, image)

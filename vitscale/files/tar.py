@@ -23,6 +23,7 @@ from vitscale.files.store import FileStat, LocalFiles, Readable
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _LARGEST_EXTENDED_HEADER = 1 << 20
+_MOST_DIGITS = 20  # of a size
 LARGEST_MEMBER = 256 << 20  # bytes; a larger image is a bad sample, not read
 _NO_IMAGE = 2
 SMALL = 64  # bytes; a label of at most so many comes with its header, in one read
@@ -262,8 +263,8 @@ class _Scan:
             self.long_name = self._without_nul(records[b"path"])
         if b"size" in records:
             text = records[b"size"]
-            if not text.isdigit():
-                self._fail(f"an extended header before byte {self.position} has no valid size: {text!r}")
+            if not text.isdigit() or len(text) > _MOST_DIGITS:
+                self._fail(f"an extended header before byte {self.position} has no valid size: {text[:80]!r}")
             self.long_size = int(text)
 
     def _without_nul(self, name: bytes) -> bytes:
