@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import threading
 from collections import Counter
 
+from vitscale.files import retry
 from vitscale.files.store import FileStat, LocalFiles
 from vitscale.files.tar import BLOCK
 
@@ -46,3 +49,25 @@ class CountingFiles(LocalFiles):
     def headers(self) -> Counter[tuple[str, int]]:
         """How often each place in a shard was read as a header."""
         return Counter({(path, start): times for (path, start, count), times in self.reads.items() if count == HEADER})
+
+
+class TroubledFiles(LocalFiles):
+    """Local files whose shards fail to be read by turns; waits are short, in whatever process it is."""
+
+    def __init__(self, patience_s: float, errors: tuple[int, ...], every: int) -> None:
+        """errors: of the reads that fail, in turn, one read in `every`; 1: all."""
+        super().__init__(patience_s)
+        retry._FIRST_WAIT_S, retry._LONGEST_WAIT_S = 0.001, 0.01
+        self._settings = (patience_s, errors, every)
+        self._numbers = itertools.count(1)
+
+    def __reduce__(self) -> tuple[type[TroubledFiles], tuple[float, tuple[int, ...], int]]:  # type: ignore[override]
+        return type(self), self._settings
+
+    def _read(self, path: str, start: int, count: int) -> bytes:
+        _, errors, every = self._settings
+        number = next(self._numbers)
+        if path.endswith(".tar") and number % every == 0:
+            code = errors[number // every % len(errors)]
+            raise OSError(code, os.strerror(code))
+        return super()._read(path, start, count)

@@ -114,13 +114,18 @@ class Attempts:
             time.sleep(min(left, _SLICE_S))
 
 
-def with_retries(work: Callable[[], Result], path: str, patience_s: float) -> Result:
-    """What `work` gives, which is called again where it raises a transient OSError. See Attempts."""
+def with_retries(work: Callable[[], Result], path: str, patience_s: float, failed: OSError | None = None) -> Result:
+    """What `work` gives, which is called again where it raises a transient OSError. See Attempts.
+
+    failed: what it has raised, where it was called before.
+    """
     attempts = Attempts(path, patience_s)
     while True:
+        if failed is not None:
+            if isinstance(failed, UnavailableError) or failed.errno not in TRANSIENT:
+                raise failed
+            attempts.failed(failed.strerror or str(failed))
         try:
             return work()
         except OSError as error:
-            if isinstance(error, UnavailableError) or error.errno not in TRANSIENT:
-                raise
-            attempts.failed(error.strerror or str(error))
+            failed = error

@@ -7,14 +7,14 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from vitscale.files.atomic import write_atomically
 from vitscale.files.cache import LruCache
-from vitscale.files.retry import TRANSIENT, activity, with_retries
+from vitscale.files.retry import TRANSIENT, Result, activity, with_retries
 
 _OPEN_FILES = 256
 _PASSED = 1 << 20  # bytes of a pass through a file that are held at once
@@ -80,9 +80,12 @@ class LocalFiles:
         if not folder or glob.has_magic(folder) or name == "**":
             return sorted(glob.glob(pattern))
         try:  # as glob does, twice as fast
-            names = fnmatch.filter(os.listdir(folder), name)
-        except OSError:
-            return []
+            names = os.listdir(folder)
+        except OSError as error:
+            if error.errno not in TRANSIENT:
+                return []
+            names = self._again(partial(os.listdir, folder), folder, error)
+        names = fnmatch.filter(names, name)
         if name[0] in "*?[":  # hidden files match only a pattern that starts with a dot
             names = [each for each in names if each[0] != "."]
         before = folder if folder.endswith("/") else f"{folder}/"
@@ -93,9 +96,7 @@ class LocalFiles:
         try:
             stat = os.stat(path)
         except OSError as error:
-            if error.errno not in TRANSIENT or not self._patience_s:
-                raise
-            stat = with_retries(partial(os.stat, path), path, self._patience_s)
+            stat = self._again(partial(os.stat, path), path, error)
         self._files.forget(path)
         return _file_stat((stat.st_size, stat.st_mtime_ns))
 
@@ -103,14 +104,19 @@ class LocalFiles:
         try:
             return self._read(path, start, count)
         except OSError as error:
-            if error.errno not in TRANSIENT or not self._patience_s:
-                raise
+            failed = error
 
-        def again() -> bytes:
+        def reopened() -> bytes:
             self._files.forget(path)  # a stale handle stays stale
             return self._read(path, start, count)
 
-        return with_retries(again, path, self._patience_s)
+        return self._again(reopened, path, failed)
+
+    def _again(self, work: Callable[[], Result], path: str, failed: OSError) -> Result:
+        """What `work` gives in the end, which has failed once; the failure is raised where it will not pass."""
+        if not self._patience_s:
+            raise failed
+        return with_retries(work, path, self._patience_s, failed)
 
     def _read(self, path: str, start: int, count: int) -> bytes:
         file = self._files.get(path)  # referenced until it is read, or another thread's eviction would close it
