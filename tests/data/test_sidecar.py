@@ -308,3 +308,12 @@ def test_pack_and_build_leave_tables(tmp_path: Path) -> None:
     index, store = again(write_shards(tmp_path, [3, 2]))
     assert [len(index.table(i, "cls")) for i in range(2)] == [3, 2]
     assert not store.headers
+
+
+def test_names_in_a_shard_do_not_reach_the_terminal_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = [("a.jpg", photo(0)), ("\x1b[2J\n/.hidden", b"")]
+    opened(write_tar(tmp_path / "s.tar", members).parent)
+    told = r"s.tar: 1 members belong to no sample, as \x1b[2J\n/.hidden: they are passed over"
+    assert capsys.readouterr().err == f"{tmp_path}/{told}\n"

@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 
 from vitscale.errors import VitscaleError
 from vitscale.files.store import FileStat, is_remote
+from vitscale.text import to_stderr
 
 Report = Callable[[str], None]
 _THREADS = 16  # of a process: a file system far away answers many questions at once
@@ -40,7 +41,7 @@ Result = TypeVar("Result")
 
 def report(line: str) -> None:
     """To standard error, as the reader process has it too."""
-    print(line, file=sys.stderr, flush=True)
+    to_stderr(line)
 
 
 def on_shards(
