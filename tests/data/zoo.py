@@ -60,6 +60,7 @@ class Visit:
     tar: Tar
     decoder: str
     channels: int
+    target: tuple[int, int] | None  # what boxes are resized to: simplejpeg decodes at a DCT scale where it is small
     pixels: Pixels
     delivered: int = 0  # samples
     reported: int = 0
@@ -102,7 +103,7 @@ class Visit:
         """Every sample of the index is delivered, or reported, or an error names the shard."""
         plan = Plan(
             index=index, order=SequentialOrder(index.samples, BATCH), crop=CenterCrop(1.0), decoder=self.decoder,
-            channels=self.channels, background=255, max_pixels=MAX_PIXELS, image_size=(32, 32), extension="cls",
+            channels=self.channels, background=255, max_pixels=MAX_PIXELS, image_size=self.target, extension="cls",
             labels=LabelReader(), seed=0, global_batch=BATCH, micro_batch=BATCH, rank=0, ranks=1, first_batch=0,
             threads=2, prefetch=1, table_samples=100_000, ahead=0,
         )  # fmt: skip
@@ -137,7 +138,8 @@ def visit(number: int, folder: Path, pixels: Pixels) -> tuple[int, int, int, lis
     random = Random(number)
     tar = zoo_tars.draw(random)
     path = folder / f"s{number}.tar"
-    guest = Visit(path, tar, random.choice(DECODERS), random.choice([1, 3, 3, 4]), pixels)
+    target = random.choice([None, (8, 8), (32, 24)])
+    guest = Visit(path, tar, random.choice(DECODERS), random.choice([1, 3, 3, 4]), target, pixels)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is measured anew
     before = _mib("VmRSS")
     faulthandler.dump_traceback_later(SECONDS, exit=True)

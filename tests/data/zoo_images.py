@@ -126,7 +126,7 @@ def _enlarged(random: Random, kind: str, data: bytes) -> tuple[bytes, str]:
 
 def _bomb(random: Random, kind: str, data: bytes) -> tuple[bytes, str]:
     """Little that unpacks to much, or takes long."""
-    return random.choice([(tiled_tiff(16_384), BAD), (many_scans(3_000), BAD), (zip_bomb(), ANY)])
+    return random.choice([(tiled_tiff(12_000), BAD), (many_scans(3_000), BAD), (zip_bomb(), ANY)])
 
 
 def _remarked(random: Random, kind: str, data: bytes) -> tuple[bytes, str]:
@@ -203,5 +203,5 @@ def make_all() -> None:
     """What is made once and kept."""
     for kind in KINDS:
         whole(kind)
-    for make in (remarks, zip_bomb, functools.partial(many_scans, 3_000), functools.partial(tiled_tiff, 16_384)):
+    for make in (remarks, zip_bomb, functools.partial(many_scans, 3_000), functools.partial(tiled_tiff, 12_000)):
         make()
