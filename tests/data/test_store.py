@@ -21,12 +21,14 @@ def test_a_file_is_listed_measured_and_read_in_ranges(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["*.tar", "?.tar", "[a-b].tar", "*", ".*", "c/*.tar", "*/*.tar", "**/*.tar", "**", "none*", "d/*"]
-)
+    "pattern",
+    ["*.tar", "?.tar", "[a-b].tar", "*", ".*", "c/*.tar", "*/*.tar", "**/*.tar", "**", "none*", "d/*", "*/d.tar",
+     "[c]/.*", "*/none/*", "*/../c/*", "[[]x]/[[]1].tar"],
+)  # fmt: skip
 def test_patterns_are_globs(tmp_path: Path, pattern: str) -> None:
     import glob
 
-    for name in ("b.tar", "a.tar", ".hidden.tar", "a.txt", "c/d.tar", "c/e.tar"):
+    for name in ("b.tar", "a.tar", ".hidden.tar", "a.txt", "c/d.tar", "c/e.tar", "c/.f.tar", "[x]/[1].tar"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert LocalFiles().list(f"{tmp_path}/{pattern}") == sorted(glob.glob(f"{tmp_path}/{pattern}"))

@@ -93,6 +93,11 @@ def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(path: str, monkeypat
     source = (Source(f"{os.path.dirname(path)}/*.tar"),)
     fail(monkeypatch, "listdir", [errno.EIO] * 2)
     assert expand(source, LocalFiles(patience_s=60)) == [path]
+    fail(monkeypatch, "listdir", [errno.ESTALE] * 3)
+    parts = os.path.dirname(path).rsplit("/", 1)
+    assert LocalFiles(patience_s=60).list(f"{parts[0]}/[{parts[1][0]}]{parts[1][1:]}/*.tar") == [path]
+    fail(monkeypatch, "lstat", [errno.EIO])
+    assert LocalFiles(patience_s=60).list(f"{parts[0]}/[{parts[1][0]}]{parts[1][1:]}/a.tar") == [path]
     fail(monkeypatch, "listdir", [errno.EIO] * 10_000)
     with pytest.raises(StorageError, match="its storage failed as a list: Input/output error"):
         expand(source, LocalFiles(patience_s=0.01))

@@ -76,47 +76,60 @@ class LocalFiles:
         return type(self), (self._patience_s,)  # open files do not travel
 
     def list(self, pattern: str) -> Paths:
+        """As glob does, but a folder that cannot be read for a while is waited for, not taken for an empty one."""
+        return sorted(self._matches(pattern))
+
+    def _matches(self, pattern: str) -> Iterator[str]:
         folder, name = os.path.split(pattern)
-        if not folder or glob.has_magic(folder) or name == "**":
-            return sorted(glob.glob(pattern))
-        try:  # as glob does, twice as fast
-            names = os.listdir(folder)
-        except OSError as error:
-            if error.errno not in TRANSIENT:
-                return []
-            names = self._again(partial(os.listdir, folder), folder, error)
-        names = fnmatch.filter(names, name)
-        if name[0] in "*?[":  # hidden files match only a pattern that starts with a dot
-            names = [each for each in names if each[0] != "."]
-        before = folder if folder.endswith("/") else f"{folder}/"
-        return [before + each for each in sorted(names)]
+        find = self._named if glob.has_magic(name) else self._there
+        for each in self._matches(folder) if glob.has_magic(folder) else [folder]:
+            try:
+                yield from find(each, name)
+            except OSError as error:
+                if error.errno in TRANSIENT:
+                    raise
+
+    def _named(self, folder: str, pattern: str) -> Paths:
+        """What of a folder matches; hidden files only a pattern that starts with a dot."""
+        names = fnmatch.filter(self._patiently(os.listdir, folder or os.curdir), pattern)
+        before = os.path.join(folder, "")
+        return [before + name for name in names if name[0] != "." or pattern[0] == "."]
+
+    def _there(self, folder: str, name: str) -> Paths:
+        """The path, if it is one."""
+        path = os.path.join(folder, name)
+        self._patiently(os.lstat, path)
+        return [path]
 
     def stat(self, path: str) -> FileStat:
         """Bytes read after it are of the file that it measured, also where another one took its place."""
-        try:
-            stat = os.stat(path)
-        except OSError as error:
-            stat = self._again(partial(os.stat, path), path, error)
+        stat = self._patiently(os.stat, path)
         self._files.forget(path)
         return _file_stat((stat.st_size, stat.st_mtime_ns))
+
+    def _patiently(self, call: Callable[[str], Result], path: str) -> Result:
+        """What a call of the kernel gives, made again where its failure may pass."""
+        try:
+            return call(path)
+        except OSError as error:
+            if not self._patience_s:
+                raise
+            failed = error
+        return with_retries(partial(call, path), path, self._patience_s, failed)
 
     def read(self, path: str, start: int, count: int) -> bytes:
         try:
             return self._read(path, start, count)
         except OSError as error:
+            if not self._patience_s:
+                raise
             failed = error
 
         def reopened() -> bytes:
             self._files.forget(path)  # a stale handle stays stale
             return self._read(path, start, count)
 
-        return self._again(reopened, path, failed)
-
-    def _again(self, work: Callable[[], Result], path: str, failed: OSError) -> Result:
-        """What `work` gives in the end, which has failed once; the failure is raised where it will not pass."""
-        if not self._patience_s:
-            raise failed
-        return with_retries(work, path, self._patience_s, failed)
+        return with_retries(reopened, path, self._patience_s, failed)
 
     def _read(self, path: str, start: int, count: int) -> bytes:
         file = self._files.get(path)  # referenced until it is read, or another thread's eviction would close it
