@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.data.orders import joined
 from vitscale.data.assemble import Plan
-from vitscale.data.order import Order, Refs, SampleOrder
+from vitscale.data.order import Order, Refs, SampleOrder, SequentialOrder
 from vitscale.data.subset import Subset, SubsetOrder
 
 STOPS = 20
@@ -36,10 +37,14 @@ class Setting:
     def ids(self) -> set[int]:
         return {shard << 32 | place for shard, places in enumerate(self.chosen) for place in np.flatnonzero(places)}
 
+    @property
+    def subset(self) -> Subset:
+        places = [np.flatnonzero(of_shard).astype(np.int32) for of_shard in self.chosen]
+        return Subset(np.concatenate([[0], np.cumsum([len(each) for each in places])]), np.concatenate(places))
+
     def order(self) -> SampleOrder:
         """A new one, as every start makes it."""
-        places = [np.flatnonzero(of_shard).astype(np.int32) for of_shard in self.chosen]
-        subset = Subset(np.concatenate([[0], np.cumsum([len(each) for each in places])]), np.concatenate(places))
+        subset = self.subset
         return SubsetOrder(Order(subset.counts, self.seed, self.batch, self.lanes, self.window, self.repeats), subset)
 
 
@@ -55,11 +60,13 @@ def settings_of_runs(draw: st.DrawFn) -> Setting:
     return Setting(chosen, lanes, share, draw(st.integers(1, 200)), repeats, draw(st.integers(0, 2**31)))
 
 
-def read_by(setting: Setting, first_batch: int, batches: int, ranks: int, micro_batch: int) -> list[Refs]:
+def read_by(
+    setting: Setting, first_batch: int, batches: int, ranks: int, micro_batch: int, make: Callable[[], SampleOrder]
+) -> list[Refs]:
     """What a start at `first_batch` reads, all ranks together: a row a global batch, in the order of its slots."""
-    orders = [setting.order() for _ in range(ranks)]
     parts: list[list[tuple[int, Refs]]] = [[] for _ in range(batches)]
-    for rank, order in enumerate(orders):
+    for rank in range(ranks):
+        order = make()
         plan = Plan(
             index=None, order=order, crop=None, decoder="pillow", channels=3, background=0, max_pixels=1,
             image_size=None, extension="cls", labels=None, seed=setting.seed, global_batch=setting.batch,
@@ -93,7 +100,7 @@ def test_chains_of_stops_give_the_unbroken_trace(setting: Setting, data: st.Data
     for count in steps:
         ranks = data.draw(st.sampled_from(divisors(setting.batch)))
         micro_batch = data.draw(st.sampled_from(divisors(setting.batch // ranks)))
-        chain += read_by(setting, len(chain), count, ranks, micro_batch)
+        chain += read_by(setting, len(chain), count, ranks, micro_batch, setting.order)
     assert rows(chain, setting.seed) == rows(unbroken, setting.seed)
 
 
@@ -103,7 +110,7 @@ def test_each_chosen_sample_as_often_an_epoch_as_is_said(setting: Setting, epoch
     """Each view once but for a small tail, nothing else, by however many ranks."""
     order = setting.order()
     per_epoch = order.batches_per_epoch
-    read = read_by(setting, epoch * per_epoch, per_epoch, divisors(setting.batch)[-1], 1)
+    read = read_by(setting, epoch * per_epoch, per_epoch, setting.batch, 1, setting.order)
     views = Counter(
         (id, repeat) for refs in read for id, repeat in zip(refs.ids.tolist(), refs.repeats.tolist(), strict=True)
     )
@@ -116,3 +123,19 @@ def test_each_chosen_sample_as_often_an_epoch_as_is_said(setting: Setting, epoch
     assert len(setting.ids) * setting.repeats - len(views) < tail
     following = order.refs((epoch + 1) * per_epoch, 0, setting.batch)
     assert (following.epochs == epoch + 1).all()
+    samples = 3 * setting.share
+    ahead = set(order.shards_ahead(epoch * per_epoch, 0, setting.batch, samples).tolist())
+    for batch in range(epoch * per_epoch, epoch * per_epoch + 4):
+        assert set((order.refs(batch, 0, setting.batch).ids >> 32).tolist()) <= ahead
+
+
+@settings(deadline=None, max_examples=15)
+@given(settings_of_runs(), st.data())
+def test_evaluation_scores_each_chosen_sample_once_on_any_ranks(setting: Setting, data: st.DataObject) -> None:
+    def order() -> SampleOrder:
+        return SubsetOrder(SequentialOrder(setting.subset.counts, setting.batch), setting.subset)
+
+    ranks = data.draw(st.sampled_from(divisors(setting.batch)))
+    read = joined(read_by(setting, 0, order().batches_per_epoch, ranks, setting.batch // ranks, order))
+    assert sorted(read.ids[read.repeats == 0].tolist()) == sorted(setting.ids)
+    assert len(read) - len(setting.ids) < setting.batch

@@ -13,6 +13,7 @@ from tests.integration.worlds import Launcher, losses, rows, trace
 from vitscale.run_folder import STOPPED
 
 STEPS = 12
+Ended = tuple[list[int], str]  # exit codes by rank, what they printed
 SOURCE = Path(__file__).with_name("faulty_reads.c")
 
 
@@ -27,12 +28,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(launcher: Launcher, config: Path, shards: Path, tmp_path: Path, library: Path) -> Callable[..., list[int]]:
-    """Run on faulty storage, on shards without tables: exit codes by rank, what was printed at the end."""
+def run(launcher: Launcher, config: Path, shards: Path, tmp_path: Path, library: Path) -> Callable[..., Ended]:
+    """Runs whose readers have faulty storage, on shards without tables."""
     for path in shards.glob("*.tar"):
         shutil.copy(path, tmp_path)
 
-    def run(*overrides: str, **environment: str) -> tuple[list[int], str]:
+    def run(*overrides: str, **environment: str) -> Ended:
         argv = ["pretrain", str(config), f"data.train={tmp_path}/*.tar", f"train.steps={STEPS}", *overrides]
         world = launcher.request(2, argv=argv, environment={"LD_PRELOAD": str(library), **environment})
         return world.wait(), world.output()
@@ -41,7 +42,7 @@ def run(launcher: Launcher, config: Path, shards: Path, tmp_path: Path, library:
 
 
 def test_the_run_is_as_without_faults(
-    launcher: Launcher, config: Path, tmp_path: Path, run: Callable[..., tuple[list[int], str]]
+    launcher: Launcher, config: Path, tmp_path: Path, run: Callable[..., Ended]
 ) -> None:
     """Two ranks, each of whose readers has its storage fail for a second in the middle."""
     launcher.run(["pretrain", str(config), f"train.steps={STEPS}", "run.name=local"], ranks=2)
@@ -56,7 +57,7 @@ def test_the_run_is_as_without_faults(
 
 
 @pytest.mark.full
-def test_storage_that_stays_away_requeues(run: Callable[..., tuple[list[int], str]]) -> None:
+def test_storage_that_stays_away_requeues(run: Callable[..., Ended]) -> None:
     codes, output = run("data.patience_s=1", FAULTY_AFTER="60", FAULTY_MS="-1")
     assert codes == [STOPPED] * 2, output
     assert "its storage failed" in output
