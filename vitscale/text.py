@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import io
 import os
@@ -62,6 +63,13 @@ def first_sentence(text: str) -> str:
 def printable(text: str) -> str:
     """Text for a terminal or a table: line ends, control characters and bytes that are no text as escapes."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def above_zero(text: str) -> int:
+    """A whole number above 0, as an option's value."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above 0")
+    return int(text)
 
 
 def tolerate_any_text() -> None:

@@ -15,12 +15,11 @@ from vitscale.data.crop import Crop
 from vitscale.data.index import ShardIndex
 from vitscale.data.labels import Label, LabelReader
 from vitscale.data.order import Refs, SampleOrder
-from vitscale.data.shards import RawSample, Shards
+from vitscale.data.shards import RawSample, Shards, header_of
 from vitscale.errors import DataError
 from vitscale.files.decode import Decoder, Job
-from vitscale.files.header import BadSample, Header, read_header
+from vitscale.files.header import BadSample, Header
 from vitscale.files.retry import activity
-from vitscale.files.tar import LARGEST_MEMBER
 
 _CHUNK = 8  # samples that a thread takes at once
 Item = TypeVar("Item")
@@ -147,11 +146,7 @@ class Assembler:
         """A sample's bytes, header and label."""
         raw = self._shards.read(sample_id)
         try:
-            if raw.image is None:
-                raise BadSample("no_image", "no member with the extension of an image")
-            if raw.image_bytes > LARGEST_MEMBER:
-                raise BadSample("too_large", f"{raw.image_bytes} bytes, more than {LARGEST_MEMBER}")
-            return _Sample(raw, read_header(raw.image, self._plan.max_pixels), self._plan.labels.read(raw.label))
+            return _Sample(raw, header_of(raw, self._plan.max_pixels), self._plan.labels.read(raw.label))
         except BadSample as bad:
             return _Sample(raw, None, -1, bad)
 

@@ -11,6 +11,7 @@ from vitscale.data.index import ShardIndex
 from vitscale.data.table import SampleTable
 from vitscale.errors import DataError
 from vitscale.files.cache import LruCache
+from vitscale.files.header import BadSample, Header, read_header
 from vitscale.files.retry import unreadable
 from vitscale.files.tar import LARGEST_MEMBER
 
@@ -27,6 +28,15 @@ class RawSample:
     image: bytes | None  # None: no image member
     image_bytes: int  # 0 where there is none; above LARGEST_MEMBER, `image` is empty
     label: bytes | None
+
+
+def header_of(raw: RawSample, max_pixels: int) -> Header:
+    """BadSample for what cannot be an image."""
+    if raw.image is None:
+        raise BadSample("no_image", "no member with the extension of an image")
+    if raw.image_bytes > LARGEST_MEMBER:
+        raise BadSample("too_large", f"{raw.image_bytes} bytes, more than {LARGEST_MEMBER}")
+    return read_header(raw.image, max_pixels)
 
 
 class Shards:

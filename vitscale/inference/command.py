@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vitscale.run_folder import BAD_INPUT, STOPPED
+from vitscale.text import above_zero
 
 _IMAGES = (
     "files, folders (searched for images and shards), 'patterns' with *, ** or {a..b}, .tar shards, "
@@ -117,9 +118,3 @@ def _features(arguments: argparse.Namespace) -> int:
     if code != BAD_INPUT:
         print(f"{folder.path}: features of {folder.images} images in {folder.shards} shards")
     return code
-
-
-def above_zero(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above 0")
-    return int(text)

@@ -1,0 +1,60 @@
+"""The verbs that look at data: `stats`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitscale.errors import ConfigError
+from vitscale.run_folder import DONE
+from vitscale.text import above_zero
+
+if TYPE_CHECKING:
+    from vitscale.config.schema import RunConfig
+
+_DATA = "shards, as data.train names them, or a folder of images"
+
+
+def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the verbs."""
+    added = verb("stats", _stats, "what a data set holds: mean and deviation, sizes, formats, labels, broken images")
+    added.add_argument("data", metavar="DATA", help=_DATA)
+    _takes_keys(added, "data.label=json.class")
+    added.add_argument("--images", type=above_zero, metavar="N", help="of so many samples (default: all)")
+    added.add_argument("--out", metavar="stats.json", help="all of it, for programs")
+
+
+def _takes_keys(added: argparse.ArgumentParser, example: str) -> None:
+    added.add_argument("overrides", metavar="dotted.key=value", nargs="*", help=f"say {example}")
+
+
+def _stats(arguments: argparse.Namespace) -> int:
+    from vitscale.data.samples import open_samples
+    from vitscale.data.stats import as_text, count, summary
+    from vitscale.files.atomic import write_atomically
+
+    config = _config_of_data(arguments.data, arguments.overrides)
+    with tempfile.TemporaryDirectory() as scratch:
+        samples = open_samples(config.data, Path(scratch))
+        threads = config.data.threads or arguments.world.cores_per_rank
+        told = summary(count(samples, config.data, arguments.images, config.run.seed, threads), samples)
+    print(as_text(told, samples.where))
+    if arguments.out is not None:
+        try:
+            write_atomically(Path(arguments.out), json.dumps(told, indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(f"--out {arguments.out}: cannot be written ({error.strerror}); name another") from None
+    return DONE
+
+
+def _config_of_data(data: str, overrides: list[str]) -> RunConfig:
+    """The defaults, for the data that the command line names."""
+    from vitscale.config.load import config_of
+    from vitscale.config.schema import Source
+
+    return config_of({"data.train": (Source(os.path.expanduser(data)),)}, overrides)
