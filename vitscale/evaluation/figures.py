@@ -76,8 +76,7 @@ def reconstruct(
             note = "hidden patches take the true patch's mean and contrast (norm_pix_loss)"
     else:
         hidden, filled = output.bool_masked_pos, output.reconstruction.float()
-    (rows, columns), (height, width) = model.config.grid, pair(model.config.patch_size)
-    where = hidden.view(-1, 1, rows, columns).repeat_interleave(height, 2).repeat_interleave(width, 3)
+    where = in_pixels(hidden, model.config.grid, pair(model.config.patch_size))
     original, filled = (seen(images, mean, std) for images in (original, filled))
     return Reconstructions(
         original=_channels_last(original),
@@ -85,6 +84,11 @@ def reconstruct(
         reconstruction=_channels_last(torch.where(where, filled, original)),
         note=note,
     )
+
+
+def in_pixels(hidden: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """Bool [n, 1, height, width] of what is told of patches, [n, patches]."""
+    return hidden.view(-1, 1, *grid).repeat_interleave(patch[0], 2).repeat_interleave(patch[1], 3)
 
 
 def seen(pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -200,6 +204,35 @@ def draw_reconstructions(panels: Reconstructions, path: Path, title: str = "") -
         axes_row[0].set_ylabel(name, fontsize=10)
     heading = "\n".join(line for line in (title, panels.note, _channel_note(panels.original)) if line)
     figure.suptitle(heading, x=0.01, ha="left", fontsize=10)
+    _save(figure, path)
+
+
+def draw_sheet(panels: Mapping[str, Sequence[np.ndarray]], captions: Sequence[str], path: Path, title: str) -> None:
+    """A PNG of images side by side, eight a line, each with its caption below it.
+
+    panels: by name what is shown of every image, one below the other; each [height, width, channels] in [0, 1], of any
+    size, NaN where it is hidden. A caption may have several lines.
+    """
+    count, kinds = len(captions), list(panels)
+    columns = min(count, 8)
+    lines = -(-count // columns)
+    texts = max(caption.count("\n") + 1 for caption in captions)
+    figure = Figure(
+        figsize=(1.5 * columns + 0.3, lines * (1.5 * len(kinds) + 0.13 * texts) + 0.5), layout="constrained"
+    )
+    grid = figure.subplots(lines * len(kinds), columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for number, caption in enumerate(captions):
+        line, column = divmod(number, columns)
+        for row, kind in enumerate(kinds):
+            axes = grid[line * len(kinds) + row, column]
+            axes.set_axis_on()
+            _show(axes, panels[kind][number])
+            if column == 0 and len(kinds) > 1:
+                axes.set_ylabel(kind, fontsize=7)
+        axes.set_xlabel(caption, fontsize=6, labelpad=2, parse_math=False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     _save(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""The verbs that look at data: `stats`."""
+"""The verbs that look at data: `stats`, `look`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,14 @@ def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added.add_argument("--images", type=above_zero, metavar="N", help="of so many samples (default: all)")
     added.add_argument("--out", metavar="stats.json", help="all of it, for programs")
 
+    added = verb("look", _look, "samples of DATA, or the very images of a step of a run, as one picture")
+    added.add_argument("source", metavar="DATA|CONFIG.yaml", help=f"{_DATA}; or a run's config")
+    _takes_keys(added, "augment.preset=deit3")
+    added.add_argument("--step", type=above_zero, metavar="T", help="of CONFIG, as in metrics.jsonl (default: 1)")
+    added.add_argument("--images", type=above_zero, default=32, metavar="N", help="(default: 32)")
+    added.add_argument("--finetune", action="store_true", help="CONFIG is one for `vitscale finetune`")
+    added.add_argument("--out", required=True, metavar="look.png")
+
 
 def _takes_keys(added: argparse.ArgumentParser, example: str) -> None:
     added.add_argument("overrides", metavar="dotted.key=value", nargs="*", help=f"say {example}")
@@ -49,6 +57,30 @@ def _stats(arguments: argparse.Namespace) -> int:
             write_atomically(Path(arguments.out), json.dumps(told, indent=1) + "\n")
         except OSError as error:
             raise ConfigError(f"--out {arguments.out}: cannot be written ({error.strerror}); name another") from None
+    return DONE
+
+
+def _look(arguments: argparse.Namespace) -> int:
+    from vitscale.config.load import load_config
+    from vitscale.run.look import images_of_step, raw_samples
+
+    source, out, keys = arguments.source, Path(arguments.out), arguments.overrides
+    if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {out}: must be a .png in a folder that is there")
+    if not source.endswith((".yaml", ".yml")):
+        if arguments.step or arguments.finetune:
+            raise ConfigError(f"{source}: is no config (.yaml), and --step and --finetune are for one; leave them out")
+        raw_samples(_config_of_data(source, keys), arguments.images).draw(out)
+        return DONE
+    if arguments.finetune:
+        from vitscale.run.finetune import Finetune, complete
+
+        job = Finetune(load_config(source, keys, complete), arguments.world)
+        job.prepare()
+        config = job.config
+    else:
+        config = load_config(source, keys)
+    images_of_step(config, arguments.step or 1, arguments.images, arguments.world).draw(out)
     return DONE
 
 

@@ -15,11 +15,8 @@ from vitscale.augment.pipeline import Augment
 from vitscale.checkpoint.store import Checkpoint, save_checkpoint
 from vitscale.config.check import check_config, too_few_lanes
 from vitscale.config.load import dump_config
-from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig
-from vitscale.data.crop import training_crop
 from vitscale.data.index import ShardIndex
-from vitscale.data.labels import LabelReader
 from vitscale.data.loader import Loader
 from vitscale.data.subset import Subset
 from vitscale.engine.backend import peak_memory
@@ -40,6 +37,7 @@ from vitscale.run.report import report
 from vitscale.run.scoring import Scoring
 from vitscale.run.session import Session, config_digest, open_session
 from vitscale.run.start import keep_shards, order_keys, say_changed_keys, start
+from vitscale.run.training_data import training_loader
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder
 from vitscale.tracking.jsonl import JsonlFile
 from vitscale.tracking.meters import Meters
@@ -157,21 +155,7 @@ class Job:
 
     def loader(self, session: Session, samples: int) -> Loader:
         """This rank's training batches after so many global samples of the order."""
-        config = session.config
-        return Loader(
-            index=session.index,
-            order=session.order,
-            crop=training_crop(config.augment, pair(config.model.image_size)),
-            data=config.data,
-            num_channels=config.model.num_channels,
-            seed=config.run.seed,
-            world=session.world,
-            global_batch=config.train.global_batch,
-            micro_batch=config.train.micro_batch,
-            start=samples,
-            labels=LabelReader.of(config),
-            image_size=pair(config.model.image_size),
-        )
+        return training_loader(session.config, session.index, session.order, session.world, samples)
 
     def augment(self, session: Session) -> Augment:
         """What makes a training batch the model's inputs."""

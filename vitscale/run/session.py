@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from vitscale import __version__
@@ -12,17 +12,16 @@ from vitscale.config.check import has_classes
 from vitscale.config.load import dump_config
 from vitscale.config.schema import RunConfig, Source
 from vitscale.data.index import ShardIndex, open_index, require_labels, store_of
-from vitscale.data.mixture import training_order
 from vitscale.data.order import SampleOrder
-from vitscale.data.subset import Subset, SubsetOrder, split
+from vitscale.data.subset import Subset, SubsetOrder
 from vitscale.engine.backend import Backend
 from vitscale.engine.preempt import StopRequest
 from vitscale.engine.ranks import ProcessRanks
-from vitscale.errors import ConfigError, DataError, LaunchError
+from vitscale.errors import DataError, LaunchError
 from vitscale.evaluation.validation import HeldOut
 from vitscale.files.decode import choose_decoder
 from vitscale.files.store import absolute
-from vitscale.files.stores import Stores
+from vitscale.run.training_data import named_classes, order_over, sides_of, training_index
 from vitscale.run_folder import RunFolder
 from vitscale.text import listed, to_stderr
 from vitscale.world import World
@@ -80,7 +79,7 @@ def open_session(
     """
     # Rank 0 opens the index before it joins the others, so that a missing shard is an error at once.
     store = store_of(config.data)
-    opened = _open_index(config, folder, store) if world.is_main else None
+    opened = training_index(config, folder, store) if world.is_main else None
     others = _other_data(config, folder, opened, look_at_data) if opened else None
     backend = Backend(config, world)
     content = backend.ranks.broadcast(opened.to_bytes() if opened else None)
@@ -96,11 +95,9 @@ def open_session(
     held_out, train, test = (
         each and HeldOut(ShardIndex.from_bytes(each[0], store), class_names=each[1]) for each in others.indexes
     )
-    order: SampleOrder = training_order(config, index.samples, index.sources)
-    if sides is not None:
-        training, validation = sides
-        order = SubsetOrder(training_order(config, training.counts, index.sources), training)
-        held_out = HeldOut(index, validation) if validation.total else held_out
+    order = order_over(config, index, sides and sides[0])
+    if sides is not None and sides[1].total:
+        held_out = HeldOut(index, sides[1])
     probed = None if test is None else (train or HeldOut(index), test)
     return Session(config, world, folder, backend, stop, index, order, decoder, held_out, probed, facts, adapts)
 
@@ -119,7 +116,7 @@ class _OtherData:
 
 def _other_data(config: RunConfig, folder: RunFolder, index: ShardIndex, look_at_data: LookAtData | None) -> _OtherData:
     data, label = config.data, config.data.label_extension
-    sides = split(index, data, config.run.seed) if data.validation_fraction or data.fraction < 1 else None
+    sides = sides_of(config, index)
     evaluation = config.evaluation
     probes = bool(evaluation.test) and (evaluation.every_steps or evaluation.every_epochs) is not None
 
@@ -136,7 +133,7 @@ def _other_data(config: RunConfig, folder: RunFolder, index: ShardIndex, look_at
     validation = opened(data.validation, config.objective.needs_labels)
     train, test = (opened(sources) if probes else None for sources in (evaluation.train, evaluation.test))
     own = index.class_names
-    named = _named_classes(config, own)
+    named = named_classes(config, own)
     if validation is not None:
         tell_shared("data.validation", validation, "data.train", index)
         if has_classes(config):
@@ -189,29 +186,12 @@ def config_digest(config: RunConfig) -> str:
     return hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
 
 
-def _open_index(config: RunConfig, folder: RunFolder, store: Stores) -> ShardIndex:
-    data = config.data
-    if not data.train:
-        raise ConfigError("data.train is empty: give the shards, say data.train='/data/train-{000000..000099}.tar'")
-    index = open_index(data.train, data.index, folder.path, label=data.label_extension, image=data.image, store=store)
-    if config.objective.needs_labels:
-        require_labels(index, data.label_extension)
-    return index
-
-
 def _with_class_names(config: RunConfig, ranks: ProcessRanks, index: ShardIndex) -> RunConfig:
     """The config, and in it the names of classes that have none, where they lie beside the shards; rank 0 looks."""
     model = config.model
     if not has_classes(config) or not config.objective.needs_labels or model.id2label is not None:
         return config
-    return _named_classes(config, ranks.gather(index.class_names if ranks.rank == 0 else None)[0])
-
-
-def _named_classes(config: RunConfig, names: Sequence[str] | None) -> RunConfig:
-    model = config.model
-    if names is None or model.id2label is not None or len(names) != model.num_labels or not has_classes(config):
-        return config
-    return replace(config, model=replace(model, id2label=tuple(names)))
+    return named_classes(config, ranks.gather(index.class_names if ranks.rank == 0 else None)[0])
 
 
 def _require_agreement(
