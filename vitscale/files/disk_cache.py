@@ -15,9 +15,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from vitscale.errors import ConfigError, DataError
 from vitscale.files.atomic import flush_to_disk, write_atomically
@@ -28,6 +29,7 @@ _PIECE = 8 << 20  # bytes of one request
 _REQUESTS = 4  # of one download, at once
 _LEFT_FREE = 0.05  # of the disk, where data.cache_bytes does not say how much may be used
 _POLL_S = 0.05
+File = TypeVar("File")
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -62,14 +64,16 @@ class DiskCache:
                 self._opened.discard(local)
 
     def fetch(self, path: str, sha256: str | None) -> None:
-        """See Store.fetch."""
-        self._here(path, sha256)
+        """See Store.fetch. What was read here before may have been thrown out since."""
+        self._here(path, sha256, anew=True)
 
-    def _here(self, path: str, sha256: str | None) -> str:
-        """The file on this node's disk, downloaded where it is not there."""
+    def _here(self, path: str, sha256: str | None, anew: bool = False) -> str:
+        """The file on this node's disk, downloaded where it is not there. anew: looked for again, and used by that."""
         stat = self._stats.get(path) or self.stat(path)
         name = hashlib.blake2b(f"{path} {stat.bytes} {stat.modified}".encode(), digest_size=16).hexdigest()
         local = str(self._folder / f"{name}.data")
+        if anew:
+            self._opened.discard(local)
         while local not in self._opened:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -153,15 +157,13 @@ class DiskCache:
         """Remove the files used longest ago until so many bytes are gone; whether any were removed."""
         if count <= 0:
             return False
-        gone = 0
         with _locked(self._folder / "cache.lock"):
-            for each in sorted(self._files(), key=lambda file: file.stat().st_mtime_ns):
-                gone += each.stat().st_size
+            stats = [(path, path.stat()) for path in self._files()]
+            old = used_longest_ago([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats], count)
+            for path in old:
                 for suffix in (".data", ".json"):  # a lock may be somebody's
-                    each.with_suffix(suffix).unlink(missing_ok=True)
-                if gone >= count:
-                    break
-        return gone > 0
+                    path.with_suffix(suffix).unlink(missing_ok=True)
+        return bool(old)
 
     def _files(self) -> Sequence[Path]:
         return [path for path in self._folder.glob("*.data") if path.exists()]
@@ -172,6 +174,17 @@ class DiskCache:
         else:
             way_out = f"cannot be used ({error.strerror}): name a folder of this node that can be written"
         return ConfigError(f"data.cache={self._folder}: {way_out}, or set data.cache=null")
+
+
+def used_longest_ago(files: Iterable[tuple[File, int, int]], count: int) -> list[File]:
+    """Which of (file, bytes, when it was used) are thrown out so that `count` bytes are gone."""
+    gone, old = 0, []
+    for file, size, _ in sorted(files, key=lambda each: each[2]):
+        if gone >= count:
+            break
+        gone += size
+        old.append(file)
+    return old
 
 
 @contextlib.contextmanager
