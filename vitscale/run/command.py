@@ -1,4 +1,4 @@
-"""The verbs that look at data: `stats`, `look`."""
+"""The verbs that look at data: `stats`, `look`, `simulate`."""
 
 from __future__ import annotations
 
@@ -35,6 +35,17 @@ def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added.add_argument("--images", type=above_zero, default=32, metavar="N", help="(default: 32)")
     added.add_argument("--finetune", action="store_true", help="CONFIG is one for `vitscale finetune`")
     added.add_argument("--out", required=True, metavar="look.png")
+
+    added = verb(
+        "simulate", _simulate, "what many nodes would read: shards, bytes, cache hits, start-up; reads no image"
+    )
+    added.add_argument("config", metavar="CONFIG.yaml")
+    _takes_keys(added, "data.index=index.json data.cache_bytes=1000000000000")
+    added.add_argument("--nodes", type=above_zero, required=True, metavar="N")
+    added.add_argument("--gpus", type=above_zero, default=8, metavar="N", help="of a node (default: 8)")
+    added.add_argument(
+        "--steps", type=above_zero, default=200, metavar="N", help="of a node's cache (default: 200, at most 2 epochs)"
+    )
 
 
 def _takes_keys(added: argparse.ArgumentParser, example: str) -> None:
@@ -81,6 +92,24 @@ def _look(arguments: argparse.Namespace) -> int:
     else:
         config = load_config(source, keys)
     images_of_step(config, arguments.step or 1, arguments.images, arguments.world).draw(out)
+    return DONE
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    from vitscale.config.load import load_config
+    from vitscale.data.index import ShardIndex, store_of
+    from vitscale.run.simulate import simulate
+    from vitscale.run.training_data import training_index
+    from vitscale.run_folder import RunFolder
+
+    config = load_config(arguments.config, arguments.overrides)
+    store = store_of(config.data)
+    if config.data.index is not None:  # all of its rows, whether or not their shards are there
+        index = ShardIndex.load(Path(config.data.index), store)
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            index = training_index(config, RunFolder(Path(scratch)), store)
+    print(simulate(config, index, arguments.nodes, arguments.gpus, arguments.steps))
     return DONE
 
 
