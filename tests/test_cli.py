@@ -22,7 +22,7 @@ from vitscale.run_folder import BAD_INPUT, DONE, RunFolder
 pytestmark = pytest.mark.usefixtures("environment")
 
 VERBS = ("pretrain", "config", "pack", "index", "evaluate", "stop", "sync")
-VERBS += ("convert", "predict", "features", "inspect", "export", "bench")
+VERBS += ("stats", "look", "simulate", "convert", "predict", "features", "inspect", "export", "bench")
 MODEL = """\
 model: {hidden_size: 8, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 16, image_size: 8,
         patch_size: 4}

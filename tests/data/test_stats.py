@@ -116,3 +116,11 @@ def test_the_verb_prints_lines_for_a_config(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "empty").mkdir()
     assert main(["stats", str(tmp_path / "empty")]) == 2
     assert "holds neither shards" in capsys.readouterr().err
+
+
+def test_a_set_without_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tar(tmp_path / "s.tar", [("a.jpg", b"none"), ("b.cls", b"1")])
+    assert main(["stats", str(tmp_path / "s.tar")]) == 0
+    printed = capsys.readouterr().out
+    assert "broken: 1 no_image, 1 undecodable" in printed
+    assert "for a config" not in printed

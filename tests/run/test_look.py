@@ -117,7 +117,12 @@ def test_the_verb(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["look", str(config), *SMALL, "--step", "2", "--images", "3", "--out", str(tmp_path / "2.png")]) == 0
     assert (tmp_path / "2.png").read_bytes() != out.read_bytes()
     assert not (tmp_path / "runs").exists()
-    for wrong in (["--step", "2", "--out", str(out)], ["--out", "look.jpg"], ["--out", "/nowhere/look.png"]):
+    for wrong in (
+        ["--step", "2", "--out", str(out)],
+        ["--out", "look.jpg"],
+        ["--out", "/nowhere/look.png"],
+        ["--images", "300", "--out", str(out)],
+    ):
         capsys.readouterr()
         assert main(["look", shards, *wrong]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1

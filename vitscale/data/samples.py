@@ -17,6 +17,7 @@ from vitscale.data.shards import RawSample, Shards, header_of
 from vitscale.errors import DataError
 from vitscale.files.decode import Decoder, Job, choose_decoder
 from vitscale.files.header import IMAGE_KINDS, Header
+from vitscale.files.retry import unreadable
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +60,11 @@ def _of_folder(folder: Path) -> Samples:
         raise DataError(f"{folder}: holds neither shards (*.tar) nor images ({', '.join(IMAGE_KINDS)})")
 
     def read(number: int) -> RawSample:
-        name, data = paths[number].relative_to(folder), paths[number].read_bytes()
+        path = paths[number]
+        try:
+            name, data = path.relative_to(folder), path.read_bytes()
+        except OSError as error:
+            raise unreadable(str(path), error) from None
         return RawSample(folder.name, str(name), data, len(data), labels.get(name.parts[0]))
 
     return Samples(len(paths), "a folder of images", list(labels) or None, read)

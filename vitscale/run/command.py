@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vitscale.config.schema import RunConfig
 
 _DATA = "shards, as data.train names them, or a folder of images"
+_MOST_SHOWN = 256
 
 
 def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -32,7 +33,9 @@ def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added.add_argument("source", metavar="DATA|CONFIG.yaml", help=f"{_DATA}; or a run's config")
     _takes_keys(added, "augment.preset=deit3")
     added.add_argument("--step", type=above_zero, metavar="T", help="of CONFIG, as in metrics.jsonl (default: 1)")
-    added.add_argument("--images", type=above_zero, default=32, metavar="N", help="(default: 32)")
+    added.add_argument(
+        "--images", type=above_zero, default=32, metavar="N", help=f"(default: 32, at most {_MOST_SHOWN})"
+    )
     added.add_argument("--finetune", action="store_true", help="CONFIG is one for `vitscale finetune`")
     added.add_argument("--out", required=True, metavar="look.png")
 
@@ -78,6 +81,10 @@ def _look(arguments: argparse.Namespace) -> int:
     source, out, keys = arguments.source, Path(arguments.out), arguments.overrides
     if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {out}: must be a .png in a folder that is there")
+    if arguments.images > _MOST_SHOWN:
+        raise ConfigError(
+            f"--images {arguments.images}: a picture shows at most {_MOST_SHOWN}; look at them in several"
+        )
     if not source.endswith((".yaml", ".yml")):
         if arguments.step or arguments.finetune:
             raise ConfigError(f"{source}: is no config (.yaml), and --step and --finetune are for one; leave them out")

@@ -13,11 +13,11 @@ from functools import partial
 
 import numpy as np
 
-from vitscale.config.check import accumulation, check_config, lanes, too_few_lanes
+from vitscale.config.check import accumulation, check_config, too_few_lanes
 from vitscale.config.schema import RunConfig
 from vitscale.data.index import ShardIndex
 from vitscale.data.loader import fetched_ahead
-from vitscale.data.order import SampleOrder
+from vitscale.data.order import Order, SampleOrder
 from vitscale.data.shuffle import mixing
 from vitscale.errors import ConfigError
 from vitscale.files.cache import LruCache
@@ -28,6 +28,7 @@ from vitscale.text import aligned
 from vitscale.world import World
 
 _ALL_LOOKED_AT = 2_000_000  # samples of a batch times steps, up to which every rank's are looked at
+_MOST_ASKED = 40_000  # shards: a cache in which nothing stays is known for that before
 _LANES = 16  # of a node, whose working sets are looked at
 _PARTS = 8  # of an epoch, at whose starts they are
 _TABLE_BYTES = 20  # a sample, compressed, as docs/runs.md has it
@@ -92,7 +93,7 @@ def simulate(config: RunConfig, index: ShardIndex, nodes: int, gpus: int, steps:
     parts = [
         "\n".join([*_described(fleet), *_warnings(fleet, at_once)]),
         _titled("the first epoch", _epoch(fleet)),
-        _titled(f"the cache of a node (data.cache) in {steps:,} steps", _caches(fleet, steps)),
+        _caches(fleet, steps),
         _titled("in use or fetched ahead at once", _as_rows(fleet, at_once)),
         _titled("until the first batch", _start(fleet)),
         f"each sample once: {_once(fleet, steps)}",
@@ -110,7 +111,8 @@ def _warnings(fleet: Fleet, at_once: Sets) -> Iterator[str]:
     if most is not None and most < needed:
         yield (
             f"warning: data.cache_bytes={most}: the lanes of a node have {needed} bytes of shards in use or fetched "
-            "ahead at once, so that shards are downloaded again and again; raise it, or for a new run lower data.lanes"
+            "ahead at once, so that they are downloaded again and again; raise it, or for a new run lower data.lanes "
+            "or data.window"
         )
 
 
@@ -229,19 +231,20 @@ class _Node:
         return [f"node {self._node}", f"{self.asked:,}", hits, _bytes(self.bytes), f"{self.again:,}", _bytes(self.most)]
 
 
-def _caches(fleet: Fleet, steps: int) -> Table:
+def _caches(fleet: Fleet, steps: int) -> str:
     most, largest = fleet.config.data.cache_bytes, int(fleet.index.bytes.max())
     if most is not None and largest > most:
         raise ConfigError(
             f"data.cache_bytes={most}: a shard alone has {largest}; allow for several of its size, or set it to null"
         )
-    nodes = [_Node(fleet, node) for node in fleet.sampled]
-    for batch in range(steps):
+    nodes, step = [_Node(fleet, node) for node in fleet.sampled], 0
+    while step < steps and sum(node.asked for node in nodes) < _MOST_ASKED:
         for node in nodes:
-            node.step(batch)
+            node.step(step)
+        step += 1
     bound = "without bound" if most is None else f"of {_bytes(most)}"
     head = [bound, "shards asked for", "there", "downloaded", "shards again", "most held"]
-    return [head, *(node.row for node in nodes)]
+    return _titled(f"the cache of a node (data.cache) in {step:,} steps", [head, *(node.row for node in nodes)])
 
 
 def _working_sets(fleet: Fleet) -> Sets:
@@ -311,16 +314,21 @@ def _once(fleet: Fleet, steps: int) -> str:
 
 
 def _shuffles(fleet: Fleet) -> Table:
-    config, counts = fleet.config, fleet.index.samples
-    own, window = lanes(config), config.data.window
-    few = max(each for each in range(1, max(1, own // 16) + 1) if fleet.batch % each == 0)
-    rows = [["data.lanes", "data.window", "shards a batch", "perfect", "neighbours apart", "perfect"]]
-    choices = [(own, window), (own, 16 * window), (few, window), (few, 16 * window)]
-    for each in dict.fromkeys(choices):
-        found = mixing(counts, config.run.seed, fleet.batch, *each)
+    """With the config's lanes and window, and with a sixteenth of each."""
+    config, counts, batch = fleet.config, fleet.index.samples, fleet.batch
+    own, window = fleet.order.lanes, min(config.data.window, fleet.index.total)
+    few = max(each for each in range(1, max(1, own // 16) + 1) if batch % each == 0)
+    rows = [["lanes", "window", "shards in use", "a batch has", "perfect", "neighbours apart", "perfect"]]
+    for lanes, some in dict.fromkeys((lanes, some) for lanes in (own, few) for some in (window, max(1, window // 16))):
+        order, found = (
+            Order(counts, config.run.seed, batch, lanes, some),
+            mixing(counts, config.run.seed, batch, lanes, some),
+        )
+        ahead, _ = fetched_ahead(order, int(counts.max()), batch, fleet.ranks)
+        in_use = len(order.shards_ahead(0, 0, batch, ahead))
         apart = "not told" if np.isnan(found.apart) else f"{found.apart:,.0f}"
-        shards = (f"{found.shards:,.1f}", f"{found.perfect_shards:,.1f}")
-        rows.append([f"{each[0]:,}", f"{each[1]:,}", *shards, apart, f"{found.perfect_apart:,.0f}"])
+        shards = (f"{in_use:,}", f"{found.shards:,.1f}", f"{found.perfect_shards:,.1f}")
+        rows.append([f"{lanes:,}", f"{some:,}", *shards, apart, f"{found.perfect_apart:,.0f}"])
     return rows
 
 
