@@ -70,13 +70,13 @@ def _of_folder(folder: Path) -> Samples:
     return Samples(len(paths), "a folder of images", list(labels) or None, read)
 
 
-def chosen(total: int, count: int | None, seed: int) -> np.ndarray:
-    """Numbers of `count` samples (None: all), int64, ascending: one of each of `count` equal stretches, by its hash."""
+def chosen(total: int, count: int | None, seed: int) -> Sequence[int]:
+    """Numbers of `count` samples (None: all), ascending: one of each of `count` equal stretches, by its hash."""
     if count is None or count >= total:
-        return np.arange(total, dtype=np.int64)
+        return range(total)
     bounds = np.arange(count + 1, dtype=np.int64) * total // count
     draws = rng.uniform(rng.fold(bounds[:-1], rng.key("chosen", seed)), "chosen", 1)[:, 0]
-    return bounds[:-1] + (draws * np.diff(bounds)).astype(np.int64)
+    return (bounds[:-1] + (draws * np.diff(bounds)).astype(np.int64)).tolist()
 
 
 class WholeImages:

@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -51,10 +51,17 @@ class Tally:
     odd_labels: int = 0  # that are no class
     odd_label: str = ""  # the first of them
 
+    @property
+    def looked_at(self) -> int:
+        return self.images + self.broken.total()
+
     def __iadd__(self, other: Tally) -> Tally:
         for item in fields(self):
             own, more = getattr(self, item.name), getattr(other, item.name)
-            setattr(self, item.name, own or more if item.type == "str" else own + more)
+            if isinstance(own, Counter):
+                own.update(more)  # + would copy all that was counted before
+            else:
+                setattr(self, item.name, own or more if isinstance(own, str) else own + more)
         del self.examples[_EXAMPLES:]
         return self
 
@@ -62,16 +69,17 @@ class Tally:
 def count(samples: Samples, data: Data, images: int | None, seed: int, threads: int) -> Tally:
     """Of all samples, or of so many `images` of them, the same ones each time; the same for any number of threads."""
     numbers, found = chosen(samples.total, images, seed), Tally()
-    parts = [numbers[start : start + _PART] for start in range(0, len(numbers), _PART)]
+    parts = (numbers[start : start + _PART] for start in range(0, len(numbers), _PART))
     labels = LabelReader(required=True, names=tuple(samples.class_names or ()), path=data.label_path)
     look = partial(_look, samples, WholeImages(data), labels)
     started = reported = time.monotonic()
-    for done, tally in enumerate(_in_order(look, parts, threads), start=1):
+    for tally in _in_order(look, parts, threads):
         found += tally
         now = time.monotonic()
         if now - reported >= _REPORT_EVERY_S:
-            reported, left = now, (now - started) * (len(parts) / done - 1)
-            to_stderr(f"stats: {min(done * _PART, len(numbers)):,} of {len(numbers):,} samples, {duration(left)} left")
+            reported, done = now, found.looked_at
+            left = (now - started) * (len(numbers) / done - 1)
+            to_stderr(f"stats: {done:,} of {len(numbers):,} samples, {duration(left)} left")
     return found
 
 
@@ -88,9 +96,9 @@ def _in_order(work: Callable[[Part], Result], parts: Iterable[Part], threads: in
             pool.shutdown(cancel_futures=True)
 
 
-def _look(samples: Samples, images: WholeImages, labels: LabelReader, numbers: np.ndarray) -> Tally:
+def _look(samples: Samples, images: WholeImages, labels: LabelReader, numbers: Sequence[int]) -> Tally:
     tally = Tally()
-    for number in numbers.tolist():
+    for number in numbers:
         raw = samples.read(number)
         _add_label(tally, raw, labels)
         try:
@@ -136,7 +144,7 @@ def summary(found: Tally, samples: Samples) -> dict[str, Any]:
     named = samples.class_names or ()
     return {
         "samples": samples.total,
-        "looked_at": found.images + found.broken.total(),
+        "looked_at": found.looked_at,
         "images": found.images,
         "bytes": found.bytes,
         "broken": dict(sorted(found.broken.items())),

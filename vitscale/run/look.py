@@ -50,7 +50,7 @@ def raw_samples(config: RunConfig, images: int) -> Sheet:
     """Some samples of data.train, chosen by their hashes, whole, with key and label; bad ones as a blank."""
     with tempfile.TemporaryDirectory() as scratch:
         samples = open_samples(config.data, Path(scratch))
-        numbers = chosen(samples.total, images, config.run.seed).tolist()
+        numbers = chosen(samples.total, images, config.run.seed)
         whole = WholeImages(config.data)
         labels = LabelReader(names=tuple(samples.class_names or ()), path=config.data.label_path)
         shown = [_sample(samples, number, whole, labels) for number in numbers]
