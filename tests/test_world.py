@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from vitscale import world
 from vitscale.errors import LaunchError
-from vitscale.world import World, child_environment, enter, local_device, read_world
+from vitscale.world import World, _quota, child_environment, enter, local_device, read_world
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1"}
 TORCHRUN |= {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
@@ -242,3 +243,26 @@ def test_it_is_light() -> None:
     root = Path(world.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "[]"
+
+
+def test_cores_are_those_of_the_control_group(tmp_path: Path) -> None:
+    own, groups = tmp_path / "cgroup", tmp_path / "groups"
+    job = groups / "slurm" / "job"
+    for folder, limit in ((groups, "max 100000"), (groups / "slurm", "800000 100000"), (job, "150000 100000")):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cpu.max").write_text(limit)
+    own.write_text("0::/slurm/job\n")
+    assert _quota(own, groups) == 1.5
+    (job / "cpu.max").write_text("max 100000")
+    assert _quota(own, groups) == 8, "one above it has a limit"
+    older = groups / "cpu" / "box"
+    older.mkdir(parents=True)
+    (older / "cpu.cfs_quota_us").write_text("-1\n")
+    (older / "cpu.cfs_period_us").write_text("100000\n")
+    own.write_text("4:memory:/box\n2:cpu,cpuacct:/box\n0::/\n")
+    assert _quota(own, groups) == math.inf
+    (older / "cpu.cfs_quota_us").write_text("300000\n")
+    assert _quota(own, groups) == 3
+    own.write_text("2:cpu,cpuacct:/not/seen/from/here\n0::/\n")
+    assert _quota(own, groups) == math.inf
+    assert _quota(tmp_path / "none", groups) == math.inf

@@ -6,9 +6,12 @@ command line before torch, deepspeed or mlflow is imported.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from vitscale.errors import LaunchError
 from vitscale.text import listed, to_stderr
@@ -24,6 +27,7 @@ _NUMBERS = (
     *("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "PMIX_RANK", "PALS_RANKID"),
     *("ALPS_APP_PE", "FLUX_TASK_RANK", "JSM_NAMESPACE_RANK"),
 )
+_PERIOD = "cpu.cfs_period_us"
 SUPERVISED = "VITSCALE_SUPERVISED"  # set by launch/torchrun.py for its ranks
 
 
@@ -45,7 +49,35 @@ class World:
     @property
     def cores_per_rank(self) -> int:
         """CPU cores this rank may use without taking its neighbours'."""
-        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+        return max(1, _cores() // self.local_world_size)
+
+
+def _cores() -> int:
+    """Cores that this process may use: by its affinity, and by the quota of its control group (a container's)."""
+    quota = _quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    return max(1, math.ceil(min(len(os.sched_getaffinity(0)), quota)))
+
+
+def _quota(own: Path, mounted: Path) -> float:
+    """The least number of cores that a control group of this process, or one above it, may use; infinite: no limit.
+
+    own: /proc/self/cgroup; mounted: where control groups are, of version 2, or of version 1 below `cpu`.
+    """
+    quotas = [math.inf]
+    for line in own.read_text(encoding="utf-8").splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        root, names = (mounted, ["cpu.max"]) if not controllers else (mounted / "cpu", ["cpu.cfs_quota_us", _PERIOD])
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # not there, or without a limit ("max")
+                limit, period = " ".join((folder / name).read_text(encoding="ascii") for name in names).split()
+                if int(limit) > 0:
+                    quotas.append(int(limit) / int(period))
+            if folder == root:
+                break
+    return min(quotas)
 
 
 def read_world() -> World:

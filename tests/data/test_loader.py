@@ -26,7 +26,7 @@ from vitscale.data.batch import Batch
 from vitscale.data.crop import CenterCrop, RandomCrop
 from vitscale.data.index import ShardIndex, build_index
 from vitscale.data.labels import LabelReader
-from vitscale.data.loader import Loader
+from vitscale.data.loader import _REMEMBERED, Loader
 from vitscale.data.order import SUBSTITUTES, Order, SequentialOrder
 from vitscale.errors import DataError, StorageError
 from vitscale.world import World
@@ -196,6 +196,45 @@ def test_images_may_grow_from_batch_to_batch(tmp_path: Path) -> None:
     batches = take(8, index, order=order, batch=1, micro=1, crop=CenterCrop(1.0), data=replace(SETTINGS, prefetch=2))
     assert [batch.image(0).shape[0] for batch in batches] == sizes
     assert [int(batch.image(0).mean()) // 20 for batch in batches] == list(range(8))
+
+
+def test_memory_that_is_no_longer_needed_is_given_back(tmp_path: Path) -> None:
+    """After so many batches as are remembered; then it grows again."""
+    sizes = [1500, *[40] * (_REMEMBERED + 9), 1500, 40]
+    files = {size: encoded(np.full((size, size, 3), size % 256, np.uint8)) for size in set(sizes)}
+    members = [(f"{i:03d}.jpg", files[size]) for i, size in enumerate(sizes)]
+    index = build_index([str(write_tar(tmp_path / "a.tar", members))])
+    with loader(index, order=SequentialOrder(index.samples, 1), batch=1, micro=1, crop=CenterCrop(1.0)) as batches:
+        held = []
+        for size, batch in zip(sizes, batches, strict=True):
+            assert (batch.image(0) == size % 256).all()
+            batches.release(batch)
+            del batch
+            held.append(sum(os.fstat(memory.descriptor).st_size for memory in batches._memories))
+    assert held[0] == held[_REMEMBERED - 2] > 7_000_000
+    assert held[_REMEMBERED + 3] < 7_000_000, "shrunk, once all that is remembered is small"
+    assert held[-1] > 7_000_000
+
+
+@pytest.mark.full
+def test_huge_images_take_little_memory(tmp_path: Path) -> None:
+    """64 photographs of 50 million pixels a micro-batch, JPEGs of some 10 MB: the reader stays below 1 GB."""
+    noise = np.random.default_rng(0).integers(-12, 12, (5792, 8688, 1), dtype=np.int8)
+    image = np.clip(pixels(1, 5792, 8688).astype(np.int16) + noise, 0, 255).astype(np.uint8)
+    data = encoded(image, quality=85)
+    assert 8e6 < len(data) < 40e6
+    index = build_index([str(write_tar(tmp_path / "a.tar", [(f"{i:03d}.jpg", data) for i in range(64)]))])
+    settings = replace(SETTINGS, decode="auto", prefetch=2)
+    size = (224, 224)
+    order = SequentialOrder(index.samples, 64)
+    with loader(index, batch=64, micro=64, data=settings, order=order, image_size=size) as batches:
+        batch = next(batches)
+        assert min(batch.heights) >= 448
+        assert batch.pixels.nbytes < 64 * 896 * 896 * 3 * 4 / 3
+        batches.release(batch)
+        peak = batches.reader_memory()
+    print(f"the reader's peak: {peak / 1e6:.0f} MB; decoded pixels: {batch.pixels.nbytes / 1e6:.0f} MB")
+    assert 100e6 < peak < 1e9
 
 
 def test_sequential_order_ends(index: ShardIndex) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.orders import joined
 from vitscale.data.assemble import Plan
 from vitscale.data.order import Order, Refs, SampleOrder, SequentialOrder
 from vitscale.data.subset import Subset, SubsetOrder
@@ -58,6 +57,10 @@ def settings_of_runs(draw: st.DrawFn) -> Setting:
     place = draw(st.integers(0, len(shards)))
     chosen = tuple(map(tuple, [*shards[:place], enough, *shards[place:]]))
     return Setting(chosen, lanes, share, draw(st.integers(1, 200)), repeats, draw(st.integers(0, 2**31)))
+
+
+def joined(parts: list[Refs]) -> Refs:
+    return Refs(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("epochs", "ids", "repeats")))
 
 
 def read_by(

@@ -86,9 +86,45 @@ def test_simplejpeg_keeps_the_smallest_scale_that_covers_the_target(orientation:
         assert np.abs(np.asarray(small, dtype=int) - np.asarray(whole, dtype=int)).mean() < 1.0
 
 
-def test_the_other_decoders_keep_full_scale() -> None:
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_what_is_many_times_its_target_is_kept_smaller(kind: str, orientation: int) -> None:
+    """At twice the target or more, by every decoder; what is less than four times it at full scale."""
+    data = encoded(pixels(1, 301, 403), kind, orientation, quality=95)
+    full = Image.fromarray(by_pillow(data))
     for name in ("nvimgcodec", "pillow"):
-        assert decode(photo(0, 200, 300), name=name, target=(16, 16))[0].shape == (200, 300, 3)
+        for box, divisor in (((20, 30, 290, 300), 4), ((20, 30, 285, 183), 2), ((20, 30, 145, 160), 1)):
+            out, (top, left, bottom, right) = decode(data, box, name, target=(32, 32))
+            assert (bottom - top, right - left) == ((box[2] - box[0]) / divisor, (box[3] - box[1]) / divisor)
+            assert out.shape[0] <= (box[2] - box[0]) / divisor + 2
+            small = Image.fromarray(out).resize((32, 32), Image.Resampling.BICUBIC, (left, top, right, bottom))
+            whole = full.crop((box[1], box[0], box[3], box[2])).resize((32, 32), Image.Resampling.BICUBIC)
+            assert np.abs(np.asarray(small, dtype=int) - np.asarray(whole, dtype=int)).mean() < 1.5
+
+
+def test_bytes_of_an_image_are_bounded() -> None:
+    """By data.batch_bytes, below the target if it must be."""
+    for kind in ("JPEG", "PNG", "TIFF"):
+        data = encoded(pixels(3, 300, 400), kind)
+        for most, shape in ((300 * 400 * 3, (300, 400)), (90_000, (150, 200)), (1000, (10, 13)), (1, (2, 2))):
+            header = read_header(data, LIMIT)
+            decoder = Decoder("simplejpeg", 3, 0, (64, 64) if most == 1000 else None, most)
+            region = decoder.region(header, (0, 0, 300, 400))
+            assert region.shape == shape, (kind, most)
+            out = np.empty((*shape, 3), np.uint8)
+            assert decoder.decode([Job(data, header, region, out)]) == [None]
+            mean = by_pillow(data).reshape(-1, 3).mean(axis=0)
+            assert np.abs(out.reshape(-1, 3).mean(axis=0) - mean).max() < 10
+
+
+def test_an_opened_image_is_closed_once_it_is_decoded() -> None:
+    header = read_header(encoded(pixels(3, 300, 400), "PNG"), LIMIT)
+    decoder = Decoder("pillow", 3, 0, None)
+    region = decoder.region(header, (0, 0, 300, 400))
+    decoder.decode([Job(b"", header, region, np.empty((300, 400, 3), np.uint8))])
+    assert header.image is not None
+    with pytest.raises(ValueError, match="closed"):
+        header.image.im  # noqa: B018
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -19,7 +19,7 @@ from vitscale.config.schema import RunConfig, Source
 from vitscale.data import shards as shards_module
 from vitscale.data.index import ShardIndex, open_index
 from vitscale.data.index_file import Rows
-from vitscale.data.order import training_order
+from vitscale.data.mixture import training_order
 from vitscale.data.shards import Shards
 from vitscale.data.shuffle import _perfect_shards, mixing
 from vitscale.errors import ConfigError
@@ -41,7 +41,7 @@ def index_of(shards: int, samples: int, size: int = 1000) -> ShardIndex:
 
 
 def fleet_of(config: RunConfig, index: ShardIndex, nodes: int, gpus: int) -> Fleet:
-    return Fleet(config, index, training_order(config, index.samples), nodes, gpus)
+    return Fleet(config, index, training_order(config, index.samples, index.sources), nodes, gpus)
 
 
 @pytest.mark.parametrize("room", [2.5, 4.5, 100.0])

@@ -52,6 +52,9 @@ class Data:
     decode: str = "auto"  # nvimgcodec, simplejpeg, pillow, or auto: the first that is installed
     background: int = 255  # what transparent pixels lie on, 0 (black) to 255 (white)
     max_pixels: int = 64_000_000  # a larger image is a bad sample, told from its header
+    # Of the decoded pixels of a micro-batch: an image of more than its share is decoded at a smaller scale; null: as
+    # any image of four times its target or more is, to two to four times
+    batch_bytes: int | None = None
     max_bad_fraction: float = 0.001  # stop when bad > max(3, this x samples consumed)
     threads: int | None = None  # decoding threads a rank; null: the rank's share of the cores
     prefetch: int = 4  # micro-batches read ahead
@@ -73,6 +76,8 @@ class Data:
         require(0 <= self.background <= 255, "data.background", self.background, "in 0 to 255")
         require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
         require(self.max_pixels > 0, "data.max_pixels", self.max_pixels, "above 0")
+        most = self.batch_bytes
+        require(most is None or most > 0, "data.batch_bytes", most, "above 0 or null")
         require(self.threads is None or self.threads > 0, "data.threads", self.threads, "above 0 or null")
         require(self.prefetch >= 2, "data.prefetch", self.prefetch, "2 or more")
         most = self.cache_bytes

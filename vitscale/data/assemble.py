@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -22,6 +22,7 @@ from vitscale.files.header import BadSample, Header
 from vitscale.files.retry import activity
 
 _CHUNK = 8  # samples that a thread takes at once
+_MOST_ENCODED = 64 << 20  # bytes of a micro-batch's files held at once, where they are larger
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -38,6 +39,7 @@ class Plan:
     background: int
     max_pixels: int
     image_size: tuple[int, int] | None  # (height, width) that boxes are resized to, where known
+    image_bytes: int | None  # of the pixels kept of an image at most
     extension: str  # of the members with labels
     labels: LabelReader
     seed: int
@@ -98,7 +100,7 @@ class Assembler:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._shards = Shards(plan.index, plan.extension, plan.table_samples)
-        self._decoder = Decoder(plan.decoder, plan.channels, plan.background, plan.image_size)
+        self._decoder = Decoder(plan.decoder, plan.channels, plan.background, plan.image_size, plan.image_bytes)
         self._pool = ThreadPoolExecutor(plan.threads, thread_name_prefix="decode")
 
     def assemble(self, number: int, memory: Memory) -> Batch:
@@ -109,19 +111,38 @@ class Assembler:
         batch, first, last = self._plan.slots(number)
         self._shards.fetch(self._plan.order.shards_ahead(batch, first, last, self._plan.ahead).tolist())
         refs = self._plan.order.refs(batch, first, last)
-        samples = self._in_chunks(lambda chunk: [self._read(sample_id) for sample_id in chunk], refs.ids.tolist())
         filling = _Filling(self._plan, self._decoder, refs.repeats, memory)
-        bad = {place: sample.bad for place, sample in enumerate(samples) if sample.bad is not None}
-        good = [place for place in range(len(refs)) if place not in bad]
-        jobs = filling.place(good, refs[good], [samples[place] for place in good])
-        failures = self._in_chunks(self._decode, jobs)
-        bad |= {place: failure for place, failure in zip(good, failures, strict=True) if failure is not None}
         replaced = []
-        for place in sorted(bad):
-            raw, why = samples[place].raw, bad[place]
-            self._replace(filling, place, self._plan.order.candidates(batch, first + place), raw, why)
-            replaced.append(Replacement(first + place, raw.shard, raw.key, why.cause, why.reason))
+        for places in self._together(refs):
+            replaced += self._fill(filling, places, refs[places], first)
+        for each in replaced:
+            others = self._plan.order.candidates(batch, each.slot)
+            self._replace(filling, each.slot - first, others, each)
         return filling.batch(tuple(replaced), self._plan.order.epoch(batch))
+
+    def _together(self, refs: Refs) -> Iterator[list[int]]:
+        """The places of a micro-batch in runs whose encoded bytes are held at once: all of it, but of huge images."""
+        sizes = self._in_chunks(self._shards.sizes, refs.ids.tolist())
+        start, held = 0, 0
+        for place, size in enumerate(sizes):
+            if held and held + size > _MOST_ENCODED:
+                yield list(range(start, place))
+                start, held = place, 0
+            held += size
+        yield list(range(start, len(sizes)))
+
+    def _fill(self, filling: _Filling, places: list[int], refs: Refs, first: int) -> list[Replacement]:
+        """Read and decode what belongs to some places; those that are to be replaced, and why."""
+        samples = self._in_chunks(lambda chunk: [self._read(sample_id) for sample_id in chunk], refs.ids.tolist())
+        bad = {i: sample.bad for i, sample in enumerate(samples) if sample.bad is not None}
+        good = [i for i in range(len(samples)) if i not in bad]
+        jobs = filling.place([places[i] for i in good], refs[good], [samples[i] for i in good])
+        failures = self._in_chunks(self._decode, jobs)
+        bad |= {i: failure for i, failure in zip(good, failures, strict=True) if failure is not None}
+        return [
+            Replacement(first + places[i], samples[i].raw.shard, samples[i].raw.key, why.cause, why.reason)
+            for i, why in sorted(bad.items())
+        ]
 
     def _decode(self, jobs: list[Job]) -> list[BadSample | None]:
         activity.count += 1
@@ -131,15 +152,15 @@ class Assembler:
         chunks = [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
         return list(chain.from_iterable(self._pool.map(work, chunks)))
 
-    def _replace(self, filling: _Filling, place: int, others: Refs, raw: RawSample, why: BadSample) -> None:
+    def _replace(self, filling: _Filling, place: int, others: Refs, bad: Replacement) -> None:
         """Fill the place of a bad sample with the first readable one of `others`."""
         for i, sample_id in enumerate(others.ids.tolist()):
             sample = self._read(sample_id)
             if sample.bad is None and self._decoder.decode(filling.place([place], others[[i]], [sample])) == [None]:
                 return
         raise DataError(
-            f"{raw.shard}/{raw.key}: {why}; nor is any of the {len(others)} samples tried in its place readable: "
-            "look at the shard, and at data.decode, data.label and data.max_pixels"
+            f"{bad.shard}/{bad.key}: {bad.cause}: {bad.reason}; nor is any of the {len(others)} samples tried in its "
+            "place readable: look at the shard, and at data.decode, data.label and data.max_pixels"
         )
 
     def _read(self, sample_id: int) -> _Sample:

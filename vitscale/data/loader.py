@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +33,7 @@ from vitscale.world import World, child_environment
 
 _BATCHES_AHEAD = 64  # time to scan a shard on a slow file system before its first sample is due
 _STARTING_S = 60.0  # for a reader to be there
+_REMEMBERED = 64  # batches: a memory that is four times what all of them needed is made smaller
 _LEAVING_S = 5.0  # for a reader to leave by itself
 _MOST_RESTARTS = 3  # of a reader that dies, without a batch between them
 # The reader has its own threads, and takes and frees an image's memory thousands of times a second: glibc is not
@@ -91,6 +94,7 @@ class Loader:
         self._plan = Plan(
             index=index, order=order, crop=crop, decoder=self.decoder, channels=num_channels,
             background=data.background, max_pixels=data.max_pixels, image_size=image_size,
+            image_bytes=None if data.batch_bytes is None else data.batch_bytes // micro_batch,
             extension=data.label_extension, labels=labels, seed=seed, global_batch=global_batch,
             micro_batch=micro_batch, rank=world.rank, ranks=world.world_size, first_batch=start // global_batch,
             threads=data.threads or world.cores_per_rank, prefetch=data.prefetch,
@@ -100,6 +104,7 @@ class Loader:
         self._lent: dict[int, Batch] = {}  # what was given out and not released, by memory
         self._arrived: dict[int, Filled | Failed] = {}
         self._memories = [SharedMemory.create() for _ in range(data.prefetch)]
+        self._needed: deque[int] = deque(maxlen=_REMEMBERED)  # bytes, of the last batches
         self._next_fill = list(range(data.prefetch))  # the micro-batch that each memory is to have next
         self._filling: dict[int, int] = {}  # memory -> the micro-batch that the reader is at, or will be
         self._patience_s, self._restarts = data.patience_s, 0
@@ -140,7 +145,11 @@ class Loader:
     def release(self, batch: Batch) -> None:
         """The pixels of a batch are no longer needed."""
         memory = self._memory_of(batch)
+        self._needed.append(len(batch.pixels))
         del self._lent[memory]
+        del batch  # its pixels may be no more
+        if len(self._needed) == _REMEMBERED and len(self._memories[memory].mapped) > 4 * max(self._needed):
+            self._memories[memory].shrink(2 * max(self._needed))
         self._free(memory)
 
     @property
@@ -160,6 +169,12 @@ class Loader:
         memories = [memory for memory, lent in self._lent.items() if lent is batch]
         assert memories, "this batch is not out: it was released before, or is another loader's"
         return memories[0]
+
+    def reader_memory(self) -> int:
+        """The most memory that the reader process has had, in bytes, what it shares with this one included."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii", errors="replace")
+        found = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)  # not there once it has ended
+        return 1024 * int(found[1]) if found else 0
 
     def close(self) -> None:
         """End the reader. Batches given out before stay readable."""

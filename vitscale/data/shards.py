@@ -62,6 +62,10 @@ class Shards:
                 if shard not in before:
                     self._fetching.submit(self._tables.get, shard)
 
+    def sizes(self, sample_ids: Iterable[int]) -> list[int]:
+        """Bytes of the encoded image of each sample."""
+        return [int(self._tables.get(each >> 32).image_bytes[each & 0xFFFFFFFF]) for each in sample_ids]
+
     def read(self, sample_id: int) -> RawSample:
         """DataError where the shard is not (or no longer) what the index says."""
         shard, place = sample_id >> 32, sample_id & 0xFFFFFFFF

@@ -67,10 +67,11 @@ class SharedMemory:
 
     def reserve(self, count: int) -> np.ndarray:
         """uint8 [at least count], the file grown where it is smaller; what was written before is kept."""
-        if count > len(self.mapped):
-            size = -(-max(count, len(self.mapped) * 5 // 4) // _STEP) * _STEP
-            if size > os.fstat(self.descriptor).st_size:
-                os.ftruncate(self.descriptor, size)
+        there = os.fstat(self.descriptor).st_size
+        if count > there:
+            there = -(-max(count, there * 5 // 4) // _STEP) * _STEP
+            os.ftruncate(self.descriptor, there)
+        if there != len(self.mapped):
             self._map()
         return self.mapped
 
@@ -79,6 +80,12 @@ class SharedMemory:
         if count > len(self.mapped):
             self._map()
         return self.mapped[:count]
+
+    def shrink(self, count: int) -> None:
+        """Give back all but the first `count` bytes, while the other end writes nothing; it maps the file anew by its
+        next `reserve`. What lay beyond them must not be looked at any more."""
+        os.ftruncate(self.descriptor, -(-count // _STEP) * _STEP)
+        self._map()
 
     def close(self) -> None:
         os.close(self.descriptor)

@@ -2,7 +2,8 @@
 
 JPEGs of one or three components go to nvImageCodec (decodes the box alone, at full scale) or to
 simplejpeg (decodes the whole at the smallest DCT scale that still covers the target), everything else
-to Pillow. At full scale all three give the same bits: they are one libjpeg-turbo.
+to Pillow, and so does what is four times its target or more, which is kept at a half, a quarter, ... of its scale, by
+DCT where it is a JPEG. At full scale all three give the same bits: they are one libjpeg-turbo.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import math
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,13 +58,13 @@ def _is_installed(package: str) -> bool:
 
 @dataclass(frozen=True)
 class Region:
-    """What is decoded of an image and kept: rows and columns of the file's image at `eighths`/8 of its scale."""
+    """What is decoded of an image and kept: rows and columns of the file's image at 1 / `divisor` of its scale."""
 
     top: int
     left: int
     bottom: int
     right: int
-    eighths: int
+    divisor: int  # a power of two
     shape: tuple[int, int]  # (height, width) of the region as oriented: what is stored
     box: Box  # the drawn box in the stored region's pixels
 
@@ -83,10 +85,19 @@ class Decoder:
     Transparent pixels lie on `background`; 16-bit ones are scaled to 8. For many threads at once.
     """
 
-    def __init__(self, name: str, channels: int, background: int, target: tuple[int, int] | None) -> None:
-        """name: of choose_decoder; target: (height, width) that boxes are resized to, None: keep full scale."""
+    def __init__(
+        self,
+        name: str,
+        channels: int,
+        background: int,
+        target: tuple[int, int] | None,
+        most_bytes: int | None = None,
+    ) -> None:
+        """name: of choose_decoder; target: (height, width) that boxes are resized to, None: keep full scale;
+        most_bytes: of the pixels kept of an image, by a smaller scale if need be."""
         self._channels, self._background = channels, background
-        self._target = target if name == "simplejpeg" else None
+        self._target, self._most_bytes = target, most_bytes
+        self._largest_divisor = 8 if name == "simplejpeg" else 1  # that the fast decoder takes
         self._regions: Callable[[Sequence[Job]], list[np.ndarray | None]] | None = None
         try:
             if channels in (1, 3) and name == "nvimgcodec":
@@ -100,21 +111,25 @@ class Decoder:
         """The part of the file's image that `box` (in oriented full-scale pixels) needs."""
         turn, size = header.orientation, (header.height, header.width)
         stored = _flipped(_swapped(box, turn), turn, size)
-        eighths = self._eighths(header, stored)
-        if eighths != 8:
-            stored = tuple(edge * eighths / 8 for edge in stored)  # type: ignore[assignment]
-            size = (-(-size[0] * eighths // 8), -(-size[1] * eighths // 8))
+        divisor = self._divisor(header, stored)
+        if divisor != 1:
+            stored = tuple(edge / divisor for edge in stored)  # type: ignore[assignment]
+            size = (-(-size[0] // divisor), -(-size[1] // divisor))
         top, left = math.floor(stored[0]), math.floor(stored[1])
         bottom, right = min(math.ceil(stored[2]), size[0]), min(math.ceil(stored[3]), size[1])
         shape = (bottom - top, right - left)
         inside = (stored[0] - top, stored[1] - left, min(stored[2], size[0]) - top, min(stored[3], size[1]) - left)
         inside = _swapped(_flipped(inside, turn, shape), turn)
-        return Region(top, left, bottom, right, eighths, shape[::-1] if turn >= 5 else shape, inside)
+        return Region(top, left, bottom, right, divisor, shape[::-1] if turn >= 5 else shape, inside)
 
     def decode(self, jobs: Sequence[Job]) -> list[BadSample | None]:
         """Decode every job into its `out`; None, or why it cannot be."""
         regions: list[np.ndarray | None] = [None] * len(jobs)
-        fast = [place for place, job in enumerate(jobs) if job.header.components in (1, 3)]
+        fast = [
+            place
+            for place, job in enumerate(jobs)
+            if job.header.components in (1, 3) and job.region.divisor <= self._largest_divisor
+        ]
         if self._regions is not None and fast:
             for place, region in zip(fast, self._regions([jobs[place] for place in fast]), strict=True):
                 regions[place] = region
@@ -130,28 +145,42 @@ class Decoder:
         job.out[:] = _oriented(region, job.header.orientation)
         return None
 
-    def _eighths(self, header: Header, stored: Box) -> int:
-        """The smallest DCT scale (1, 2, 4 or 8 eighths: those libjpeg-turbo is fast at) that covers the target."""
-        if self._target is None or header.components not in (1, 3) or min(header.height, header.width) < 8:
-            return 8
-        height, width = self._target[::-1] if header.orientation >= 5 else self._target
+    def _divisor(self, header: Header, stored: Box) -> int:
+        """What a box is stored at: by simplejpeg the smallest DCT scale that covers the target, which costs nothing;
+        else twice the target or more, and in bytes no more than is allowed."""
         tall, wide = stored[2] - stored[0], stored[3] - stored[1]
-        return next((n for n in (1, 2, 4) if tall * n >= 8 * height and wide * n >= 8 * width), 8)
+        most = max(1, math.floor(min(tall, wide)))
+        divisor = 1
+        if self._target is not None:
+            height, width = self._target[::-1] if header.orientation >= 5 else self._target
+            times = min(tall / height, wide / width)
+            divisor = _power_of_two(times / 2)
+            if self._largest_divisor > 1 and header.components in (1, 3) and min(header.height, header.width) >= 8:
+                divisor = max(divisor, min(self._largest_divisor, _power_of_two(times)))
+        if self._most_bytes is not None:
+            while tall * wide * self._channels > self._most_bytes * divisor**2 and 2 * divisor <= most:
+                divisor *= 2
+        return divisor
 
     def _by_pillow(self, job: Job) -> np.ndarray:
         """The region in the file's orientation, uint8 [h, w, channels]."""
+        header, region = job.header, job.region
+        by_dct = min(8, region.divisor) if header.components else 1
+        by_boxes = region.divisor // by_dct
         try:
-            image = job.header.image or Image.open(io.BytesIO(job.data), formats=("JPEG",))
-            if job.header.components == 3 and self._channels == 1:
-                image.draft("L", None)  # type: ignore[attr-defined]  # luma as the file has it, like the other decoders
-            image.load()
-            if (image.height, image.width) != (job.header.height, job.header.width):
-                raise BadSample("undecodable", f"decodes to {image.size}, its header says otherwise")
-            region = job.region
-            if region.eighths != 8:
-                size = (-(-image.width * region.eighths // 8), -(-image.height * region.eighths // 8))
-                image = image.resize(size, Image.Resampling.BOX)
-            return self._pixels(image.crop((region.left, region.top, region.right, region.bottom)))
+            # Closed at once: an image that was opened for its header lasts as long as its micro-batch.
+            with closing(header.image or Image.open(io.BytesIO(job.data), formats=("JPEG",))) as image:
+                grey = header.components == 3 and self._channels == 1
+                if grey or by_dct > 1:  # luma as the file has it, like the other decoders
+                    size = (header.width // by_dct, header.height // by_dct)
+                    image.draft("L" if grey else None, size)  # type: ignore[attr-defined]
+                image.load()
+                if (image.height, image.width) != (-(-header.height // by_dct), -(-header.width // by_dct)):
+                    raise BadSample("undecodable", f"decodes to {image.size}, its header says otherwise")
+                edges = (edge * by_boxes for edge in (region.left, region.top, region.right, region.bottom))
+                left, top, right, bottom = edges
+                cropped = image.crop((left, top, min(right, image.width), min(bottom, image.height)))
+            return _reduced(self._pixels(cropped), by_boxes)
         except (BadSample, MemoryError):
             raise
         except Exception as error:  # its decoders raise nearly anything on damaged files
@@ -239,7 +268,7 @@ class _SimpleJpeg:
 
     def _region(self, job: Job) -> np.ndarray | None:
         region, header = job.region, job.header
-        height, width = -(-header.height * region.eighths // 8), -(-header.width * region.eighths // 8)
+        height, width = -(-header.height // region.divisor), -(-header.width // region.divisor)
         try:
             # Not strict: small damage passes, as it does with the other decoders and with Pillow.
             whole = self._decode(job.data, self._colorspace, min_height=height, min_width=width, strict=False)
@@ -248,6 +277,19 @@ class _SimpleJpeg:
         if whole.shape[:2] != (height, width):
             return None
         return whole[region.top : region.bottom, region.left : region.right]
+
+
+def _power_of_two(most: float) -> int:
+    """The largest up to `most`; 1 at least."""
+    return 1 << max(0, math.floor(most).bit_length() - 1)
+
+
+def _reduced(pixels: np.ndarray, divisor: int) -> np.ndarray:
+    """Means of boxes of divisor x divisor pixels, those at the end cut."""
+    if divisor == 1:
+        return pixels
+    bands = [Image.fromarray(np.ascontiguousarray(pixels[..., band])) for band in range(pixels.shape[2])]
+    return np.stack([np.asarray(band.reduce(divisor)) for band in bands], axis=-1)
 
 
 def _oriented(image: np.ndarray, orientation: int) -> np.ndarray:

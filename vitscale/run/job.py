@@ -107,6 +107,7 @@ class Job:
     def __init__(self, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world
         self.folder = RunFolder.at(config.run.dir, config.run.name)
+        self._reader_memory = 0  # the most that the process which reads for this rank has had
 
     def run(self) -> int:
         """From joining the process group to leaving it; DONE, or STOPPED with a checkpoint saved."""
@@ -186,6 +187,7 @@ class Job:
     def finish(self, session: Session, state: TrainState, parameters: int) -> None:
         """Rank 0 writes the model folder, the loss curve and summary.json. A collective."""
         peaks = session.ranks.gather(peak_memory(session.backend.device))
+        readers = session.ranks.gather(self._reader_memory)
         if not session.world.is_main:
             return
         config, folder = session.config, session.folder
@@ -201,6 +203,7 @@ class Job:
             "loss": rows[-1]["loss"] if rows else None,
             "parameters": parameters,
             "peak_memory_bytes": peaks,
+            "reader_peak_bytes": readers,
             "world_size": session.world.world_size,
             "zero_stage": config.parallel.zero_stage,
             "precision": config.train.precision,
@@ -249,7 +252,9 @@ class Job:
                 stop=session.stop,
                 meters=meters,
             )
-            return loop.run()
+            done = loop.run()
+            self._reader_memory = loader.reader_memory()
+            return done
 
     def _records(self, session: Session, state: TrainState) -> Records:
         config, tags = session.config, {}

@@ -160,6 +160,8 @@ def _facts(folder: RunFolder, rows: Sequence[Row], summary: Row) -> Iterator[str
         ranks = f"{summary['world_size']} x {summary['device']}"
         facts["ranks"] = f"{ranks}, ZeRO {summary['zero_stage']}, {summary['precision']}"
         facts["peak memory of a rank"] = f"{max(summary['peak_memory_bytes']) / 2**30:.2f} GiB"
+        if any(readers := summary.get("reader_peak_bytes", ())):
+            facts["peak memory of a rank's reader"] = f"{max(readers) / 2**30:.2f} GiB"
     speeds = [value for row in rows if (value := as_number(row.get("images_per_second"))) is not None]
     if speeds:
         facts["throughput"] = f"{np.median(speeds):,.0f} images/s (median of the logged rows)"

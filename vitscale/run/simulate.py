@@ -17,6 +17,7 @@ from vitscale.config.check import accumulation, check_config, too_few_lanes
 from vitscale.config.schema import RunConfig
 from vitscale.data.index import ShardIndex
 from vitscale.data.loader import fetched_ahead
+from vitscale.data.mixture import is_mixture
 from vitscale.data.order import Order, SampleOrder
 from vitscale.data.shuffle import mixing
 from vitscale.errors import ConfigError
@@ -32,6 +33,7 @@ _MOST_ASKED = 40_000  # shards: a cache in which nothing stays is known for that
 _LANES = 16  # of a node, whose working sets are looked at
 _PARTS = 8  # of an epoch, at whose starts they are
 _TABLE_BYTES = 20  # a sample, compressed, as docs/runs.md has it
+_SHUFFLE = "shuffle, beside a perfect one (neighbours: of a shard, in samples)"
 _HEAD = ["", "least", "mean", "most"]
 _PART = ", data.fraction and data.validation_fraction (all of the index is taken)"
 Table = list[list[str]]
@@ -86,6 +88,9 @@ class Fleet:
 def simulate(config: RunConfig, index: ShardIndex, nodes: int, gpus: int, steps: int) -> str:
     """The tables, as text. steps: of the nodes that are followed. ConfigError as for the run itself."""
     check_config(config, World(world_size=nodes * gpus))
+    mixed = is_mixture(config.data.train)
+    if mixed and not index.sources:
+        raise ConfigError("data.index does not tell the sources of data.train apart: leave it out, to have them listed")
     fleet = Fleet(config, index, order_over(config, index, None), nodes, gpus)
     steps = min(steps, 2 * fleet.order.batches_per_epoch)  # the second shows what the cache still has of the first
     at_once = _working_sets(fleet)
@@ -97,7 +102,7 @@ def simulate(config: RunConfig, index: ShardIndex, nodes: int, gpus: int, steps:
         _titled("in use or fetched ahead at once", _as_rows(fleet, at_once)),
         _titled("until the first batch", _start(fleet)),
         f"each sample once: {_once(fleet, steps)}",
-        _titled("shuffle, beside a perfect one (neighbours: of a shard, in samples)", _shuffles(fleet)),
+        *([] if mixed else [_titled(_SHUFFLE, _shuffles(fleet))]),
         "not known here: bandwidth and latency of storage and network, time to decode, which samples are bad, how the\n"
         "ranks of a node interleave within a step" + (_PART if is_part else ""),
     ]
@@ -124,15 +129,13 @@ def _described(fleet: Fleet) -> Iterator[str]:
     config, index, order = fleet.config, fleet.index, fleet.order
     steps, micro = order.batches_per_epoch, accumulation(config, World(world_size=fleet.ranks))
     left = index.total * config.augment.repeats - steps * fleet.batch
+    over = "" if is_mixture(config.data.train) else f", {left:,} samples left over"
     yield f"data: {index.total:,} samples in {len(index.names):,} shards, {_bytes(int(index.bytes.sum()))}"
     yield (
         f"a step: {fleet.batch:,} images, on {fleet.nodes:,} x {fleet.gpus} ranks {micro} micro-batch(es) of "
         f"{config.train.micro_batch} each"
     )
-    yield (
-        f"order: {order.lanes:,} lanes, blocks of {order.block:,} samples; {steps:,} steps an epoch, {left:,} samples "
-        "left over"
-    )
+    yield (f"order: {order.lanes:,} lanes, blocks of {order.block:,} samples; {steps:,} steps an epoch{over}")
     if not is_remote(index.paths[0]):
         yield "the shards are no URLs, which alone data.cache is for: what is said of it is as if they were"
 
