@@ -95,11 +95,9 @@ def test_patterns_that_name_no_local_shards(folder: Path, pattern: str, word: st
     assert not (folder / "pwned").exists()
 
 
-def test_a_shard_twice_and_weights_are_refused(folder: Path) -> None:
+def test_a_shard_twice_and_no_shard_are_refused(folder: Path) -> None:
     with pytest.raises(DataError, match="twice"):
         open_index((Source(f"{folder}/*.tar"), Source(f"{folder}/../shards/s001.tar")), None, folder)
-    with pytest.raises(DataError, match="weights"):
-        open_index((Source(f"{folder}/s000.tar", 2.0), Source(f"{folder}/s001.tar")), None, folder)
     with pytest.raises(DataError, match=r"data.train is empty"):
         expand([])
 

@@ -216,27 +216,6 @@ def test_memory_that_is_no_longer_needed_is_given_back(tmp_path: Path) -> None:
     assert held[-1] > 7_000_000
 
 
-@pytest.mark.full
-def test_huge_images_take_little_memory(tmp_path: Path) -> None:
-    """64 photographs of 50 million pixels a micro-batch, JPEGs of some 10 MB: the reader stays below 1 GB."""
-    noise = np.random.default_rng(0).integers(-12, 12, (5792, 8688, 1), dtype=np.int8)
-    image = np.clip(pixels(1, 5792, 8688).astype(np.int16) + noise, 0, 255).astype(np.uint8)
-    data = encoded(image, quality=85)
-    assert 8e6 < len(data) < 40e6
-    index = build_index([str(write_tar(tmp_path / "a.tar", [(f"{i:03d}.jpg", data) for i in range(64)]))])
-    settings = replace(SETTINGS, decode="auto", prefetch=2)
-    size = (224, 224)
-    order = SequentialOrder(index.samples, 64)
-    with loader(index, batch=64, micro=64, data=settings, order=order, image_size=size) as batches:
-        batch = next(batches)
-        assert min(batch.heights) >= 448
-        assert batch.pixels.nbytes < 64 * 896 * 896 * 3 * 4 / 3
-        batches.release(batch)
-        peak = batches.reader_memory()
-    print(f"the reader's peak: {peak / 1e6:.0f} MB; decoded pixels: {batch.pixels.nbytes / 1e6:.0f} MB")
-    assert 100e6 < peak < 1e9
-
-
 def test_sequential_order_ends(index: ShardIndex) -> None:
     order = SequentialOrder(index.samples, 16)
     with loader(index, order=order, crop=CenterCrop(0.875), micro=4, ranks=2, rank=1) as batches:

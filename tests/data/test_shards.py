@@ -54,7 +54,7 @@ def assembler(
     ahead, table_samples = fetched_ahead(order, SAMPLES, BATCH, ranks)
     plan = Plan(
         index=index, order=order, crop=RandomCrop((0.2, 1.0), (0.75, 4 / 3)), decoder="simplejpeg", channels=3,
-        background=255, max_pixels=10**6, image_size=None, extension="cls",
+        background=255, max_pixels=10**6, image_size=None, image_bytes=None, extension="cls",
         labels=LabelReader(required=True, num_labels=10), seed=7,
         global_batch=BATCH, micro_batch=BATCH // ranks, rank=rank, ranks=ranks, first_batch=0, threads=2, prefetch=2,
         table_samples=table_samples, ahead=ahead,

@@ -103,7 +103,8 @@ class Visit:
         """Every sample of the index is delivered, or reported, or an error names the shard."""
         plan = Plan(
             index=index, order=SequentialOrder(index.samples, BATCH), crop=CenterCrop(1.0), decoder=self.decoder,
-            channels=self.channels, background=255, max_pixels=MAX_PIXELS, image_size=self.target, extension="cls",
+            channels=self.channels, background=255, max_pixels=MAX_PIXELS, image_size=self.target, image_bytes=None,
+            extension="cls",
             labels=LabelReader(), seed=0, global_batch=BATCH, micro_batch=BATCH, rank=0, ranks=1, first_batch=0,
             threads=2, prefetch=1, table_samples=100_000, ahead=0,
         )  # fmt: skip

@@ -113,8 +113,9 @@ def test_bytes_of_an_image_are_bounded() -> None:
             assert region.shape == shape, (kind, most)
             out = np.empty((*shape, 3), np.uint8)
             assert decoder.decode([Job(data, header, region, out)]) == [None]
-            mean = by_pillow(data).reshape(-1, 3).mean(axis=0)
-            assert np.abs(out.reshape(-1, 3).mean(axis=0) - mean).max() < 10
+            if min(shape) >= 10:  # boxes at the edge are cut, and count as whole ones here
+                mean = by_pillow(data).reshape(-1, 3).mean(axis=0)
+                assert np.abs(out.reshape(-1, 3).mean(axis=0) - mean).max() < 10
 
 
 def test_an_opened_image_is_closed_once_it_is_decoded() -> None:
