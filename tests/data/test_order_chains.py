@@ -72,7 +72,8 @@ def read_by(
         order = make()
         plan = Plan(
             index=None, order=order, crop=None, decoder="pillow", channels=3, background=0, max_pixels=1,
-            image_size=None, image_bytes=None, extension="cls", labels=None, seed=setting.seed, global_batch=setting.batch,
+            image_size=None, image_bytes=None, extension="cls", labels=None,
+            seed=setting.seed, global_batch=setting.batch,
             micro_batch=micro_batch, rank=rank, ranks=ranks, first_batch=first_batch, threads=1, prefetch=1,
             table_samples=1, ahead=0,
         )  # fmt: skip
