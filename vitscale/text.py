@@ -72,6 +72,11 @@ def above_zero(text: str) -> int:
     return int(text)
 
 
+def as_text(path: str | os.PathLike[str]) -> str:
+    """A path as text that can be written anywhere: bytes that are no text as escapes."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def tolerate_any_text() -> None:
     """Let stdout and stderr write what their encoding lacks as escapes, as a Chinese label on an ASCII terminal.
 

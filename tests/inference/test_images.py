@@ -44,6 +44,29 @@ def test_files_folders_and_patterns(photos: Path) -> None:
     assert names([photos / "notes.txt"]) == in_folder(photos, "notes.txt")
 
 
+def test_what_a_folder_holds_beside_images(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the rules of files/folder.py: said on stderr, and bad where it might have been an image."""
+    china, flower = in_folder(photos, "china.jpg", "flower.JPEG")
+    (hopper,) = in_folder(photos, "below/deeper/hopper.jpg")
+    (photos / "china.jpg").rename(photos / "china.jfif")
+    (photos / "a.npy").write_bytes(b"no image")
+    (photos / "@eaDir").mkdir()
+    (photos / "@eaDir" / "thumb.jpg").write_bytes(photo(0))
+    (photos / "up").symlink_to(photos)
+    assert names([photos]) == [china.replace(".jpg", ".jfif"), flower, hopper]
+    said = capsys.readouterr().err
+    assert f"{photos}: left out: 1 files that are no images (1 .npy); folders @eaDir, up that links back" in said
+    (photos / "gone.jpg").symlink_to("nowhere.jpg")
+    *_, gone = find_images([str(photos)], NO_INPUT)
+    with pytest.raises(DataError, match="is a broken link"):
+        gone.read()
+    (photos / "empty").mkdir()
+    (photos / "empty" / "a.txt").write_text("no image")
+    (empty,) = find_images([str(photos / "empty")], NO_INPUT)
+    with pytest.raises(DataError, match=r"holds no images .*; left out: .*1 \.txt"):
+        empty.read()
+
+
 def test_names_with_a_patterns_letters_are_names(tmp_path: Path) -> None:
     for name in ("what?[1].jpg", "{a,b}.jpg", "{.jpg"):
         (tmp_path / name).write_bytes(photo(0))

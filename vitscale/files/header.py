@@ -19,17 +19,19 @@ _MOST_SCANS = 500  # of a progressive JPEG; each costs a pass over all blocks, a
 _BARE_MARKERS = {0x01, *range(0xD0, 0xD9)}
 _END = b"\xff\xd9"
 _PNG = b"\x89PNG\r\n\x1a\n"
+_STARTS = {b"\xff\xd8\xff": "jpg", _PNG: "png", b"II*\0": "tif", b"MM\0*": "tif"}
 _TILE_SIDES = (322, 323)  # TIFF's tags: a tile's width and height
 
 
-def looks_like_image(head: bytes) -> bool:
-    """Whether a file's first bytes are an image's of FORMATS."""
-    return (
-        head.startswith((b"\xff\xd8\xff", _PNG, b"II*\0", b"MM\0*"))
-        or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
-        or (head[:2] == b"BM" and head[6:10] == bytes(4))
-        or (head[:6] in (b"GIF87a", b"GIF89a") and b"\0" in head[6:])
-    )
+def image_kind(head: bytes) -> str | None:
+    """The extension of the image whose first bytes these are, of FORMATS; None for anything else."""
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp"
+    if head[:2] == b"BM" and head[6:10] == bytes(4):
+        return "bmp"
+    if head[:6] in (b"GIF87a", b"GIF89a") and b"\0" in head[6:]:
+        return "gif"
+    return next((kind for start, kind in _STARTS.items() if head.startswith(start)), None)
 
 
 class BadSample(Exception):

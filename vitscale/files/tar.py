@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vitscale.errors import DataError
-from vitscale.files.header import IMAGE_KINDS, looks_like_image
+from vitscale.files.header import IMAGE_KINDS, image_kind
 from vitscale.files.retry import unreadable
 from vitscale.files.store import FileStat, LocalFiles, Readable
 
@@ -306,7 +306,7 @@ class _Scan:
         self.kind.append(self.kind_of.setdefault(extension, len(self.kind_of)))
         self.offsets.append(offset)
         self.sizes.append(size)
-        self.is_image.append(looks_like_image(self.block[: min(size, 32)]))
+        self.is_image.append(image_kind(self.block[: min(size, 32)]) is not None)
 
     def _check_end(self) -> None:
         """After the first block of zeros: a second one, and zeros to the end of the file."""

@@ -21,15 +21,16 @@ import torch
 from torch import Tensor
 
 from vitscale.errors import DataError, VitscaleError
-from vitscale.files.header import IMAGE_KINDS, BadSample, looks_like_image, read_header
+from vitscale.files.folder import HEAD, LeftOut, walk
+from vitscale.files.header import FORMATS, IMAGE_KINDS, BadSample, image_kind, read_header
 from vitscale.files.store import split_existing
 from vitscale.files.tar import LARGEST_MEMBER, scan_shard
 from vitscale.interop.image_arrays import MAX_PIXELS, decode
 from vitscale.interop.image_processing import ViTImageProcessor
+from vitscale.text import as_text, to_stderr
 
 LARGE = 16_000_000  # pixels
 _one_large_image = Lock()
-_HEAD = 16  # bytes of stdin that tell an image from a list of paths
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ class ImageBatch:
 def find_images(named: Sequence[str], stdin: BinaryIO) -> Iterator[ImageSource]:
     """Every image that the arguments name, in their order; folders and patterns sorted.
 
-    An argument is a file, a .tar shard, a folder (searched with those below it for images and shards; hidden
-    ones are left out), or a pattern with *, ?, [], ** or {a..b}. `-` is stdin: the bytes of one image where
-    they start like one, else a list with one argument a line.
+    An argument is a file, a .tar shard, a folder (searched with those below it for images and shards; stderr gets
+    what was left out), or a pattern with *, ?, [], ** or {a..b}. `-` is stdin: the bytes of one image where they
+    start like one, else a list with one argument a line.
     """
     for text in named:
         if text == "-":
@@ -147,8 +148,8 @@ def _in_turn(data: bytes, max_pixels: int) -> AbstractContextManager[Any]:
 
 
 def _from_stdin(stdin: BinaryIO) -> Iterator[ImageSource]:
-    head = stdin.read(_HEAD)
-    if looks_like_image(head) or head.startswith(b"\x93NUMPY"):
+    head = stdin.read(HEAD)
+    if image_kind(head) or head.startswith(b"\x93NUMPY"):
         yield ImageSource("-", lambda: head + stdin.read(LARGEST_MEMBER))
         return
     # Line by line: a list may be long, or still be written.
@@ -189,28 +190,31 @@ def _from_path(path: Path) -> Iterator[ImageSource]:
     elif path.suffix.lower() == ".tar":
         yield from _from_shard(path)
     else:
-        yield ImageSource(_shown(path), partial(_read, path), path)
+        yield ImageSource(as_text(path), partial(_read, path), path)
 
 
 def _from_folder_entry(path: Path) -> Iterator[ImageSource]:
     """What a search or a pattern found, and nobody named in full."""
     if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would be waited for
-        yield _bad(_shown(path), "is no regular file")
+        yield _bad(as_text(path), "is no regular file")
     else:
         yield from _from_path(path)
 
 
 def _from_folder(folder: Path) -> Iterator[ImageSource]:
-    empty = True
-    for place, below, names in os.walk(folder):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        for name in sorted(names):
-            kind = os.path.splitext(name)[1][1:].lower()
-            if not name.startswith(".") and kind in (*IMAGE_KINDS, "tar"):
-                empty = False
-                yield from _from_folder_entry(Path(place, name))
+    empty, left_out = True, LeftOut()
+    for path in walk(folder, left_out, also=("tar",)):
+        empty = False
+        yield from _from_path(path)
+    for path, reason in left_out.bad:
+        empty = False
+        yield _bad(as_text(path), reason)
+    left_out.bad.clear()
     if empty:
-        yield _bad(_shown(folder), f"holds no images ({', '.join(IMAGE_KINDS)}) or shards (tar)")
+        but = f"; left out: {left_out}" if str(left_out) else ""
+        yield _bad(as_text(folder), f"holds no images ({', '.join(FORMATS)}) or shards (tar){but}")
+    elif str(left_out):
+        to_stderr(f"{as_text(folder)}: left out: {left_out}")
 
 
 def _from_shard(path: Path) -> Iterator[ImageSource]:
@@ -218,10 +222,10 @@ def _from_shard(path: Path) -> Iterator[ImageSource]:
     try:
         table = scan_shard(str(path))
     except DataError as error:
-        yield _bad(_shown(path), str(error).removeprefix(f"{path}: "))
+        yield _bad(as_text(path), str(error).removeprefix(f"{path}: "))
         return
     for place, key in enumerate(table.keys):
-        name = f"{_shown(path)}:{key}"
+        name = f"{as_text(path)}:{key}"
         member = table.image_of(place)
         if member is None:
             yield _bad(name, f"has no image ({', '.join(IMAGE_KINDS)})")
@@ -250,8 +254,3 @@ def _bad(name: str, reason: str) -> ImageSource:
         raise DataError(reason)
 
     return ImageSource(name, read)
-
-
-def _shown(path: Path) -> str:
-    """A path as text that can be written anywhere: bytes that are no text as escapes."""
-    return os.fsencode(path).decode(errors="backslashreplace")
