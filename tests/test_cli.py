@@ -217,6 +217,18 @@ def test_pack_flat_with_held_out_images(tmp_path: Path) -> None:
     assert other.sha256 != test.sha256
 
 
+def test_pack_a_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = images(tmp_path / "images")
+    lines = [f"{number:02d}.png,{number % 2},{number % 3 % 2},x" for number in range(20)]
+    (folder / "list.csv").write_text("\n".join(["where,a,b,other", *lines]))
+    argv = [str(folder / "list.csv"), str(tmp_path / "out"), "--label-column", "a", "--label-column", "b"]
+    assert "where, a, b, other" in refused(capsys, "pack", *argv)
+    assert main(["pack", *argv, "--image-column", "where", "--resize", "4"]) == DONE
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["a", "b"]
+    assert labelled(ShardIndex.load(tmp_path / "out" / "index.json")) == 20
+    assert "labels are those of a, b" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("argv", [("--held-out", "1"), ("--held-out", "-0.1"), ("--shard-samples", "0")])
 def test_pack_with_a_wrong_number(argv: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = images(tmp_path / "images")

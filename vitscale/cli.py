@@ -66,16 +66,19 @@ def _print_config(arguments: argparse.Namespace) -> int:
 
 def _pack(arguments: argparse.Namespace) -> int:
     from vitscale.data.pack import pack
+    from vitscale.data.pack_sources import Columns
     from vitscale.files.classes import read_names
 
     pack(
-        Path(arguments.folder),
+        arguments.source,
         Path(arguments.out),
         shard_samples=arguments.shard_samples,
         held_out=arguments.held_out,
         workers=arguments.workers,
         seed=arguments.seed,
         classes=None if arguments.classes is None else read_names(Path(arguments.classes)),
+        short_side=arguments.resize,
+        columns=Columns(arguments.image_column, tuple(arguments.label_column)),
     )
     return DONE
 
@@ -195,14 +198,8 @@ def _parser() -> argparse.ArgumentParser:
     takes_config(shown)
     shown.add_argument("--finetune", action="store_true", help="as `vitscale finetune` completes it")
     shown.add_argument("--ranks", type=inference.above_zero, metavar="N", default=1, help="to check for (default: 1)")
-    added = verb("pack", _pack, "a folder of images into WebDataset shards with an index")
-    added.add_argument("folder", help="images in one folder a class, or flat")
-    added.add_argument("out", help="a new folder for the shards")
-    added.add_argument("--shard-samples", type=int, default=5000, help="images a shard (default: 5000)")
-    added.add_argument("--held-out", type=float, default=0.0, help="share of images for OUT/test (default: 0)")
-    added.add_argument("--workers", type=inference.above_zero, default=None, help="processes (default: one a core)")
-    added.add_argument("--seed", type=int, default=0, help="of the order and the split (default: 0)")
-    added.add_argument("--classes", metavar="FILE", help="classes.json of other shards, whose labels these are to have")
+    added = verb("pack", _pack, "a folder, a list or a data set of images into WebDataset shards with an index")
+    _takes_source(added)
     added = verb("index", _index, "count and hash shards into an index.json, or hold one against its shards")
     added.add_argument("patterns", nargs="*", metavar="PATTERN", help="shards: paths or URLs")
     added.add_argument("--out", metavar="index.json")
@@ -230,6 +227,26 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("what", choices=("loader", "augment", "step", "model", "startup"))
     added.add_argument("rest", nargs=argparse.REMAINDER, help="options of that benchmark (--help lists them)")
     return parser
+
+
+def _takes_source(added: argparse.ArgumentParser) -> None:
+    """The arguments of `pack`."""
+    text = (
+        "images in one folder a class, or flat; a list of paths (.csv, .tsv, .parquet); Parquet files with images; "
+        "a folder of datasets' save_to_disk; shards ('FOLDER/*.tar')"
+    )
+    added.add_argument("source", metavar="SOURCE", help=text)
+    added.add_argument("out", metavar="OUT", help="a new folder for the shards, or one that the same command began")
+    added.add_argument("--shard-samples", type=int, default=5000, help="images a shard (default: 5000)")
+    added.add_argument("--held-out", type=float, default=0.0, help="share of images for OUT/test (default: 0)")
+    added.add_argument("--workers", type=inference.above_zero, default=None, help="processes (default: one a core)")
+    added.add_argument("--seed", type=int, default=0, help="of the order and the split (default: 0)")
+    added.add_argument("--classes", metavar="FILE", help="classes.json of other shards, whose labels these are to have")
+    text = "make images smaller whose shorter side is longer; the others stay as they are"
+    added.add_argument("--resize", type=inference.above_zero, metavar="PIXELS", help=text)
+    added.add_argument("--image-column", metavar="NAME", help="of a list (default: told by names and types)")
+    text = "likewise; several times: a number each, for several labels an image"
+    added.add_argument("--label-column", metavar="NAME", action="append", default=[], help=text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

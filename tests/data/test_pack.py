@@ -60,7 +60,8 @@ def test_webdataset_reads_what_we_pack(folder: Path, tmp_path: Path) -> None:
 def test_it_says_which_key_the_classes_need(folder: Path, tmp_path: Path) -> None:
     said: list[str] = []
     pack(folder, tmp_path / "out", held_out=0.3, workers=1, report=said.append)
-    assert [Path(line.split(":")[0]).name for line in said] == ["train", "test", "classes.json"]
+    assert [Path(line.split(":")[0]).name for line in said] == ["images", "train", "test", "classes.json"]
+    assert said[0].endswith("left out: 2 files that are no images (1 hidden, 1 .txt)")
     assert "3 classes" in said[-1]
     assert said[-1].endswith("model.num_labels=3")
     said.clear()
@@ -133,7 +134,7 @@ def test_bad_input(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for source, out, options, word in (
         (folder, tmp_path / "full", {}, "not an empty folder"),
-        (tmp_path / "nowhere", tmp_path / "x", {}, "no such folder"),
+        (tmp_path / "nowhere", tmp_path / "x", {}, "no such folder or file"),
         (tmp_path / "empty", tmp_path / "x", {}, "holds no images"),
         (folder, tmp_path / "x", {"held_out": 1.5}, "held_out=1.5"),
         (folder, tmp_path / "x", {"held_out": 1e-9}, "none falls into test"),

@@ -17,7 +17,7 @@ from vitscale.data.crop import training_crop
 from vitscale.data.index import ShardIndex, open_index
 from vitscale.data.loader import Loader
 from vitscale.data.mixture import training_order
-from vitscale.data.pack import PackedSample, write_shards
+from vitscale.data.pack_writer import ImageBytes, PackedSample, write_shards
 from vitscale.world import World
 
 SIZE = (375, 500)  # height, width
@@ -44,7 +44,9 @@ def photograph_shards(folder: Path, images: int, distinct: int = 256, shards: in
     seeds = range(min(distinct, images))
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("fork")) as pool:
         files = list(pool.map(photograph, seeds, chunksize=8))
-    samples = [PackedSample(f"{i:06d}", "jpg", files[i % len(files)], i % 10) for i in range(images)]
+    origins = [ImageBytes("jpg", data) for data in files]
+    chosen = (origins[i % len(origins)] for i in range(images))
+    samples = [PackedSample(f"{i:06d}", one, len(one.data), str(i % 10)) for i, one in enumerate(chosen)]
     return write_shards([samples[shard::shards] for shard in range(shards)], folder, "bench")
 
 

@@ -17,7 +17,8 @@ from PIL import Image
 
 from vitscale import rng
 from vitscale.data.index import ShardIndex
-from vitscale.data.pack import PackedSample, make_empty, write_shards
+from vitscale.data.pack import require_new
+from vitscale.data.pack_writer import ImageBytes, PackedSample, write_shards
 from vitscale.errors import DataError, VitscaleError
 from vitscale.files.classes import CLASSES
 
@@ -32,7 +33,7 @@ def write_digits(out: Path) -> bool:
     """
     if all(_is_whole(out / split) for split in ("train", "test")):
         return False
-    make_empty(out)
+    require_new(out)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     samples = _samples()
@@ -60,7 +61,9 @@ def _samples() -> list[PackedSample]:
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     order = rng.permutation(len(images), rng.key("digits"))
-    return [PackedSample(f"{number:04d}", "png", _png(images[number]), int(digits.target[number])) for number in order]
+    origins = {number: ImageBytes("png", _png(images[number])) for number in order}
+    return [PackedSample(f"{number:04d}", origin, len(origin.data), str(digits.target[number]))
+            for number, origin in origins.items()]  # fmt: skip
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitscale.config.schema import Source
-from vitscale.data.pack import class_folders, pack
+from vitscale.data.pack import pack
 from vitscale.errors import DataError
+from vitscale.files.folder import LeftOut, class_folders, walk
+from vitscale.text import as_text
 
 _MADE_OF = "made-of"  # beside the shards: a digest of the names of their images
 PACKED = "packed"  # in the run's folder; packed-validation for data.validation
@@ -46,20 +48,19 @@ def pack_folder(sources: tuple[Source, ...], out: Path, classes: Sequence[str] |
         print(f"{folder}: packed in {out}; remove that folder to have it packed again", flush=True)
         return
     print(f"{folder}: is a folder of images; packing it into {out}, once", flush=True)
-    for draft in out.glob("*") if out.is_dir() else ():  # of a start that was cut off: the index comes last
-        draft.unlink()
-    pack(Path(folder), out, classes=classes)
+    own = classes is not None and list(classes) == classes_of(sources)
+    pack(folder, out, classes=None if own else classes)
     made_of.write_text(names, encoding="ascii")
 
 
 def _digest(folder: Path) -> str:
-    """Of the paths of all files below a folder, not of its own: it may lie elsewhere at the next start."""
-    names = sorted(os.fsencode(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """Of the paths of all images below a folder, not of its own: it may lie elsewhere at the next start."""
+    names = sorted(os.fsencode(path.relative_to(folder)) for path in walk(folder, LeftOut()))
     return hashlib.sha256(b"\0".join(names)).hexdigest()
 
 
 def classes_of(sources: tuple[Source, ...]) -> list[str] | None:
     """The classes of a folder of images; None for anything else."""
     if len(sources) == 1 and is_image_folder(sources[0].pattern):
-        return class_folders(Path(sources[0].pattern)) or None
+        return [as_text(path.name) for path in class_folders(Path(sources[0].pattern), LeftOut())] or None
     return None

@@ -1,50 +1,34 @@
-"""A folder of images -> WebDataset shards with an index: the same folder and options give the same bytes."""
+"""`vitscale pack`: images -> WebDataset shards with an index; the same source and options give the same bytes."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
-import io
 import json
-import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
 
-from vitscale.data.index import ShardIndex, build_index
+from vitscale.config.schema import Source
+from vitscale.data import pack_tables
+from vitscale.data.index import ShardIndex
+from vitscale.data.pack_sources import Columns, Found, from_folder, from_list, from_shards, shard_store, splits_error
+from vitscale.data.pack_writer import PackedSample, write_shards
+from vitscale.data.patterns import expand
 from vitscale.errors import DataError
-from vitscale.files.atomic import replaced
+from vitscale.files.atomic import write_atomically
 from vitscale.files.classes import CLASSES
-from vitscale.files.header import IMAGE_KINDS
-from vitscale.text import listed
 
+_PLAN = ".packing"  # in OUT until all is there: a digest of what is being packed
+_OVERHEAD = 3 << 10  # bytes of a sample in a tar beside its members': headers, padding, the label
+_Splits = dict[str, list[list[PackedSample]]]  # by their names: shards
 Report = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class PackedSample:
-    """One sample to be: a file (bytes kept as they are) or bytes in memory."""
-
-    key: str
-    kind: str  # the image's extension, in lower case
-    source: Path | bytes
-    label: int | None = None
-
-    def members(self) -> dict[str, str | bytes]:
-        """As webdataset's TarWriter takes it."""
-        image = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
-        label = {} if self.label is None else {"cls": str(self.label).encode()}
-        return {"__key__": self.key, self.kind: image, **label}
-
-    @property
-    def bytes(self) -> int:
-        return len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size
-
-
 def pack(
-    folder: Path,
+    source: str | Path,
     out: Path,
     *,
     shard_samples: int = 5000,
@@ -53,105 +37,146 @@ def pack(
     workers: int | None = None,
     seed: int = 0,
     classes: Sequence[str] | None = None,
+    short_side: int | None = None,
+    columns: Columns | None = None,
     report: Report = print,
 ) -> dict[str, ShardIndex]:
-    """Write the images of `folder` as shards; the indexes by split.
+    """Write the images of `source` as shards; the indexes by split.
 
-    folder: one folder a class (labels are the sorted folders' places, kept in classes.json), or images side by
-    side without labels. out: must not exist or be empty; holds the shards and index.json, or with held_out > 0
-    train/ and test/ of them, an image's split being a hash of its name: adding images moves none. Samples are
-    shuffled by hash, so that classes mix. A shard ends at shard_samples images or shard_bytes. classes: names by
-    label where they are not the folders' own, as of images that a model of more classes is to be scored on.
+    source: a folder of one folder a class (labels are the sorted folders' places, kept in classes.json) or of images
+    side by side; a list (CSV, TSV, Parquet); a data set that `datasets` saved to disk; shards. out: must not exist or
+    be empty, or be what the same call began; holds the shards and index.json, or with held_out > 0 train/ and test/ of
+    them, an image's split being a hash of its name: adding images moves none. Samples are shuffled by hash, those of
+    Parquet files by row groups, so that classes mix. A shard ends at shard_samples images or shard_bytes. classes:
+    names by label where they are not the source's own, as of images that a model of more classes is to be scored on.
+    short_side: pixels; larger images are made so small (pack_resize.py).
     """
     if not 0 <= held_out < 1:
         raise DataError(f"held_out={held_out}: must be in [0, 1), the share of images set apart for testing")
-    if shard_samples < 1 or shard_bytes < 1:
-        raise DataError(f"shard_samples={shard_samples}, shard_bytes={shard_bytes}: must be above 0")
-    samples, classes = _find(Path(folder), classes)
-    splits: dict[str, list[PackedSample]] = {"": samples}
-    if held_out > 0:
-        splits = {"train": [], "test": []}
-        for sample in samples:
-            splits["test" if _draw(sample.key, "split", seed) < held_out * 2**64 else "train"].append(sample)
-        empty = [name for name, chosen in splits.items() if not chosen]
-        if empty:
-            raise DataError(f"held_out={held_out}: of {len(samples)} images none falls into {empty[0]}/; change it")
-    make_empty(Path(out))
-    if classes:
-        (Path(out) / CLASSES).write_text(json.dumps(classes, ensure_ascii=False, indent=1) + "\n")
-    indexes = {}
-    for name, chosen in splits.items():
-        shards = _cut(sorted(chosen, key=lambda s: _draw(s.key, "order", seed)), shard_samples, shard_bytes)
-        indexes[name] = write_shards(shards, Path(out) / name, name or "shard", workers)
-        report(f"{Path(out) / name}: {indexes[name].total} images in {len(shards)} shards")
-    if classes:
-        count = len(classes)
-        report(f"{Path(out) / CLASSES}: {count} classes; to train by labels: model.num_labels={count}")
+    for name, value in (("shard_samples", shard_samples), ("shard_bytes", shard_bytes), ("resize", short_side)):
+        if value is not None and value < 1:
+            raise DataError(f"{name}={value}: must be above 0")
+    require_new(out := Path(out), begun=True)
+    found = find(str(source), classes, columns)
+    if not found.samples:
+        raise DataError(f"{source}: names no images")
+    splits = {name: sorted(chosen, key=lambda sample: _draw(sample.group or sample.key, "order", seed))
+              for name, chosen in _split(found.samples, held_out, seed).items()}  # fmt: skip
+    shards = {name: _cut(chosen, shard_samples, shard_bytes) for name, chosen in splits.items()}
+    for note in found.notes:
+        report(note)
+    if short_side is None:
+        _require_room(out, shards)
+    with _claimed(out, _digest(shards, found.classes, short_side)):
+        if found.classes:
+            write_atomically(out / CLASSES, json.dumps(list(found.classes), ensure_ascii=False, indent=1) + "\n")
+        indexes = {}
+        for name, each in shards.items():
+            indexes[name] = write_shards(each, out / name, name or "shard", workers, short_side)
+            report(f"{out / name}: {indexes[name].total} images in {len(each)} shards")
+    if found.classes:
+        count = len(found.classes)
+        report(f"{out / CLASSES}: {count} classes; to train by labels: model.num_labels={count}")
     return indexes
 
 
-def make_empty(out: Path) -> None:
-    """Make a folder; DataError when there is one with something in it."""
+def find(source: str, classes: Sequence[str] | None = None, columns: Columns | None = None) -> Found:
+    """The samples that a source names: see `pack`. DataError where it is none, or not as it should be."""
+    columns, path = columns or Columns(), Path(source).expanduser()
+    if path.is_dir():
+        if (path / "dataset_dict.json").exists():
+            raise splits_error(source, pack_tables.saved_splits(path))
+        if (path / "state.json").exists():
+            return pack_tables.from_saved(path, classes, columns)
+        return from_folder(path, classes)
+    paths = [str(path)] if path.exists() else expand([Source(source)], shard_store())
+    kinds = {os.path.splitext(each)[1].lower() for each in paths}
+    if kinds == {".tar"}:
+        return from_shards(paths, classes)
+    if missing := [each for each in paths if not os.path.exists(each)]:
+        raise DataError(f"{missing[0]}: no such folder or file; name a folder of images, a list, a data set or shards")
+    if kinds == {".parquet"}:
+        return pack_tables.from_parquet([Path(each) for each in paths], classes, columns)
+    if kinds in ({".csv"}, {".tsv"}) and len(paths) == 1:
+        return from_list(Path(paths[0]), classes, columns)
+    raise DataError(
+        f"{source}: is nothing that can be packed; name a folder of images (or of one folder a class), a list (.csv, "
+        ".tsv, .parquet), a Hugging Face data set on disk (save_to_disk), or shards ('FOLDER/*.tar')"
+    )
+
+
+def require_new(out: Path, begun: bool = False) -> None:
+    """DataError where a folder has something in it, other than what a call before has `begun`."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        occupied = any(out.iterdir())
-    except FileExistsError:
-        occupied = True
-    except OSError as error:
-        raise DataError(f"{out}: cannot be made: {error.strerror}; name a folder of your own") from None
-    if occupied:
+        names = {path.name for path in out.iterdir()}
+    except FileNotFoundError:
+        return
+    except OSError:
+        names = {""}
+    if names and not (begun and _PLAN in names):
         raise DataError(f"{out}: exists and is not an empty folder; name a new one or empty it")
 
 
-def write_shards(
-    shards: Sequence[Sequence[PackedSample]], out: Path, name: str, workers: int | None = None
-) -> ShardIndex:
-    """Write out/NAME-000000.tar and so on, in parallel processes, and their index.json with sha256."""
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"{name}-{number:06d}.tar" for number in range(len(shards))]
-    workers = min(workers or len(os.sched_getaffinity(0)), len(shards))
-    if workers == 1:
-        digests = list(map(_write_shard, paths, shards))
-    else:
-        _tar_writer(io.BytesIO())  # imports webdataset before the fork, once
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-            digests = list(pool.map(_write_shard, paths, shards))
-    index = build_index([str(path) for path in paths], digests)
-    wrong = [path for path, count, shard in zip(paths, index.samples, shards, strict=True) if count != len(shard)]
-    assert not wrong, f"{wrong} do not hold what was written"
-    index.save(out / "index.json")
-    return index
+@contextlib.contextmanager
+def _claimed(out: Path, plan: str) -> Iterator[None]:
+    """A folder that only this process fills, with what `plan` is the digest of; what was begun is gone on with."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        stream = open(out / _PLAN, "a+", encoding="ascii")  # noqa: SIM115
+    except OSError as error:
+        raise DataError(f"{out}: cannot be made: {error.strerror}; name a folder of your own") from None
+    with stream:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(f"{out}: is being packed by another process; wait, or name another folder") from None
+        stream.seek(0)
+        begun = stream.read()
+        if begun not in ("", plan):
+            raise DataError(
+                f"{out}: holds shards that were begun of other images or with other options; name another folder, or "
+                "remove it"
+            )
+        if not begun:
+            stream.write(plan)
+            stream.flush()
+        yield
+        (out / _PLAN).unlink()
 
 
-def _write_shard(path: Path, samples: Iterable[PackedSample]) -> str:
-    """Write one shard; its sha256 in hex. It appears under its name only when whole."""
-    with replaced(path) as draft, open(draft, "wb") as file:
-        hashed = _Hashed(file)
-        with _tar_writer(hashed) as writer:
-            for sample in samples:
-                writer.write(sample.members())
-    return hashed.digest.hexdigest()
+def _digest(shards: _Splits, classes: Sequence[str], short_side: int | None) -> str:
+    digest = hashlib.sha256(json.dumps([list(classes), short_side]).encode())
+    for name, each in shards.items():
+        for shard in each:
+            digest.update(f"{name} {len(shard)}\n".encode())
+            for sample in shard:
+                digest.update(f"{sample.key} {sample.label} {sample.bytes}\n".encode())
+    return digest.hexdigest()
 
 
-class _Hashed(io.RawIOBase):
-    """A file to write to that hashes what passes."""
+def _require_room(out: Path, shards: _Splits) -> None:
+    """DataError where the disk has no room for what is to be written."""
+    needed = sum(sample.bytes + _OVERHEAD for each in shards.values() for shard in each for sample in shard)
+    there = sum(path.stat().st_size for path in out.rglob("*.tar")) if out.exists() else 0
+    above = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(above).free
+    if needed - there > free:
+        raise DataError(
+            f"{out}: the shards need {(needed - there) / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; make "
+            "room, name a folder on another disk, or make the images smaller (--resize)"
+        )
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self.digest = file, hashlib.sha256()
 
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: bytes) -> int:  # type: ignore[override]
-        self.digest.update(data)
-        return self._file.write(data)
-
-
-def _tar_writer(stream: BinaryIO | io.RawIOBase) -> Any:
-    """webdataset's TarWriter; imported late, since it brings torch."""
-    from webdataset.writer import TarWriter
-
-    return TarWriter(stream, encoder=False, mtime=0, user="", group="", compress=False)
+def _split(samples: list[PackedSample], held_out: float, seed: int) -> dict[str, list[PackedSample]]:
+    if held_out == 0:
+        return {"": samples}
+    splits: dict[str, list[PackedSample]] = {"train": [], "test": []}
+    for sample in samples:
+        splits["test" if _draw(sample.key, "split", seed) < held_out * 2**64 else "train"].append(sample)
+    if empty := [name for name, chosen in splits.items() if not chosen]:
+        raise DataError(f"held_out={held_out}: of {len(samples)} images none falls into {empty[0]}/; change it")
+    return splits
 
 
 def _draw(key: str, purpose: str, seed: int) -> int:
@@ -164,66 +189,9 @@ def _cut(samples: list[PackedSample], most_samples: int, most_bytes: int) -> lis
     shards: list[list[PackedSample]] = []
     held = 0
     for sample in samples:
-        size = sample.bytes
-        if not shards or len(shards[-1]) >= most_samples or held + size > most_bytes:
+        if not shards or len(shards[-1]) >= most_samples or held + sample.bytes > most_bytes:
             shards.append([])
             held = 0
         shards[-1].append(sample)
-        held += size
+        held += sample.bytes
     return shards
-
-
-def class_folders(folder: Path) -> list[str]:
-    """The names of a folder's classes, by their labels; none where it is flat."""
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _find(folder: Path, classes: Sequence[str] | None) -> tuple[list[PackedSample], Sequence[str]]:
-    """All images of a folder with their labels, and the names of the classes (none where it is flat)."""
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; name one with images, or with one folder of images a class")
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    folders = class_folders(folder)
-    classes = folders if classes is None else classes
-    if others := [name for name in folders if name not in classes]:
-        raise DataError(
-            f"{folder / others[0]}: is none of the classes {listed(classes)}; rename the folder or remove it"
-        )
-    loose = [entry for entry in entries if entry.is_file() and _kind(entry) in IMAGE_KINDS]
-    if folders and loose:
-        raise DataError(
-            f"{folder}: has images ({loose[0].name}) beside folders ({folders[0]}): "
-            "put all images into class folders, or all side by side"
-        )
-    images: list[tuple[Path, int | None]] = [(path, None) for path in loose]
-    for name in folders:
-        inside = sorted(path for path in (folder / name).rglob("*") if _kind(path) in IMAGE_KINDS and path.is_file())
-        inside = [path for path in inside if not path.name.startswith(".")]
-        if not inside:
-            raise DataError(f"{folder / name}: is a class folder without images; fill or remove it")
-        images += [(path, classes.index(name)) for path in inside]
-    if not images:
-        raise DataError(f"{folder}: holds no images ({', '.join(IMAGE_KINDS)})")
-    return _named(folder, images), classes if folders else ()
-
-
-def _named(folder: Path, images: list[tuple[Path, int | None]]) -> list[PackedSample]:
-    """Samples keyed by their path: a key ends at the first dot of the file's name, so dots become underscores."""
-    samples, taken = [], set()
-    for path, label in images:
-        relative = path.relative_to(folder)
-        stem = relative.with_name(relative.name[: -len(path.suffix)].replace(".", "_")).as_posix()
-        stem = stem.encode(errors="backslashreplace").decode()
-        if stem.startswith("__"):  # webdataset passes over names like __this__
-            stem = "x" + stem
-        key, number = stem, 1
-        while key in taken:
-            number += 1
-            key = f"{stem}~{number}"
-        taken.add(key)
-        samples.append(PackedSample(key, _kind(path), path, label))
-    return samples
-
-
-def _kind(path: Path) -> str:
-    return path.suffix[1:].lower()

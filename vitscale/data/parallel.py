@@ -65,7 +65,7 @@ def on_shards(
     context = get_context("spawn" if any(is_remote(shard.path) for shard in shards) else "fork")
     results: list[Result] = []
     started = reported = time.monotonic()
-    pool: Executor = ProcessPoolExecutor(workers, context, _leave_with_parent) if workers > 1 else ThreadPoolExecutor(1)
+    pool: Executor = ProcessPoolExecutor(workers, context, leave_with_parent) if workers > 1 else ThreadPoolExecutor(1)
     try:
         with pool:
             for some in pool.map(partial(_in_threads, work), parts):
@@ -88,7 +88,7 @@ def _in_threads(work: Callable[[Item], Result], shards: Sequence[Item]) -> list[
         return list(pool.map(work, shards))
 
 
-def _leave_with_parent() -> None:
+def leave_with_parent() -> None:
     """In a worker: end at Ctrl-C without a traceback, and when the parent is gone, however that happened."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":

@@ -12,12 +12,13 @@ from vitscale import rng
 from vitscale.config.schema import Data
 from vitscale.data.image_folder import is_image_folder
 from vitscale.data.index import open_index, store_of
-from vitscale.data.pack import class_folders
 from vitscale.data.shards import RawSample, Shards, header_of
 from vitscale.errors import DataError
 from vitscale.files.decode import Decoder, Job, choose_decoder
-from vitscale.files.header import IMAGE_KINDS, Header
+from vitscale.files.folder import LeftOut, class_folders, walk
+from vitscale.files.header import FORMATS, Header
 from vitscale.files.retry import unreadable
+from vitscale.text import as_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,17 +48,12 @@ def open_samples(data: Data, scratch: Path) -> Samples:
 
 
 def _of_folder(folder: Path) -> Samples:
-    """The images below a folder, found by their extensions; the label is that of the class whose folder they are in."""
-    labels = {name: str(label).encode() for label, name in enumerate(class_folders(folder))}
-    paths = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix[1:].lower() in IMAGE_KINDS
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    """The images below a folder; the label is that of the class whose folder they are in."""
+    left_out = LeftOut()
+    paths = list(walk(folder, left_out))
+    labels = {path.name: str(label).encode() for label, path in enumerate(class_folders(folder, left_out))}
     if not paths:
-        raise DataError(f"{folder}: holds neither shards (*.tar) nor images ({', '.join(IMAGE_KINDS)})")
+        raise DataError(f"{folder}: holds neither shards (*.tar) nor images ({', '.join(FORMATS)})")
 
     def read(number: int) -> RawSample:
         path = paths[number]
@@ -65,9 +61,9 @@ def _of_folder(folder: Path) -> Samples:
             name, data = path.relative_to(folder), path.read_bytes()
         except OSError as error:
             raise unreadable(str(path), error) from None
-        return RawSample(folder.name, str(name), data, len(data), labels.get(name.parts[0]))
+        return RawSample(folder.name, as_text(name), data, len(data), labels.get(name.parts[0]))
 
-    return Samples(len(paths), "a folder of images", list(labels) or None, read)
+    return Samples(len(paths), "a folder of images", [*map(as_text, labels)] or None, read)
 
 
 def chosen(total: int, count: int | None, seed: int) -> Sequence[int]:
