@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
+
+import urllib3
 
 ETAG, CHANGED = '"one"', "Wed, 21 Oct 2026 07:28:00 GMT"
 Misbehave = Callable[["Handler", bytes, int, int], bool]  # (handler, file, first byte, byte after the last) -> done
@@ -78,9 +80,66 @@ class Web(ThreadingHTTPServer):
         """Clients that break off are no errors here."""
 
 
+class Between(BaseHTTPRequestHandler):
+    """Passes requests on to another server, and of each path's GETs every third transfer in halves, or not at all."""
+
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def do_GET(self) -> None:
+        proxy, name = self.server, self.path.partition("?")[0]
+        with proxy.lock:
+            number = proxy.asked[name] = proxy.asked.get(name, -1) + 1
+        headers = {key: value for key, value in self.headers.items() if key.lower() != "connection"}
+        answer = proxy.pool.request(
+            self.command, proxy.target + self.path, headers=headers, retries=False, redirect=False, decode_content=False
+        )
+        whole = self.command == "GET" and answer.status in (200, 206) and len(answer.data) > 1000
+        if whole and number % 3 == 1:
+            proxy.faults += 1
+            self.send_error(503, "Slow Down")
+            return
+        self.send_response(answer.status)
+        for key, value in answer.headers.items():
+            if key.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server"):
+                self.send_header(key, value)
+        self.send_header("Content-Length", answer.headers.get("Content-Length", str(len(answer.data))))
+        self.end_headers()
+        if whole and number % 3 == 2:
+            proxy.faults += 1
+            self.wfile.write(answer.data[: len(answer.data) // 2])
+            self.close_connection = True
+            return
+        self.wfile.write(answer.data)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class Proxy(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, target: str) -> None:
+        super().__init__(("127.0.0.1", 0), Between)
+        self.target, self.pool, self.lock = target, urllib3.PoolManager(), threading.Lock()
+        self.asked: dict[str, int] = {}
+        self.faults = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *_: Any) -> None:
+        """Clients that break off are no errors here."""
+
+
+S = TypeVar("S", bound=ThreadingHTTPServer)
+
+
 @contextmanager
-def served() -> Iterator[Web]:
-    web = Web()
+def running(web: S) -> Iterator[S]:
     thread = threading.Thread(target=web.serve_forever, args=(0.05,))
     thread.start()
     try:
@@ -89,6 +148,10 @@ def served() -> Iterator[Web]:
         web.shutdown()
         thread.join()
         web.server_close()
+
+
+def served() -> AbstractContextManager[Web]:
+    return running(Web())
 
 
 def status(code: int, **headers: str) -> Misbehave:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 
 from tests.files import web as faults
 from tests.files.test_stores import s3
-from tests.files.web import Web, served
-from tests.integration.worlds import Launcher, losses, rows, trace
-from vitscale.run_folder import STOPPED
+from tests.files.web import Proxy, Web, running, served
+from tests.integration.worlds import Launcher, World, losses, rows, trace
+from vitscale.run_folder import DONE, STOPPED
 
 __all__ = ["s3"]  # the fixture
 STEPS = 12
@@ -75,23 +78,49 @@ def test_http_gives_the_local_trace(
     assert rows(run)[-1]["data_retries"] > 0 or not ways or "cache" in ways[0]  # else rank 0 has met all faults
 
 
-def test_s3_gives_the_local_trace(
-    launcher: Launcher, config: Path, tmp_path: Path, s3: str, shards: Path, local: dict[int, list[str]]
+def test_s3_with_every_fault_at_once_gives_the_local_trace(
+    launcher: Launcher,
+    config: Path,
+    tmp_path: Path,
+    s3: str,
+    shards: Path,
+    local: dict[int, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import boto3
-
+    """Transfers are cut and refused, a reader is killed, the ranks are 2, then 1, then 4."""
     client = boto3.client("s3", endpoint_url=s3, region_name="us-east-1")
     for path in shards.glob("*.tar"):
         client.upload_file(str(path), "images", f"set/{path.name}")
-    names = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    argv = ["pretrain", str(config), "data.train=s3://images/set/*.tar", f"train.steps={STEPS}"]
-    own = Launcher(tmp_path)  # one that has the environment of now
-    try:
-        own.run([*argv, f"data.cache={tmp_path}/cache"], ranks=2)
-    finally:
-        own.close()
-    assert trace(tmp_path / "runs" / "run") == local
-    assert names
+    argv = ["pretrain", str(config), "data.train=s3://images/set/*.tar", "checkpoint.every_steps=4"]
+    run = tmp_path / "runs" / "run"
+    with running(Proxy(s3)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        own = Launcher(tmp_path)  # one that has the environment of now
+        try:
+            own.run([*argv, f"data.cache={tmp_path}/cache", f"train.steps={STEPS // 3}"], ranks=2)
+            world = own.start([*argv, f"train.steps={2 * STEPS // 3}"], ranks=1)
+            killed = kill_reader(world)
+            assert world.wait() == [DONE], world.output()
+            own.run([*argv, f"train.steps={STEPS}"], ranks=4)
+        finally:
+            own.close()
+        assert proxy.faults > 4
+    assert trace(run) == local
+    assert "the reader process died (signal 9) and is started again" in world.output(), killed
+
+
+def kill_reader(world: World) -> int:
+    """Once it is there."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # it ended
+                words, stat = path.read_bytes().split(b"\0"), (path.parent / "stat").read_text()
+                if b"vitscale.data.reader" in words and int(stat.rpartition(")")[2].split()[1]) == world.pids[0]:
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+                    return int(path.parent.name)
+        time.sleep(0.005)
+    raise AssertionError("no reader came")
 
 
 def test_storage_that_stays_away_requeues(
