@@ -26,7 +26,7 @@ is_scored() {
 if [ $# -eq 0 ] && is_scored; then
     say "This run is done; its results again. To go on training: bash launch/quickstart.sh train.steps=1800"
 else
-    "$PYTHON" -m vitscale.data.digits "$ROOT/runs/quickstart-data"
+    "$PYTHON" -m vitscale.prepare.digits "$ROOT/runs/quickstart-data"
     code=0
     NPROC_PER_NODE=2 bash launch/torchrun.sh pretrain configs/quickstart.yaml \
         "$@" run.dir=runs run.name=quickstart || code=$?

@@ -24,7 +24,7 @@ PACKAGE = ROOT / "vitscale"
 # common ground; rooms on one line never import each other. The top may import everything above it.
 COMMON: Column = ({"errors", "text"}, {"world", "rng", "run_folder"}, {"files"}, {"config"})
 TRAINING: Column = (
-    {"data", "augment", "models", "checkpoint", "tracking"}, {"engine", "launch"}, {"evaluation"}, {"run"},
+    {"data", "augment", "models", "checkpoint", "tracking"}, {"prepare"}, {"engine", "launch"}, {"evaluation"}, {"run"},
 )  # fmt: skip
 SERVING: Column = ({"interop"}, {"inference", "conversion"}, {"inspection", "export"})
 TOP: Column = ({"bench"}, {"cli"}, {"__main__"})
@@ -45,6 +45,7 @@ WITHOUT_TORCH = (
     "files",
     "config",
     "data",
+    "prepare",
     "checkpoint.store",
     "checkpoint.manifest",
     "tracking",

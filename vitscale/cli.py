@@ -65,9 +65,9 @@ def _print_config(arguments: argparse.Namespace) -> int:
 
 
 def _pack(arguments: argparse.Namespace) -> int:
-    from vitscale.data.pack import pack
-    from vitscale.data.pack_sources import Columns
     from vitscale.files.classes import read_names
+    from vitscale.prepare.pack import pack
+    from vitscale.prepare.sources import Columns
 
     pack(
         arguments.source,

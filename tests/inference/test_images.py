@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from tests.data.makers import encoded, photo, pixels, write_tar
-from vitscale.data.pack import pack
 from vitscale.errors import DataError
 from vitscale.inference.images import ImageBatch, batches, find_images
 from vitscale.interop.image_processing import BatchFeature, ViTImageProcessor
+from vitscale.prepare.pack import pack
 
 NO_INPUT = io.BytesIO()
 

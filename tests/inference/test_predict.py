@@ -23,13 +23,13 @@ from PIL import Image, ImageOps
 from tests.inference.conftest import LABELS, save
 from vitscale.cli import main
 from vitscale.conversion.convert import convert
-from vitscale.data.pack import pack
 from vitscale.interop.pretrained import load_model
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.multitask import ViTForMultitaskPreTraining
 from vitscale.models.simmim import ViTForMaskedImageModeling
 from vitscale.models.vit import ViTModel
+from vitscale.prepare.pack import pack
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED
 
 transformers = pytest.importorskip("transformers")

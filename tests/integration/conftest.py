@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitscale.data.pack import pack
+from vitscale.prepare.pack import pack
 
 CONFIG = """\
 run: {{name: run, dir: {runs}}}

@@ -20,8 +20,8 @@ from tests.data.makers import photo, write_tar
 from tests.integration.conftest import make_images
 from tests.integration.worlds import Launcher, losses, rows
 from vitscale.conversion.convert import convert
-from vitscale.data.pack import pack
 from vitscale.interop.auto import AutoConfig
+from vitscale.prepare.pack import pack
 
 KEYS = """\
 run: {{name: tuned, dir: {folder}}}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.integration.conftest import make_images
 from tests.integration.worlds import Launcher, losses, rows
-from vitscale.data.pack import pack
+from vitscale.prepare.pack import pack
 
 NAMES = ("linear_probe", "knn", "rankme", "feature_deviation", "mean_cosine", "dead_dimensions")
 

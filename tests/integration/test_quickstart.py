@@ -58,7 +58,7 @@ class QuickStart:
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> QuickStart:
     """A run of 6 steps, evaluated."""
     started = QuickStart(tmp_path_factory.mktemp("quickstart"))
-    assert "1,437" in started.python("vitscale.data.digits", started.data)
+    assert "1,437" in started.python("vitscale.prepare.digits", started.data)
     started.pretrain(6)
     table = started.python("vitscale.cli", "evaluate", started.run)
     for name in FEATURES:
@@ -67,10 +67,10 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> QuickStart:
 
 
 def test_digits_are_written_once(quickstart: QuickStart) -> None:
-    assert "there already" in quickstart.python("vitscale.data.digits", quickstart.data)
+    assert "there already" in quickstart.python("vitscale.prepare.digits", quickstart.data)
     (quickstart.folder / "taken").mkdir()
     (quickstart.folder / "taken" / "file").touch()
-    output = quickstart.python("vitscale.data.digits", quickstart.folder / "taken", code=BAD_INPUT)
+    output = quickstart.python("vitscale.prepare.digits", quickstart.folder / "taken", code=BAD_INPUT)
     assert output.startswith("vitscale: error: ")
     assert output.count("\n") == 1
 

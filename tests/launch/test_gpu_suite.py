@@ -83,7 +83,7 @@ def test_the_rehearsal_passes_and_leaves_what_is_said(tree: Path, venv: str, tmp
 
 @pytest.mark.full
 def test_few_labels_are_rehearsed_on_any_labelled_shards(venv: str, tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "vitscale.data.digits", str(tmp_path / "digits")], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-m", "vitscale.prepare.digits", str(tmp_path / "digits")], check=True, cwd=ROOT)
     settings = {"DEVICE": "cpu", "STAGES": "i", "CIFAR10": "digits", "VITSCALE_VENV": venv}
     done = run(["bash", str(SUITE), "out"], cwd=tmp_path, **settings)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -17,7 +17,7 @@ from vitscale.data.crop import training_crop
 from vitscale.data.index import ShardIndex, open_index
 from vitscale.data.loader import Loader
 from vitscale.data.mixture import training_order
-from vitscale.data.pack_writer import ImageBytes, PackedSample, write_shards
+from vitscale.prepare.writer import ImageBytes, PackedSample, write_shards
 from vitscale.world import World
 
 SIZE = (375, 500)  # height, width

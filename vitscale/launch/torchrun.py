@@ -23,10 +23,10 @@ from types import FrameType
 from vitscale.config.check import check_config
 from vitscale.config.load import load_config
 from vitscale.config.schema import RunConfig
-from vitscale.data.image_folder import PACKED, pack_folder, packed_sources
 from vitscale.data.index import open_index, store_of
 from vitscale.errors import ConfigError, LaunchError, VitscaleError
 from vitscale.launch.snapshot import keep_snapshot
+from vitscale.prepare.image_folder import PACKED, pack_folder, packed_sources
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder
 from vitscale.world import SUPERVISED, World, child_environment, local_device
 

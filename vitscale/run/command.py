@@ -56,9 +56,9 @@ def _takes_keys(added: argparse.ArgumentParser, example: str) -> None:
 
 
 def _stats(arguments: argparse.Namespace) -> int:
-    from vitscale.data.samples import open_samples
-    from vitscale.data.stats import as_text, count, summary
     from vitscale.files.atomic import write_atomically
+    from vitscale.prepare.samples import open_samples
+    from vitscale.prepare.stats import as_text, count, summary
 
     config = _config_of_data(arguments.data, arguments.overrides)
     with tempfile.TemporaryDirectory() as scratch:

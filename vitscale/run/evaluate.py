@@ -20,7 +20,6 @@ from vitscale import __version__
 from vitscale.config.check import problem_type
 from vitscale.config.load import config_of, dump_config, load_config
 from vitscale.config.schema import RunConfig, Source
-from vitscale.data.image_folder import PACKED, classes_of, pack_folder, packed_sources
 from vitscale.data.index import ShardIndex, open_index, require_labels, store_of
 from vitscale.data.subset import Subset, split
 from vitscale.engine.ranks import ProcessRanks, joined
@@ -36,6 +35,7 @@ from vitscale.interop.loading import open_model, start_from
 from vitscale.interop.pretrained import load_model
 from vitscale.models.auto import OBJECTIVES, initialize, new_model
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
+from vitscale.prepare.image_folder import PACKED, classes_of, pack_folder, packed_sources
 from vitscale.run.finetune import model_keys_of, processor_keys
 from vitscale.run.report import report
 from vitscale.run.session import Packed, packed, require_held_out

@@ -10,7 +10,6 @@ from typing import Any
 from vitscale.config.check import check_config, has_classes, problem_type
 from vitscale.config.load import Flat
 from vitscale.config.schema import Model, RunConfig, Source
-from vitscale.data.image_folder import PACKED, classes_of, is_image_folder, pack_folder, packed_sources
 from vitscale.data.index import ShardIndex
 from vitscale.data.labels import LabelCounts, LabelReader, count_labels
 from vitscale.data.patterns import expand
@@ -30,6 +29,7 @@ from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.losses import supervised_loss
 from vitscale.models.vit import ViTPreTrainedModel
+from vitscale.prepare.image_folder import PACKED, classes_of, is_image_folder, pack_folder, packed_sources
 from vitscale.run.job import Job, run_locked
 from vitscale.run.session import Session
 from vitscale.text import listed, to_stderr

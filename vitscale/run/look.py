@@ -21,10 +21,10 @@ from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig
 from vitscale.data.index import store_of
 from vitscale.data.labels import LabelReader
-from vitscale.data.samples import Samples, WholeImages, chosen, open_samples
 from vitscale.evaluation.figures import draw_sheet, in_pixels, seen
 from vitscale.files.header import BadSample
 from vitscale.models.masking import cell_masking, mask_noise, random_masking
+from vitscale.prepare.samples import Samples, WholeImages, chosen, open_samples
 from vitscale.run.training_data import named_classes, order_over, sides_of, training_index, training_loader
 from vitscale.run_folder import RunFolder
 from vitscale.text import printable, to_stderr

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitscale.config.schema import Source
-from vitscale.data.pack import pack
 from vitscale.errors import DataError
 from vitscale.files.folder import LeftOut, class_folders, walk
+from vitscale.prepare.pack import pack
 from vitscale.text import as_text
 
 _MADE_OF = "made-of"  # beside the shards: a digest of the names of their images

@@ -14,8 +14,8 @@ import pytest
 
 from tests.data.makers import photo
 from vitscale.data.index import ShardIndex
-from vitscale.data.pack import pack
 from vitscale.errors import DataError
+from vitscale.prepare.pack import pack
 
 COMMAND = [sys.executable, "-m", "vitscale", "pack"]
 

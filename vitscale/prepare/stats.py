@@ -17,9 +17,9 @@ from PIL import Image
 
 from vitscale.config.schema import Data
 from vitscale.data.labels import LabelReader
-from vitscale.data.samples import Samples, WholeImages, chosen
 from vitscale.data.shards import RawSample
 from vitscale.files.header import BadSample, Header
+from vitscale.prepare.samples import Samples, WholeImages, chosen
 from vitscale.text import aligned, duration, printable, to_stderr
 
 _PART = 16  # samples that a thread takes at once

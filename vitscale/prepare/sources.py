@@ -10,7 +10,6 @@ from functools import lru_cache
 from pathlib import Path
 from stat import S_ISREG
 
-from vitscale.data.pack_writer import ImageFile, Members, PackedSample
 from vitscale.errors import DataError
 from vitscale.files.classes import class_names
 from vitscale.files.folder import LeftOut, class_folders, images_in, walk
@@ -18,6 +17,7 @@ from vitscale.files.header import FORMATS
 from vitscale.files.retry import unreadable
 from vitscale.files.stores import Stores
 from vitscale.files.tar import scan_shard
+from vitscale.prepare.writer import ImageFile, Members, PackedSample
 from vitscale.text import as_text, did_you_mean, listed
 
 # Names of columns, in lower case and without _ or blanks.

@@ -11,7 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from vitscale.data.pack_sources import (
+from vitscale.errors import DataError
+from vitscale.prepare.sources import (
     LABELS,
     PATHS,
     Columns,
@@ -24,8 +25,7 @@ from vitscale.data.pack_sources import (
     numbered,
     plain,
 )
-from vitscale.data.pack_writer import ImageFile, Members, PackedSample, image_extension
-from vitscale.errors import DataError
+from vitscale.prepare.writer import ImageFile, Members, PackedSample, image_extension
 from vitscale.text import as_text, first_sentence, listed
 
 _ROWS = 64  # of a Parquet file, in memory at once

@@ -15,15 +15,15 @@ import pytest
 from PIL import Image
 
 from tests.data.makers import encoded, photo, pixels, write_tar
-from tests.data.test_pack import contents
 from tests.files.web import served
+from tests.prepare.test_pack import contents
 from vitscale.config.schema import Source
-from vitscale.data.image_folder import classes_of, pack_folder
 from vitscale.data.index import ShardIndex
-from vitscale.data.pack import pack
-from vitscale.data.pack_sources import Columns
 from vitscale.errors import DataError
 from vitscale.files.classes import class_names
+from vitscale.prepare.image_folder import classes_of, pack_folder
+from vitscale.prepare.pack import pack
+from vitscale.prepare.sources import Columns
 
 Samples = dict[str, dict[str, bytes]]
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from vitscale.data.index import ShardIndex, build_index
-from vitscale.data.pack_resize import resized
 from vitscale.data.parallel import leave_with_parent
 from vitscale.errors import DataError
 from vitscale.files.atomic import replaced
 from vitscale.files.header import IMAGE_KINDS, image_kind
 from vitscale.files.store import is_remote, sha256_of
+from vitscale.prepare.resize import resized
 from vitscale.text import TerminalLine, as_text, duration
 from vitscale.world import World
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from vitscale import rng
 from vitscale.config.schema import Data
-from vitscale.data.image_folder import is_image_folder
 from vitscale.data.index import open_index, store_of
 from vitscale.data.shards import RawSample, Shards, header_of
 from vitscale.errors import DataError
@@ -18,6 +17,7 @@ from vitscale.files.decode import Decoder, Job, choose_decoder
 from vitscale.files.folder import LeftOut, class_folders, walk
 from vitscale.files.header import FORMATS, Header
 from vitscale.files.retry import unreadable
+from vitscale.prepare.image_folder import is_image_folder
 from vitscale.text import as_text
 
 

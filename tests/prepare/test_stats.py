@@ -15,8 +15,8 @@ from PIL import Image
 from tests.data.makers import encoded, photo, pixels, write_tar
 from vitscale.cli import main
 from vitscale.config.schema import Data, Source
-from vitscale.data.samples import chosen, open_samples
-from vitscale.data.stats import count, summary
+from vitscale.prepare.samples import chosen, open_samples
+from vitscale.prepare.stats import count, summary
 
 
 @pytest.fixture

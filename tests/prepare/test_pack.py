@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from tests.data.makers import photo
-from vitscale.data.digits import write_digits
 from vitscale.data.index import ShardIndex
-from vitscale.data.pack import pack
 from vitscale.errors import DataError
 from vitscale.files.classes import class_names
 from vitscale.files.tar import scan_shard
+from vitscale.prepare.digits import write_digits
+from vitscale.prepare.pack import pack
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def test_digits(tmp_path: Path) -> None:
 
 
 def test_digits_from_the_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "vitscale.data.digits"]
+    command = [sys.executable, "-m", "vitscale.prepare.digits"]
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     ended = subprocess.run([*command, str(tmp_path / "full")], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Real images without a download: scikit-learn's 1,797 scanned digits as shards. `python -m vitscale.data.digits OUT`
+"""Real images without a download: scikit-learn's 1,797 digits as shards. `python -m vitscale.prepare.digits OUT`
 
 E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository 1998
 (its test set): 8x8 grey images, ten classes.
@@ -17,10 +17,10 @@ from PIL import Image
 
 from vitscale import rng
 from vitscale.data.index import ShardIndex
-from vitscale.data.pack import require_new
-from vitscale.data.pack_writer import ImageBytes, PackedSample, write_shards
 from vitscale.errors import DataError, VitscaleError
 from vitscale.files.classes import CLASSES
+from vitscale.prepare.pack import require_new
+from vitscale.prepare.writer import ImageBytes, PackedSample, write_shards
 
 TEST_IMAGES = 360
 _SHARD_SAMPLES = 200
@@ -74,7 +74,7 @@ def _png(image: np.ndarray) -> bytes:
 
 def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
-        print("usage: python -m vitscale.data.digits OUT", file=sys.stderr)
+        print("usage: python -m vitscale.prepare.digits OUT", file=sys.stderr)
         return 2
     try:
         written = write_digits(Path(arguments[0]))

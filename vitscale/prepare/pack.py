@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from vitscale.config.schema import Source
-from vitscale.data import pack_tables
 from vitscale.data.index import ShardIndex
-from vitscale.data.pack_sources import Columns, Found, from_folder, from_list, from_shards, shard_store, splits_error
-from vitscale.data.pack_writer import PackedSample, write_shards
 from vitscale.data.patterns import expand
 from vitscale.errors import DataError
 from vitscale.files.atomic import write_atomically
 from vitscale.files.classes import CLASSES
+from vitscale.prepare import tables as pack_tables
+from vitscale.prepare.sources import Columns, Found, from_folder, from_list, from_shards, shard_store, splits_error
+from vitscale.prepare.writer import PackedSample, write_shards
 
 _PLAN = ".packing"  # in OUT until all is there: a digest of what is being packed
 _OVERHEAD = 3 << 10  # bytes of a sample in a tar beside its members': headers, padding, the label
