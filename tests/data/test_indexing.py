@@ -18,7 +18,8 @@ from tests.data.stores import CountingFiles
 from tests.files.test_stores import s3
 from tests.files.web import served, stall_after
 from vitscale.cli import main
-from vitscale.data.index import ShardIndex, build_index
+from vitscale.config.schema import Source
+from vitscale.data.index import ShardIndex, build_index, open_index
 from vitscale.data.indexing import make_index
 from vitscale.data.sidecar import FOLDER
 from vitscale.files.store import LocalFiles, OnePass, sha256_of
@@ -164,6 +165,24 @@ def is_alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_what_was_uploaded_beside_the_shards_is_taken(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Index and tables that lay beside the local shards, whose files had other times: no shard is read."""
+    build_index([str(path) for path in sorted(folder.glob("*.tar"))]).save(folder / "index.json")
+    with served() as web:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                web.files[f"/d/{path.relative_to(folder)}"] = path.read_bytes()
+        pattern = f"{web.url}/d/s{{000..004}}.tar"
+        for number, sources in enumerate([(Source(pattern),), (Source(pattern),)]):
+            index = open_index(sources, f"{web.url}/d/index.json" if number else None, tmp_path / str(number))
+            assert len(index.table(0, "cls")) == index.samples[0]
+        spans = {span for name, span in web.requests if name.endswith(".tar")}
+    assert spans == {"bytes=0-0"}
+    assert capfd.readouterr().err == ""
 
 
 def test_a_bucket_in_processes(folder: Path, whole: bytes, s3: str) -> None:

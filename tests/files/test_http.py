@@ -121,6 +121,13 @@ def test_patience_ends(web: Web) -> None:
         (faults.redirected_to("http://169.254.169.254/latest"), OSError, "no data is read from"),
         (faults.redirected_to("http://[fe80::1]/x"), OSError, "no data is read from"),
         (faults.redirected_to("http://localhost/x"), OSError, "no data is read from"),
+        (faults.redirected_to("http://[::ffff:127.0.0.1]/x"), OSError, "no data is read from"),
+        (faults.redirected_to("http://[::ffff:169.254.169.254]/x"), OSError, "no data is read from"),
+        (faults.redirected_to("http://[64:ff9b::a9fe:a9fe]/x"), OSError, "no data is read from"),
+        (faults.redirected_to("http://[fd00:ec2::254]/x"), OSError, "no data is read from"),
+        (faults.redirected_to("http://0x7f000001/x"), OSError, "no data is read from"),
+        (faults.redirected_to("http://[bad"), OSError, "redirected to what is no URL"),
+        (faults.redirected_to("http://h:99999/"), OSError, "redirected to what is no URL"),
         (faults.redirected_to("/d/a.tar"), None, ""),
     ],
 )
@@ -146,9 +153,10 @@ def test_redirects_end(web: Web) -> None:
     assert len(web.requests) == 6
 
 
-def test_a_link_local_address_is_never_read() -> None:
+@pytest.mark.parametrize("host", ["169.254.169.254", "0xa9fea9fe", "[::ffff:169.254.169.254]", "[fd00:ec2::254]"])
+def test_a_link_local_address_is_never_read(host: str) -> None:
     with pytest.raises(OSError, match="no data is read from"):
-        HttpFiles().read("http://169.254.169.254/latest/meta-data", 0, 10)
+        HttpFiles().read(f"http://{host}/latest/meta-data", 0, 10)
 
 
 def test_an_empty_file(web: Web) -> None:
@@ -166,7 +174,7 @@ def test_passwords_come_from_netrc_and_go_to_their_host_alone(
         seen.append(handler.headers.get("Authorization"))
         return False
 
-    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password secret\n")
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password secret\ndefault login a password b\n")
     (tmp_path / ".netrc").chmod(0o600)
     monkeypatch.setenv("HOME", str(tmp_path))
     web.faults["/d/a.tar"] = [look, look]

@@ -66,9 +66,13 @@ def test_what_was_killed_goes_on(folder: Path, tmp_path: Path) -> None:
     for split in ("train", "test"):
         ours, theirs = (ShardIndex.load(each / split / "index.json") for each in (out, whole))
         assert (ours.digest, ours.sha256) == (theirs.digest, theirs.sha256)
-    assert {path.name for path in out.rglob(".*")} == set()
-    with pytest.raises(DataError, match="not an empty folder"):
-        pack(folder, out, workers=1, **options)
+    assert {path.name for path in out.rglob(".*")} == {".packed"}
+    said: list[str] = []
+    again = pack(folder, out, workers=2, report=said.append, **options)
+    assert said == [f"{out}: holds these shards already"]
+    assert again["test"].digest == ours.digest
+    with pytest.raises(DataError, match="holds shards of other images or by other options"):
+        pack(folder, out, workers=1, **{**options, "short_side": 64})
 
 
 def test_two_at_once_do_not_meet(folder: Path, tmp_path: Path) -> None:

@@ -392,3 +392,20 @@ def test_larger_images_are_made_smaller_and_the_others_left(tmp_path: Path) -> N
     assert abs(large - wanted).mean() < 3
     turned = np.asarray(Image.open(io.BytesIO(samples["turned"]["jpg"])), dtype=float)
     assert abs(turned - np.rot90(wanted, -1)).mean() < 3, "as it is to be seen"
+
+
+def test_an_image_that_is_named_twice_stays_on_one_side(photos: Path, tmp_path: Path) -> None:
+    names = sorted(str(path.relative_to(photos)) for path in photos.rglob("*.jpg"))
+    listed = write_list(photos / "twice.csv", "path,label", *(f"{name},{label}" for label in (0, 1) for name in names))
+    said: list[str] = []
+    indexes = pack(listed, tmp_path / "out", held_out=0.5, workers=1, report=said.append)
+    assert f"{len(names)} images are named more than once ({names[0]})" in "\n".join(said)
+    train, test = ({key.partition("~")[0] for key in contents(each.paths)} for each in indexes.values())
+    assert len(train) + len(test) == len(names)
+    assert not train & test
+
+
+def test_words_and_numbers_as_labels_are_told(photos: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    packed(write_list(photos / "mixed.csv", "path,label", "part0/0.jpg,apple", "part1/1.jpg,3"), tmp_path / "out", said)
+    assert "warning: its labels are words and numbers (3): each is taken for a class's name" in said

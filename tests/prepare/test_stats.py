@@ -124,3 +124,14 @@ def test_a_set_without_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr().out
     assert "broken: 1 no_image, 1 undecodable" in printed
     assert "for a config" not in printed
+
+
+def test_labels_of_several_numbers_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    members = [(f"{n}.jpg", photo(n)) for n in range(5)] + [(f"{n}.cls", f"{n % 2} 1".encode()) for n in range(5)]
+    members += [("5.jpg", b"nothing")]
+    write_tar(tmp_path / "a.tar", members)
+    (tmp_path / "classes.json").write_text('["Edema", "Mass"]')
+    main(["stats", str(tmp_path / "a.tar")])
+    said = capsys.readouterr().out
+    assert "labels: 5 of 2 numbers each (above 0: 2 of Edema, 5 of Mass)" in said
+    assert "broken: 1 undecodable, more than data.max_bad_fraction=0.001: a run would end" in said

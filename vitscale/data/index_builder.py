@@ -144,8 +144,9 @@ class IndexBuilder:
             places = self.places(rows)
             ours = np.flatnonzero(places >= 0)
             places = places[ours]
-            fresh = (rows.bytes[ours] == self.bytes[places]) & (rows.modified[ours] == self.modified[places])
-            fresh &= current
+            far = np.array([is_remote(self.paths[place]) for place in places], dtype=bool)
+            fresh = far | (rows.modified[ours] == self.modified[places])  # as files.store.same_file
+            fresh &= current & (rows.bytes[ours] == self.bytes[places])
             self.take(rows, ours[fresh], places[fresh])
             for row, place in zip(ours[~fresh].tolist(), places[~fresh].tolist(), strict=True):
                 outdated[place] = int(rows.samples[row]), int(rows.bytes[row]), rows.sha256[row]

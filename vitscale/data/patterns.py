@@ -20,6 +20,7 @@ from vitscale.files.stores import REMOTE, Stores, require_no_secret
 _MOST_SHARDS = 10_000_000
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
 _KEPT = ("/index.json", "/index.tables")  # what we keep beside shards; a pattern's * means none of it
+_LISTS = (".csv", ".tsv", ".parquet")
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
 
 
@@ -52,6 +53,8 @@ def _expand(pattern: str, store: Store) -> list[str]:
         return names if local.lower().startswith("http") else _matched(names, pattern, store)  # there ? begins a query
     local = os.path.expanduser(local)
     if os.path.isfile(local):  # its name may look like a pattern
+        if local.lower().endswith(_LISTS):
+            raise DataError(f"shards {pattern!r}: is a list; `vitscale pack {local} NEW_FOLDER` makes shards of it")
         return [local]
     if os.path.isdir(local):
         folder = local.rstrip("/")

@@ -25,7 +25,7 @@ from vitscale.data.parallel import Report, on_shards, report
 from vitscale.data.table import SampleTable
 from vitscale.errors import DataError
 from vitscale.files.retry import unreadable
-from vitscale.files.store import FileStat, LocalFiles, OnePass, Store, absolute
+from vitscale.files.store import FileStat, LocalFiles, OnePass, Store, absolute, is_remote, same_file
 from vitscale.files.tar import scan_shard
 
 FOLDER = "index.tables"
@@ -127,7 +127,9 @@ class Sidecar:
             except ValueError as error:
                 raise DataError(f"{row.path}: its table {path} {error}; delete that file") from None
             sha256 = table.sha256 or made.sha256  # which a table need not have
-            if table.shard == stat and tables.to_bytes(replace(table, sha256=sha256)) != tables.to_bytes(made):
+            if same_file(row.path, table.shard, stat) and tables.to_bytes(
+                replace(table, sha256=sha256, shard=stat)
+            ) != tables.to_bytes(made):
                 raise DataError(f"{row.path}: its table {path} says other things than its headers; delete that file")
 
     def _miscounted(self, shard: Shard, samples: int) -> DataError:
@@ -160,9 +162,12 @@ class Sidecar:
     def _load(self, store: Store, path: str, shard: Shard) -> SampleTable:
         """The table in a file. OSError or ValueError where there is none, or none of the shard as it is."""
         table = _read_table(store, path)
-        if (table.label, table.image, table.shard) != (self.label, self.image, shard.stat):
+        same = same_file(shard.path, table.shard, shard.stat)
+        if same and is_remote(shard.path) and None not in (table.sha256, shard.sha256):
+            same = table.sha256 == shard.sha256
+        if (table.label, table.image) != (self.label, self.image) or not same:
             raise ValueError("is of another state of the shard")
-        return table
+        return replace(table, shard=shard.stat)
 
     def _save(self, path: str, made: SampleTable) -> None:
         data = tables.to_bytes(made)

@@ -57,6 +57,6 @@ class SampleGuard:
             by_cause = ", ".join(f"{count} {cause}" for cause, count in self.counts.most_common())
             raise DataError(
                 f"{bad} bad samples ({by_cause}) among {samples} consumed: more than "
-                f"data.max_bad_fraction={self.max_fraction}; one of them is {example()}; quarantine.jsonl names them: "
-                "mend the shards or raise it"
+                f"data.max_bad_fraction={self.max_fraction}; one of them is {example()}; quarantine.jsonl names them, "
+                "and `vitscale stats` all of the data's: leave them out of the shards, or raise it"
             )

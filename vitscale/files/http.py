@@ -42,6 +42,10 @@ class _Again(Exception):
         self.after_s = after_s
 
 
+class _NoHost(_Again):
+    """A host whose name stands for no address."""
+
+
 @dataclass(frozen=True)
 class _Known:
     """What a server said of a file when it was first asked."""
@@ -59,13 +63,14 @@ class HttpFiles:
 
     Transient faults (time-outs, cut or stalled transfers, 429, 5xx) are tried again, going on at the byte reached;
     UnavailableError where they last longer than `patience_s`. A redirect may not leave the scheme, nor lead to an
-    address of this machine or of its link unless the URL itself names one.
+    address of this machine unless the URL itself names it; what is of the link alone is never read.
     """
 
     def __init__(self, patience_s: float = PATIENCE_S) -> None:
         self._patience_s = patience_s
         self._known: dict[str, _Known] = {}
         self._pools: dict[str, urllib3.PoolManager] = {}
+        self._reachable: set[tuple[str, str]] = set()  # (host that was named, host that it leads to)
 
     def __reduce__(self) -> tuple[type[HttpFiles], tuple[float]]:
         return type(self), (self._patience_s,)  # connections do not travel
@@ -107,7 +112,7 @@ class HttpFiles:
             except (_Again, HTTPError, OSError) as error:
                 if isinstance(error, OSError) and error.filename is not None:
                     raise  # ours, for good
-                if isinstance(error, NameResolutionError) and not seen and not self._known:
+                if isinstance(error, NameResolutionError | _NoHost) and not seen and not self._known:
                     host = urlsplit(path).hostname
                     raise FileNotFoundError(errno.ENOENT, f"no host of that name is known here: {host}", path) from None
                 if isinstance(error, SSLError) and "CERTIFICATE" in str(error):
@@ -152,38 +157,34 @@ class HttpFiles:
         url = path
         for _ in range(_MOST_REDIRECTS + 1):
             self._require_reachable(path, url)
-            pool = self._pool(url)
-            response = pool.request(
-                "GET", url, headers=headers | _authorization(url), redirect=False, preload_content=False
-            )
+            own = headers | (_authorization(url) if _host(url) == _host(path) else {})
+            response = self._pool(url).request("GET", url, headers=own, redirect=False, preload_content=False)
             if response.status in (200, 206, 416):
                 return response
             try:
                 target = response.headers.get("Location")
                 if response.status not in _REDIRECTS or not target:
                     raise _refusal(path, response)
-                url = urljoin(url, target)
+                url = _joined(path, url, target)
             finally:
                 response.close()
         raise OSError(errno.ELOOP, f"is redirected more than {_MOST_REDIRECTS} times", path)
 
     def _require_reachable(self, path: str, url: str) -> None:
         """OSError for a redirect to another scheme, and for addresses that no data set lies at."""
-        parts, asked = urlsplit(url), urlsplit(path)
-        if parts.scheme != asked.scheme:
-            raise OSError(errno.EPERM, f"is redirected to {parts.scheme}:, another scheme; name that URL", path)
-        if url == path and _NAMED_ADDRESS.fullmatch(parts.hostname or "") is None:
-            return  # asked for by name: the user's own word
-        for address in _addresses(parts.hostname or "", path):
-            is_local = address.is_loopback or address.is_unspecified
-            if address.is_link_local or (url != path and is_local and parts.hostname != asked.hostname):
-                raise OSError(errno.EPERM, f"leads to {parts.hostname} ({address}), where no data is read from", path)
+        scheme, host, asked = urlsplit(url).scheme, _host(url), _host(path)
+        if scheme != urlsplit(path).scheme:
+            raise OSError(errno.EPERM, f"is redirected to {scheme}:, another scheme; name that URL", path)
+        if (asked, host) in self._reachable or (_proxy(url) and not _is_address(host)):  # a proxy resolves names
+            return
+        for address in _addresses(host, path):
+            if _is_of_link(address) or (host != asked and (address.is_loopback or address.is_unspecified)):
+                raise OSError(errno.EPERM, f"leads to {host} ({address}), where no data is read from", path)
+        self._reachable.add((asked, host))
 
     def _pool(self, url: str) -> urllib3.PoolManager:
         """The connections for a URL, through the proxy that the environment names for it."""
-        parts = urlsplit(url)
-        proxies = urllib.request.getproxies()
-        proxy = "" if urllib.request.proxy_bypass(parts.hostname or "") else proxies.get(parts.scheme, "")
+        proxy = _proxy(url)
         if proxy not in self._pools:
             timeout = urllib3.Timeout(connect=_CONNECT_S, read=_SILENT_S)
             options: dict[str, Any] = {"timeout": timeout, "retries": False, "maxsize": 64}
@@ -228,21 +229,64 @@ def _note_end(path: str, response: Any, at: int, seen: _Seen) -> None:
     _note(path, int(size), response.headers, seen)
 
 
-_NAMED_ADDRESS = re.compile(r"[\d.]+|.*:.*|localhost")  # an IP address, or what stands for one
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+_TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")  # of IPv4 addresses, RFC 6052
+_CLOUD = ipaddress.ip_address("fd00:ec2::254")  # where a cloud's machine asks for its own secrets
 
 
-def _addresses(host: str, path: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+def _host(url: str) -> str:
+    return urlsplit(url).hostname or ""
+
+
+def _proxy(url: str) -> str:
+    """The proxy that the environment names for a URL; empty: none."""
+    if urllib.request.proxy_bypass(_host(url)):
+        return ""
+    return urllib.request.getproxies().get(urlsplit(url).scheme, "")
+
+
+def _joined(path: str, url: str, target: str) -> str:
+    """Where `url` redirects to. OSError for what is no URL."""
+    try:
+        joined = urljoin(url, target)
+        _ = urlsplit(joined).port
+    except ValueError:
+        raise OSError(errno.EPROTO, "is redirected to what is no URL", path) from None
+    return joined
+
+
+def _addresses(host: str, path: str) -> list[Address]:
+    """What a host's name stands for, IPv4 addresses in the dress of IPv6 as themselves."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except socket.gaierror as error:
-        raise _Again(f"{host}: {error.strerror}") from None
-    return [ipaddress.ip_address(str(each[4][0]).partition("%")[0]) for each in found]
+    except (socket.gaierror, UnicodeError) as error:
+        raise _NoHost(f"{host}: {getattr(error, 'strerror', None) or 'no name of a host'}") from None
+    return [_plain(ipaddress.ip_address(str(each[4][0]).partition("%")[0])) for each in found]
+
+
+def _plain(address: Address) -> Address:
+    if isinstance(address, ipaddress.IPv4Address):
+        return address
+    translated = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in _TRANSLATED else None
+    return address.ipv4_mapped or address.sixtofour or translated or address
+
+
+def _is_of_link(address: Address) -> bool:
+    return address.is_link_local or address == _CLOUD
+
+
+def _is_address(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)
+    except (socket.gaierror, UnicodeError):
+        return False
+    return True
 
 
 def _authorization(url: str) -> dict[str, str]:
-    """For a host of ~/.netrc, and for no other."""
+    """For a host that ~/.netrc names; its `default` is for none."""
     try:
-        found = netrc.netrc().authenticators(urlsplit(url).hostname or "")
+        found = netrc.netrc().hosts.get(_host(url))
     except (OSError, netrc.NetrcParseError):
         return {}
     if not found:

@@ -29,6 +29,12 @@ class FileStat(NamedTuple):
     modified: int  # nanoseconds; 0 where a store does not know
 
 
+def same_file(path: str, seen: FileStat, now: FileStat) -> bool:
+    """Whether a file is as it was seen: by size and time; at a URL, where an uploaded copy has a time of its own, by
+    size alone."""
+    return seen.bytes == now.bytes and (is_remote(path) or seen.modified == now.modified)
+
+
 class Readable(Protocol):
     """What is asked of files that are only read."""
 

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ from vitscale.prepare import tables as pack_tables
 from vitscale.prepare.sources import Columns, Found, from_folder, from_list, from_shards, shard_store, splits_error
 from vitscale.prepare.writer import PackedSample, write_shards
 
-_PLAN = ".packing"  # in OUT until all is there: a digest of what is being packed
+_PLAN, _DONE = ".packing", ".packed"  # in OUT until all is there, and then: a digest of what is packed
+_FURTHER = re.compile(r"(~\d+)+$")  # of the keys of further images of a name: they stay on its side of a split
 _OVERHEAD = 3 << 10  # bytes of a sample in a tar beside its members': headers, padding, the label
 _Splits = dict[str, list[list[PackedSample]]]  # by their names: shards
 Report = Callable[[str], None]
@@ -45,29 +47,35 @@ def pack(
 
     source: a folder of one folder a class (labels are the sorted folders' places, kept in classes.json) or of images
     side by side; a list (CSV, TSV, Parquet); a data set that `datasets` saved to disk; shards. out: must not exist or
-    be empty, or be what the same call began; holds the shards and index.json, or with held_out > 0 train/ and test/ of
-    them, an image's split being a hash of its name: adding images moves none. Samples are shuffled by hash, those of
-    Parquet files by row groups, so that classes mix. A shard ends at shard_samples images or shard_bytes. classes:
-    names by label where they are not the source's own, as of images that a model of more classes is to be scored on.
-    short_side: pixels; larger images are made so small (pack_resize.py).
+    be empty, or be of the same call, whose shards stay; holds the shards and index.json, or with held_out > 0 train/
+    and test/ of them, an image's split being a hash of its name: adding images moves none. Samples are shuffled by
+    hash, those of Parquet files by row groups, so that classes mix. A shard ends at shard_samples images or
+    shard_bytes. classes: names by label where they are not the source's own, as of images that a model of more classes
+    is to be scored on. short_side: pixels; larger images are made so small (resize.py).
     """
     if not 0 <= held_out < 1:
         raise DataError(f"held_out={held_out}: must be in [0, 1), the share of images set apart for testing")
     for name, value in (("shard_samples", shard_samples), ("shard_bytes", shard_bytes), ("resize", short_side)):
         if value is not None and value < 1:
             raise DataError(f"{name}={value}: must be above 0")
-    require_new(out := Path(out), begun=True)
+    if not ((out := Path(out)) / _DONE).exists():
+        require_new(out, begun=True)
     found = find(str(source), classes, columns)
     if not found.samples:
         raise DataError(f"{source}: names no images")
     splits = {name: sorted(chosen, key=lambda sample: _draw(sample.group or sample.key, "order", seed))
               for name, chosen in _split(found.samples, held_out, seed).items()}  # fmt: skip
     shards = {name: _cut(chosen, shard_samples, shard_bytes) for name, chosen in splits.items()}
+    plan = _digest(shards, found.classes, short_side)
+    if (out / _DONE).exists() and (out / _DONE).read_text(encoding="ascii") == plan:
+        report(f"{out}: holds these shards already")
+        return {name: ShardIndex.load(out / name / "index.json") for name in shards}
+    require_new(out, begun=True)
     for note in found.notes:
         report(note)
     if short_side is None:
         _require_room(out, shards)
-    with _claimed(out, _digest(shards, found.classes, short_side)):
+    with _claimed(out, plan):
         if found.classes:
             write_atomically(out / CLASSES, json.dumps(list(found.classes), ensure_ascii=False, indent=1) + "\n")
         indexes = {}
@@ -114,7 +122,8 @@ def require_new(out: Path, begun: bool = False) -> None:
     except OSError:
         names = {""}
     if names and not (begun and _PLAN in names):
-        raise DataError(f"{out}: exists and is not an empty folder; name a new one or empty it")
+        held = "holds shards of other images or by other options" if _DONE in names else "is not an empty folder"
+        raise DataError(f"{out}: exists and {held}; name a new one or empty it")
 
 
 @contextlib.contextmanager
@@ -142,7 +151,7 @@ def _claimed(out: Path, plan: str) -> Iterator[None]:
             stream.write(plan)
             stream.flush()
         yield
-        (out / _PLAN).unlink()
+        (out / _PLAN).rename(out / _DONE)
 
 
 def _digest(shards: _Splits, classes: Sequence[str], short_side: int | None) -> str:
@@ -173,7 +182,9 @@ def _split(samples: list[PackedSample], held_out: float, seed: int) -> dict[str,
         return {"": samples}
     splits: dict[str, list[PackedSample]] = {"train": [], "test": []}
     for sample in samples:
-        splits["test" if _draw(sample.key, "split", seed) < held_out * 2**64 else "train"].append(sample)
+        splits["test" if _draw(_FURTHER.sub("", sample.key), "split", seed) < held_out * 2**64 else "train"].append(
+            sample
+        )
     if empty := [name for name, chosen in splits.items() if not chosen]:
         raise DataError(f"held_out={held_out}: of {len(samples)} images none falls into {empty[0]}/; change it")
     return splits

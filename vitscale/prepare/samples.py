@@ -53,7 +53,9 @@ def _of_folder(folder: Path) -> Samples:
     paths = list(walk(folder, left_out))
     labels = {path.name: str(label).encode() for label, path in enumerate(class_folders(folder, left_out))}
     if not paths:
-        raise DataError(f"{folder}: holds neither shards (*.tar) nor images ({', '.join(FORMATS)})")
+        below = sorted({path.parent.name for path in folder.glob("*/*.tar")})
+        hint = f"; shards are below it: name {folder}/{below[0]}" if below else ""
+        raise DataError(f"{folder}: holds neither shards (*.tar) nor images ({', '.join(FORMATS)}){hint}")
 
     def read(number: int) -> RawSample:
         path = paths[number]

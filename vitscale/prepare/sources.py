@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -23,6 +24,7 @@ from vitscale.text import as_text, did_you_mean, listed
 # Names of columns, in lower case and without _ or blanks.
 PATHS = {"path", "file", "filename", "filepath", "image", "imagepath", "imagefile", "imagename", "img", "imgpath"}
 LABELS = {"label", "labels", "class", "classname", "classlabel", "classid", "target", "category", "species", "y", "cls"}
+_RELATIVE = "paths are relative to the list's folder"
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
 _DELIMITERS = (",", "\t", ";", "|")
 
@@ -101,9 +103,10 @@ def from_folder(folder: Path, classes: Sequence[str] | None) -> Found:
 
 
 def _but(left_out: LeftOut) -> str:
-    tars = ".tar" in " ".join(left_out.files)
-    hint = "; name shards as 'FOLDER/*.tar'" if tars else ""
-    return f"; left out: {left_out}{hint}" if str(left_out) else ""
+    hints = {".tar": "shards as 'FOLDER/*.tar'", ".parquet": "Parquet files as 'FOLDER/*.parquet'",
+             ".csv": "a list by its own name", ".tsv": "a list by its own name"}  # fmt: skip
+    named = [hint for kind, hint in hints.items() if kind in left_out.files]
+    return f"; left out: {left_out}{f'; name {named[0]}' if named else ''}" if str(left_out) else ""
 
 
 def _require_no_splits(folder: Path, names: Sequence[str], classes: Sequence[str] | None) -> None:
@@ -147,8 +150,12 @@ def from_list(path: Path, classes: Sequence[str] | None, columns: Columns) -> Fo
     labels = choose_labels(header, columns.labels, str(path))
     places = [header.index(name) for name in (image, *labels)]
     for number, row in enumerate(rows, start=2):
-        if len(row) <= max(places) or not row[places[0]].strip():
-            raise DataError(f"{as_text(path)}: row {number} has {len(row)} columns and no path or label; mend it")
+        if len(row) <= max(places):
+            raise DataError(
+                f"{as_text(path)}: row {number} has {len(row)} columns, the line of names {len(header)}; mend it"
+            )
+        if not row[places[0]].strip():
+            raise DataError(f"{as_text(path)}: row {number} has no path in {image!r}; mend it")
     paths = [row[places[0]].strip() for row in rows]
     cells = [[row[place].strip() for place in places[1:]] for row in rows]
     return from_paths(path, paths, cells, labels, classes)
@@ -175,19 +182,39 @@ def from_paths(
             continue
         samples.append(PackedSample(keys.of_path(relative), ImageFile(place), stat.st_size, label))
     if missing:
+        is_url = "://" in missing[0]
+        way = "URLs are not downloaded; img2dataset makes shards of them" if is_url else _RELATIVE
         raise DataError(
             f"{as_text(path)}: of its {len(paths)} images {len(missing)} are not there, the first as "
-            f"{as_text(missing[0])}; paths are relative to the list's folder"
+            f"{as_text(missing[0])}; {way}"
         )
-    return Found(samples, names, label_notes(texts, labels))
+    return Found(samples, names, [*label_notes(texts, labels, names), *_twice(paths)])
 
 
-def label_notes(texts: Sequence[str | None], labels: Sequence[str]) -> list[str]:
-    """Where the labels of a table come from: what was recognised may not be what is meant."""
+def _twice(paths: Sequence[str]) -> list[str]:
+    """A note of images that are named more than once."""
+    further = [path for path, count in Counter(paths).items() if count > 1]
+    if not further:
+        return []
+    return [
+        f"{len(further)} images are named more than once ({as_text(further[0])}), and packed as often, on one side "
+        "of --held-out; data.validation_fraction, which goes by keys, would part them"
+    ]
+
+
+def label_notes(texts: Sequence[str | None], labels: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Where the labels of a table come from, by their columns and the names of classes that they come to: what was
+    recognised may not be what is meant."""
     if not labels:
         return ["no labels are taken: no column is called label or the like; --label-column names one"]
     missing = sum(text is None for text in texts)
-    return [f"labels are those of {listed(labels)}{f'; {missing} of {len(texts)} images have none' if missing else ''}"]
+    notes = [
+        f"labels are those of {listed(labels)}{f'; {missing} of {len(texts)} images have none' if missing else ''}"
+    ]
+    numbers = [name for name in names if _is_number(name)]
+    if 0 < len(numbers) < len(names):
+        notes += [f"warning: its labels are words and numbers ({listed(numbers, 3)}): each is taken for a class's name"]
+    return notes
 
 
 def plain(name: str) -> str:

@@ -47,6 +47,8 @@ class Tally:
     sizes: Counter[int] = field(default_factory=Counter)  # bytes of a file, to three digits
     values: np.ndarray = field(default_factory=lambda: np.zeros((3, 256), np.int64))  # pixels by channel and value
     classes: Counter[int] = field(default_factory=Counter)
+    vectors: Counter[int] = field(default_factory=Counter)  # labels of several numbers, by how many
+    above_zero: Counter[int] = field(default_factory=Counter)  # of these numbers, by their place
     unlabelled: int = 0
     odd_labels: int = 0  # that are no class
     odd_label: str = ""  # the first of them
@@ -129,6 +131,11 @@ def _add_label(tally: Tally, raw: RawSample, labels: LabelReader) -> None:
     if raw.label is None:
         tally.unlabelled += 1
         return
+    numbers = _numbers(raw.label)
+    if len(numbers) > 1:
+        tally.vectors[len(numbers)] += 1
+        tally.above_zero.update(place for place, number in enumerate(numbers) if number > 0)
+        return
     try:
         label = labels.read(raw.label)
     except BadSample as bad:
@@ -137,6 +144,14 @@ def _add_label(tally: Tally, raw: RawSample, labels: LabelReader) -> None:
         return
     assert isinstance(label, int)
     tally.classes[label] += 1
+
+
+def _numbers(label: bytes) -> list[float]:
+    """Those that a label consists of; none where it is something else."""
+    try:
+        return [float(word) for word in label.decode().replace(",", " ").split()]
+    except ValueError:
+        return []
 
 
 def summary(found: Tally, samples: Samples) -> dict[str, Any]:
@@ -157,6 +172,8 @@ def summary(found: Tally, samples: Samples) -> dict[str, Any]:
         "channels": {str(channels): count for channels, count in found.channels.most_common()},
         "classes": {str(label): count for label, count in sorted(found.classes.items())},
         "class_names": {str(label): named[label] for label in sorted(found.classes) if label < len(named)},
+        "vectors": {str(length): count for length, count in sorted(found.vectors.items())},
+        "above_zero": {_name(named, place): count for place, count in sorted(found.above_zero.items())},
         "unlabelled": found.unlabelled,
         "odd_labels": found.odd_labels,
         "odd_label": found.odd_label,
@@ -184,12 +201,18 @@ def _percentiles(counts: Counter[int]) -> dict[str, int]:
     return {str(percent): int(values[place]) for percent, place in zip(_PERCENTILES, places, strict=False)}
 
 
-def as_text(told: Mapping[str, Any], where: str) -> str:
-    """The summary for a terminal, with the lines for a config."""
+def _name(names: Sequence[str], place: int) -> str:
+    return names[place] if place < len(names) else str(place)
+
+
+def as_text(told: Mapping[str, Any], where: str, most_broken: float = 1.0) -> str:
+    """The summary for a terminal, with the lines for a config. most_broken: data.max_bad_fraction."""
     looked, total, broken = told["looked_at"], told["samples"], told["broken"]
     of = "" if looked == total else f" (chosen by their hashes, of {total:,})"
     lines = [f"{looked:,} samples{of} in {where}: {told['images']:,} images, {told['bytes'] / 1e6:,.1f} MB"]
-    lines += [f"broken: {_counted(broken) or 'none'}"]
+    too_many = sum(broken.values()) > most_broken * looked
+    over = f", more than data.max_bad_fraction={most_broken:g}: a run would end" if too_many else ""
+    lines += [f"broken: {_counted(broken) or 'none'}{over}"]
     lines += [f"  {each['name']}: {each['cause']}: {each['reason']}" for each in told["examples"][:_SHOWN]]
     lines += [f"formats: {_counted(told['formats'])}", f"channels: {_counted(told['channels'], 'of ')}", _labels(told)]
     rows = [["percentile", *map(str, _PERCENTILES)]]
@@ -209,13 +232,18 @@ def _labels(told: Mapping[str, Any]) -> str:
     counts, names = told["classes"], told["class_names"]
     most = dict(sorted(counts.items(), key=lambda item: -item[1])[:_SHOWN])
     shown = {label if names.get(label, label) == label else f"{label} {names[label]}": most[label] for label in most}
-    said = [f"{len(counts):,} classes: {_counted(shown, 'of ')}"] if counts else ["none"]
+    said = [f"{len(counts):,} classes: {_counted(shown, 'of ')}"] if counts else []
+    for length, count in told["vectors"].items():
+        said.append(f"{count:,} of {length} numbers each (above 0: {_counted(told['above_zero'], 'of ') or 'none'})")
+    said = said or ["none"]
     if len(counts) > len(shown):
         said[0] += f", and {len(counts) - len(shown):,} more, of which the rarest has {min(counts.values()):,}"
     if counts and told["unlabelled"]:
         said.append(f"{told['unlabelled']:,} samples have none")
     if told["odd_labels"]:
         said.append(f"{told['odd_labels']:,} are no class ({told['odd_label']})")
+        if not counts:
+            said.append("names become classes by a classes.json beside the shards, a list of them")
     return f"labels: {'; '.join(said)}"
 
 

@@ -109,7 +109,7 @@ def from_parquet(paths: Sequence[Path], classes: Sequence[str] | None, columns: 
                 origin = TableRow(str(path), group, row, layout.image)
                 samples.append(PackedSample(key, origin, size, texts[place], f"{path.name} {group}"))
                 place += 1
-    return Found(samples, found, label_notes(texts, layout.labels))
+    return Found(samples, found, label_notes(texts, layout.labels, found))
 
 
 def saved_splits(folder: Path) -> list[str]:
@@ -148,7 +148,7 @@ def from_saved(folder: Path, classes: Sequence[str] | None, columns: Columns) ->
             key = keys.of_path(name) if name else keys.of_row(path.name, row)
             origin = TableRow(str(path), -1, row, layout.image)
             samples.append(PackedSample(key, origin, size or 0, texts[len(samples)]))
-    return Found(samples, names, label_notes(texts, layout.labels))
+    return Found(samples, names, label_notes(texts, layout.labels, names))
 
 
 def _of_paths(paths: Sequence[Path], tables: Sequence[Any], layout: _Layout, classes: Sequence[str] | None) -> Found:

@@ -90,7 +90,7 @@ def write_shards(
 ) -> ShardIndex:
     """Write out/NAME-000000.tar and so on, and their index.json with sha256. Shards that are there already are kept.
 
-    short_side: see pack_resize. stderr gets a line of how far it is.
+    short_side: see resize.py. stderr gets a line of how far it is.
     """
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{name}-{number:06d}.tar" for number in range(len(shards))]

@@ -65,7 +65,7 @@ def _stats(arguments: argparse.Namespace) -> int:
         samples = open_samples(config.data, Path(scratch))
         threads = config.data.threads or arguments.world.cores_per_rank
         told = summary(count(samples, config.data, arguments.images, config.run.seed, threads), samples)
-    print(as_text(told, samples.where))
+    print(as_text(told, samples.where, config.data.max_bad_fraction))
     if arguments.out is not None:
         try:
             write_atomically(Path(arguments.out), json.dumps(told, indent=1) + "\n")
@@ -89,6 +89,7 @@ def _look(arguments: argparse.Namespace) -> int:
         if arguments.step or arguments.finetune:
             raise ConfigError(f"{source}: is no config (.yaml), and --step and --finetune are for one; leave them out")
         raw_samples(_config_of_data(source, keys), arguments.images).draw(out)
+        print(out)
         return DONE
     if arguments.finetune:
         from vitscale.run.finetune import Finetune, complete
@@ -99,6 +100,7 @@ def _look(arguments: argparse.Namespace) -> int:
     else:
         config = load_config(source, keys)
     images_of_step(config, arguments.step or 1, arguments.images, arguments.world).draw(out)
+    print(out)
     return DONE
 
 

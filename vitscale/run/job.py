@@ -130,6 +130,8 @@ class Job:
                     self.finish(session, state, parameters)
                 records.status = "FINISHED" if done else "KILLED"
         session.say(f"{'done' if done else 'stopped'}: step {state.step} of {session.total_steps}{_of_best(state)}")
+        if done:
+            session.say(f"the weights are in {session.folder.model}, what came of it in {session.folder.report}")
         session.stop.honour()
         code = DONE if done else STOPPED
         if self.world.is_main:
