@@ -193,3 +193,39 @@ def test_a_full_disk_makes_the_cache_smaller_or_is_a_line(web: Web, tmp_path: Pa
             cache(tmp_path, 10**9).fetch(f"{web.url}/a.tar", None)
     finally:
         os.system(f"umount -l {small}")
+
+
+def test_a_cache_smaller_than_what_many_threads_read(web: Web, tmp_path: Path) -> None:
+    """Files go while others are about to use them; what is read is right all the same."""
+    store = cache(tmp_path, 200_000)
+
+    def read(turn: int) -> None:
+        name = f"/{'abc'[turn % 3]}.tar"
+        assert store.read(f"{web.url}{name}", turn * 100, 1000) == DATA[name][turn * 100 : turn * 100 + 1000]
+        store.fetch(f"{web.url}/{'abc'[(turn + 1) % 3]}.tar", None)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(read, range(120)))
+
+
+def test_what_a_killed_process_left_behind_goes_with_the_next_download(web: Web, tmp_path: Path) -> None:
+    store, folder = cache(tmp_path, 250_000), tmp_path / "cache"
+    folder.mkdir()
+    (folder / "0123.part").write_bytes(bytes(100_000))
+    (folder / "4567.lock").touch()
+    for name in "abc":
+        store.read(f"{web.url}/{name}.tar", 0, 10)
+    held = sorted(path.suffix for path in folder.iterdir() if path.name != "cache.lock")
+    assert held == [".data"] * 2 + [".json"] * 2 + [".lock"] * 3, "the third one's goes with the next download"
+    assert not (folder / "0123.part").exists()
+    assert not (folder / "4567.lock").exists()
+
+
+def test_a_server_that_tells_an_etag_alone(web: Web, tmp_path: Path) -> None:
+    """Another file of the same size is another file."""
+    other = bytes(100_000)
+    web.faults["/a.tar"] = [faults.with_headers(Last_Modified="")] * 3
+    assert cache(tmp_path).read(f"{web.url}/a.tar", 0, 10) == DATA["/a.tar"][:10]
+    web.files["/a.tar"] = other
+    web.faults["/a.tar"] = [faults.with_headers(Last_Modified="", ETag='"two"')] * 30
+    assert cache(tmp_path).read(f"{web.url}/a.tar", 0, 10) == other[:10]

@@ -12,11 +12,14 @@ from vitscale.config.check import problem_type
 from vitscale.config.schema import RunConfig
 from vitscale.data.index import ShardIndex
 from vitscale.data.subset import Subset
+from vitscale.data.table import SampleTable
 from vitscale.files.header import BadSample
+from vitscale.files.retry import unreadable
 from vitscale.text import listed
 
 Label = int | tuple[float, ...]
 CLASSES = "single_label_classification"
+_LONG_READ = 512  # labels that are too long for a table, of all shards
 _WHOLE = re.compile(r"[+-]?\d{1,18}(\.0*)?")
 _SEPARATORS = re.compile(r"[\s,;]+")
 
@@ -120,20 +123,32 @@ class LabelCounts:
     good: int = 0
     bad: int = 0
     first_bad: str = ""
-    too_long: int = 0  # labels that are not in the tables, and were not looked at
+    too_long: int = 0  # labels that are not in the tables; of each shard only some were looked at
+
+
+def _read(index: ShardIndex, shard: int, table: SampleTable, place: int) -> bytes:
+    path = index.paths[shard]
+    try:
+        return index.store.read(path, int(table.label_offset[place]), int(table.label_bytes[place]))
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def count_labels(index: ShardIndex, extension: str, reader: LabelReader, chosen: Subset | None = None) -> LabelCounts:
-    """From the shards' tables, of all samples or of those that are chosen."""
-    counts = LabelCounts()
+    """From the shards' tables, of all samples or of those that are chosen; of labels that are too long for a table some
+    hundreds are read."""
+    counts, most = LabelCounts(), -(-_LONG_READ // len(index.paths))
     known: dict[bytes, Label | BadSample] = {}
     for shard in range(len(index.paths)):
-        table = index.table(shard, extension)
+        table, long_ones = index.table(shard, extension), 0
         for place in range(len(table)) if chosen is None else chosen.of_shard(shard).tolist():
-            text = table.label_text(place)
+            text, is_long = table.label_text(place), False
             if text is None and table.label_bytes[place] >= 0:
                 counts.too_long += 1
-                continue
+                if long_ones == most:
+                    continue
+                long_ones += 1
+                text, is_long = _read(index, shard, table, place), True
             label = known.get(text or b"")
             if label is None or text is None:
                 try:
@@ -147,6 +162,6 @@ def count_labels(index: ShardIndex, extension: str, reader: LabelReader, chosen:
                 counts.first_bad = counts.first_bad or f"{index.names[shard]}/{table.key(place)}: {label.reason}"
                 continue
             counts.good += 1
-            if isinstance(label, int):
+            if isinstance(label, int) and not is_long:  # else only some would be counted
                 counts.classes[label] += 1
     return counts

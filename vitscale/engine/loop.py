@@ -20,6 +20,7 @@ from vitscale.engine.guard import SampleGuard, StepGuard
 from vitscale.engine.preempt import StopRequest
 from vitscale.engine.ranks import ProcessRanks
 from vitscale.engine.schedule import lr_at
+from vitscale.files import retry
 from vitscale.tracking.meters import Meters
 
 Row = dict[str, Any]
@@ -136,6 +137,7 @@ class TrainingLoop:
     stop: StopRequest
     meters: Meters
     _waiting: list[MicroBatch] = field(default_factory=list, init=False)  # of the warm-up; the first step takes it
+    _retries_told: int = field(default=0, init=False)  # of those that this process itself made
 
     def run(self) -> bool:
         """Train from `state` to `total_steps`, or until a task ends it early; False when asked to stop before.
@@ -197,7 +199,8 @@ class TrainingLoop:
         bad = Counter(replaced.cause for micro_batch in consumed for replaced in micro_batch.replaced)
         counts = {cause: bad[cause] for cause in self.causes}
         retries = sum(micro_batch.retries for micro_batch in consumed)
-        return StepReport(**vars(result), bad=counts, stop=self.stop.requested(), retries=retries)
+        own, self._retries_told = int(retry.retries) - self._retries_told, int(retry.retries)  # index and tables
+        return StepReport(**vars(result), bad=counts, stop=self.stop.requested(), retries=retries + own)
 
     def _record(self, report: StepReport, consumed: Sequence[Consumed]) -> None:
         """The rows that a step leaves beside metrics.jsonl: its samples' names, its replaced samples."""

@@ -67,6 +67,18 @@ def _auc(ranked: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     return {"auc": float(np.mean(areas))} if areas else {}
 
 
+def by_label(logits: np.ndarray, labels: np.ndarray, names: list[str]) -> dict[str, Any]:
+    """For multi_label_classification: a row a label, at 0.5; images: how many have it."""
+    truth, told = labels >= 0.5, logits > 0
+    precision, recall, f1, support = metrics.precision_recall_fscore_support(truth, told, average=None, zero_division=0)
+    columns = zip(names, support.tolist(), precision.tolist(), recall.tolist(), f1.tolist(), strict=True)
+    rows = [dict(zip(("class", "images", "precision", "recall", "f1"), row, strict=True)) for row in columns]
+    for k, row in enumerate(rows):
+        if row["images"]:
+            row["average_precision"] = float(metrics.average_precision_score(truth[:, k], logits[:, k]))
+    return {"classes": rows}
+
+
 def by_class(logits: np.ndarray, labels: np.ndarray, names: list[str]) -> dict[str, Any]:
     """For single_label_classification: a row a class, and the confusion matrix (rows: the true class)."""
     classes = range(len(names))

@@ -141,6 +141,7 @@ class DiskCache:
                     raise OSError(error.errno, error.strerror, str(self._folder)) from None
 
     def _make_room(self, size: int, path: str) -> None:
+        self._remove_left_over()
         if self._most_bytes is None:
             usage = shutil.disk_usage(self._folder)
             missing = size + int(_LEFT_FREE * usage.total) - usage.free
@@ -164,6 +165,21 @@ class DiskCache:
                 for suffix in (".data", ".json"):  # a lock may be somebody's
                     path.with_suffix(suffix).unlink(missing_ok=True)
         return bool(old)
+
+    def _remove_left_over(self) -> None:
+        """Drafts of processes that were killed, and locks of files that are gone, unless somebody holds them now."""
+        for path in [*self._folder.glob("*.part"), *self._folder.glob("*.lock")]:
+            lock = path.with_suffix(".lock")
+            if path.suffix == ".lock" and (path.name == "cache.lock" or path.with_suffix(".data").exists()):
+                continue
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                if _try_lock(descriptor) and _is_of(descriptor, lock):
+                    path.with_suffix(".part").unlink(missing_ok=True)
+                    if not path.with_suffix(".data").exists():
+                        lock.unlink(missing_ok=True)
+            finally:
+                os.close(descriptor)
 
     def _files(self) -> Sequence[Path]:
         return [path for path in self._folder.glob("*.data") if path.exists()]
@@ -196,12 +212,19 @@ def _locked(path: Path) -> Iterator[None]:
             while not _try_lock(descriptor):
                 activity.count += 1  # whoever holds it is watched by its own parent
                 time.sleep(_POLL_S)
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
-                    yield
-                    return
+            if _is_of(descriptor, path):
+                yield
+                return
         finally:
             os.close(descriptor)
+
+
+def _is_of(descriptor: int, path: Path) -> bool:
+    """Whether the file that is open here is still the one of that name."""
+    try:
+        return os.stat(path).st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        return False
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -26,7 +26,7 @@ class FileStat(NamedTuple):
     """What a store says of a file without reading it."""
 
     bytes: int
-    modified: int  # nanoseconds; 0 where a store does not know
+    modified: int  # nanoseconds, or below 0 what else tells one state of it from another; 0 where a store does not know
 
 
 def same_file(path: str, seen: FileStat, now: FileStat) -> bool:

@@ -84,7 +84,9 @@ def pack(
             report(f"{out / name}: {indexes[name].total} images in {len(each)} shards")
     if found.classes:
         count = len(found.classes)
-        report(f"{out / CLASSES}: {count} classes; to train by labels: model.num_labels={count}")
+        many = any(sample.label is not None and " " in sample.label for sample in found.samples)
+        kind = " model.problem_type=multi_label_classification" if many else ""
+        report(f"{out / CLASSES}: {count} classes; to train by labels: model.num_labels={count}{kind}")
     return indexes
 
 

@@ -60,6 +60,8 @@ def _stats(arguments: argparse.Namespace) -> int:
     from vitscale.prepare.samples import open_samples
     from vitscale.prepare.stats import as_text, count, summary
 
+    if arguments.out is not None and not Path(arguments.out).absolute().parent.is_dir():
+        raise ConfigError(f"--out {arguments.out}: must be a file in a folder that is there")
     config = _config_of_data(arguments.data, arguments.overrides)
     with tempfile.TemporaryDirectory() as scratch:
         samples = open_samples(config.data, Path(scratch))
@@ -114,7 +116,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     store = store_of(config.data)
     if config.data.index is not None:  # all of its rows, whether or not their shards are there
-        index = ShardIndex.load(Path(config.data.index), store)
+        index = ShardIndex.load(config.data.index, store)
     else:
         with tempfile.TemporaryDirectory() as scratch:
             index = training_index(config, RunFolder(Path(scratch)), store)

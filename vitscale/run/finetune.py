@@ -66,7 +66,7 @@ def _of_labels(written: Flat) -> Flat:
     kind = written.get("model.problem_type")
     if kind == "regression":
         return {"model.num_labels": 1}
-    names = _classes(written) if kind != "multi_label_classification" else None
+    names = _classes(written)
     if names is None:
         _require_there(written["data.train"])
         raise ConfigError(
@@ -239,7 +239,7 @@ def _is_token(name: str) -> bool:
 
 def _require_names(config: RunConfig, index: ShardIndex) -> None:
     """The classes of config, data and checkpoint must be the same, or numbers would stand for others."""
-    names, model = index.class_names if has_classes(config) else None, config.model
+    names, model = index.class_names if problem_type(config) != "regression" else None, config.model
     if names is not None and model.id2label is not None and tuple(names) != model.id2label:
         raise DataError(
             f"model.id2label is {listed(model.id2label)}, and classes.json beside the shards says {listed(names)}: the "
