@@ -224,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
         register(verb)
     export.register(verb, _export_run)
     added = verb("bench", _bench, "measure this project beside its peers")
-    added.add_argument("what", choices=("loader", "augment", "step", "model", "startup"))
+    added.add_argument("what", choices=("data", "augment", "step", "model", "startup"))
     added.add_argument("rest", nargs=argparse.REMAINDER, help="options of that benchmark (--help lists them)")
     return parser
 

@@ -6,6 +6,7 @@ import io
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig, Source
 from vitscale.data.crop import training_crop
-from vitscale.data.index import ShardIndex, open_index
+from vitscale.data.index import ShardIndex, open_index, store_of
 from vitscale.data.loader import Loader
 from vitscale.data.mixture import training_order
 from vitscale.prepare.writer import ImageBytes, PackedSample, write_shards
@@ -24,9 +25,9 @@ SIZE = (375, 500)  # height, width
 QUALITY = 90
 
 
-def photograph(seed: int) -> bytes:
-    """A JPEG of SIZE, about 60 kB: smooth noise at four scales, and grain."""
-    height, width = SIZE
+def photograph(seed: int, size: tuple[int, int] = SIZE) -> bytes:
+    """A JPEG of `size` (height, width), about 60 kB at SIZE: smooth noise at four scales, and grain."""
+    height, width = size
     draw = np.random.default_rng(seed)
     image = draw.normal(120, 4, (height, width, 1)).astype(np.float32).repeat(3, axis=2)
     for cells, contrast in ((8, 60), (24, 34), (72, 20), (180, 12)):
@@ -39,24 +40,29 @@ def photograph(seed: int) -> bytes:
     return stream.getvalue()
 
 
-def photograph_shards(folder: Path, images: int, distinct: int = 256, shards: int = 4) -> ShardIndex:
+def photograph_shards(
+    folder: Path, images: int, distinct: int = 256, shards: int = 4, size: tuple[int, int] = SIZE
+) -> ShardIndex:
     """Shards in `folder` with so many samples, of `distinct` images, with labels 0 to 9; made on all cores."""
     seeds = range(min(distinct, images))
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("fork")) as pool:
-        files = list(pool.map(photograph, seeds, chunksize=8))
+        files = list(pool.map(partial(photograph, size=size), seeds, chunksize=4))
     origins = [ImageBytes("jpg", data) for data in files]
     chosen = (origins[i % len(origins)] for i in range(images))
     samples = [PackedSample(f"{i:06d}", one, len(one.data), str(i % 10)) for i, one in enumerate(chosen)]
     return write_shards([samples[shard::shards] for shard in range(shards)], folder, "bench")
 
 
-def open_loader(folder: Path, config: RunConfig) -> Loader:
-    """A single rank's loader of the shards in `folder`, from the first batch on."""
-    index = open_index((Source(f"{folder}/*.tar"),), None, folder)
+def open_loader(folder: Path, config: RunConfig, pattern: str | None = None, index: str | None = None) -> Loader:
+    """A single rank's loader of the shards in `folder`, from the first batch on.
+
+    pattern, index: where they are read from instead, by which index; `folder` keeps what cannot be kept there.
+    """
+    shards = open_index((Source(pattern or f"{folder}/*.tar"),), index, folder, store=store_of(config.data))
     size = pair(config.model.image_size)
     return Loader(
-        index=index,
-        order=training_order(config, index.samples, index.sources),
+        index=shards,
+        order=training_order(config, shards.samples, shards.sources),
         crop=training_crop(config.augment, size),
         data=config.data,
         num_channels=config.model.num_channels,
