@@ -33,9 +33,9 @@ from vitscale.bench.rounds import in_turns
 from vitscale.config.schema import Data, RunConfig, Train
 from vitscale.data.index import ShardIndex
 from vitscale.data.loader import fetched_ahead
-from vitscale.data.order import training_order
-from vitscale.data.pack import PackedSample, write_shards
+from vitscale.data.mixture import training_order
 from vitscale.data.shards import Shards
+from vitscale.prepare.writer import ImageBytes, PackedSample, write_shards
 from vitscale.world import child_environment
 
 DISK, BUCKET = "disk", "bench"
@@ -171,10 +171,10 @@ def _serve_s3(folder: Path, tell: Connection) -> None:
 
 def measure_new_shards(folder: Path, samples: int, batch: int, rounds: int) -> dict[str, Any]:
     """Milliseconds to read a batch within shards and where it enters one, of `samples` small samples each."""
-    data = np.random.default_rng(0).bytes(1000)
-    shards = [[PackedSample(f"{i:06d}", "jpg", _JPEG + data, i % 10) for i in range(samples)] for _ in range(8)]
+    image = ImageBytes("jpg", _JPEG + np.random.default_rng(0).bytes(1000))
+    shards = [[PackedSample(f"{i:06d}", image, len(image.data), str(i % 10)) for i in range(samples)] for _ in range(8)]
     index, config = write_shards(shards, folder, "small"), one_lane(batch)
-    order = training_order(config, index.samples)
+    order = training_order(config, index.samples, index.sources)
     ahead, kept = fetched_ahead(order, samples, batch, 1)
     times, enters = [], []
     for _ in range(rounds):
