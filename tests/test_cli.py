@@ -62,7 +62,7 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert [word for word in listed if word in VERBS] == list(VERBS)
 
 
-@pytest.mark.parametrize("argv", [*zip(VERBS, strict=True), ("bench", "loader"), ("bench", "step"), ("bench", "model")])
+@pytest.mark.parametrize("argv", [*zip(VERBS, strict=True), ("bench", "data"), ("bench", "step"), ("bench", "model")])
 def test_help_of_a_verb(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*argv, "--help"])

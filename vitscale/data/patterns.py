@@ -50,6 +50,10 @@ def _expand(pattern: str, store: Store) -> list[str]:
     if is_remote(local):
         require_no_secret(local, "data.train")
         names = _braces(local, pattern)
+        if local.lower().startswith("http") and "*" in local:
+            raise DataError(
+                f"shards {pattern!r}: HTTP servers do not list files: write a brace range, say {{000..099}}"
+            )
         return names if local.lower().startswith("http") else _matched(names, pattern, store)  # there ? begins a query
     local = os.path.expanduser(local)
     if os.path.isfile(local):  # its name may look like a pattern

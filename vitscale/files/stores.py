@@ -97,7 +97,8 @@ def require_no_secret(url: str, key: str) -> None:
     secret = next((name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if _SECRET.search(name)), None)
     if parts.username is not None or parts.password is not None or secret is not None:
         what = f"the query's {secret}" if secret else "a user or password"
+        shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
         raise ConfigError(
-            f"{key}={parts.scheme}://{parts.hostname}{parts.path}: has {what} in it, which config.yaml would keep; for "
+            f"{key}={shown}: has {what} in it, which config.yaml would keep; for "
             "http(s) put user and password into ~/.netrc, for s3, gs and az into the environment"
         )

@@ -112,6 +112,8 @@ def evaluate(
 def saved_scores(folder: RunFolder) -> dict[str, Any]:
     """What an earlier evaluation left in summary.json."""
     summary = _summary(folder)
+    if not summary and not folder.config.exists():
+        raise CheckpointError(f"{folder.path}: is no run's folder, nor one of scores; check the name")
     if "evaluation" not in summary:
         raise CheckpointError(f"{folder.summary}: holds no scores yet; `vitscale evaluate {folder.path}` makes them")
     return summary["evaluation"]
@@ -236,6 +238,12 @@ def _score(
         own = Validation(config, world, probing.test, name="test")
         outcome = own.run(WholeModel(subject.models["trained"], ranks, device))
         summary |= {"test_scores": outcome.scores, **outcome.details}
+        bad = outcome.scores.get("test/bad", 0.0)
+        if bad > max(3, config.data.max_bad_fraction * probing.test.total) and ranks.rank == 0:
+            to_stderr(
+                f"warning: {bad:.0f} of {probing.test.total} test images are not scored by the classifier: their labels are "
+                "none of its classes, or they cannot be read; look at data.label, and at how classes are numbered"
+            )
     return scores, summary
 
 
