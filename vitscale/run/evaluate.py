@@ -241,8 +241,8 @@ def _score(
         bad = outcome.scores.get("test/bad", 0.0)
         if bad > max(3, config.data.max_bad_fraction * probing.test.total) and ranks.rank == 0:
             to_stderr(
-                f"warning: {bad:.0f} of {probing.test.total} test images are not scored by the classifier: their labels "
-                "are none of its classes, or they cannot be read; look at data.label, and at how classes are numbered"
+                f"warning: {bad:.0f} of {probing.test.total} test images are not scored: their labels "
+                "are none of the classes, or they cannot be read; look at data.label, and at how classes are numbered"
             )
     return scores, summary
 
