@@ -398,6 +398,15 @@ def reader_of(batches: Loader) -> int:
     return batches._process.pid
 
 
+def test_the_reader_is_of_this_package_wherever_it_is_started(
+    index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("vitscale", "numpy", "select"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(1)\n")
+    monkeypatch.chdir(tmp_path)
+    assert len(take(1, index, micro=16)[0]) == 16
+
+
 def test_a_killed_reader_is_started_again_at_its_place(index: ShardIndex, capfd: pytest.CaptureFixture[str]) -> None:
     """Whatever of it lay in the memories, was on its way or lent."""
     expected = rows(take(12, index, micro=16))

@@ -263,7 +263,8 @@ class Loader:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
         try:
             return subprocess.Popen(
-                [sys.executable, "-m", "vitscale.data.reader", *arguments],
+                # -P: not whatever lies in the folder where the run was started under the name of a module.
+                [sys.executable, "-P", "-m", "vitscale.data.reader", *arguments],
                 stdin=subprocess.PIPE, bufsize=0, pass_fds=[results, *memories], env=environment,
             )  # fmt: skip
         finally:
