@@ -87,6 +87,12 @@ def test_an_object_that_changed_while_it_was_read(s3: str) -> None:
         store.read("s3://images/changes", 0, 6)
 
 
+def test_a_bucket_that_is_not_there_is_an_error_at_once(s3: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no such bucket or object \(NoSuchBucket\)"):
+        Stores().list("s3://imagse/*.tar")
+    assert "attempt" not in capfd.readouterr().err
+
+
 def test_wrong_keys_are_no_transient_fault(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"{s3}/nothing-here")
     with pytest.raises(OSError, match=r"."):

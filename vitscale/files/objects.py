@@ -92,7 +92,7 @@ class ObjectFiles:
             except errors.PreconditionError:
                 raise OSError(errno.ENODATA, "was written again while it was in use", path) from None
             except errors.BaseError as error:
-                raise OSError(errno.EIO, _reason(error), path) from None
+                raise _refusal(path, error) from None
 
         try:
             return with_retries(once, path, self._patience_s)
@@ -131,6 +131,23 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
 
     matches = re.compile("".join(map(translated, re.split(r"(\*\*/|\*|\?|\[[^\]]+\])", pattern)))).fullmatch
     return lambda key: matches(key) is not None
+
+
+_STATUS = re.compile(r"\b(4\d\d) [A-Z][a-z]")
+_MAY_PASS = ("408", "409", "425", "429")
+
+
+def _refusal(path: str, error: Exception) -> OSError:
+    """What another answer comes to: EIO for what may pass. A server's own word for it stands in its XML."""
+    status, code = _STATUS.search(str(error)), re.search(r"<Code>(\w+)</Code>", str(error))
+    why = code[1] if code else _reason(error)
+    if status is None or status[1] in _MAY_PASS:
+        return OSError(errno.EIO, why, path)
+    if status[1] == "404":
+        return FileNotFoundError(errno.ENOENT, f"no such bucket or object ({why})", path)
+    if status[1] in ("401", "403"):
+        return PermissionError(errno.EACCES, f"may not be read: {why}", path)
+    return OSError(errno.EPROTO, why, path)
 
 
 def _reason(error: Exception) -> str:

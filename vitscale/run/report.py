@@ -150,8 +150,9 @@ def _facts(folder: RunFolder, rows: Sequence[Row], summary: Row) -> Iterator[str
         total = f" of {summary['steps']:,}" if "steps" in summary else ""
         facts["step"] = f"{last['step']:,}{total}; {last['samples']:,} images seen"
     if exit_record:
-        reason = f": {exit_record['reason']}" if exit_record["code"] else ""
-        facts["state"] = _ENDS.get(exit_record["code"], "") + reason
+        code = exit_record["code"]
+        before = f"done at step {summary['steps']:,}; its last start " if code and "steps" in summary else ""
+        facts["state"] = before + _ENDS.get(code, "") + (f": {exit_record['reason']}" if code else "")
     elif rows and "steps" in summary:  # written at the run's end, before its exit record
         facts["state"] = _ENDS[DONE]
     if "parameters" in summary:

@@ -7,6 +7,11 @@ from typing import Any, TextIO
 from vitscale.text import TerminalLine, duration
 from vitscale.tracking.jsonl import as_number
 
+_SCORES = (
+    "validation/loss", "validation/top1", "validation/map", "validation/mae", "evaluation/linear_probe",
+    "evaluation/knn",
+)  # fmt: skip
+
 
 class Progress(TerminalLine):
     """Shows rows of metrics.jsonl: rewritten in place on a terminal, a line each where stderr is a file."""
@@ -23,7 +28,7 @@ class Progress(TerminalLine):
             f"step {row['step']}/{self._total}  loss {_number(row.get('loss'), '.4f')}  "
             f"lr {_number(row.get('lr'), '.2e')}  {speed:,.0f} images/s  {duration(left)} left"
         )
-        for key in ("validation/loss", "validation/top1", "validation/map", "validation/mae"):
+        for key in _SCORES:
             text += f"  {key} {_number(row[key], '.4f')}" if key in row else ""
         for key in ("skipped_steps", "bad_samples"):
             text += f"  {row[key]} {key.replace('_', ' ')}" if row.get(key) else ""
