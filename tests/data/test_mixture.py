@@ -162,3 +162,15 @@ def test_the_config_decides(tmp_path: Path) -> None:
     write_shards(tmp_path / "one", [1])
     with pytest.raises(DataError, match=r"one/\*\.tar: holds 1 samples, and a source needs two"):
         opened(f"data.train=['{a}', {{pattern: '{tmp_path}/one/*.tar', repeat: 3}}]")
+
+
+def test_any_position_costs_the_same() -> None:
+    """A small source is in its millionth epoch, and only those that are due are shuffled."""
+    order = Mixture([np.full(2000, 1000), np.array([30, 20])], [1.0, 100.0], 1, 1024, 256, 4096)
+    batch = 1_000_000_000
+    refs = order.refs(batch, 0, 1024)
+    small = source_of(order, refs) == 1
+    assert refs.epochs[small].min() > 1_000_000
+    ahead = order.shards_ahead(batch, 0, 1024, 40)
+    assert set((refs.ids >> 32).tolist()) <= set(ahead.tolist())
+    assert max(len(passes._shuffles) for passes in order._passes) <= 3

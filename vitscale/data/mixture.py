@@ -155,10 +155,12 @@ class Mixture:
         passes = self._passes[source]
         begin, end = self._taken(source, lanes, first), self._taken(source, lanes, last)
         lanes, begin, end = (each[end > begin] for each in (lanes, begin, end))
+        if not len(lanes):
+            return []
         from_number, source_lanes, from_place = self._at(source, lanes, begin)
         to_number, _, to_place = self._at(source, lanes, end - 1)
         shards: dict[int, None] = {}
-        for number in range(int(from_number.min(initial=0)), int(to_number.max(initial=-1)) + 1):
+        for number in range(int(from_number.min()), int(to_number.max()) + 1):
             here = (from_number <= number) & (number <= to_number)
             start = np.where(from_number == number, from_place, 0)[here]
             stop = np.where(to_number == number, to_place + 1, passes.lane_length)[here]
