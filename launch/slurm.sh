@@ -20,6 +20,7 @@ ask_to_stop() {
 trap ask_to_stop USR1 TERM
 
 run=$("$PYTHON" -m vitscale.launch.slurm prepare "$@") || exit
+[ -n "$run" ] || exit 0  # requeued, since its storage did not answer
 if [ -n "$asked" ]; then touch "$run/stop"; fi
 
 # In a session of its own, srun is not ended by a TERM for this shell. No binding: the ranks share the node's cores.

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.files.web import served, status
 from vitscale.errors import LaunchError
+from vitscale.files import retry
+from vitscale.launch import torchrun
 from vitscale.launch.slurm import finish, job_state, main, rendezvous_port, slurm_layout
 from vitscale.run_folder import RunFolder
 
@@ -65,3 +68,35 @@ def test_a_run_that_said_nothing_has_failed(tmp_path: Path, capsys: pytest.Captu
     os.environ["SLURM_JOB_ID"] = "7"
     assert finish(RunFolder(tmp_path)) == 1
     assert "no exit.json" in capsys.readouterr().out
+
+
+SCONTROL = """#!/bin/sh
+case "$*" in
+"show hostnames n1") echo n1 ;;
+"show job 7") echo JobState=RUNNING ;;
+*) echo "$*" >> {log} ;;
+esac
+"""
+
+
+def test_storage_that_is_away_at_the_start_requeues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """scontrol alone is not Slurm's own here; tests/integration/test_slurm.py requeues by that."""
+    monkeypatch.setattr(retry, "_LONGEST_WAIT_S", 0.02)
+    (tmp_path / "scontrol").write_text(SCONTROL.format(log=tmp_path / "asked"))
+    (tmp_path / "scontrol").chmod(0o755)
+    config = tmp_path / "c.yaml"
+    config.write_text(f"{{run: {{dir: {tmp_path}}}, train: {{global_batch: 8, micro_batch: 2, steps: 3}}}}")
+    with served() as web:
+        web.files["/a.tar"], web.faults["/a.tar"] = b"x", [status(503)] * 1000
+        words = ["pretrain", str(config), f"data.train={web.url}/a.tar", "data.patience_s=0.1"]
+        assert torchrun.main(words) == 3
+        assert "HTTP 503" in capfd.readouterr().err
+        os.environ.update(SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n1", PATH=f"{tmp_path}:/usr/bin:/bin")
+        assert main(["prepare", *words]) == 0
+        said = capfd.readouterr()
+        assert said.out == "", "the run's folder would stand there"
+        assert "requeues job 7" in said.err
+        assert (tmp_path / "asked").read_text() == "requeue 7\n"
+        assert main(["prepare", *words[:2], "data.train=/nowhere/a.tar"]) == 2

@@ -6,6 +6,7 @@ is what srun starts once a node; `finish FOLDER` in the batch shell requeues the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -62,11 +63,15 @@ def node(arguments: Sequence[str]) -> int:
 
 def finish(folder: RunFolder) -> int:
     """Requeue the job where the run was stopped with a checkpoint, unless it was cancelled; the job's exit code."""
-    said, job = folder.read_exit(), os.environ["SLURM_JOB_ID"]
+    exit_record = folder.read_exit()
     print(f"launch/slurm.sh: {describe_exit(folder)}", flush=True)
-    code = FAILED if said is None else int(said["code"])
-    if code != STOPPED:
-        return code
+    code = FAILED if exit_record is None else int(exit_record["code"])
+    return requeue(code) if code == STOPPED else code
+
+
+def requeue(code: int) -> int:
+    """Requeue this job, unless it was cancelled; DONE, or `code` where it is not requeued."""
+    job = os.environ["SLURM_JOB_ID"]
     # A cancelled job is CANCELLED at once, a preempted one or one near its time limit still RUNNING.
     try:
         state = job_state(_scontrol("show", "job", job))
@@ -108,8 +113,11 @@ def main(arguments: Sequence[str]) -> int:
             return DONE
         return node(rest) if step == "node" else finish(RunFolder(Path(rest[0])))
     except VitscaleError as error:
-        print(f"launch/slurm.sh: error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        print(f"launch/slurm.sh: error: {error}", file=sys.stderr, flush=True)
+        if not error.requeues:
+            return BAD_INPUT
+        with contextlib.redirect_stdout(sys.stderr):  # prepare's own is the run's folder, for the shell
+            return requeue(STOPPED) if step == "prepare" else STOPPED
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ same command is started on every node, with the same RDZV_ENDPOINT=HOST:PORT, wh
 the nodes and PORT is free there, and a run folder that all nodes share.
 
 The exit code is the run's own, read from exit.json in its folder, since torchrun says 1 for every
-failure: 0 done, 2 bad config or input, 3 stopped on request with a checkpoint, 1 anything else.
+failure: 0 done, 2 bad config or input, 3 stopped on request with a checkpoint, or by storage that failed for long: the
+same command goes on; 1 anything else.
 """
 
 from __future__ import annotations
@@ -209,7 +210,7 @@ def main(arguments: Sequence[str]) -> int:
         return code
     except VitscaleError as error:
         print(f"launch/torchrun.sh: error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return STOPPED if error.requeues else BAD_INPUT
 
 
 if __name__ == "__main__":
