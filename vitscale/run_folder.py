@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -133,7 +134,7 @@ class RunFolder:
             print(f"{stream.name}: cannot be locked ({error}); take care that one run uses the folder", file=sys.stderr)
         if not shared:
             stream.truncate(0)
-            stream.write(f"process {os.getpid()} on {socket.gethostname()} since {time.time():.6f}\n")
+            stream.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now().isoformat(' ')}\n")
             stream.flush()
             os.fsync(stream.fileno())  # other nodes look whether they see it too
 

@@ -108,7 +108,7 @@ def test_counted_from_the_tables(tmp_path: Path) -> None:
     counts = count_labels(index, "cls", LabelReader(required=True, num_labels=9))
     assert dict(counts.classes) == {**dict.fromkeys(range(9), 2), **dict.fromkeys(range(5), 3)}
     assert (counts.good, counts.bad) == (23, 2)
-    assert counts.first_bad == "s000/000009: 9, with model.num_labels=9"
+    assert counts.first_bad == "s000/000009: 9, with model.num_labels=9; labels count from 0"
     training, validation = split(index, Data(validation_fraction=0.4), 0)
     parts = [count_labels(index, "cls", LabelReader(), part) for part in (training, validation)]
     assert sum(part.good for part in parts) == 25

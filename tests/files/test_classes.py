@@ -31,6 +31,9 @@ def test_shards_that_differ(tmp_path: Path) -> None:
     lay(tmp_path / "b", json.dumps(["bee", "ant"]))
     assert class_names([tmp_path / "a" / "0.tar", tmp_path / "b" / "0.tar"]) is None
     assert class_names([tmp_path / "a" / "0.tar", tmp_path / "c" / "0.tar"]) is None
+    differing = [tmp_path / "a" / "0.tar", tmp_path / "b" / "0.tar"]
+    with pytest.raises(DataError, match="a label would mean two classes; pack both anew"):
+        class_names(differing, one_meaning=True)
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", '{"a": 1}', "[", pytest.param("[" * 99999, id="brackets"), "\udcff"])

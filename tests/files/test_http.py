@@ -90,6 +90,12 @@ def test_a_cut_transfer_goes_on_where_it_was_cut(web: Web) -> None:
     assert [each for _, each in web.requests[1:]] == ["bytes=0-199999", "bytes=150000-199999"]
 
 
+def test_a_server_that_asks_for_more_than_there_is_patience_for(web: Web) -> None:
+    web.faults["/d/a.tar"] = [faults.status(429, Retry_After="100000")] * 20
+    with pytest.raises(UnavailableError, match="HTTP 429; 1 attempts in 0 s"):
+        HttpFiles(patience_s=5).read(f"{web.url}/d/a.tar", 0, 10)
+
+
 def test_retry_after_is_waited_for(web: Web) -> None:
     store, url = HttpFiles(), f"{web.url}/d/a.tar"
     web.faults["/d/a.tar"] = [faults.status(503, Retry_After="1")]

@@ -219,6 +219,9 @@ def test_shards_whose_classes_are_numbered_otherwise(
     assert "--classes" in output
     sides = [f"evaluation.train={shards}/*.tar", f"evaluation.test={tmp_path}/fewer/*.tar"]
     assert "evaluation.test: classes.json" in launcher.run(["finetune", str(config), *sides], code=2)
+    both = f"data.train=['{shards}/*.tar', '{tmp_path}/fewer/*.tar']"
+    for keys in ([both], [both, "model.num_labels=3"]):
+        assert "a label would mean two classes" in launcher.run(["finetune", str(config), *keys], code=2)
 
 
 @pytest.mark.parametrize(

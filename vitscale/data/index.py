@@ -220,7 +220,9 @@ def build_index(
 
 
 def require_labels(index: ShardIndex, label: str) -> None:
-    """DataError when no sample of the first shard has a label: at the start, not after an hour."""
+    """DataError when no sample of the first shard has a label, and where a label means two classes: at the start, not
+    after an hour."""
+    class_names(index.paths, index.store, one_meaning=True)
     table = index.table(0, label)
     if label not in table.extensions:
         kinds = ", ".join(sorted(table.extensions))

@@ -97,7 +97,8 @@ class LabelReader:
         if self.required and number < 0:
             raise BadSample("label", f"{number}, which stands for none")
         if self.required and self.num_labels is not None and number >= self.num_labels:
-            raise BadSample("label", f"{number}, with model.num_labels={self.num_labels}")
+            counted = "; labels count from 0" if number == self.num_labels else ""
+            raise BadSample("label", f"{number}, with model.num_labels={self.num_labels}{counted}")
         return max(-1, number)
 
     def _numbers(self, value: object) -> tuple[float, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import signal
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Protocol, TypeVar
 from vitscale.errors import VitscaleError
 from vitscale.files.store import FileStat, is_remote
 from vitscale.text import to_stderr
+from vitscale.world import World
 
 Report = Callable[[str], None]
 _THREADS = 16  # of a process: a file system far away answers many questions at once
@@ -57,7 +57,7 @@ def on_shards(
     """
     if workers is None:
         size = sum(shard.stat.bytes for shard in shards)
-        workers = min(len(os.sched_getaffinity(0)), size // _WORTH_A_PROCESS)
+        workers = min(World().cores_per_rank, size // _WORTH_A_PROCESS)
     workers = max(1, min(workers, len(shards)))
     part = max(1, min(_THREADS, len(shards) // (workers * 4)))
     parts = [shards[start : start + part] for start in range(0, len(shards), part)]

@@ -10,18 +10,30 @@ from pathlib import Path
 from vitscale.errors import DataError
 from vitscale.files.retry import unreadable
 from vitscale.files.store import LocalFiles, Store, absolute, is_remote
+from vitscale.text import listed
 
 CLASSES = "classes.json"
 
 
-def class_names(shards: Iterable[str | Path], store: Store | None = None) -> list[str] | None:
+def class_names(
+    shards: Iterable[str | Path], store: Store | None = None, one_meaning: bool = False
+) -> list[str] | None:
     """Names by label, from classes.json in the folder of these shards or the one above it.
 
     store: where the shards lie (default: on this machine). None where there is none, or where not all shards have the
-    same. DataError where it is no list of names.
+    same. DataError where it is no list of names and, with `one_meaning`, where two differ: a label would mean two
+    classes.
     """
     store = store or LocalFiles()
-    found = [_of_folder(folder, store) for folder in {os.path.dirname(shard) for shard in shards}]
+    folders = sorted({os.path.dirname(shard) for shard in shards})
+    found = [_of_folder(folder, store) for folder in folders]
+    named = [(folder, names) for folder, names in zip(folders, found, strict=True) if names is not None]
+    for folder, names in named if one_meaning else ():
+        if names != named[0][1]:
+            raise DataError(
+                f"classes.json of {named[0][0]} says {listed(named[0][1])}, that of {folder} {listed(names)}: a label "
+                "would mean two classes; pack both anew with the same --classes"
+            )
     return found[0] if found and all(names == found[0] for names in found) else None
 
 

@@ -85,7 +85,8 @@ _report = _Reporter()
 
 
 class Attempts:
-    """The attempts at one piece of work: at least 8 of them, and for at least `patience_s`.
+    """The attempts at one piece of work: at least 8 of them, and for at least `patience_s`; where a server says how
+    long it wants to be left alone, `patience_s` alone counts.
 
     The waits between them double up to 30 s, with jitter, so that a thousand readers do not come back at once.
     """
@@ -102,7 +103,7 @@ class Attempts:
         """Wait before the next attempt, at least `after_s`. UnavailableError where there were enough of them."""
         self._failed += 1
         waited = time.monotonic() - self._began
-        if self._failed >= _LEAST_ATTEMPTS and waited + after_s >= self._patience_s:
+        if (self._failed >= _LEAST_ATTEMPTS or after_s > 0) and waited + after_s >= self._patience_s:
             tried = f"{why}; {self._failed} attempts in {waited:.0f} s"
             raise UnavailableError(errno.ETIMEDOUT, tried, self._path)
         retries.add()

@@ -69,7 +69,7 @@ class Layout:
 
     def environment(self) -> dict[str, str]:
         """The ranks' environment: without a thread count of the user's own, the node's cores are shared out."""
-        threads = max(1, len(os.sched_getaffinity(0)) // self.per_node)
+        threads = World(local_world_size=self.per_node).cores_per_rank
         return {"OMP_NUM_THREADS": str(threads), SUPERVISED: "1", **child_environment()}
 
 

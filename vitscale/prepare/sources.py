@@ -334,4 +334,4 @@ def from_shards(paths: Sequence[str], classes: Sequence[str] | None) -> Found:
             origin = TarMembers(path, name, tuple((extension, *at) for extension, at in members.items()))
             samples.append(PackedSample(keys.once(key), origin, size))
     notes = [f"{passed_over} members that belong to no sample are left out"] if passed_over else []
-    return Found(samples, classes or class_names(paths, shard_store()) or (), notes)
+    return Found(samples, classes or class_names(paths, shard_store(), one_meaning=True) or (), notes)

@@ -142,7 +142,7 @@ def _classes(written: Flat) -> list[str] | None:
     if any(is_image_folder(source.pattern) for source in sources):
         return None
     store = Stores(written.get("data.cache"), written.get("data.cache_bytes"))
-    return class_names(expand(sources, store), store)
+    return class_names(expand(sources, store), store, one_meaning=True)
 
 
 class Finetune(Job):
@@ -290,6 +290,6 @@ def _require_readable(config: RunConfig, counts: LabelCounts, which: str = "") -
 
 
 def _one_based(num_labels: int, classes: set[int], first_bad: str) -> str:
-    if 0 in classes or not first_bad.endswith(f"{num_labels}, with model.num_labels={num_labels}"):
+    if 0 in classes or f"{num_labels}, with model.num_labels={num_labels};" not in first_bad:
         return "; mend them, or set data.label, model.num_labels, model.id2label or model.problem_type"
     return f"; they count from 1 to {num_labels}: write them from 0 to {num_labels - 1}"

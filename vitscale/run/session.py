@@ -191,7 +191,13 @@ def _with_class_names(config: RunConfig, ranks: ProcessRanks, index: ShardIndex)
     model = config.model
     if not has_classes(config) or not config.objective.needs_labels or model.id2label is not None:
         return config
-    return named_classes(config, ranks.gather(index.class_names if ranks.rank == 0 else None)[0])
+    names = ranks.gather(index.class_names if ranks.rank == 0 else None)[0]
+    if names and len(names) != model.num_labels and ranks.rank == 0:
+        to_stderr(
+            f"warning: model.num_labels={model.num_labels}, and classes.json beside the shards names {len(names)} "
+            f"classes ({listed(names, 5)})"
+        )
+    return named_classes(config, names)
 
 
 def _require_agreement(

@@ -305,13 +305,13 @@ def _once(fleet: Fleet, steps: int) -> str:
     for batch in range(steps):
         for first, last in [(0, fleet.batch)] if everyone else map(fleet.slots_of, fleet.sampled):
             refs = fleet.order.refs(batch, first, last)
-            seen.append(refs.ids[refs.repeats == 0])
+            seen.append(refs.keys(0)[refs.repeats == 0])  # of a mixture in each of its source's epochs
     ids = np.concatenate(seen)
     twice = len(ids) - len(np.unique(ids))
     whose = (
         "all ranks in the first epoch"
         if everyone
-        else f"the {len(fleet.sampled)} nodes in {steps:,} steps the first epoch"
+        else f"the {len(fleet.sampled)} nodes in {steps:,} steps of the first epoch"
     )
     return f"of the {len(ids):,} samples of {whose} {twice or 'none'} come{'' if twice > 1 else 's'} twice"
 
