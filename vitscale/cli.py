@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vitscale import __version__, world
 from vitscale.conversion import command as conversion
@@ -84,9 +84,11 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 
 def _index(arguments: argparse.Namespace) -> int:
+    from vitscale.config.data import Data
     from vitscale.data.indexing import differences, make_index
 
-    kinds = {"label": arguments.label, "image": arguments.image, "workers": arguments.workers}
+    label = Data(label=arguments.label).label_extension
+    kinds: dict[str, Any] = {"label": label, "image": arguments.image, "workers": arguments.workers}
     if arguments.check is None:
         if not arguments.patterns or arguments.out is None:
             arguments.parser.error("name shards and --out index.json, or --check index.json")

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from tests.data.makers import write_shards
 from vitscale.config.load import load_config
+from vitscale.config.schema import Source
 from vitscale.data.index import ShardIndex, open_index
-from vitscale.data.mixture import Mixture, training_order, whole_counts
+from vitscale.data.mixture import Mixture, _require_shares, training_order, whole_counts
 from vitscale.data.order import SUBSTITUTES, Order, Refs
 from vitscale.errors import DataError
 
@@ -95,7 +96,9 @@ def test_shares_that_a_short_period_says_are_exact() -> None:
     assert whole_counts([0.5, 0.5]) == [32, 32]
     assert whole_counts([2 / 3, 1 / 3]) == [44, 22]
     assert whole_counts([0.7, 0.2, 0.1]) == [49, 14, 7]
-    assert whole_counts([1 - 1e-9, 1e-9]) == [1023, 1], "what is there comes"
+    counts = whole_counts([1 - 5e-5, 5e-5])  # ten thousand images five times, beside a thousand million
+    assert counts[1] / sum(counts) == pytest.approx(5e-5, rel=0.02)
+    assert min(whole_counts([1 - 1e-9, 1e-9])) == 1, "what is there comes"
 
 
 def test_every_batch_has_the_shares() -> None:
@@ -158,6 +161,9 @@ def test_the_config_decides(tmp_path: Path) -> None:
     plain = opened(f"data.train=['{a}']")[1]
     for batch in (0, 7, 30):
         assert order.refs(batch, 0, 8).ids.tolist() == plain.refs(batch, 0, 8).ids.tolist(), "nothing but its name"
+    huge = [np.full(1000, 10**7), np.array([10])]
+    with pytest.raises(DataError, match=r"pattern=b: its share of the samples would be 1e-09, and one of 2 .* 2.4e-07"):
+        _require_shares([Source("a"), Source("b")], huge, [1.0, 1.0])
     (tmp_path / "one").mkdir()
     write_shards(tmp_path / "one", [1])
     with pytest.raises(DataError, match=r"one/\*\.tar: holds 1 samples, and a source needs two"):

@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import threading
+import time
 import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +19,7 @@ from tests.data import zoo_images
 from tests.data.makers import encoded, photo, pixels, png_header
 from vitscale.errors import DataError
 from vitscale.files.decode import Box, Decoder, Job, choose_decoder
-from vitscale.files.header import BadSample, read_header
+from vitscale.files.header import BadSample, Room, canvas_bytes, read_header
 
 DECODERS = ("nvimgcodec", "simplejpeg", "pillow")
 LIMIT = 1_000_000
@@ -118,14 +122,31 @@ def test_bytes_of_an_image_are_bounded() -> None:
                 assert np.abs(out.reshape(-1, 3).mean(axis=0) - mean).max() < 10
 
 
-def test_an_opened_image_is_closed_once_it_is_decoded() -> None:
-    header = read_header(encoded(pixels(3, 300, 400), "PNG"), LIMIT)
-    decoder = Decoder("pillow", 3, 0, None)
-    region = decoder.region(header, (0, 0, 300, 400))
-    decoder.decode([Job(b"", header, region, np.empty((300, 400, 3), np.uint8))])
-    assert header.image is not None
-    with pytest.raises(ValueError, match="closed"):
-        header.image.im  # noqa: B018
+def test_whole_images_wait_for_room() -> None:
+    """So many bytes at once, whoever asks; one of more than all of it alone."""
+    room, held, most = Room(100), [0], [0]
+    lock = threading.Lock()
+
+    def hold(count: int) -> None:
+        with room.taken(count):
+            with lock:
+                held[0] += count
+                most[0] = max(most[0], held[0])
+            time.sleep(0.001)
+            with lock:
+                held[0] -= count
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(hold, [40, 70, 10, 1000, 30] * 20))
+    assert most[0] == 1000
+    assert room._used == 0
+
+
+@pytest.mark.parametrize("options", [{"lossless": True}, {"quality": 80}, {"quality": 80, "exif": b"Exif\0\0II*\0"}])
+def test_what_a_webp_takes_is_told_by_its_header(options: dict[str, Any]) -> None:
+    data = encoded(pixels(3, 300, 401), "WEBP", **options)
+    assert canvas_bytes(data) == 8 * 300 * 401
+    assert canvas_bytes(encoded(pixels(3), "PNG")) == 0
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -257,7 +278,7 @@ def test_what_a_png_unpacks_beside_its_pixels_is_not_unpacked() -> None:
     chunk = (len(text) - 4).to_bytes(4, "big") + text + zlib.crc32(text).to_bytes(4, "big")
     data = encoded(pixels(0), "PNG")
     tracemalloc.start()
-    assert read_header(data[:33] + chunk + data[33:], 10**6).image is not None
+    assert read_header(data[:33] + chunk + data[33:], 10**6).kind == "PNG"
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 << 20

@@ -99,6 +99,15 @@ def test_wrong_keys_are_no_transient_fault(s3: str, monkeypatch: pytest.MonkeyPa
         Stores(patience_s=0.1).stat("s3://other-bucket/none.tar")
 
 
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:99999/x", "http://host:abc/x", "http:///x", "http://a b/x", "http://[::1/x", "s3:///x"]
+)
+def test_what_is_no_url_is_a_line_at_once(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.train=\w+:\.\.\.: is no URL"):
+        require_no_secret(url, "data.train")
+    require_no_secret("s3://bucket/my set/*.tar", "data.train")
+
+
 def test_local_paths_and_urls_side_by_side(web: Web, tmp_path: Path) -> None:
     (tmp_path / "b.tar").write_bytes(b"here")
     store = Stores()

@@ -52,8 +52,8 @@ class Data:
     decode: str = "auto"  # nvimgcodec, simplejpeg, pillow, or auto: the first that is installed
     background: int = 255  # what transparent pixels lie on, 0 (black) to 255 (white)
     max_pixels: int = 64_000_000  # a larger image is a bad sample, told from its header
-    # Of the decoded pixels of a micro-batch: an image of more than its share is decoded at a smaller scale; null: as
-    # any image of four times its target or more is, to two to four times
+    # Decoded pixels of a micro-batch at most: an image of more than its share is decoded at a smaller scale. Null: none
+    # but those that are four times model.image_size or more on both sides, which are kept at two to four times it.
     batch_bytes: int | None = None
     max_bad_fraction: float = 0.001  # stop when bad > max(3, this x samples consumed)
     threads: int | None = None  # decoding threads a rank; null: the rank's share of the cores

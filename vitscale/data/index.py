@@ -219,6 +219,17 @@ def build_index(
     return ShardIndex.of(builder.rows, builder.store, fallback_folders, image)
 
 
+def require_images(index: ShardIndex, label: str) -> None:
+    """DataError when no sample of the first shard has an image: at the start, not at the first batch."""
+    table = index.table(0, label)
+    if len(table) and not (table.image_kind >= 0).any():
+        what = f"has the extension data.image={index.image!r}" if index.image else "is an image"
+        raise DataError(
+            f"{index.paths[0]}: no member {what} (it has {', '.join(sorted(table.extensions))}): set data.image to the "
+            "extension of the images"
+        )
+
+
 def require_labels(index: ShardIndex, label: str) -> None:
     """DataError when no sample of the first shard has a label, and where a label means two classes: at the start, not
     after an hour."""

@@ -13,7 +13,9 @@ from vitscale.config.schema import RunConfig, Source
 from vitscale.data.order import Order, Passes, Refs, SampleOrder, Views
 from vitscale.errors import DataError
 
-_SHORTEST, _LONGEST = 64, 1024  # periods of a lane
+_SHORTEST, _EXACT = 64, 1024  # places of a period of a lane; _EXACT: where shares are looked for that it says exactly
+_RAREST, _TABLE = 64, 1 << 23  # places of the rarest source; places times sources at most
+_WRONG = 0.05  # of its share, by which a source may be more
 
 
 def training_order(config: RunConfig, counts: np.ndarray, sources: Sequence[int]) -> SampleOrder:
@@ -26,6 +28,7 @@ def training_order(config: RunConfig, counts: np.ndarray, sources: Sequence[int]
     parts = np.split(np.asarray(counts, dtype=np.int64), np.cumsum(sources)[:-1])
     _require_samples(data.train, parts)
     times = _times(data.train, [int(part.sum()) for part in parts])
+    _require_shares(data.train, parts, times)
     return Mixture(parts, times, config.run.seed, train.global_batch, lanes, data.window, repeats, data.epoch_samples)
 
 
@@ -48,6 +51,20 @@ def _require_samples(sources: Sequence[Source], parts: Sequence[np.ndarray]) -> 
             raise DataError(
                 f"data.train: pattern={source.pattern}: holds {counts.sum()} samples, and a source needs two; "
                 "leave it out, or name more shards"
+            )
+
+
+def _require_shares(sources: Sequence[Source], parts: Sequence[np.ndarray], times: Sequence[float]) -> None:
+    """DataError where a source is so small beside the others that it would come more often than it is to."""
+    drawn = [float(part.sum()) * each for part, each in zip(parts, times, strict=True)]
+    shares = [each / sum(drawn) for each in drawn]
+    counts = whole_counts(shares)
+    for source, share, count in zip(sources, shares, counts, strict=True):
+        if count / sum(counts) > share * (1 + _WRONG):
+            raise DataError(
+                f"data.train: pattern={source.pattern}: its share of the samples would be {share:.2g}, and one of "
+                f"{len(counts)} sources gets {1 / sum(counts):.2g} or more; raise its weight or repeat, or put it into "
+                "another source's pattern"
             )
 
 
@@ -87,8 +104,8 @@ class Mixture:
         arranged = rng.permutation(period, rng.key("mixture", seed))
         self._pattern = np.repeat(np.arange(len(counts)), counts)[arranged]
         self._counts = np.array(counts, dtype=np.int64)
-        taken = np.cumsum(self._pattern == np.arange(len(counts))[:, None], axis=1, dtype=np.int64)
-        self._prefix = np.concatenate([np.zeros((len(counts), 1), dtype=np.int64), taken], axis=1)
+        self._prefix = np.zeros((len(counts), period + 1), dtype=np.int32)
+        np.cumsum(self._pattern == np.arange(len(counts))[:, None], axis=1, out=self._prefix[:, 1:])
         self._offsets = np.arange(lanes, dtype=np.int64) * period // lanes
         self._first_shards = np.cumsum([0, *(len(part) for part in parts)])[:-1].tolist()
         self._passes = [
@@ -184,17 +201,19 @@ class Mixture:
 
 
 def whole_counts(weights: Sequence[float]) -> list[int]:
-    """How often each source stands in a period: exactly by its share where a period of up to 1,024 can say it, else as
-    near as one of 1,024 can, and once at least. Periods are 64 or more: neighbours, which mixup joins, are of all pairs
-    of sources."""
-    for period in range(len(weights), _LONGEST + 1):
+    """How often each source stands in a period: exactly by its share where a period of up to 1,024 can say it, else in
+    one in which the rarest stands some 64 times, of at most 2^23 places times sources; once at least. Periods are 64 or
+    more: neighbours, which mixup joins, are of all pairs of sources."""
+    for period in range(len(weights), _EXACT + 1):
         counts = [round(weight * period) for weight in weights]
         if sum(counts) == period and all(
             math.isclose(count, weight * period, rel_tol=1e-9) for count, weight in zip(counts, weights, strict=True)
         ):
             return [count * -(-_SHORTEST // period) for count in counts]
-    counts = [max(1, int(weight * _LONGEST)) for weight in weights]
-    lacking = [weight * _LONGEST - count for weight, count in zip(weights, counts, strict=True)]
-    for number in np.argsort(lacking)[::-1][: max(0, _LONGEST - sum(counts))]:
+    most = max(_EXACT, _TABLE // len(weights))
+    period = int(min(most, max(_EXACT, _RAREST / min(weights))))
+    counts = [max(1, int(weight * period)) for weight in weights]
+    lacking = [weight * period - count for weight, count in zip(weights, counts, strict=True)]
+    for number in np.argsort(lacking)[::-1][: max(0, period - sum(counts))]:
         counts[int(number)] += 1
     return counts

@@ -33,7 +33,7 @@ class RawSample:
 def header_of(raw: RawSample, max_pixels: int) -> Header:
     """BadSample for what cannot be an image."""
     if raw.image is None:
-        raise BadSample("no_image", "no member with the extension of an image")
+        raise BadSample("no_image", "no member is an image")
     if raw.image_bytes > LARGEST_MEMBER:
         raise BadSample("too_large", f"{raw.image_bytes} bytes, more than {LARGEST_MEMBER}")
     return read_header(raw.image, max_pixels)

@@ -21,11 +21,12 @@ import numpy as np
 from PIL import Image
 
 from vitscale.errors import DataError
-from vitscale.files.header import BadSample, Header
+from vitscale.files.header import ROOM, BadSample, Header, canvas_bytes, open_other
 
 Box = tuple[float, float, float, float]  # top, left, bottom, right
 _PACKAGES = {"nvimgcodec": "nvidia.nvimgcodec", "simplejpeg": "simplejpeg"}
 _WHEELS = {"nvimgcodec": "nvidia-nvimgcodec-cu12", "simplejpeg": "simplejpeg"}
+_BYTES_A_PIXEL = 8  # of an image that Pillow has decoded, and a part of it as an array
 # EXIF orientation -> (flip rows, flip columns, then swap the axes): from the file to the picture.
 _TURNS = {
     1: (False, False, False),
@@ -167,9 +168,9 @@ class Decoder:
         header, region = job.header, job.region
         by_dct = min(8, region.divisor) if header.components else 1
         by_boxes = region.divisor // by_dct
+        whole = header.height * header.width // by_dct**2 * _BYTES_A_PIXEL + canvas_bytes(job.data)
         try:
-            # Closed at once: an image that was opened for its header lasts as long as its micro-batch.
-            with closing(header.image or Image.open(io.BytesIO(job.data), formats=("JPEG",))) as image:
+            with ROOM.taken(whole), closing(_opened(job)) as image:
                 grey = header.components == 3 and self._channels == 1
                 if grey or by_dct > 1:  # luma as the file has it, like the other decoders
                     size = (header.width // by_dct, header.height // by_dct)
@@ -179,8 +180,10 @@ class Decoder:
                     raise BadSample("undecodable", f"decodes to {image.size}, its header says otherwise")
                 edges = (edge * by_boxes for edge in (region.left, region.top, region.right, region.bottom))
                 left, top, right, bottom = edges
-                cropped = image.crop((left, top, min(right, image.width), min(bottom, image.height)))
-            return _reduced(self._pixels(cropped), by_boxes)
+                box = (left, top, min(right, image.width), min(bottom, image.height))
+                if by_boxes > 1 and image.mode in ("L", "RGB") and not image.has_transparency_data:
+                    return self._pixels(image.reduce(by_boxes, box))  # without a copy of its size
+                return _reduced(self._pixels(image.crop(box)), by_boxes)
         except (BadSample, MemoryError):
             raise
         except Exception as error:  # its decoders raise nearly anything on damaged files
@@ -277,6 +280,11 @@ class _SimpleJpeg:
         if whole.shape[:2] != (height, width):
             return None
         return whole[region.top : region.bottom, region.left : region.right]
+
+
+def _opened(job: Job) -> Image.Image:
+    """Not decoded. Opened anew: what is kept open from its header on holds memory as long as its micro-batch lasts."""
+    return Image.open(io.BytesIO(job.data), formats=("JPEG",)) if job.header.components else open_other(job.data)
 
 
 def _power_of_two(most: float) -> int:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import math
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Condition
 
 from PIL import Image, UnidentifiedImageError
 
@@ -51,7 +54,8 @@ class Header:
     width: int
     orientation: int  # EXIF's, 1 to 8, still to be applied to what is decoded
     components: int  # of a JPEG; 0 for every other format
-    image: Image.Image | None = None  # opened but not decoded, for what is no JPEG
+    kind: str = "JPEG"  # and mode: as Pillow has them
+    mode: str = "RGB"
 
     @property
     def oriented(self) -> tuple[int, int]:
@@ -137,11 +141,60 @@ def _why_none(data: bytes, error: Exception) -> str:
     return "" if isinstance(error, UnidentifiedImageError) else f": {type(error).__name__}"
 
 
+class Room:
+    """Memory for images that are decoded whole: so many bytes at once, or one image of more."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._used, self._changes = most, 0, Condition()
+
+    @contextmanager
+    def taken(self, count: int) -> Iterator[None]:
+        """Wait until there is room for `count` bytes, and hold it."""
+        count = min(count, self._most)
+        with self._changes:
+            self._changes.wait_for(lambda: self._used + count <= self._most)
+            self._used += count
+        try:
+            yield
+        finally:
+            with self._changes:
+                self._used -= count
+                self._changes.notify_all()
+
+
+ROOM = Room(512 << 20)  # of this process
+_CANVASES = 8  # bytes a pixel that Pillow holds of a WebP as soon as it is opened
+
+
+def open_other(data: bytes) -> Image.Image:
+    """What is no JPEG, by Pillow, which opens without decoding; to be closed and let go of soon."""
+    return Image.open(io.BytesIO(_png_parts(data)[0] if data.startswith(_PNG) else data), formats=FORMATS)
+
+
+def canvas_bytes(data: bytes) -> int:
+    """What an image takes once it is opened: of a WebP by its header, which may lie; else next to nothing."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
+        return 0
+    if data[12:16] == b"VP8X":
+        width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
+    elif data[12:16] == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    else:
+        width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+    return _CANVASES * width * height
+
+
 def _other_header(data: bytes, max_pixels: int) -> Header:
-    """By Pillow, which opens without decoding; of a TIFF it applies the orientation itself."""
-    pixels, exif = _png_parts(data) if data.startswith(_PNG) else (data, b"")
+    """By Pillow; of a TIFF it applies the orientation itself."""
+    with ROOM.taken(canvas_bytes(data)):
+        return _header_by_pillow(data, max_pixels)
+
+
+def _header_by_pillow(data: bytes, max_pixels: int) -> Header:
+    exif = _png_parts(data)[1] if data.startswith(_PNG) else b""
     try:
-        image = Image.open(io.BytesIO(pixels), formats=FORMATS)
+        image = open_other(data)
         tile = math.prod(int(image.tag_v2.get(tag, 0)) for tag in _TILE_SIDES) if image.format == "TIFF" else 0
     except Image.DecompressionBombError as error:
         raise BadSample("too_large", str(error)) from None
@@ -152,4 +205,5 @@ def _other_header(data: bytes, max_pixels: int) -> Header:
     if tile > max_pixels:  # which is decoded whole, however little of it the image shows
         raise BadSample("too_large", f"TIFF in tiles of {tile} pixels, more than data.max_pixels={max_pixels}")
     exif = exif or image.info.get("exif") or b""
-    return Header(image.height, image.width, exif_orientation(exif.removeprefix(b"Exif\0\0")), 0, image)
+    turn = exif_orientation(exif.removeprefix(b"Exif\0\0"))
+    return Header(image.height, image.width, turn, 0, str(image.format), image.mode)

@@ -93,7 +93,14 @@ class Pieces:
 
 def require_no_secret(url: str, key: str) -> None:
     """ConfigError for a URL that would carry a password into config.yaml, logs and MLflow."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        is_url = bool(parts.hostname) and not re.search(r"\s", parts.netloc) and parts.port != 0
+    except ValueError:  # of a port, or an address in brackets
+        is_url = False
+    if not is_url:
+        scheme = url.partition(":")[0]
+        raise ConfigError(f"{key}={scheme}:...: is no URL: after {scheme}:// come a host (or bucket) and a path")
     secret = next((name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if _SECRET.search(name)), None)
     if parts.username is not None or parts.password is not None or secret is not None:
         what = f"the query's {secret}" if secret else "a user or password"

@@ -53,11 +53,7 @@ def pack(
     shard_bytes. classes: names by label where they are not the source's own, as of images that a model of more classes
     is to be scored on. short_side: pixels; larger images are made so small (resize.py).
     """
-    if not 0 <= held_out < 1:
-        raise DataError(f"held_out={held_out}: must be in [0, 1), the share of images set apart for testing")
-    for name, value in (("shard_samples", shard_samples), ("shard_bytes", shard_bytes), ("resize", short_side)):
-        if value is not None and value < 1:
-            raise DataError(f"{name}={value}: must be above 0")
+    _require_values(held_out, shard_samples=shard_samples, shard_bytes=shard_bytes, resize=short_side)
     if not ((out := Path(out)) / _DONE).exists():
         require_new(out, begun=True)
     found = find(str(source), classes, columns)
@@ -71,6 +67,8 @@ def pack(
         report(f"{out}: holds these shards already")
         return {name: ShardIndex.load(out / name / "index.json") for name in shards}
     require_new(out, begun=True)
+    if found.classes and Path(source).is_dir() and Path(source).resolve() in out.resolve().parents:
+        raise DataError(f"{out}: lies in {source}, whose folders are looked through; name a folder beside it")
     for note in found.notes:
         report(note)
     if short_side is None:
@@ -90,10 +88,20 @@ def pack(
     return indexes
 
 
+def _require_values(held_out: float, **above_zero: int | None) -> None:
+    if not 0 <= held_out < 1:
+        raise DataError(f"held_out={held_out}: must be in [0, 1), the share of images set apart for testing")
+    for name, value in above_zero.items():
+        if value is not None and value < 1:
+            raise DataError(f"{name}={value}: must be above 0")
+
+
 def find(source: str, classes: Sequence[str] | None = None, columns: Columns | None = None) -> Found:
     """The samples that a source names: see `pack`. DataError where it is none, or not as it should be."""
     columns, path = columns or Columns(), Path(source).expanduser()
     if path.is_dir():
+        if not (path / "state.json").exists():
+            _require_no_columns(source, columns)
         if (path / "dataset_dict.json").exists():
             raise splits_error(source, pack_tables.saved_splits(path))
         if (path / "state.json").exists():
@@ -102,6 +110,7 @@ def find(source: str, classes: Sequence[str] | None = None, columns: Columns | N
     paths = [str(path)] if path.exists() else expand([Source(source)], shard_store())
     kinds = {os.path.splitext(each)[1].lower() for each in paths}
     if kinds == {".tar"}:
+        _require_no_columns(source, columns)
         return from_shards(paths, classes)
     if missing := [each for each in paths if not os.path.exists(each)]:
         raise DataError(f"{missing[0]}: no such folder or file; name a folder of images, a list, a data set or shards")
@@ -113,6 +122,11 @@ def find(source: str, classes: Sequence[str] | None = None, columns: Columns | N
         f"{source}: is nothing that can be packed; name a folder of images (or of one folder a class), a list (.csv, "
         ".tsv, .parquet), a Hugging Face data set on disk (save_to_disk), or shards ('FOLDER/*.tar')"
     )
+
+
+def _require_no_columns(source: str, columns: Columns) -> None:
+    if columns.image or columns.labels:
+        raise DataError(f"{source}: has no columns; --image-column and --label-column are for lists: leave them out")
 
 
 def require_new(out: Path, begun: bool = False) -> None:

@@ -114,12 +114,12 @@ def _look(samples: Samples, images: WholeImages, labels: LabelReader, numbers: S
 
 
 def _add_image(tally: Tally, raw: RawSample, header: Header, pixels: np.ndarray) -> None:
-    image, size = header.image, raw.image_bytes
-    kind = "JPEG" if image is None else f"{image.format}{', 16 bits' if image.mode.startswith('I') else ''}"
+    size = raw.image_bytes
+    kind = f"{header.kind}{', 16 bits' if header.mode.startswith('I') else ''}"
     height, width = header.oriented
     tally.images += 1
     tally.formats[kind] += 1
-    tally.channels[header.components if image is None else _BANDS.get(image.mode, len(image.getbands()))] += 1
+    tally.channels[header.components or _BANDS.get(header.mode, Image.getmodebands(header.mode))] += 1
     tally.heights[height] += 1
     tally.widths[width] += 1
     tally.bytes += size

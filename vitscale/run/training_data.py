@@ -9,7 +9,7 @@ from vitscale.config.check import has_classes
 from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig
 from vitscale.data.crop import training_crop
-from vitscale.data.index import ShardIndex, open_index, require_labels
+from vitscale.data.index import ShardIndex, open_index, require_images, require_labels
 from vitscale.data.labels import LabelReader
 from vitscale.data.loader import Loader
 from vitscale.data.mixture import training_order
@@ -27,6 +27,7 @@ def training_index(config: RunConfig, folder: RunFolder, store: Stores) -> Shard
     if not data.train:
         raise ConfigError("data.train is empty: give the shards, say data.train='/data/train-{000000..000099}.tar'")
     index = open_index(data.train, data.index, folder.path, label=data.label_extension, image=data.image, store=store)
+    require_images(index, data.label_extension)
     if config.objective.needs_labels:
         require_labels(index, data.label_extension)
     return index
