@@ -115,6 +115,8 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     }  # fmt: skip
     assert len(index.paths) == 4
     assert not (tmp_path / "out" / "classes.json").exists()
+    with pytest.raises(DataError, match="leave --classes out"):
+        pack(tmp_path / "flat", tmp_path / "other", classes=["ant"])
 
 
 def test_classes_of_other_shards(folder: Path, tmp_path: Path) -> None:

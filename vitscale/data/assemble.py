@@ -21,7 +21,7 @@ from vitscale.files.decode import Decoder, Job
 from vitscale.files.header import BadSample, Header
 from vitscale.files.retry import activity
 
-_CHUNK = 8  # samples that a thread takes at once
+_CHUNK = 16  # samples that a thread takes at once
 _MOST_ENCODED = 64 << 20  # bytes of a micro-batch's files held at once, where they are larger
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -122,7 +122,7 @@ class Assembler:
 
     def _together(self, refs: Refs) -> Iterator[list[int]]:
         """The places of a micro-batch in runs whose encoded bytes are held at once: all of it, but of huge images."""
-        sizes = self._in_chunks(self._shards.sizes, refs.ids.tolist())
+        sizes = self._shards.sizes(refs.ids.tolist())
         start, held = 0, 0
         for place, size in enumerate(sizes):
             if held and held + size > _MOST_ENCODED:

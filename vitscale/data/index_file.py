@@ -41,7 +41,9 @@ def read_rows(store: Store, path: str) -> Iterator[Rows]:
     except OSError as error:
         raise unreadable(f"data.index={path}", error) from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise DataError(f"data.index={path}: is no index as `vitscale index` makes it: {error!r}") from None
+        raise DataError(
+            f"data.index={path}: is no index as `vitscale index` makes it: {type(error).__name__}: {error}"
+        ) from None
 
 
 def is_current(store: Store, path: str) -> bool:

@@ -29,6 +29,7 @@ from vitscale.text import ignore_warnings_of_pillow
 
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LIFE_EVERY_S = 0.25
+_SWITCH_S = 0.0005  # a thread that has decoded waits so long for another one's Python, not 5 ms
 STACKS = signal.SIGUSR2  # prints where every thread stands
 
 
@@ -82,6 +83,7 @@ class _Reader:
 def main(arguments: list[str]) -> None:
     results, parent, *descriptors = map(int, arguments)
     _quiet()
+    sys.setswitchinterval(_SWITCH_S)
     for ignored in IGNORED_SIGNALS:
         signal.signal(ignored, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)  # the parent blocked them until now

@@ -84,6 +84,8 @@ def from_folder(folder: Path, classes: Sequence[str] | None) -> Found:
             f"{as_text(folder)}: has images ({as_text(loose[0].name)}) beside folders ({as_text(folders[0].name)}): "
             "put all images into class folders, or all side by side"
         )
+    if classes is not None and not folders:
+        raise DataError(f"{as_text(folder)}: --classes: its images lie in no class folders; leave --classes out")
     _require_no_splits(folder, [each.name for each in folders], classes)
     names = [as_text(each.name) for each in folders] if classes is None else classes
     for each in folders:
