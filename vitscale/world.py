@@ -10,8 +10,13 @@ import contextlib
 import math
 import os
 import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from vitscale.errors import LaunchError
 from vitscale.text import listed, to_stderr
@@ -28,6 +33,7 @@ _NUMBERS = (
     *("ALPS_APP_PE", "FLUX_TASK_RANK", "JSM_NAMESPACE_RANK"),
 )
 _PERIOD = "cpu.cfs_period_us"
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what stops a run
 SUPERVISED = "VITSCALE_SUPERVISED"  # set by launch/torchrun.py for its ranks
 
 
@@ -196,6 +202,39 @@ def _require_first() -> None:
 def child_environment() -> dict[str, str]:
     """The environment for a helper process that is no rank: without the launcher's variables."""
     return {name: value for name, value in os.environ.items() if not _OF_LAUNCHERS.fullmatch(name)}
+
+
+def start_helper(
+    module: str,
+    arguments: Sequence[str],
+    descriptors: Sequence[int] = (),
+    environment: Mapping[str, str] | None = None,
+    **options: Any,
+) -> subprocess.Popen[bytes]:
+    """Start `python -m module` beside this process, from the same code: exec'ed, not forked, so that neither NCCL nor
+    CUDA is carried into it. It is to call `ignore_stops` first.
+
+    descriptors: what it is handed, under the same numbers; environment: what it has beside that of child_environment.
+    """
+    variables = child_environment() | dict(environment or {})
+    root = Path(__file__).parents[1]
+    if root.name not in ("site-packages", "dist-packages"):  # run from a checkout: the same code for the helper
+        variables["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [variables.get("PYTHONPATH")])])
+    # A signal to the whole group must not end the helper before it has learnt to ignore it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        # -P: not whatever lies in the folder where the run was started under the name of a module.
+        command = [sys.executable, "-P", "-m", module, *arguments]
+        return subprocess.Popen(command, pass_fds=descriptors, env=variables, **options)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore_stops() -> None:
+    """In a helper process: ignore the signals that stop a run, since the ranks save and leave in their own time."""
+    for ignored in _STOPS:
+        signal.signal(ignored, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)  # the parent blocked them until now
 
 
 def forget_deepspeed() -> None:

@@ -8,7 +8,6 @@ import re
 import select
 import signal
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-import vitscale
 from vitscale.config import schema
 from vitscale.data.assemble import Plan
 from vitscale.data.batch import Batch
@@ -24,12 +22,13 @@ from vitscale.data.crop import Crop
 from vitscale.data.index import ShardIndex, require_labels
 from vitscale.data.labels import LabelReader
 from vitscale.data.order import SampleOrder
-from vitscale.data.reader import IGNORED_SIGNALS, STACKS
-from vitscale.data.wire import FREE, Alive, Failed, Filled, SharedMemory, Work, receive, send
+from vitscale.data.reader import STACKS
+from vitscale.data.wire import FREE, Alive, Failed, Filled, Work, receive, send
 from vitscale.errors import DataError, StorageError
 from vitscale.files.decode import choose_decoder
+from vitscale.files.shared_memory import SharedMemory
 from vitscale.text import to_stderr
-from vitscale.world import World, child_environment
+from vitscale.world import World, start_helper
 
 _BATCHES_AHEAD = 64  # time to scan a shard on a slow file system before its first sample is due
 _STARTING_S = 60.0  # for a reader to be there
@@ -103,7 +102,7 @@ class Loader:
         self._number = 0  # of the micro-batch to give out next
         self._lent: dict[int, Batch] = {}  # what was given out and not released, by memory
         self._arrived: dict[int, Filled | Failed] = {}
-        self._memories = [SharedMemory.create() for _ in range(data.prefetch)]
+        self._memories = [SharedMemory.create("batch") for _ in range(data.prefetch)]
         self._needed: deque[int] = deque(maxlen=_REMEMBERED)  # bytes, of the last batches
         self._next_fill = list(range(data.prefetch))  # the micro-batch that each memory is to have next
         self._filling: dict[int, int] = {}  # memory -> the micro-batch that the reader is at, or will be
@@ -255,20 +254,9 @@ class Loader:
     def _reader_process(self, results: int) -> subprocess.Popen[bytes]:
         memories = [memory.descriptor for memory in self._memories]
         arguments = [str(number) for number in (results, os.getpid(), *memories)]
-        environment = child_environment() | _ENVIRONMENT
-        root = Path(vitscale.__file__).parents[1]
-        if root.name not in ("site-packages", "dist-packages"):  # run from a checkout: the same code for the reader
-            environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [environment.get("PYTHONPATH")])])
-        # A signal to the whole group must not end the reader before it has learnt to ignore it.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
-        try:
-            return subprocess.Popen(
-                # -P: not whatever lies in the folder where the run was started under the name of a module.
-                [sys.executable, "-P", "-m", "vitscale.data.reader", *arguments],
-                stdin=subprocess.PIPE, bufsize=0, pass_fds=[results, *memories], env=environment,
-            )  # fmt: skip
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return start_helper(
+            "vitscale.data.reader", arguments, [results, *memories], _ENVIRONMENT, stdin=subprocess.PIPE, bufsize=0
+        )
 
     def _end(self) -> str:
         """How the reader ended; it closes its pipe only by ending."""

@@ -22,12 +22,13 @@ import numpy as np
 from PIL import Image
 
 from vitscale.data.assemble import Assembler, Plan
-from vitscale.data.wire import FREE, Alive, Failed, Filled, SharedMemory, Work, receive, send
+from vitscale.data.wire import FREE, Alive, Failed, Filled, Work, receive, send
 from vitscale.errors import VitscaleError
 from vitscale.files.retry import activity, retries
+from vitscale.files.shared_memory import SharedMemory
 from vitscale.text import ignore_warnings_of_pillow
+from vitscale.world import ignore_stops
 
-IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LIFE_EVERY_S = 0.25
 _SWITCH_S = 0.0005  # a thread that has decoded waits so long for another one's Python, not 5 ms
 STACKS = signal.SIGUSR2  # prints where every thread stands
@@ -84,9 +85,7 @@ def main(arguments: list[str]) -> None:
     results, parent, *descriptors = map(int, arguments)
     _quiet()
     sys.setswitchinterval(_SWITCH_S)
-    for ignored in IGNORED_SIGNALS:
-        signal.signal(ignored, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)  # the parent blocked them until now
+    ignore_stops()
     code = 1
     try:
         _serve(results, parent, [SharedMemory(descriptor) for descriptor in descriptors])
