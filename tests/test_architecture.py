@@ -46,8 +46,7 @@ WITHOUT_TORCH = (
     "config",
     "data",
     "prepare",
-    "checkpoint.store",
-    "checkpoint.manifest",
+    "checkpoint",
     "tracking",
     "launch",
 )

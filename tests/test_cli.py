@@ -13,7 +13,8 @@ from PIL import Image
 
 from vitscale import __version__
 from vitscale.checkpoint.fragments import Piece
-from vitscale.checkpoint.store import SoleRank, save_checkpoint
+from vitscale.checkpoint.saving import save_checkpoint
+from vitscale.checkpoint.store import SoleRank
 from vitscale.cli import main
 from vitscale.config.load import dump_config, load_config
 from vitscale.data.index import ShardIndex

@@ -10,9 +10,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitscale.checkpoint.fragments import Piece, PieceReader, TensorRecord, join_tables, table, write_pieces
+from vitscale.checkpoint.fragments import (
+    Piece,
+    PieceReader,
+    Table,
+    TensorRecord,
+    copied,
+    file_header,
+    join_tables,
+    new_memory,
+)
 
 DTYPES = ["float32", "float64", "float16", "int64", "uint8", "bool"]
+
+
+def write_pieces(path: Path, pieces: list[Piece]) -> None:
+    """As a rank's file has them: in one memory behind the header."""
+    memory = []
+    laid = copied(pieces, lambda count: memory.append(new_memory(count)) or memory[0])
+    header, count = file_header(laid)
+    path.write_bytes(header + memory[0][:count].tobytes())
 
 
 @st.composite
@@ -40,7 +57,7 @@ def test_any_range_of_any_division_reads_back(divided, data):
         paths = [Path(folder) / f"{number}.safetensors" for number in range(len(files))]
         for path, pieces in zip(paths, files, strict=True):
             write_pieces(path, pieces)
-        records = {record.name: record for record in join_tables([table(pieces) for pieces in files])}
+        records = {record.name: record for record in join_tables([Table.of(pieces) for pieces in files])}
         reader = PieceReader(paths)
         for name, array in tensors:
             record = TensorRecord.from_json(records[name].as_json())
@@ -69,7 +86,7 @@ def pieces_of(*runs: tuple[int, int], shape=(2, 5), dtype="float32"):
 )
 def test_pieces_that_are_no_whole_tensor_are_named(tables, says):
     with pytest.raises(AssertionError, match=says):
-        join_tables([table(pieces) for pieces in tables])
+        join_tables([Table.of(pieces) for pieces in tables])
 
 
 def test_a_piece_must_lie_in_its_tensor():
@@ -80,7 +97,7 @@ def test_a_piece_must_lie_in_its_tensor():
 def test_a_read_touches_only_the_files_that_hold_the_range(tmp_path):
     whole = [pieces_of((0, 4)), pieces_of((4, 10))]
     write_pieces(tmp_path / "0", whole[0])
-    [record] = join_tables([table(pieces) for pieces in whole])
+    [record] = join_tables([Table.of(pieces) for pieces in whole])
     reader = PieceReader([tmp_path / "0", tmp_path / "not there"])
     assert reader.read(record, 1, 3).shape == (3,)
     with pytest.raises(FileNotFoundError):

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from vitscale.checkpoint.store import open_checkpoint, save_checkpoint
+from vitscale.checkpoint.saving import save_checkpoint
+from vitscale.checkpoint.store import open_checkpoint
 from vitscale.config.schema import Model, Objective, Optimizer, Parallel, RunConfig, Train
 from vitscale.engine import backend
 from vitscale.engine.engine import Engine, Inputs, load_weights

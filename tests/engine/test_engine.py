@@ -104,8 +104,8 @@ def assert_near(checkpoint: Checkpoint, kind: str, expected: dict[str, np.ndarra
 def written_by_rank(checkpoint: Checkpoint, kind: str, ranks: int) -> list[int]:
     """Elements of a kind that each rank wrote."""
     manifest = json.loads((checkpoint.folder / "manifest.json").read_text())
-    pieces = [piece for tensor in manifest["tensors"] if tensor["kind"] == kind for piece in tensor["pieces"]]
-    return [sum(count for file, _, count in pieces if file == rank) for rank in range(ranks)]
+    rows = [row for tensor in manifest["tensors"] if tensor["kind"] == kind for row in tensor["pieces"]]
+    return [sum(count for file, count, files in rows if file <= rank < file + files) for rank in range(ranks)]
 
 
 # ---- saving

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from vitscale.checkpoint.fragments import Piece
-from vitscale.checkpoint.store import Checkpoint, SoleRank, open_checkpoint, save_checkpoint
+from vitscale.checkpoint.saving import save_checkpoint
+from vitscale.checkpoint.store import Checkpoint, SoleRank, open_checkpoint
 from vitscale.engine.engine import load_weights
 from vitscale.errors import CheckpointError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.worlds import Launcher, losses
-from vitscale.checkpoint.store import POINTS
+from vitscale.checkpoint.saving import POINTS
 from vitscale.run_folder import BAD_INPUT
 
 IN_CI = {("state_synced", 1), ("agreed", 0), ("manifest_written", 0), ("renamed", 0)}
@@ -33,7 +33,7 @@ def unbroken(launcher: Launcher, shards: Path, tmp_path_factory: pytest.TempPath
     [
         pytest.param(point, rank, marks=[] if (point, rank) in IN_CI else pytest.mark.full)
         for point in POINTS
-        for rank in ((0, 1) if point in ("state_begun", "state_written", "state_synced", "agreed") else (0,))
+        for rank in ((0, 1) if point in ("state_begun", "state_synced", "agreed") else (0,))
         if point != "old_moved"  # only where a folder of the same step is replaced: tests/checkpoint
     ],
 )

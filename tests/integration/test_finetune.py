@@ -125,6 +125,7 @@ def test_the_best_is_kept_and_reproduced_by_transformers(
 def test_stopped_and_resumed_is_bit_identical(launcher: Launcher, config: Path, tmp_path: Path) -> None:
     """And a validation changes no bit of what follows."""
     argv = ["finetune", str(config), "train.ema_decay=0.9", "checkpoint.keep=9", "checkpoint.every_steps=8"]
+    argv.append("checkpoint.asynchronous=false")
     launcher.run([*argv, "run.name=whole"], ranks=2)
     launcher.run([*argv, "run.name=quiet", "evaluation.every_steps=null"], ranks=2)
     whole, quiet = tmp_path / "whole", tmp_path / "quiet"

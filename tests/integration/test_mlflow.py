@@ -74,7 +74,7 @@ def test_pretraining_fine_tuning_and_scores_lie_below_each_other(
     from mlflow.tracking import MlflowClient
 
     keys = ["tracking.mlflow=true", f"tracking.mlflow_uri={server.uri}", "tracking.experiment=nested"]
-    short = ["train.steps=6", "checkpoint.every_steps=2", "checkpoint.keep=2"]
+    short = ["train.steps=6", "checkpoint.every_steps=2", "checkpoint.keep=2", "checkpoint.asynchronous=false"]
     launcher.run(["pretrain", str(config), *keys, *short, "run.name=first"])
     first, second, scores = (tmp_path / "runs" / "first", tmp_path / "runs" / "second", tmp_path / "scores")
     held_out = [f"data.validation={shards}/*.tar", "train.keep_best=validation/top1", "evaluation.every_steps=3"]

@@ -35,7 +35,7 @@ def test_ranks_and_stages_agree(launcher: Launcher, config: Path, tmp_path: Path
 
 
 def test_going_on_and_another_architecture(launcher: Launcher, config: Path, tmp_path: Path) -> None:
-    argv = ["pretrain", str(config), *OPTIONS, "checkpoint.every_steps=2"]
+    argv = ["pretrain", str(config), *OPTIONS, "checkpoint.every_steps=2", "checkpoint.asynchronous=false"]
     launcher.run(argv)
     run = tmp_path / "runs" / "run"
     whole = weights(run)

@@ -115,7 +115,7 @@ def test_moving_average(launcher: Launcher, config: Path, tmp_path: Path, source
     """It starts from the weights of a checkpoint that has none, and is what the model folder holds."""
     start = source / "checkpoints" / "step_00000010"
     argv = ["pretrain", str(config), f"checkpoint.resume_from={start}", "train.steps=12", "train.ema_decay=0.9"]
-    launcher.run([*argv, "checkpoint.every_steps=1", "parallel.zero_stage=2"], ranks=2)
+    launcher.run([*argv, "checkpoint.every_steps=1", "checkpoint.asynchronous=false", "parallel.zero_stage=2"], ranks=2)
     run = tmp_path / "runs" / "run"
     steps = [start, *(run / "checkpoints" / f"step_{step:08d}" for step in (11, 12))]
     before, one, two = (open_checkpoint(folder, SoleRank()) for folder in steps)

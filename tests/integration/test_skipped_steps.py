@@ -32,7 +32,7 @@ def saved(run: Path, step: int) -> tuple[dict[tuple[str, str], np.ndarray], dict
 def _argv(config: Path, stage: int, precision: str, micro: int) -> list[str]:
     argv = ["pretrain", str(config), f"parallel.zero_stage={stage}", f"train.precision={precision}"]
     argv += [f"train.micro_batch={micro}", f"train.steps={STEPS}"]
-    return [*argv, "checkpoint.every_steps=1", "checkpoint.keep=10"]
+    return [*argv, "checkpoint.every_steps=1", "checkpoint.keep=10", "checkpoint.asynchronous=false"]
 
 
 @pytest.mark.parametrize(

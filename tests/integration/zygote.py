@@ -55,7 +55,7 @@ def _be_rank(rank: int, port: int, request: dict[str, Any]) -> None:
     os.dup2(null, 0)
     kill = request.get("kill")
     if kill and kill["rank"] == rank:
-        _kill_while_saving(kill["point"], kill["nth"])
+        _disturb_save(kill["point"], kill["nth"], kill.get("until"))
     nan = request.get("nan")
     if nan and nan["rank"] == rank:
         _nan_pixels(nan["calls"])
@@ -70,19 +70,23 @@ def _call(call: dict[str, Any], result: Path) -> int:
     return 0
 
 
-def _kill_while_saving(point: str, nth: int) -> None:
-    """SIGKILL this rank the nth time that saving reaches a point."""
-    from vitscale.checkpoint import store
+def _disturb_save(point: str, nth: int, until: tuple[str, int] | None) -> None:
+    """SIGKILL this rank the nth time that saving reaches a point; or hold that save up until a file has so many lines."""
+    from vitscale.checkpoint import saving
 
     seen = 0
 
     def at(reached: str) -> None:
         nonlocal seen
         seen += reached == point
-        if reached == point and seen == nth:
+        if reached != point or seen != nth:
+            return
+        while until is not None and Path(until[0]).read_bytes().count(b"\n") < until[1]:
+            time.sleep(0.01)
+        if until is None:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    store.on_progress = at
+    saving.on_progress = at
 
 
 def _nan_pixels(calls: list[int]) -> None:

@@ -12,9 +12,8 @@ import torch.distributed as dist
 
 from vitscale.config.load import config_of
 from vitscale.config.schema import Checkpoint, Data, Log, Run, RunConfig, Source
-from vitscale.engine.loop import TrainState
+from vitscale.engine.loop import TrainState, every_n_steps
 from vitscale.errors import ConfigError
-from vitscale.run import job
 from vitscale.run.job import Job, pretrain, run_locked
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, FolderInUse
 from vitscale.tracking.meters import Meters
@@ -35,14 +34,16 @@ def test_making_a_job_does_no_io(tmp_path: Path) -> None:
     assert not dist.is_initialized()
 
 
-def test_rows_are_logged_and_synced_before_their_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_logged_and_synced_before_their_checkpoint(tmp_path: Path) -> None:
     events: list[str] = []
-    monkeypatch.setattr(job, "_save", lambda session, engine, state: events.append(f"save {state.step}"))
     records: Any = SimpleNamespace(log=lambda row: events.append("log"), sync=lambda: events.append("sync"))
     config = make_config(tmp_path, log=Log(every_steps=2), checkpoint=Checkpoint(every_steps=3))
     session: Any = SimpleNamespace(config=config, held_out=None, probed=None)
     engine: Any = None
-    tasks = Job(config, World()).tasks(session, engine, records, Meters())
+    saves: Any = SimpleNamespace(
+        failures=0, due=every_n_steps(3), run=lambda state, is_best: events.append(f"save {state.step}")
+    )
+    tasks = Job(config, World()).tasks(session, engine, records, Meters(), saves)
     for task in tasks:
         task.run(TrainState(step=6), {})
     assert events == ["log", "sync", "save 6"]

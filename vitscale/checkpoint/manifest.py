@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)  # 1: a row (file, start, count) a piece; 2: a row (file, count, files) a stretch of equal pieces
 MANIFEST = "manifest.json"
 # Of a manifest that is not what it should be.
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -35,13 +36,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         version = manifest["format"]
     except READ_ERRORS as error:
         raise ValueError(f"{MANIFEST} is no whole manifest ({error})") from None
-    if version != FORMAT:
+    if version not in READABLE:
         raise ValueError(
-            f"{MANIFEST} has format {version!r}, this vitscale reads format {FORMAT}: use the vitscale that wrote it"
+            f"{MANIFEST} has format {version!r}, this vitscale reads up to {FORMAT}: use the vitscale that wrote it"
         )
     expected, found = manifest.get("sha256"), _digest(manifest)
     if expected != found:
         raise ValueError(f"{MANIFEST} does not match its own sha256 ({short(found)}, says {short(expected)})")
+    if version == 1:
+        for tensor in manifest["tensors"]:
+            tensor["pieces"] = [[file, count, 1] for file, _, count in tensor["pieces"]]
     return manifest
 
 

@@ -243,12 +243,16 @@ class Parallel:
 @dataclass(frozen=True)
 class Checkpoint:
     every_steps: int = 500
+    asynchronous: bool = True  # training goes on while a checkpoint is written; the last one is waited for
     keep: int = 3  # newest kept
+    keep_every_hours: float | None = None  # of training: one checkpoint is kept for good so often; null: none
     resume_from: str | None = None  # a checkpoint folder to go on from when this run has none
 
     def __post_init__(self) -> None:
         require(self.every_steps > 0, "checkpoint.every_steps", self.every_steps, "above 0")
         require(self.keep > 0, "checkpoint.keep", self.keep, "above 0")
+        hours = self.keep_every_hours
+        require(hours is None or hours > 0, "checkpoint.keep_every_hours", hours, "above 0 or null")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vitscale.checkpoint.fragments import Piece
+from vitscale.checkpoint.fragments import Piece, Reserve, arrays_in, new_memory
 from vitscale.checkpoint.store import Checkpoint
 from vitscale.config.check import accumulation
 from vitscale.config.schema import RunConfig
@@ -157,20 +157,34 @@ class Engine:
         """Optimizer steps that were applied."""
         return max((int(state["step"]) for state in self.inner.state.values()), default=0)
 
-    def snapshot(self) -> list[Piece]:
-        """This rank's pieces of a checkpoint: fp32 copies on the CPU that no later step changes."""
+    def snapshot(self, reserve: Reserve = new_memory) -> list[Piece]:
+        """This rank's pieces of a checkpoint: fp32 copies on the CPU that no later step changes.
+
+        reserve: gives the memory for all of them, where arrays_in lays them out.
+        """
+        saved = list(self._saved())
+        arrays = arrays_in(reserve, [(_numpy_dtype(each), each.numel()) for *_, each in saved])
         pieces = []
-        for fragment in self._written():
-            pieces.append(_piece("param", fragment, fragment.weights()))
-            for kind in zero_state.MOMENTS:
-                pieces.append(_piece(kind, fragment, fragment.moment(self.inner, kind)))
+        for (kind, name, shape, start, values), array in zip(saved, arrays, strict=True):
+            torch.from_numpy(array).copy_(values.detach().reshape(-1), non_blocking=True)
+            pieces.append(Piece(kind, name, shape, start, array))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return pieces
+
+    def _saved(self) -> Iterator[tuple[str, str, tuple[int, ...], int, torch.Tensor]]:
+        """What this rank gives to a checkpoint: (kind, name, shape of the whole, start, values)."""
+        for run in self._written():
+            kinds = {"param": run.weights()} | {kind: run.moment(self.inner, kind) for kind in zero_state.MOMENTS}
             if self.ema:
-                pieces.append(_piece("ema", fragment, self.ema.of(fragment)))
-        pieces += [_piece("frozen", fragment, fragment.weights()) for fragment in self.frozen]
+                kinds["ema"] = self.ema.of(run)
+            for kind, values in kinds.items():
+                yield kind, run.name, run.shape, run.start, values
+        for run in self.frozen:
+            yield "frozen", run.name, run.shape, run.start, run.weights()
         if self.ranks.rank == 0:
             for name, buffer in saved_buffers(self.module).items():
-                pieces.append(Piece("buffer", name, tuple(buffer.shape), 0, _copied(buffer.reshape(-1))))
-        return pieces
+                yield "buffer", name, tuple(buffer.shape), 0, buffer
 
     def _written(self) -> list[zero_state.Fragment]:
         """The fragments that this rank writes: all it owns, or at stage 0 its share of what all own."""
@@ -228,9 +242,5 @@ def saved_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in module.named_buffers() if name in persistent}
 
 
-def _piece(kind: str, fragment: zero_state.Fragment, values: torch.Tensor) -> Piece:
-    return Piece(kind, fragment.name, fragment.shape, fragment.start, _copied(values.float()))
-
-
-def _copied(values: torch.Tensor) -> np.ndarray:
-    return values.detach().to("cpu", copy=True).numpy()  # .cpu() of what is there already would be a view
+def _numpy_dtype(values: torch.Tensor) -> np.dtype[Any]:
+    return torch.empty(0, dtype=values.dtype).numpy().dtype

@@ -73,6 +73,8 @@ class TrainState:
     skipped: int = 0  # steps whose gradient was not finite
     bad: dict[str, int] = field(default_factory=dict)  # replaced samples by cause
     retries: int = 0  # reads of storage that failed and were made again
+    save_failures: int = 0  # checkpoints that could not be saved
+    elapsed_s: float = 0.0  # seconds of training behind it, over all starts
     best: dict[str, Any] | None = None  # of train.keep_best: its `metric`, `value` and `step`
     without_better: int = 0  # validations since then
     early_stopped: bool = False  # then there is nothing more to train

@@ -21,14 +21,15 @@ class ProcessRanks:
     Its methods are collectives: every rank calls them, in the same order.
     """
 
-    def __init__(self, timeout: timedelta) -> None:
+    def __init__(self, timeout: timedelta, apart: bool = False) -> None:
+        """apart: over a group of their own, as a thread needs it; all ranks make it at the same time."""
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.world_size = dist.get_world_size() if distributed else 1
         self._group: Any = None
         if self.world_size > 1:
             # NCCL would need the values on the GPU, and would queue behind its kernels.
-            same = dist.get_backend() == "gloo"
+            same = dist.get_backend() == "gloo" and not apart
             self._group = dist.group.WORLD if same else dist.new_group(backend="gloo", timeout=timeout)
 
     def gather(self, value: Any) -> list[Any]:

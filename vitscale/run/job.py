@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from vitscale import __version__
 from vitscale.augment.feed import DeviceFeed
 from vitscale.augment.pipeline import Augment
-from vitscale.checkpoint.store import Checkpoint, save_checkpoint
+from vitscale.checkpoint.store import Checkpoint
 from vitscale.config.check import check_config, too_few_lanes
 from vitscale.config.load import dump_config
 from vitscale.config.schema import RunConfig
@@ -29,14 +28,15 @@ from vitscale.evaluation.validation import HeldOut
 from vitscale.files.atomic import write_atomically
 from vitscale.files.header import CAUSES
 from vitscale.launch.snapshot import code_version, commit
-from vitscale.models.auto import model_keys, new_model
+from vitscale.models.auto import new_model
 from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.run.export import export_run
 from vitscale.run.probes import Probes
 from vitscale.run.report import report
+from vitscale.run.saves import Saves
 from vitscale.run.scoring import Scoring
-from vitscale.run.session import Session, config_digest, open_session
-from vitscale.run.start import keep_shards, order_keys, say_changed_keys, start
+from vitscale.run.session import Session, open_session
+from vitscale.run.start import keep_shards, say_changed_keys, start
 from vitscale.run.training_data import training_loader
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder
 from vitscale.tracking.jsonl import JsonlFile
@@ -164,7 +164,9 @@ class Job:
         """What makes a training batch the model's inputs."""
         return Augment.of(session.config, str(session.backend.device), train=True)
 
-    def tasks(self, session: Session, engine: Engine, records: Records, meters: Meters) -> Sequence[PeriodicTask]:
+    def tasks(
+        self, session: Session, engine: Engine, records: Records, meters: Meters, saves: Saves
+    ) -> Sequence[PeriodicTask]:
         """What is done once in a while, in this order.
 
         A row is logged before its checkpoint is saved, or a kill between them would lose the row.
@@ -172,18 +174,18 @@ class Job:
         config, scoring, probes = session.config, Scoring(session), Probes(session)
 
         def log(state: TrainState, row: dict[str, Any]) -> None:
-            records.log(row | meters.read())
+            records.log(row | {"save_failures": saves.failures} | meters.read())
 
         def save(state: TrainState, row: dict[str, Any]) -> None:
             records.sync()  # a checkpoint must not know of rows that a power cut can take
-            _save(session, engine, state)
+            saves.run(state, scoring.is_best(state.step))
 
-        logs, saves = every_n_steps(config.log.every_steps), every_n_steps(config.checkpoint.every_steps)
+        logs = every_n_steps(config.log.every_steps)
         return (
             *([PeriodicTask("validation", scoring.due, partial(scoring.run, engine))] if scoring.is_wanted else []),
             *([PeriodicTask("evaluation", probes.due, partial(probes.run, engine))] if probes.is_wanted else []),
             PeriodicTask("tracking", lambda step: logs(step) or scoring.due(step) or probes.due(step), log),
-            PeriodicTask("save", lambda step: saves(step) or scoring.is_best(step), save, at_stop=True),
+            PeriodicTask("save", lambda step: saves.due(step) or scoring.is_best(step), save, at_stop=True),
         )
 
     def finish(self, session: Session, state: TrainState, parameters: int) -> None:
@@ -212,6 +214,7 @@ class Job:
             "device": session.world.device,
             "decoder": session.decoder,
             "skipped_steps": state.skipped,
+            "save_failures": state.save_failures,
             "bad_samples": state.bad,
             "model": str(out),
             **({} if state.best is None else {"best": state.best}),
@@ -239,6 +242,7 @@ class Job:
             engine.restore(checkpoint)
         meters, augment = Meters(), self.augment(session)
         with (
+            Saves(session, engine, state) as saves,
             self.loader(session, state.samples + state.shift) as loader,
             DeviceFeed(loader, augment, session.backend.device) as feed,
         ):
@@ -248,13 +252,14 @@ class Job:
                 state=state,
                 total_steps=session.total_steps,
                 config=config,
-                tasks=self.tasks(session, engine, records, meters),
+                tasks=self.tasks(session, engine, records, meters, saves),
                 record=records.record,
                 causes=CAUSES,
                 stop=session.stop,
                 meters=meters,
             )
             done = loop.run()
+            saves.finish(state)
             self._reader_memory = loader.reader_memory()
             return done
 
@@ -291,26 +296,6 @@ class Job:
         )
         if warning := too_few_lanes(config, world):
             say(f"warning: {warning}")
-
-
-def _save(session: Session, engine: Engine, state: TrainState) -> None:
-    """A checkpoint of this step, by all ranks together."""
-    config = session.config
-    manifest = asdict(state) | {
-        "adam_step": engine.adam_step,
-        "total_steps": session.total_steps,
-        "order": order_keys(session),
-        "model": model_keys(config),
-        "world_size": session.world.world_size,
-        "zero_stage": engine.stage,
-        "precision": config.train.precision,
-        "decoder": session.decoder,
-        "config": config_digest(config),
-        "vitscale": __version__,
-    }
-    keep, folder = config.checkpoint.keep, session.folder.checkpoints
-    kept_step = None if state.best is None else int(state.best["step"])
-    save_checkpoint(folder, state.step, engine.snapshot(), manifest, session.ranks, keep, kept_step=kept_step)
 
 
 def _of_best(state: TrainState) -> str:

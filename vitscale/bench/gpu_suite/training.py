@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from vitscale import rng
 from vitscale.bench.gpu_suite.cases import Mismatch
-from vitscale.checkpoint.store import open_checkpoint, save_checkpoint
+from vitscale.checkpoint.saving import save_checkpoint
+from vitscale.checkpoint.store import open_checkpoint
 from vitscale.config.check import accumulation
 from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig

@@ -1,0 +1,120 @@
+"""When a run's checkpoints are saved, and what they say of the run."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+from vitscale import __version__
+from vitscale.checkpoint.retention import Retention
+from vitscale.checkpoint.saving import Saver
+from vitscale.engine.engine import Engine
+from vitscale.engine.loop import TrainState, every_n_steps
+from vitscale.engine.pinning import Pinned
+from vitscale.engine.ranks import ProcessRanks
+from vitscale.models.auto import model_keys
+from vitscale.run.session import Session, config_digest
+from vitscale.run.start import order_keys
+
+_PATIENCE = 6  # a slow disk is no lost rank: of parallel.timeout_s, for the exchanges about a save
+
+
+class Saves:
+    """The periodic task that saves checkpoints, in the background by checkpoint.asynchronous; use it in a `with`.
+
+    A save that is due while one is being written is made at the first step at which that one has ended. One that fails
+    is counted, and tried again when the next is due; `finish` makes the one that must not fail.
+    """
+
+    def __init__(self, session: Session, engine: Engine, state: TrainState) -> None:
+        """A collective."""
+        config = session.config
+        timeout = timedelta(seconds=_PATIENCE * config.parallel.timeout_s)
+        retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_hours)
+        self._saver = Saver(
+            session.folder.checkpoints, ProcessRanks(timeout, apart=True), retention, failures=state.save_failures
+        )
+        self._session, self._engine = session, engine
+        self._periodic = every_n_steps(config.checkpoint.every_steps)
+        self._pinned = Pinned(session.backend.device)
+        self._postponed = False
+        self._best_saved, self._best_wanted = state.best, state.best
+        self._began, self._trained_before = time.monotonic(), state.elapsed_s
+
+    @property
+    def failures(self) -> int:
+        """Saves that failed, in this run so far."""
+        return self._saver.failures
+
+    def due(self, step: int) -> bool:
+        return self._postponed or self._periodic(step)
+
+    def run(self, state: TrainState, is_best: bool) -> None:
+        """Begin a save of this step, or put it off; not that of the best step so far. A collective."""
+        # The ranks see the end of a save at different steps, and must agree.
+        self._postponed = not is_best and self._session.ranks.sum({"busy": float(self._saver.busy)})["busy"] > 0
+        if self._postponed:
+            return
+        self._begin(state)
+        if not self._session.config.checkpoint.asynchronous:
+            self._saver.wait()
+
+    def finish(self, state: TrainState) -> None:
+        """Wait until this step is saved, and save it now where it is not. A collective.
+
+        Raises StorageError, on all ranks, if it cannot be saved.
+        """
+        self._saver.wait()
+        if self._saver.step != state.step:
+            self._begin(state, required=True)
+            self._saver.wait()
+        if self._saver.error is not None:
+            raise self._saver.error
+        state.save_failures = self.failures
+
+    def __enter__(self) -> Saves:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._saver.__exit__(*error)
+        if not self._saver.busy:
+            self._pinned.close()
+
+    def _begin(self, state: TrainState, required: bool = False) -> None:
+        self._saver.wait()
+        self._settle_best(state)
+        state.save_failures = self.failures
+        state.elapsed_s = self._trained_before + time.monotonic() - self._began
+        best = None if state.best is None else int(state.best["step"])
+        self._saver.begin(state.step, self._snapshot, self._manifest(state), best, required)
+
+    def _settle_best(self, state: TrainState) -> None:
+        """Before a save: where that of the best step failed, the best is the one before it."""
+        if self._saver.error is None:
+            self._best_saved = self._best_wanted
+        elif state.best is not None and state.best == self._best_wanted and state.best["step"] != state.step:
+            state.best = self._best_saved
+        self._best_wanted = state.best
+
+    def _snapshot(self, reserve: Any) -> Any:
+        return self._engine.snapshot(partial(self._pinned.reserve, reserve))
+
+    def _manifest(self, state: TrainState) -> dict[str, Any]:
+        session = self._session
+        config = session.config
+        return asdict(state) | {
+            "adam_step": self._engine.adam_step,
+            "total_steps": session.total_steps,
+            "order": order_keys(session),
+            "model": model_keys(config),
+            "world_size": session.world.world_size,
+            "zero_stage": self._engine.stage,
+            "precision": config.train.precision,
+            "decoder": session.decoder,
+            "config": config_digest(config),
+            "time": int(time.time() * 1000),
+            "vitscale": __version__,
+        }
