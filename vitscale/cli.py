@@ -173,6 +173,12 @@ def _bench(arguments: argparse.Namespace) -> int:
     return importlib.import_module(f"vitscale.bench.{arguments.what}").main(arguments.rest)
 
 
+def _chaos(arguments: argparse.Namespace) -> int:
+    from vitscale.launch.chaos import main as chaos
+
+    return chaos(arguments.rest)
+
+
 def _config(arguments: argparse.Namespace) -> RunConfig:
     from vitscale.config.load import load_config
 
@@ -225,6 +231,8 @@ def _parser() -> argparse.ArgumentParser:
     for register in (looking.register, conversion.register, inference.register, inspection.register):
         register(verb)
     export.register(verb, _export_run)
+    added = verb("chaos", _chaos, "break runs on purpose and see whether they end as an unbroken one does")
+    added.add_argument("rest", nargs=argparse.REMAINDER, help="--trials N --seed S and others (--help lists them)")
     added = verb("bench", _bench, "measure this project beside its peers")
     added.add_argument("what", choices=("data", "augment", "step", "model", "startup"))
     added.add_argument("rest", nargs=argparse.REMAINDER, help="options of that benchmark (--help lists them)")

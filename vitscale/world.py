@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vitscale.errors import LaunchError
+from vitscale.faults import arm
 from vitscale.text import listed, to_stderr
 
 _START = "start the processes with launch/torchrun.sh, launch/slurm.sh or torchrun"
@@ -34,6 +35,7 @@ _NUMBERS = (
 )
 _PERIOD = "cpu.cfs_period_us"
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what stops a run
+FAULT = "VITSCALE_FAULT"  # see faults.py
 SUPERVISED = "VITSCALE_SUPERVISED"  # set by launch/torchrun.py for its ranks
 
 
@@ -139,6 +141,7 @@ def enter(on_ranks: bool = False) -> World:
     for name in left:
         del os.environ[name]
     os.environ |= told
+    arm(os.environ.get(FAULT, ""), world.rank)
     _settle_threads(world)
     os.environ["MPLBACKEND"] = "agg"  # Jupyter leaves its own to what it starts
     for name, value in _defaults(world).items():

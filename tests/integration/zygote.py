@@ -71,7 +71,7 @@ def _call(call: dict[str, Any], result: Path) -> int:
 
 
 def _disturb_save(point: str, nth: int, until: tuple[str, int] | None) -> None:
-    """SIGKILL this rank the nth time that saving reaches a point; or hold that save up until a file has so many lines."""
+    """SIGKILL this rank the nth time that saving reaches a point; or hold it up until a file has so many lines."""
     from vitscale.checkpoint import saving
 
     seen = 0

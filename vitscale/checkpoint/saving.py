@@ -22,6 +22,7 @@ from vitscale.checkpoint.manifest import FORMAT, MANIFEST, as_text
 from vitscale.checkpoint.retention import Retention, retire
 from vitscale.checkpoint.store import Ranks, folder_name
 from vitscale.errors import StorageError
+from vitscale.faults import fault_point
 from vitscale.files.atomic import flush_to_disk
 from vitscale.files.shared_memory import SharedMemory
 from vitscale.text import listed, to_stderr
@@ -33,12 +34,7 @@ _AFTER_AN_ERROR_S = 20.0  # less than what torchrun leaves a rank to end
 _MARGIN = 1.1  # free space that is asked for, over the bytes to write
 
 
-def _pass(point: str) -> None:
-    """Nothing: outside of tests no one looks on."""
-
-
-# Called with a point's name as a save gets there, so that a test can end the process at each of them.
-POINTS = (
+POINTS = (  # of a save, where a fault can be injected: see faults.py
     "state_begun",
     "state_synced",
     "agreed",
@@ -50,7 +46,13 @@ POINTS = (
     "retiring",
     "retired",
 )
-on_progress: Callable[[str], None] = _pass
+
+
+def _at(point: str) -> None:
+    fault_point(f"save.{point}")
+
+
+on_progress: Callable[[str], None] = _at
 
 
 class Saver:
@@ -75,7 +77,7 @@ class Saver:
         self.step: int | None = None
         self.error: StorageError | None = None
         self._root, self._ranks, self._retention = root, ranks, retention
-        self._report = report if ranks.rank == 0 else _pass
+        self._report = report if ranks.rank == 0 else lambda line: None
         self._memory = SharedMemory.create("checkpoint")
         self._thread: threading.Thread | None = None
 

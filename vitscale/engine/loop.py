@@ -20,6 +20,7 @@ from vitscale.engine.guard import SampleGuard, StepGuard
 from vitscale.engine.preempt import StopRequest
 from vitscale.engine.ranks import ProcessRanks
 from vitscale.engine.schedule import lr_at
+from vitscale.faults import fault_point
 from vitscale.files import retry
 from vitscale.tracking.meters import Meters
 
@@ -162,6 +163,7 @@ class TrainingLoop:
             state.epoch = consumed[0].epoch
             state.retries += report.retries
             self._record(report, consumed)
+            fault_point("step")
             if any(report.bad.values()):
                 sample_guard.note(report.bad, state.samples, partial(self._example, consumed))
                 state.bad = dict(sample_guard.counts)

@@ -25,6 +25,7 @@ from vitscale.engine.records import Records
 from vitscale.errors import ConfigError, VitscaleError
 from vitscale.evaluation.figures import draw_curves
 from vitscale.evaluation.validation import HeldOut
+from vitscale.faults import fault_point
 from vitscale.files.atomic import write_atomically
 from vitscale.files.header import CAUSES
 from vitscale.launch.snapshot import code_version, commit
@@ -114,6 +115,7 @@ class Job:
         if self.world.is_main:
             self.prepare()
         session = open_session(self.config, self.world, self.folder, self.look_at_data, self.adapts)
+        fault_point("joined")
         model = self.build(session)
         parameters = model.num_parameters()  # ZeRO-3 leaves none of them whole
         probes = Probes(session)
@@ -121,6 +123,7 @@ class Job:
         checkpoint, state = start(session, model)
         if checkpoint is None and session.config.model.init_from:
             probes.baseline("the start", model)
+        fault_point("restored")
         self._describe(session, model, parameters)
         done = state.is_done(session.total_steps)
         if not (done and self._is_finished(session, state)):
@@ -175,6 +178,7 @@ class Job:
 
         def log(state: TrainState, row: dict[str, Any]) -> None:
             records.log(row | {"save_failures": saves.failures} | meters.read())
+            fault_point("row")
 
         def save(state: TrainState, row: dict[str, Any]) -> None:
             records.sync()  # a checkpoint must not know of rows that a power cut can take
@@ -196,6 +200,7 @@ class Job:
             return
         config, folder = session.config, session.folder
         out = export_run(folder.path)
+        fault_point("exported")
         rows = JsonlFile(folder.metrics).rows()
         draw_curves(rows, folder.figures / "loss.png")
         summary = {
@@ -221,6 +226,7 @@ class Job:
             "vitscale": __version__,
         }
         write_atomically(folder.summary, json.dumps(summary, indent=2) + "\n")
+        fault_point("summary")
         report(folder)
 
     def _train(
