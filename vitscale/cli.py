@@ -174,9 +174,10 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _chaos(arguments: argparse.Namespace) -> int:
-    from vitscale.launch.chaos import main as chaos
+    from vitscale.launch.chaos import run_trials
 
-    return chaos(arguments.rest)
+    out, figures = (None if path is None else Path(path) for path in (arguments.out, arguments.json))
+    return run_trials(arguments.kinds, arguments.trials, arguments.seed, out, figures)
 
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
@@ -232,7 +233,13 @@ def _parser() -> argparse.ArgumentParser:
         register(verb)
     export.register(verb, _export_run)
     added = verb("chaos", _chaos, "break runs on purpose and see whether they end as an unbroken one does")
-    added.add_argument("rest", nargs=argparse.REMAINDER, help="--trials N --seed S and others (--help lists them)")
+    added.add_argument(
+        "--trials", type=inference.above_zero, metavar="N", help="of all kinds in turns (default: one each)"
+    )
+    added.add_argument("--seed", type=int, default=0, metavar="S", help="of the moments (default: 0)")
+    added.add_argument("--kinds", nargs="+", metavar="KIND", help="of faults, say 'rank killed' (default: all)")
+    added.add_argument("--out", metavar="FOLDER", help="for runs and logs, which are kept (default: a temporary one)")
+    added.add_argument("--json", metavar="FILE", help="what the trials came to, for programs")
     added = verb("bench", _bench, "measure this project beside its peers")
     added.add_argument("what", choices=("data", "augment", "step", "model", "startup"))
     added.add_argument("rest", nargs=argparse.REMAINDER, help="options of that benchmark (--help lists them)")

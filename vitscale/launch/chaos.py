@@ -8,7 +8,6 @@ no step missing or twice, only exit codes that are documented for the fault, no 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import statistics
@@ -21,6 +20,7 @@ from pathlib import Path
 from random import Random
 
 from vitscale.errors import ConfigError
+from vitscale.files.atomic import write_atomically
 from vitscale.launch.trials import RANKS, SAVED_EVERY, STEPS, Ground, Start, TrialFailed, differences, newest_checkpoint
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder
 from vitscale.text import aligned, listed
@@ -259,22 +259,19 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.1f} (at most {max(values):.1f})" if values else ""
 
 
-def main(arguments: Sequence[str]) -> int:
-    """The verb."""
-    parser = argparse.ArgumentParser(prog="vitscale chaos", description=__doc__)
-    parser.add_argument("--trials", type=int, default=len(KINDS), metavar="N", help="of all kinds, in turns")
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND",
-                        help=f"of {', '.join(KINDS)} (default: all)")  # fmt: skip
-    parser.add_argument("--out", metavar="FOLDER", help="for runs and logs, kept (default: a temporary one)")
-    parser.add_argument("--json", metavar="FILE")
-    options = parser.parse_args(arguments)
-    if options.trials < 1:
-        raise ConfigError(f"--trials {options.trials}: must be above 0")
+def run_trials(
+    kinds: Sequence[str] | None, trials: int | None, seed: int, out: Path | None, figures: Path | None
+) -> int:
+    """The verb: print a line a trial and a table; DONE if all have passed. ConfigError for an unknown kind."""
+    kinds = list(KINDS) if kinds is None else kinds
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise ConfigError(f"--kinds {unknown[0]!r}: must be of {', '.join(map(repr, KINDS))}")
+    count = len(kinds) if trials is None else trials
     with tempfile.TemporaryDirectory(prefix="vitscale-chaos-") as scratch:
-        folder = Path(options.out or scratch).absolute()
+        folder = (out or Path(scratch)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        outcomes = chaos(folder, options.kinds, options.trials, options.seed, lambda line: print(line, flush=True))
+        outcomes = chaos(folder, kinds, count, seed, lambda line: print(line, flush=True))
     print(as_table(outcomes))
     share = goodput(outcomes)
     if share is not None:
@@ -282,10 +279,8 @@ def main(arguments: Sequence[str]) -> int:
             f"goodput: {share:.1%} at a failure each {_BETWEEN_FAILURES_H:g} h and a save each {_SAVE_EVERY_MIN:g} min "
             "(half of what lies between two saves is lost; start-up as measured here)"
         )
-    if options.json:
-        Path(options.json).write_text(
-            json.dumps({name: asdict(each) for name, each in outcomes.items()}, indent=1) + "\n"
-        )
+    if figures is not None:
+        write_atomically(figures, json.dumps({name: asdict(each) for name, each in outcomes.items()}, indent=1) + "\n")
     passed = sum(each.passed for each in outcomes.values())
-    print(f"passed {passed} of {options.trials}")
-    return DONE if passed == options.trials else FAILED
+    print(f"passed {passed} of {count}")
+    return DONE if passed == count else FAILED
