@@ -10,7 +10,9 @@ import contextlib
 import math
 import os
 import re
+import resource
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -146,7 +148,26 @@ def enter(on_ranks: bool = False) -> World:
     os.environ["MPLBACKEND"] = "agg"  # Jupyter leaves its own to what it starts
     for name, value in _defaults(world).items():
         os.environ.setdefault(name, value)
+    open_files_limit(raised=True)
     return world
+
+
+def open_files_limit(raised: bool = False) -> int:
+    """How many files this process may have open; raised: make it the most that the system allows, if it does.
+
+    Rank 0 has a connection to every rank, and a reader many shards open; 1,024 is the usual limit of a shell.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if raised and soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # `vitscale doctor` tells the limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            return hard
+    return soft
+
+
+def host() -> str:
+    """This machine's name, for messages."""
+    return socket.gethostname()
 
 
 def _settle_threads(world: World) -> None:
@@ -177,6 +198,8 @@ def _defaults(world: World) -> dict[str, str]:
         # What train.deterministic needs of cuBLAS before its first call; of Hopper's workspace it is the default size.
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "OMP_NUM_THREADS": str(world.cores_per_rank),
+        # gloo connects two ranks when they first talk: a mesh of 1,000 ranks would be a million connections.
+        "TORCH_GLOO_LAZY_INIT": "1",
         # Every rank would start a compiling process for each core of the node, up to 32.
         "TORCHINDUCTOR_COMPILE_THREADS": str(min(32, world.cores_per_rank)),
     }
@@ -249,6 +272,12 @@ def forget_deepspeed() -> None:
 def meeting_place() -> str:
     """Where this rank meets the others, for messages."""
     return f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
+
+
+def meeting_store() -> tuple[str, int, bool]:
+    """(host, port, whether rank 0 is to open it) of the store that ranks meet at: torchrun opens one of its own."""
+    own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), own
 
 
 def network_interface() -> str | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -13,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from vitscale.engine.loop import StepReport
-from vitscale.engine.ranks import ProcessRanks, meeting
+from vitscale.engine.ranks import ProcessRanks, join, meeting
 from vitscale.errors import LaunchError
 from vitscale.world import World
 
@@ -49,13 +51,18 @@ def _be_rank(rank: int, world_size: int, port: int, backend: str, answers: Any) 
 
 
 def _in_world(world_size: int, backend: str, work: Callable[..., None]) -> list[tuple[int, bool, dict[str, Any]]]:
+    return _started([(rank, world_size) for rank in range(world_size)], backend, work)
+
+
+def _started(numbers: list[tuple[int, int]], backend: str, work: Callable[..., None]) -> list[Any]:
+    """What processes of these (rank, world size) answer, by rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = mp.get_context("fork")
     answers = context.Queue()
     processes = [
-        context.Process(target=work, args=(rank, world_size, port, backend, answers)) for rank in range(world_size)
+        context.Process(target=work, args=(rank, world_size, port, backend, answers)) for rank, world_size in numbers
     ]
     for process in processes:
         process.start()
@@ -96,6 +103,35 @@ def test_one_rank_needs_no_group() -> None:
         "bytes": b"index of rank 0",
         "nothing": b"",
     }
+
+
+def _try_to_join(rank: int, world_size: int, port: int, backend: str, told: Any) -> None:
+    """As a launcher would start it that has come to these numbers."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **dict.fromkeys(["RANK", "WORLD_SIZE"], "9"))
+    try:
+        join(World(rank, world_size), backend, 20)
+        told.put((rank, "joined"))
+    except LaunchError as error:
+        told.put((rank, str(error)))
+    told.close()
+    told.join_thread()
+    dist.barrier() if dist.is_initialized() else time.sleep(1)  # rank 0 has the store that the others look at
+    os._exit(0)
+
+
+@pytest.mark.parametrize(("numbers", "wrong"), [
+    ([(0, 3), (1, 3), (1, 3)], r"RANK=1 WORLD_SIZE=3 on \S+: another process has come with this RANK \(RANK=1 "),
+    ([(0, 2), (1, 3)], r"WORLD_SIZE=[23] on \S+: another process has come with WORLD_SIZE=[23]: all need the same"),
+])  # fmt: skip
+def test_ranks_that_are_no_world_are_told_at_once(numbers: list[tuple[int, int]], wrong: str) -> None:
+    """Long before parallel.timeout_s; each process hears it."""
+    answers = _started(numbers, "gloo", _try_to_join)
+    assert len(answers) == len(numbers)
+    assert all(re.search(wrong, text) for _, text in answers), answers
+
+
+def test_two_that_joined_are_a_world() -> None:
+    assert _started([(0, 2), (1, 2)], "gloo", _try_to_join) == [(0, "joined"), (1, "joined")]
 
 
 def _without_the_interface(told: Any) -> None:

@@ -20,7 +20,7 @@ from vitscale.config.schema import RunConfig
 from vitscale.engine.ddp import DDPEngine
 from vitscale.engine.engine import Engine
 from vitscale.engine.optim import ScaledAdamW
-from vitscale.engine.ranks import ProcessRanks, meeting
+from vitscale.engine.ranks import ProcessRanks, join, meeting
 from vitscale.engine.zero import ZeroEngine
 from vitscale.errors import LaunchError
 from vitscale.world import World, forget_deepspeed
@@ -36,6 +36,8 @@ class Backend:
         """
         self.world = world
         self._linear = torch.nn.functional.linear  # ZeRO-3 puts another in its place
+        if world.world_size > 1:
+            join(world, _collectives(world), config.parallel.timeout_s)
         with meeting(world, config.parallel.timeout_s):
             self.accelerator = _make_accelerator(config, world)
         self.ranks = ProcessRanks(timedelta(seconds=config.parallel.timeout_s))
@@ -125,7 +127,7 @@ def _make_accelerator(config: RunConfig, world: World) -> Any:
     for module in ("torch.distributed", "accelerate"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     timeout = timedelta(seconds=config.parallel.timeout_s)
-    group = InitProcessGroupKwargs(backend="nccl" if world.device == "cuda" else "gloo", timeout=timeout)
+    group = InitProcessGroupKwargs(backend=_collectives(world), timeout=timeout)
     if config.parallel.zero_stage == 0:
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         precision = "bf16" if config.train.precision == "bf16" else "no"
@@ -139,6 +141,11 @@ def _make_accelerator(config: RunConfig, world: World) -> Any:
     return Accelerator(
         kwargs_handlers=[group], deepspeed_plugin=plugin, gradient_accumulation_steps=accumulation(config, world)
     )
+
+
+def _collectives(world: World) -> str:
+    """What gradients are reduced by."""
+    return "nccl" if world.device == "cuda" else "gloo"
 
 
 def zero_config(config: RunConfig, world: World) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
@@ -12,7 +13,10 @@ import torch
 import torch.distributed as dist
 
 from vitscale.errors import LaunchError
-from vitscale.world import World, meeting_place, network_interface
+from vitscale.text import listed
+from vitscale.world import World, host, meeting_place, meeting_store, network_interface
+
+_joins = itertools.count()  # of this process: each has keys of its own in the store
 
 
 class ProcessRanks:
@@ -31,6 +35,9 @@ class ProcessRanks:
             # NCCL would need the values on the GPU, and would queue behind its kernels.
             same = dist.get_backend() == "gloo" and not apart
             self._group = dist.group.WORLD if same else dist.new_group(backend="gloo", timeout=timeout)
+            # Ranks that first talk to each other ask the store for the way, which is rank 0's and leaves with it: those
+            # of the last barrier know it from here on.
+            self.barrier()
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank."""
@@ -114,16 +121,53 @@ def meeting(world: World, timeout_s: float) -> Iterator[None]:
         ) from None
 
 
+def join(world: World, backend: str, timeout_s: float) -> None:
+    """Make the default process group of two ranks or more, once all have come to the launcher's meeting place.
+
+    LaunchError, on every rank, where a rank came twice or with another WORLD_SIZE, and where one did not come in time.
+    """
+    address, port, opens = meeting_store()
+    timeout = timedelta(seconds=timeout_s)
+    with meeting(world, timeout_s):
+        store = dist.TCPStore(
+            address, port, world.world_size, opens and world.is_main, timeout, wait_for_workers=False, multi_tenant=True
+        )
+        _meet(dist.PrefixStore(f"vitscale-{next(_joins)}", store), world, timeout_s)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=world.rank, world_size=world.world_size)
+
+
+def _meet(store: dist.Store, world: World, timeout_s: float) -> None:
+    """Wait for the others at the store; whoever sees that they cannot be a world tells all of them."""
+    own = f"RANK={world.rank} WORLD_SIZE={world.world_size} on {host()}"
+    first = store.compare_set(f"rank {world.rank}", "", own).decode()
+    size = int(store.compare_set("world size", "", str(world.world_size)))
+    if store.add(f"count {world.rank}", 1) > 1:
+        store.set("verdict", f"{own}: another process has come with this RANK ({first}): each needs its own")
+    elif size != world.world_size:
+        store.set("verdict", f"{own}: another process has come with WORLD_SIZE={size}: all need the same")
+    elif store.add("come", 1) == size:
+        store.set("verdict", "all are here")
+    try:
+        verdict = store.get("verdict").decode()
+    except dist.DistStoreError:
+        absent = [rank for rank in range(world.world_size) if not store.check([f"rank {rank}"])]
+        raise LaunchError(
+            f"{meeting_place()} parallel.timeout_s={timeout_s}: rank {world.rank} of {world.world_size} has waited for "
+            f"the others there: rank(s) {listed(absent)} did not come; look at their logs, and start every rank"
+        ) from None
+    if verdict != "all are here":
+        raise LaunchError(f"{verdict}; start the processes with launch/torchrun.sh, launch/slurm.sh or torchrun")
+
+
 @contextlib.contextmanager
-def joined(world: World, timeout_s: float) -> Iterator[ProcessRanks]:
-    """The ranks of a launcher as a process group over gloo, where nothing trains; one rank needs no group."""
+def joined(world: World, timeout_s: float, backend: str = "gloo") -> Iterator[ProcessRanks]:
+    """The ranks of a launcher as a process group, where nothing trains; one rank needs no group."""
     timeout = timedelta(seconds=timeout_s)
     if world.device == "cuda":
         torch.cuda.set_device(world.local_rank)
     if world.world_size == 1:
         yield ProcessRanks(timeout)
         return
-    with meeting(world, timeout_s):
-        dist.init_process_group("gloo", timeout=timeout)
+    join(world, backend, timeout_s)
     yield ProcessRanks(timeout)
     dist.destroy_process_group()  # not after an error: the others would be waited for
