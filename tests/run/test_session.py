@@ -19,6 +19,7 @@ from vitscale.data.order import Order
 from vitscale.engine.loop import TrainState
 from vitscale.errors import CheckpointError, LaunchError
 from vitscale.run import session, start
+from vitscale.run.preflight import RankReport
 from vitscale.run.session import Session
 from vitscale.run_folder import RunFolder
 from vitscale.world import World
@@ -40,24 +41,35 @@ def make_session(folder: Path, config: RunConfig = CONFIG, samples: int = 25, de
 
 
 class TwoRanks:
-    """What rank 0 gathers where rank 1 has another value under `differs`."""
+    """What rank 0 gathers where rank 1, on another host, has another value under `differs`."""
 
     rank = 0
 
     def __init__(self, differs: str | None) -> None:
         self.differs = differs
 
-    def gather(self, value: dict[str, str]) -> list[dict[str, str]]:
-        return [value, value if self.differs is None else value | {self.differs: "another"}]
+    def gather(self, own: RankReport) -> list[RankReport]:
+        if self.differs is None:
+            return [own, own]
+        assert self.differs in own.common
+        return [own, replace(own, host="node2", common={**own.common, self.differs: "another"})]
 
 
-@pytest.mark.parametrize("differs", ["run folder", "config", "index", "decoder", "version of vitscale"])
+COMMON = ("run folder", "config", "index", "decoder", "version of vitscale", "code of vitscale", "version of torch",
+          "version of deepspeed", "version of Python", "NVIDIA driver")  # fmt: skip
+
+
+@pytest.mark.parametrize("differs", COMMON)
 def test_ranks_of_different_runs_are_an_error(tmp_path: Path, differs: str) -> None:
+    write_shards(tmp_path, [2, 2])
+    of_shards = build_index([str(tmp_path / "s000.tar"), str(tmp_path / "s001.tar")])
+
     def require(ranks: Any) -> None:
-        session._require_agreement(CONFIG, ranks, RunFolder(tmp_path), index(), "pillow")
+        session._require_ready(CONFIG, World(), ranks, RunFolder(tmp_path / "run"), of_shards, "pillow")
 
     require(TwoRanks(None))
-    with pytest.raises(LaunchError, match=rf"rank 1 has another {differs} \(another\) than rank 0"):
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    with pytest.raises(LaunchError, match=rf"rank 1 on node2 has another {differs} \(another\) than rank 0 on "):
         require(TwoRanks(differs))
 
 

@@ -106,6 +106,12 @@ class IndexBuilder:
                 )
             self.take(rows, ours, places)
 
+    def uncounted(self, fallback: str) -> int:
+        """Take the rows of the folders' index.json that are not stale; how many shards have none. Writes nothing."""
+        for folder in self.folders:
+            self._take_fresh(_FolderFiles(folder, self.store, fallback))
+        return int((self.samples == 0).sum())
+
     def take_from_folders(self, sidecar: Sidecar, fallback: str) -> None:
         """Every shard's row: from its folder's index.json where it is not stale; the others are counted, which is
         written there, or else in a file of the folder `fallback`.

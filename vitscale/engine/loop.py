@@ -23,6 +23,7 @@ from vitscale.engine.schedule import lr_at
 from vitscale.faults import fault_point
 from vitscale.files import retry
 from vitscale.tracking.meters import Meters
+from vitscale.tracking.startup import StartUp
 
 Row = dict[str, Any]
 
@@ -139,6 +140,7 @@ class TrainingLoop:
     causes: Sequence[str]  # why a sample can be bad
     stop: StopRequest
     meters: Meters
+    startup: StartUp = field(default_factory=StartUp)
     _waiting: list[MicroBatch] = field(default_factory=list, init=False)  # of the warm-up; the first step takes it
     _retries_told: int = field(default=0, init=False)  # of those that this process itself made
 
@@ -152,11 +154,13 @@ class TrainingLoop:
         sample_guard = SampleGuard(self.config.data.max_bad_fraction, state.bad)
         if not state.is_done(self.total_steps):
             self._waiting.append(next(self.feed))
+            self.startup.done("first batch")
             self.engine.warm_up(self._waiting[0].inputs)
             self.feed.read_seconds()  # the wait for the first batch is the start's
         while not state.is_done(self.total_steps):
             lr = lr_at(state.step, self.total_steps, self.config)
             result, consumed = self._step(lr)
+            self.startup.end("first step")
             report = self._report(result, consumed).reduced(self.engine.ranks)
             state.step += 1
             state.samples += batch

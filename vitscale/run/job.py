@@ -32,6 +32,7 @@ from vitscale.launch.snapshot import code_version, commit
 from vitscale.models.auto import new_model
 from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.run.export import export_run
+from vitscale.run.preflight import room_warning
 from vitscale.run.probes import Probes
 from vitscale.run.report import report
 from vitscale.run.saves import Saves
@@ -42,6 +43,7 @@ from vitscale.run.training_data import training_loader
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder
 from vitscale.tracking.jsonl import JsonlFile
 from vitscale.tracking.meters import Meters
+from vitscale.tracking.startup import StartUp, as_line, slowest
 from vitscale.world import World
 
 
@@ -108,19 +110,25 @@ class Job:
     def __init__(self, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world
         self.folder = RunFolder.at(config.run.dir, config.run.name)
+        self._startup = StartUp()
+        self._startup_seconds: dict[str, float] = {}  # of its parts, on the slowest rank of each
         self._reader_memory = 0  # the most that the process which reads for this rank has had
 
     def run(self) -> int:
         """From joining the process group to leaving it; DONE, or STOPPED with a checkpoint saved."""
+        startup = self._startup
+        startup.done("imports")
         if self.world.is_main:
             self.prepare()
-        session = open_session(self.config, self.world, self.folder, self.look_at_data, self.adapts)
+        session = open_session(self.config, self.world, self.folder, startup, self.look_at_data, self.adapts)
         fault_point("joined")
         model = self.build(session)
         parameters = model.num_parameters()  # ZeRO-3 leaves none of them whole
         probes = Probes(session)
         probes.baseline("untrained", model)
+        startup.done("model")
         checkpoint, state = start(session, model)
+        startup.done("weights")
         if checkpoint is None and session.config.model.init_from:
             probes.baseline("the start", model)
         fault_point("restored")
@@ -213,6 +221,7 @@ class Job:
             "parameters": parameters,
             "peak_memory_bytes": peaks,
             "reader_peak_bytes": readers,
+            "startup_seconds": self._startup_seconds,
             "world_size": session.world.world_size,
             "zero_stage": config.parallel.zero_stage,
             "precision": config.train.precision,
@@ -246,6 +255,9 @@ class Job:
         engine = self.engine(session, model)
         if checkpoint is not None:
             engine.restore(checkpoint)
+        self._startup.done("engine")
+        first = state.step + 1
+        started = PeriodicTask("tracking", lambda step: step == first, partial(self._tell_startup, session))
         meters, augment = Meters(), self.augment(session)
         with (
             Saves(session, engine, state) as saves,
@@ -258,16 +270,24 @@ class Job:
                 state=state,
                 total_steps=session.total_steps,
                 config=config,
-                tasks=self.tasks(session, engine, records, meters, saves),
+                tasks=[*self.tasks(session, engine, records, meters, saves), started],
                 record=records.record,
                 causes=CAUSES,
                 stop=session.stop,
                 meters=meters,
+                startup=self._startup,
             )
             done = loop.run()
             saves.finish(state)
             self._reader_memory = loader.reader_memory()
             return done
+
+    def _tell_startup(self, session: Session, state: TrainState, row: dict[str, Any]) -> None:
+        """Once, though the last step is due too. A collective."""
+        if not self._startup_seconds:
+            of_ranks = session.ranks.gather(self._startup.seconds)
+            self._startup_seconds = slowest(of_ranks)
+            session.say(as_line(of_ranks))
 
     def _records(self, session: Session, state: TrainState) -> Records:
         config, tags = session.config, {}
@@ -301,6 +321,8 @@ class Job:
             f"{world.device}, ZeRO {config.parallel.zero_stage}, {config.train.precision}"
         )
         if warning := too_few_lanes(config, world):
+            say(f"warning: {warning}")
+        if world.is_main and (warning := room_warning(config, session.folder.checkpoints, parameters)):
             say(f"warning: {warning}")
 
 

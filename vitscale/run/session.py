@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vitscale import __version__
 from vitscale.config.check import has_classes
 from vitscale.config.load import dump_config
 from vitscale.config.schema import RunConfig, Source
@@ -17,13 +16,15 @@ from vitscale.data.subset import Subset, SubsetOrder
 from vitscale.engine.backend import Backend
 from vitscale.engine.preempt import StopRequest
 from vitscale.engine.ranks import ProcessRanks
-from vitscale.errors import DataError, LaunchError
+from vitscale.errors import DataError
 from vitscale.evaluation.validation import HeldOut
 from vitscale.files.decode import choose_decoder
 from vitscale.files.store import absolute
+from vitscale.run import preflight
 from vitscale.run.training_data import named_classes, order_over, sides_of, training_index
 from vitscale.run_folder import RunFolder
 from vitscale.text import listed, to_stderr
+from vitscale.tracking.startup import StartUp
 from vitscale.world import World
 
 
@@ -71,23 +72,31 @@ LookAtData = Callable[[RunConfig, ShardIndex, Subset | None, HeldOut | None], An
 
 
 def open_session(
-    config: RunConfig, world: World, folder: RunFolder, look_at_data: LookAtData | None = None, adapts: bool = False
+    config: RunConfig,
+    world: World,
+    folder: RunFolder,
+    startup: StartUp,
+    look_at_data: LookAtData | None = None,
+    adapts: bool = False,
 ) -> Session:
     """Join the ranks, open the index once for all of them, and check that all are of the same run.
 
-    look_at_data: called on rank 0 before it joins. Raises ConfigError, DataError or LaunchError.
+    startup: is told what took how long; look_at_data: called on rank 0 before it joins. Raises ConfigError, DataError
+    or LaunchError.
     """
     # Rank 0 opens the index before it joins the others, so that a missing shard is an error at once.
     store = store_of(config.data)
     opened = training_index(config, folder, store) if world.is_main else None
     others = _other_data(config, folder, opened, look_at_data) if opened else None
+    startup.done("index")
     backend = Backend(config, world)
+    startup.done("joining")
     content = backend.ranks.broadcast(opened.to_bytes() if opened else None)
     # Not before: a rank that waits in C++ for the others could not answer a TERM.
     stop = StopRequest(folder.path, looks=world.local_rank == 0, clears=world.is_main)
     index = opened or ShardIndex.from_bytes(content, store)
     decoder = choose_decoder(config.data.decode)
-    _require_agreement(config, backend.ranks, folder, index, decoder)
+    _require_ready(config, world, backend.ranks, folder, index, decoder)
     config = _with_class_names(config, backend.ranks, index)
     others = backend.ranks.gather(others)[0]
     assert others is not None
@@ -99,6 +108,7 @@ def open_session(
     if sides is not None and sides[1].total:
         held_out = HeldOut(index, sides[1])
     probed = None if test is None else (train or HeldOut(index), test)
+    startup.done("agreement")
     return Session(config, world, folder, backend, stop, index, order, decoder, held_out, probed, facts, adapts)
 
 
@@ -200,21 +210,16 @@ def _with_class_names(config: RunConfig, ranks: ProcessRanks, index: ShardIndex)
     return named_classes(config, names)
 
 
-def _require_agreement(
-    config: RunConfig, ranks: ProcessRanks, folder: RunFolder, index: ShardIndex, decoder: str
+def _require_ready(
+    config: RunConfig, world: World, ranks: ProcessRanks, folder: RunFolder, index: ShardIndex, decoder: str
 ) -> None:
-    """All ranks must have the same folder, config, data and code, or they would train different runs."""
-    own = {
+    """All ranks must have the same folder, config, data and code, or they would train different runs, and each must be
+    able to read and write. A collective."""
+    common = {
         "run folder": f"held by {folder.owner()}",
         "config": config_digest(config),
         "index": index.digest,
         "decoder": decoder,
-        "version of vitscale": __version__,
     }
-    for rank, other in enumerate(ranks.gather(own)):
-        for what, value in other.items():
-            if value != own[what]:
-                raise LaunchError(
-                    f"rank {rank} has another {what} ({value}) than rank {ranks.rank} ({own[what]}): "
-                    "start all ranks with one command on one shared folder"
-                )
+    own = preflight.problems(config, world, folder.checkpoints, index)
+    preflight.require_ready(ranks, preflight.RankReport(common | preflight.versions(), own))
