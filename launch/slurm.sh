@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The body that the scripts in slurm/ share; runs in a job's batch shell:
-#   launch/slurm.sh pretrain CONFIG.yaml [dotted.key=value ...]
+#   launch/slurm.sh pretrain|finetune|doctor CONFIG.yaml [dotted.key=value ...]
 # One torchrun a node, with NPROC_PER_NODE ranks (default: the node's GPUs). The run's folder must be
 # one that all nodes see. USR1 (near the time limit) and TERM (preemption, scancel) make the stop file:
 # the run saves and leaves, and the job is requeued unless it was cancelled. VITSCALE_SITE_ENV names a
@@ -12,6 +12,9 @@ if [ -n "${VITSCALE_SITE_ENV:-}" ]; then
 fi
 use_python
 
+if [ "${1:-}" = doctor ]; then
+    exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none "$PYTHON" -m vitscale.launch.slurm node "$@"
+fi
 run='' asked=''
 ask_to_stop() {
     asked=yes

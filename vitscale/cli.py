@@ -44,6 +44,14 @@ def _finetune(arguments: argparse.Namespace) -> int:
     return _to_launcher(code, arguments.world)
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    from vitscale.run.doctor import doctor
+
+    here = arguments.world
+    code = doctor(_config(arguments), here)
+    return DONE if here.supervised and here.world_size > 1 else code  # the launcher reads what it says
+
+
 def _to_launcher(code: int, here: world.World) -> int:
     """torchrun takes every code but 0 for a failure and says so in forty lines; the launcher reads exit.json."""
     return DONE if code == STOPPED and here.supervised and here.world_size > 1 else code
@@ -51,14 +59,9 @@ def _to_launcher(code: int, here: world.World) -> int:
 
 def _print_config(arguments: argparse.Namespace) -> int:
     from vitscale.config.check import check_config
-    from vitscale.config.load import dump_config, load_config
+    from vitscale.config.load import dump_config
 
-    if arguments.finetune:
-        from vitscale.run.finetune import complete
-
-        config = load_config(arguments.config, arguments.overrides, complete)
-    else:
-        config = load_config(arguments.config, arguments.overrides)
+    config = _config(arguments)
     check_config(config, world.World(world_size=arguments.ranks))
     sys.stdout.write(dump_config(config))
     return DONE
@@ -183,6 +186,10 @@ def _chaos(arguments: argparse.Namespace) -> int:
 def _config(arguments: argparse.Namespace) -> RunConfig:
     from vitscale.config.load import load_config
 
+    if getattr(arguments, "finetune", False):
+        from vitscale.run.finetune import complete
+
+        return load_config(arguments.config, arguments.overrides, complete)
     return load_config(arguments.config, arguments.overrides)
 
 
@@ -203,9 +210,12 @@ def _parser() -> argparse.ArgumentParser:
     takes_config(verb("pretrain", _pretrain, "train, or go on where this run stopped"))
     text = "train a pretrained encoder on labels, or go on where this run stopped"
     takes_config(verb("finetune", _finetune, text))
+    examined = verb("doctor", _doctor, "what would keep a run from starting, looked at here or on all ranks")
+    takes_config(examined)
     shown = verb("config", _print_config, "print the resolved config")
     takes_config(shown)
-    shown.add_argument("--finetune", action="store_true", help="as `vitscale finetune` completes it")
+    for added in (shown, examined):
+        added.add_argument("--finetune", action="store_true", help="as `vitscale finetune` completes it")
     shown.add_argument("--ranks", type=inference.above_zero, metavar="N", default=1, help="to check for (default: 1)")
     added = verb("pack", _pack, "a folder, a list or a data set of images into WebDataset shards with an index")
     _takes_source(added)
@@ -278,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.overrides += rest
     here = world.World()
     try:
-        arguments.world = here = world.enter(on_ranks=arguments.run_verb in (_pretrain, _finetune, _evaluate))
+        arguments.world = here = world.enter(on_ranks=arguments.run_verb in (_pretrain, _finetune, _evaluate, _doctor))
         code = arguments.run_verb(arguments)
         sys.stdout.flush()
         return code

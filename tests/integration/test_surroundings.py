@@ -38,3 +38,16 @@ def test_ranks_that_do_not_meet(launcher: Launcher, config: Path, wrong: str) ->
     assert "parallel.timeout_s=2" in line
     assert (port if wrong == "port" else "no.such.host" if wrong == "host" else "MASTER_PORT=") in line
     assert "Traceback" not in world.output()
+
+
+def test_the_doctor_on_two_nodes(launcher: Launcher, config: Path, tmp_path: Path) -> None:
+    """Each rank a node of its own, as Kubeflow's pods are."""
+    before = sorted(tmp_path.rglob("*"))
+    world = launcher.request(2, argv=["doctor", str(config)], environment=KUBEFLOW)
+    assert world.wait() == [0, 0], world.output()
+    lines = world.output().splitlines()
+    assert any(line.startswith("ok") and "over 2 ranks" in line and "64 MB" in line for line in lines), lines
+    assert any("slowest link: " in line for line in lines), lines
+    assert any(line.startswith("ok") and "all ranks: can be read" in line for line in lines), lines
+    assert not any(line.startswith("FAILED") for line in lines)
+    assert sorted(tmp_path.rglob("*")) == before

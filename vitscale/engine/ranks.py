@@ -160,14 +160,14 @@ def _meet(store: dist.Store, world: World, timeout_s: float) -> None:
 
 
 @contextlib.contextmanager
-def joined(world: World, timeout_s: float, backend: str = "gloo") -> Iterator[ProcessRanks]:
-    """The ranks of a launcher as a process group, where nothing trains; one rank needs no group."""
+def joined(world: World, timeout_s: float) -> Iterator[ProcessRanks]:
+    """The ranks of a launcher as a process group over gloo, where nothing trains; one rank needs no group."""
     timeout = timedelta(seconds=timeout_s)
     if world.device == "cuda":
         torch.cuda.set_device(world.local_rank)
     if world.world_size == 1:
         yield ProcessRanks(timeout)
         return
-    join(world, backend, timeout_s)
+    join(world, "gloo", timeout_s)
     yield ProcessRanks(timeout)
     dist.destroy_process_group()  # not after an error: the others would be waited for

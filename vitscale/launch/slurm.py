@@ -18,6 +18,7 @@ from vitscale.errors import LaunchError, VitscaleError
 from vitscale.launch.torchrun import (
     Layout,
     describe_exit,
+    examine,
     prepare,
     ranks_per_node,
     read_config,
@@ -56,6 +57,8 @@ def rendezvous_port(job: int, restart: int) -> int:
 
 def node(arguments: Sequence[str]) -> int:
     """This node's ranks. A run that ended in order is success here, so that srun kills no other node for it."""
+    if arguments[0] == "doctor":
+        return examine(arguments, slurm_layout())
     run = read_config(arguments).run
     code = supervise(arguments, slurm_layout(), RunFolder.at(run.dir, run.name))
     return DONE if code in (DONE, STOPPED) else code
@@ -84,6 +87,23 @@ def requeue(code: int) -> int:
         print(f"launch/slurm.sh: {error}; the same sbatch goes on from the checkpoint", flush=True)
         return code
     return DONE
+
+
+def job_warnings() -> list[str] | None:
+    """What of this job's settings would cost a run steps; None outside of a job."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if not job:
+        return None
+    try:
+        shown, script = _scontrol("show", "job", job), _scontrol("write", "batch_script", job, "-")
+    except LaunchError as error:
+        return [f"the job's settings are not known: {error}"]
+    found = []
+    if "Requeue=1" not in shown:
+        found.append("the job may not be requeued: it ends where it is preempted; submit with --requeue")
+    if not re.search(r"^#SBATCH.*--signal", script, re.MULTILINE):
+        found.append("its script asks for no signal before the time limit: add #SBATCH --signal=B:USR1@120")
+    return found
 
 
 def job_state(shown: str) -> str:

@@ -7,6 +7,8 @@ the nodes and PORT is free there, and a run folder that all nodes share.
 The exit code is the run's own, read from exit.json in its folder, since torchrun says 1 for every
 failure: 0 done, 2 bad config or input, 3 stopped on request with a checkpoint, or by storage that failed for long: the
 same command goes on; 1 anything else.
+
+`doctor CONFIG.yaml` in the place of pretrain looks at what a run needs, on all ranks: 0, or 2 if it would not start.
 """
 
 from __future__ import annotations
@@ -190,6 +192,17 @@ def describe_exit(folder: RunFolder) -> str:
     return f"{folder.path}: {'error' if code == BAD_INPUT else 'failed'}{at}: {said['reason']}"
 
 
+def examine(arguments: Sequence[str], layout: Layout) -> int:
+    """Run `vitscale doctor` on this node's ranks, which leave nothing; DONE, or BAD_INPUT if rank 0 says so and is here."""
+    failed = False
+    command, environment = layout.command(arguments), layout.environment()
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            failed |= line.startswith("FAILED")
+    return BAD_INPUT if failed or process.returncode else DONE
+
+
 def _die_with_parent() -> None:
     """In the child, before exec: TERM for it when its parent is gone, however that happened."""
     if sys.platform == "linux":
@@ -203,6 +216,8 @@ def main(arguments: Sequence[str]) -> int:
         return DONE if arguments else BAD_INPUT
     try:
         layout = read_layout()
+        if arguments[0] == "doctor":
+            return examine(arguments, layout)
         folder = prepare(arguments, layout, "launch/torchrun.sh")
         code = supervise(arguments, layout, folder)
         if layout.ranks > 1 and code != DONE:  # below what torchrun says of it

@@ -1,0 +1,146 @@
+"""What `vitscale doctor` says of a run that has not started, and that it leaves nothing."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.data.makers import write_shards
+from vitscale.config.schema import Data, Model, Run, RunConfig, Source, Tracking, Train
+from vitscale.engine.links import Links
+from vitscale.launch import slurm
+from vitscale.run import doctor
+from vitscale.run.doctor import Finding
+from vitscale.run_folder import BAD_INPUT, DONE
+from vitscale.world import World
+
+SHARDS = "shards"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    (tmp_path / SHARDS).mkdir()
+    write_shards(tmp_path / SHARDS, [6, 6])
+    return RunConfig(
+        run=Run(dir=str(tmp_path / "runs")),
+        model=Model(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16,
+                    patch_size=4),
+        data=Data(train=(Source(f"{tmp_path / SHARDS}/*.tar"),), patience_s=0.0),
+        train=Train(global_batch=8, micro_batch=8, steps=1),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """The address of what answers /health as MLflow's server does."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/health" else 404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Not to the terminal."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{serving.server_port}"
+        serving.shutdown()
+
+
+def report(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, str]]:
+    """The code, and the first line of each thing."""
+    code = doctor.doctor(config, World())
+    lines: dict[str, str] = {}
+    for line in capsys.readouterr().out.splitlines():
+        level, what, text = re.split(r"\s{2,}", line, maxsplit=2)
+        lines.setdefault(what, f"{level}: {text}")
+    return code, lines
+
+
+def test_a_run_that_can_start(
+    config: RunConfig, tmp_path: Path, server: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    code, lines = report(replace(config, tracking=Tracking(mlflow_uri=server)), capsys)
+    assert code == DONE, lines
+    assert lines["data"].startswith("warning: 2 shards of 0.0 GB, 2 of them not in their index.json")
+    assert lines["run folder"] == f"ok: {tmp_path} can be written"
+    assert lines["MLflow"] == f"ok: {server} answers"
+    assert lines["config"].endswith("8 images a step on each")
+    assert "torch" in lines["ranks"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_all_that_is_wrong_is_told_at_once(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs").touch()  # no folder can be made below it
+    broken = replace(
+        config,
+        run=replace(config.run, dir="/proc/runs"),
+        data=replace(config.data, train=(*config.data.train, Source(str(tmp_path / "none.tar")))),
+        train=replace(config.train, micro_batch=3),
+        tracking=Tracking(mlflow_uri="http://127.0.0.1:9"),
+    )
+    code, lines = report(broken, capsys)
+    assert code == BAD_INPUT
+    assert lines["config"].startswith("FAILED: train.global_batch=8: must be a multiple of")
+    assert lines["data"].startswith(f"FAILED: {tmp_path}/none.tar: no such file")
+    assert lines["run folder"].startswith("FAILED: cannot write to /proc")
+    assert lines["MLflow"].startswith("warning: http://127.0.0.1:9 does not answer")
+
+
+def test_a_shard_that_is_no_tar(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / SHARDS / "a.tar").write_bytes(b"<html>" * 1000)
+    code = doctor.doctor(config, World())
+    assert code == BAD_INPUT
+    assert f"{tmp_path}/{SHARDS}/a.tar: is no tar file that can be read" in capsys.readouterr().out
+
+
+def test_ranks_that_differ_have_lines_of_their_own() -> None:
+    few, many = (Finding("ok", "open files", text) for text in ("at most 1,024", "at most 4,096"))
+    alike = Finding("ok", "data", "can be read")
+    found = doctor._together([("a", [alike, many]), ("a", [alike, many]), ("b", [alike, few])])
+    assert [finding.text for finding in found] == [
+        "all ranks: can be read",
+        "ranks 0 on a, 1 on a: at most 4,096",
+        "rank 2 on b: at most 1,024",
+    ]
+
+
+def test_the_slowest_link_is_named() -> None:
+    links = Links(0.001, 0.3, (("a", "b", 0.1), ("b", "c", 0.5), ("c", "d", 0.12)))
+    _, slowest = doctor._of_links(links, World(world_size=4))
+    assert slowest.level == "warning"
+    assert slowest.text.startswith("slowest link: b to c, 64 MB in 500 ms (median 120 ms)")
+
+
+@pytest.mark.parametrize(("shown", "script", "warned"), [
+    ("Requeue=1", "#!/bin/bash\n#SBATCH --signal=B:USR1@120\n", []),
+    ("Requeue=0", "#!/bin/bash\n#SBATCH --signal=B:USR1@120\n", ["--requeue"]),
+    ("Requeue=0", "#!/bin/bash\n", ["--requeue", "--signal=B:USR1@120"]),
+])  # fmt: skip
+def test_settings_of_a_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shown: str, script: str, warned: list[str]
+) -> None:
+    """By a program in the place of scontrol."""
+    (tmp_path / "script").write_text(script)
+    program = tmp_path / "scontrol"
+    program.write_text(f"#!/bin/sh\nif [ $1 = show ]; then echo {shown}; else cat {tmp_path}/script; fi\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = slurm.job_warnings()
+    assert found is not None
+    assert len(found) == len(warned)
+    assert all(way in text for way, text in zip(warned, found, strict=True))
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert slurm.job_warnings() is None
