@@ -243,6 +243,15 @@ def _parser() -> argparse.ArgumentParser:
         register(verb)
     export.register(verb, _export_run)
     added = verb("chaos", _chaos, "break runs on purpose and see whether they end as an unbroken one does")
+    _takes_kinds(added)
+    added = verb("bench", _bench, "measure this project beside its peers")
+    added.add_argument("what", choices=("data", "augment", "step", "model", "startup"))
+    added.add_argument("rest", nargs=argparse.REMAINDER, help="options of that benchmark (--help lists them)")
+    return parser
+
+
+def _takes_kinds(added: argparse.ArgumentParser) -> None:
+    """The arguments of `chaos`."""
     added.add_argument(
         "--trials", type=inference.above_zero, metavar="N", help="of all kinds in turns (default: one each)"
     )
@@ -250,10 +259,6 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--kinds", nargs="+", metavar="KIND", help="of faults, say 'rank killed' (default: all)")
     added.add_argument("--out", metavar="FOLDER", help="for runs and logs, which are kept (default: a temporary one)")
     added.add_argument("--json", metavar="FILE", help="what the trials came to, for programs")
-    added = verb("bench", _bench, "measure this project beside its peers")
-    added.add_argument("what", choices=("data", "augment", "step", "model", "startup"))
-    added.add_argument("rest", nargs=argparse.REMAINDER, help="options of that benchmark (--help lists them)")
-    return parser
 
 
 def _takes_source(added: argparse.ArgumentParser) -> None:

@@ -193,7 +193,7 @@ def describe_exit(folder: RunFolder) -> str:
 
 
 def examine(arguments: Sequence[str], layout: Layout) -> int:
-    """Run `vitscale doctor` on this node's ranks, which leave nothing; DONE, or BAD_INPUT if rank 0 says so and is here."""
+    """Run `vitscale doctor` on the ranks of this node; DONE, or BAD_INPUT if rank 0 is here and says so."""
     failed = False
     command, environment = layout.command(arguments), layout.environment()
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
