@@ -36,6 +36,7 @@ class Batch:
     number: int
     retries = 0
     replaced: tuple[Replaced, ...] = ()
+    shard: str = "shard"
 
     @property
     def inputs(self) -> Inputs:
@@ -43,7 +44,7 @@ class Batch:
 
     @property
     def names(self) -> list[str]:
-        return [f"shard/{self.number}a", f"shard/{self.number}b"]
+        return [f"{self.shard}/{self.number}a", f"{self.shard}/{self.number}b"]
 
     @property
     def epoch(self) -> int:
@@ -53,14 +54,14 @@ class Batch:
 class Feed:
     """Micro-batches 0, 1, ...; `bad` of them have a replaced sample."""
 
-    def __init__(self, events: list[str], bad: Iterable[int]) -> None:
-        self.events, self.bad = events, set(bad)
+    def __init__(self, events: list[str], bad: Iterable[int], shard: str = "shard") -> None:
+        self.events, self.bad, self.shard = events, set(bad), shard
         self.numbers = itertools.count()
 
     def __next__(self) -> Batch:
         number = next(self.numbers)
         self.events.append(f"batch {number}")
-        return Batch(number, (Replaced(0, "undecodable"),) if number in self.bad else ())
+        return Batch(number, (Replaced(0, "undecodable"),) if number in self.bad else (), self.shard)
 
     def run_ahead(self) -> None:
         self.events.append("run ahead")
@@ -94,7 +95,9 @@ class Engine:
             self.tensors += [weakref.ref(tensor) for tensor in inputs.values()]
             del inputs
         self.events.append("update")
-        return StepResult(sum(losses) / len(losses), {"accuracy": 0.5}, 1.0, len(self.lrs) not in self.broken)
+        return StepResult(
+            sum(losses) / len(losses), {"accuracy": 0.5}, torch.tensor(1.0), len(self.lrs) not in self.broken
+        )
 
 
 @dataclass
@@ -133,8 +136,9 @@ def make_loop(total_steps: int, **parts: Any) -> tuple[TrainingLoop, list[str], 
         state=parts.get("state", TrainState()),
         total_steps=total_steps,
         config=config,
-        tasks=(task("evaluate", 2), task("log", 1), task("save", 3, at_stop=True)),
+        tasks=(task("evaluate", 2), task("log", parts.get("log", 1)), task("save", 3, at_stop=True)),
         record=lambda file, row: rows.append((file, row)),
+        say=events.append,
         causes=CAUSES,
         stop=Stop(parts.get("stop_at")),  # type: ignore[arg-type]
         meters=Meters(),
@@ -153,7 +157,8 @@ def test_a_step_from_top_to_bottom() -> None:
     (_, row) = rows[0]
     assert row | {"time": 0, "lr": 0} == {
         "step": 1, "samples": 4, "epoch": 0, "loss": 0.5, "lr": 0, "accuracy": 0.5, "grad_norm": 1.0,
-        "skipped_steps": 0, "bad_samples": 0, "data_retries": 0, "time": 0, "evaluate_seen": True, "log_seen": True,
+        "skipped_steps": 0, "spikes": 0, "bad_samples": 0, "data_retries": 0, "time": 0,
+        "evaluate_seen": True, "log_seen": True,
     }  # fmt: skip
 
 
@@ -180,7 +185,8 @@ def test_a_resumed_run_goes_on_with_its_counts() -> None:
     assert loop.run()
     assert isinstance(loop.engine, Engine)
     assert loop.engine.lrs == [lr_at(3, 4, loop.config)]
-    assert state == TrainState(step=4, samples=16, epoch=0, skipped=1, bad={"label": 2, "undecodable": 1})
+    counted = TrainState(step=4, samples=16, skipped=1, bad={"label": 2, "undecodable": 1}, losses=[0.5])
+    assert state == counted
     assert rows[0] == ("quarantine.jsonl", {"step": 4, "slot": 0, "cause": "undecodable"})
     assert (rows[1][1]["skipped_steps"], rows[1][1]["bad_samples"]) == (1, 3)
 

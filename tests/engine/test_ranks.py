@@ -14,7 +14,6 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from vitscale.engine.loop import StepReport
 from vitscale.engine.ranks import ProcessRanks, join, meeting
 from vitscale.errors import LaunchError
 from vitscale.world import World
@@ -29,12 +28,12 @@ def _exchange(ranks: ProcessRanks) -> dict[str, Any]:
     rank, last = ranks.rank, ranks.world_size - 1
     ranks.barrier()
     values = {"loss": 0.1 * (rank + 1), "stop": rank == last, "a": float(rank)}
-    report = StepReport(0.5 * rank, {"accuracy": rank % 2}, 2.0, True, {"label": rank, "decode": 0}, stop=rank == last)
+    pending = ranks.start_sum(values)
     return {
         "gathered": ranks.gather({"rank": rank}),
         "collected": ranks.collect([rank] * rank),
         "sums": ranks.sum(dict(sorted(values.items(), reverse=rank % 2 == 1))),  # the names in any order
-        "report": report.reduced(ranks),
+        "pending": pending.finish(),
         "bytes": ranks.broadcast(b"index of rank 0" if rank == 0 else None),
         "nothing": ranks.broadcast(b"" if rank == 0 else None),
     }
@@ -50,7 +49,8 @@ def _be_rank(rank: int, world_size: int, port: int, backend: str, answers: Any) 
     dist.destroy_process_group()
 
 
-def _in_world(world_size: int, backend: str, work: Callable[..., None]) -> list[tuple[int, bool, dict[str, Any]]]:
+def in_world(world_size: int, backend: str, work: Callable[..., None]) -> list[Any]:
+    """What `work(rank, world_size, port, backend, answers)` puts into `answers` on forked ranks, by rank, first."""
     return _started([(rank, world_size) for rank in range(world_size)], backend, work)
 
 
@@ -76,16 +76,13 @@ def _started(numbers: list[tuple[int, int]], backend: str, work: Callable[..., N
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("backend", ["gloo", MIXED])
 def test_exchanges_of_a_world(world_size: int, backend: str) -> None:
-    answers = _in_world(world_size, backend, _be_rank)
+    answers = in_world(world_size, backend, _be_rank)
     assert [has_own_group for _, has_own_group, _ in answers] == [backend == MIXED] * world_size
     loss = 0.0
     for rank in range(world_size):  # in the order of the ranks, to the last bit
         loss += 0.1 * (rank + 1)
-    of_all = StepReport(
-        0.5 * (world_size - 1) / 2, {"accuracy": 0.5}, 2.0, True, {"label": sum(range(world_size)), "decode": 0}, True
-    )
     for rank, _, answer in answers:
-        assert answer["report"] == of_all
+        assert answer["pending"] == answers[0][2]["pending"] == pytest.approx(answer["sums"], rel=1e-12)
         assert answer["gathered"] == [{"rank": other} for other in range(world_size)]
         assert answer["collected"] == ([[other] * other for other in range(world_size)] if rank == 0 else [])
         assert answer["sums"] == {"loss": loss, "stop": 1.0, "a": sum(range(world_size))}
@@ -99,7 +96,7 @@ def test_one_rank_needs_no_group() -> None:
         "gathered": [{"rank": 0}],
         "collected": [[]],
         "sums": {"loss": 0.1, "stop": True, "a": 0.0},
-        "report": StepReport(0.0, {"accuracy": 0}, 2.0, True, {"label": 0, "decode": 0}, stop=True),
+        "pending": {"loss": 0.1, "stop": True, "a": 0.0},
         "bytes": b"index of rank 0",
         "nothing": b"",
     }

@@ -282,6 +282,24 @@ class Log:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """How numbers that go wrong are found, and what is done then."""
+
+    spike_deviations: float = 8.0  # a loss so far above the median of the last 128 is a spike (engine/guard.py)
+    digest_every_steps: int | None = 100  # how often, beside each save, what all ranks hold is compared; null: never
+    rollback: bool = False  # go back before a spike that lasts, and leave out the batches that it began with
+    rollback_steps: int = 100  # the checkpoint gone back to is of so many steps before the spike, or more
+    max_rollbacks: int = 3  # of a run; after so many, divergence ends it
+
+    def __post_init__(self) -> None:
+        require(self.spike_deviations > 0, "guard.spike_deviations", self.spike_deviations, "above 0")
+        every = self.digest_every_steps
+        require(every is None or every > 0, "guard.digest_every_steps", every, "above 0 or null")
+        require(self.rollback_steps > 0, "guard.rollback_steps", self.rollback_steps, "above 0")
+        require(self.max_rollbacks > 0, "guard.max_rollbacks", self.max_rollbacks, "above 0")
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """How often a run is scored while it trains, and frozen features, there and by `vitscale evaluate`."""
 
@@ -329,6 +347,7 @@ class RunConfig:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     tracking: Tracking = field(default_factory=Tracking)
     log: Log = field(default_factory=Log)
+    guard: Guard = field(default_factory=Guard)
     evaluation: Evaluation = field(default_factory=Evaluation)
 
 

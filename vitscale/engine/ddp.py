@@ -33,7 +33,7 @@ class DDPEngine(Engine):
             self.model(**inputs).loss.backward()
             self.optimizer.zero_grad()
 
-    def _update(self) -> tuple[float, bool]:
+    def _update(self) -> tuple[torch.Tensor, bool]:
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         applied = bool(torch.isfinite(norm))
@@ -43,4 +43,4 @@ class DDPEngine(Engine):
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.clip, norm)
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm), applied
+        return norm, applied

@@ -34,7 +34,7 @@ class StepResult:
 
     loss: float  # mean over this rank's samples
     metrics: dict[str, float]  # likewise
-    grad_norm: float  # of the global gradient before clipping; inf or nan where it was not finite
+    grad_norm: torch.Tensor  # one element, on the device: of the global gradient before clipping, inf or nan included
     applied: bool  # False: the gradient was not finite and the weights are as before
 
 
@@ -91,11 +91,12 @@ class Engine:
             for name, value in output.metrics.items():
                 metric_sums[name] = metric_sums.get(name, 0.0) + value.detach().double()
             del inputs, output
-        norm, applied = self._update()
+        sums = _HostCopy(torch.stack([loss_sum, *metric_sums.values()]))
+        norm, applied = self._update()  # the host waits for the norm there, and the sums are before it
         if self.ema and applied:
             self.ema.update()
-        metrics = {name: float(value) / self.accumulation for name, value in metric_sums.items()}
-        return StepResult(float(loss_sum) / self.accumulation, metrics, norm, applied)
+        loss, *metrics = (value / self.accumulation for value in sums.read())
+        return StepResult(loss, dict(zip(metric_sums, metrics, strict=True)), norm, applied)
 
     @property
     def device(self) -> torch.device:
@@ -148,8 +149,8 @@ class Engine:
     def _forward_backward(self, inputs: Inputs, last: bool) -> Any:
         raise NotImplementedError
 
-    def _update(self) -> tuple[float, bool]:
-        """Apply the gradients: (their norm before clipping, whether they were applied)."""
+    def _update(self) -> tuple[torch.Tensor, bool]:
+        """Apply the gradients: (their norm before clipping, on the device; whether they were applied)."""
         raise NotImplementedError
 
     @property
@@ -192,6 +193,20 @@ class Engine:
             return self.fragments
         return zero_state.share(self.fragments, self.ranks.rank, self.ranks.world_size)
 
+    def replicated(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What all ranks hold the same bits of, by name: weights and buffers, so far as they are whole on each rank;
+        at stage 0 Adam's moments and the moving average too."""
+        yield from self.module.named_buffers()
+        for name, parameter in self.module.named_parameters():
+            if parameter.numel():  # stage 3 leaves those empty that are sharded
+                yield name, parameter
+        if self.stage == 0:
+            for fragment in self.fragments:
+                for kind in zero_state.MOMENTS:
+                    yield f"{kind} of {fragment.name}", fragment.moment(self.inner, kind)
+                if self.ema:
+                    yield f"ema of {fragment.name}", self.ema.of(fragment)
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load master weights, Adam's state and the moving average from a checkpoint of any stage and world.
 
@@ -210,6 +225,22 @@ class Engine:
                 target.copy_(torch.from_numpy(values))
         for state in self.inner.state.values():
             state["step"].fill_(checkpoint.state["adam_step"])
+
+
+class _HostCopy:
+    """A vector of the device on its way to the host: queued when made, and `read` waits for nothing behind it."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._values, self._there = values, None
+        if values.device.type == "cuda":
+            self._values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def read(self) -> list[float]:
+        if self._there is not None:
+            self._there.synchronize()
+        return self._values.tolist()
 
 
 def load_weights(module: nn.Module, checkpoint: Checkpoint) -> None:

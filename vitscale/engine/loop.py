@@ -6,19 +6,16 @@ the periodic tasks when they are due.
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from vitscale.config.schema import RunConfig
 from vitscale.engine.engine import Engine, Inputs, StepResult
-from vitscale.engine.guard import SampleGuard, StepGuard
+from vitscale.engine.exchange import Consumed, StepDetails, StepExchange
+from vitscale.engine.guard import SampleGuard, SpikeGuard, StepGuard
 from vitscale.engine.preempt import StopRequest
-from vitscale.engine.ranks import ProcessRanks
 from vitscale.engine.schedule import lr_at
 from vitscale.faults import fault_point
 from vitscale.files import retry
@@ -73,6 +70,10 @@ class TrainState:
     shift: int = 0  # what `samples` is short of the position in the order, since other shards began a new epoch
     epoch: int = 0
     skipped: int = 0  # steps whose gradient was not finite
+    skipped_in_a_row: int = 0  # of these, those up to this step
+    spikes: int = 0  # steps whose loss was far above those before them
+    spikes_in_a_row: int = 0  # of these, those up to this step
+    losses: list[float] = field(default_factory=list)  # of the last steps, finite ones, by which a spike is told
     bad: dict[str, int] = field(default_factory=dict)  # replaced samples by cause
     retries: int = 0  # reads of storage that failed and were made again
     save_failures: int = 0  # checkpoints that could not be saved
@@ -83,32 +84,6 @@ class TrainState:
 
     def is_done(self, total_steps: int) -> bool:
         return self.early_stopped or self.step >= total_steps
-
-
-@dataclass(frozen=True)
-class StepReport(StepResult):
-    """What one step gave: on one rank, or by `reduced` on all ranks together.
-
-    `grad_norm` and `applied` are the same on every rank.
-    """
-
-    bad: dict[str, int]  # replaced samples by cause; every cause there is
-    stop: bool  # whether any rank was asked to stop
-    retries: int = 0  # reads of storage that were made again
-
-    def reduced(self, ranks: ProcessRanks) -> StepReport:
-        """The report of all ranks, the same on each of them. A collective: one exchange."""
-        metrics = {f"metric {name}": value for name, value in self.metrics.items()}
-        bad = {f"bad {cause}": count for cause, count in self.bad.items()}
-        sums = ranks.sum({"loss": self.loss, "stop": self.stop, "retries": self.retries, **metrics, **bad})
-        return replace(
-            self,
-            loss=sums["loss"] / ranks.world_size,
-            metrics={name: sums[f"metric {name}"] / ranks.world_size for name in self.metrics},
-            bad={cause: int(sums[f"bad {cause}"]) for cause in self.bad},
-            stop=sums["stop"] > 0,
-            retries=int(sums["retries"]),
-        )
 
 
 @dataclass(frozen=True)
@@ -137,6 +112,7 @@ class TrainingLoop:
     config: RunConfig
     tasks: Sequence[PeriodicTask]  # done in this order: evaluate, log, save (a row before its checkpoint)
     record: Callable[[str, Row], None]  # (file, row) of a JSONL file beside metrics.jsonl; only rank 0's counts
+    say: Callable[[str], None]  # a line on the terminal; only rank 0's counts
     causes: Sequence[str]  # why a sample can be bad
     stop: StopRequest
     meters: Meters
@@ -144,43 +120,47 @@ class TrainingLoop:
     _waiting: list[MicroBatch] = field(default_factory=list, init=False)  # of the warm-up; the first step takes it
     _retries_told: int = field(default=0, init=False)  # of those that this process itself made
 
+    def __post_init__(self) -> None:
+        state, ranks = self.state, self.engine.ranks
+        self._exchange = StepExchange(ranks, self.causes)
+        self._details = StepDetails(ranks, self.record, self.config.log.trace)
+        self._steps = StepGuard(self.config.train.max_skipped_steps, state.skipped, state.skipped_in_a_row)
+        self._samples = SampleGuard(self.config.data.max_bad_fraction, state.bad)
+        deviations, ends = self.config.guard.spike_deviations, self.config.guard.rollback
+        self._spikes = SpikeGuard(deviations, state.losses, state.spikes, state.spikes_in_a_row, ends)
+
     def run(self) -> bool:
         """Train from `state` to `total_steps`, or until a task ends it early; False when asked to stop before.
 
-        Raises Diverged or DataError at the guards' limits, on all ranks at once.
+        What the ranks tell each other of a step is on its way during the next one. All of it is there before a row
+        or a checkpoint. Raises Diverged or DataError at the guards' limits, on all ranks at once.
         """
         state, batch = self.state, self.config.train.global_batch
-        step_guard = StepGuard(self.config.train.max_skipped_steps, state.skipped)
-        sample_guard = SampleGuard(self.config.data.max_bad_fraction, state.bad)
         if not state.is_done(self.total_steps):
             self._waiting.append(next(self.feed))
             self.startup.done("first batch")
             self.engine.warm_up(self._waiting[0].inputs)
             self.feed.read_seconds()  # the wait for the first batch is the start's
-        while not state.is_done(self.total_steps):
+        stops = False
+        while not stops and not state.is_done(self.total_steps):
             lr = lr_at(state.step, self.total_steps, self.config)
             result, consumed = self._step(lr)
             self.startup.end("first step")
-            report = self._report(result, consumed).reduced(self.engine.ranks)
+            stops = self._agree()  # on the step before
             state.step += 1
             state.samples += batch
             state.epoch = consumed[0].epoch
-            state.retries += report.retries
-            self._record(report, consumed)
+            self._tell(result, consumed)
             fault_point("step")
-            if any(report.bad.values()):
-                sample_guard.note(report.bad, state.samples, partial(self._example, consumed))
-                state.bad = dict(sample_guard.counts)
-            step_guard.note(state.step, report.applied)
-            state.skipped = step_guard.skipped
-            row = _row(state, report, lr)
-            for task in self.tasks:
-                at_end = state.is_done(self.total_steps) or (report.stop and task.at_stop)
-                if at_end or task.due(state.step):
-                    with self.meters.measure(task.name):
-                        task.run(state, row)
-            if report.stop:
-                break
+            at_end = stops or state.is_done(self.total_steps)
+            if at_end or any(task.due(state.step) for task in self.tasks):
+                stops |= self._settle()
+                row = self._row(result, lr)
+                for task in self.tasks:
+                    at_end = state.is_done(self.total_steps) or (stops and task.at_stop)
+                    if at_end or task.due(state.step):
+                        with self.meters.measure(task.name):
+                            task.run(state, row)
         return state.is_done(self.total_steps)
 
     def _step(self, lr: float) -> tuple[StepResult, list[Consumed]]:
@@ -202,60 +182,57 @@ class TrainingLoop:
         self.meters.add(self.feed.read_seconds())
         return result, consumed
 
-    def _report(self, result: StepResult, consumed: Sequence[Consumed]) -> StepReport:
-        """What the step gave on this rank."""
-        bad = Counter(replaced.cause for micro_batch in consumed for replaced in micro_batch.replaced)
-        counts = {cause: bad[cause] for cause in self.causes}
-        retries = sum(micro_batch.retries for micro_batch in consumed)
+    def _tell(self, result: StepResult, consumed: Sequence[Consumed]) -> None:
+        """Start to tell the others of this step; what all ranks know alike is counted at once."""
+        step, wishes = self.state.step, {"stop": self.stop.requested()}
         own, self._retries_told = int(retry.retries) - self._retries_told, int(retry.retries)  # index and tables
-        return StepReport(**vars(result), bad=counts, stop=self.stop.requested(), retries=retries + own)
+        self._exchange.start(step, result.loss, wishes, consumed, own)
+        self._details.add(step, consumed, result.applied)
+        self._steps.note(step, result.applied, self._settle)
+        self.state.skipped, self.state.skipped_in_a_row = self._steps.skipped, self._steps.in_a_row
 
-    def _record(self, report: StepReport, consumed: Sequence[Consumed]) -> None:
-        """The rows that a step leaves beside metrics.jsonl: its samples' names, its replaced samples."""
-        step = self.state.step
-        files = ["trace.jsonl"] * self.config.log.trace + ["skipped.jsonl"] * (not report.applied)
-        if files:
-            names = self._collect([name for micro_batch in consumed for name in micro_batch.names])
-            for file in files:
-                self.record(file, {"step": step, "sample_keys": names})
-        if any(report.bad.values()):
-            local = [asdict(replaced) for micro_batch in consumed for replaced in micro_batch.replaced]
-            for replaced in self._collect(local):
-                self.record("quarantine.jsonl", {"step": step, **replaced})
+    def _agree(self) -> bool:
+        """Take what the ranks told each other last, if there is something new: whether any of them is to stop."""
+        agreed, state = self._exchange.finish(), self.state
+        if agreed is None:
+            return False
+        state.retries += agreed.retries
+        if any(agreed.bad.values()):
+            self._details.expect()
+            self._samples.note(agreed.bad, state.samples, self._example)
+            state.bad = dict(self._samples.counts)
+        if line := self._spikes.note(agreed.step, agreed.loss, self._details.write):
+            self.say(line)
+        state.spikes, state.spikes_in_a_row = self._spikes.spikes, self._spikes.in_a_row
+        return "stop" in agreed.wishes
 
-    def _example(self, consumed: Sequence[Consumed]) -> str:
-        """One of the samples that the step replaced, on whichever rank, and the reason."""
-        local = [replaced for micro_batch in consumed for replaced in micro_batch.replaced]
-        examples = self.engine.ranks.gather(str(local[0]) if local else None)
-        return next(filter(None, examples))
+    def _settle(self) -> bool:
+        """Finish what is pending, before a row, a checkpoint or the end: whether any rank is to stop."""
+        stops = self._agree()
+        self._details.write()
+        return stops
 
-    def _collect(self, items: list[Any]) -> list[Any]:
-        """The items of all ranks in slot order, on rank 0; nothing on the others."""
-        return list(itertools.chain(*self.engine.ranks.collect(items)))
+    def _example(self) -> str:
+        """One of the samples that were replaced last, and the reason; the rows of all of them are written."""
+        example = self._details.example()
+        self._details.write()
+        return example
 
-
-@dataclass(frozen=True)
-class Consumed:
-    """What a step's records need of a micro-batch after its forward: not its tensors."""
-
-    names: Sequence[str]
-    replaced: Sequence[Any]
-    epoch: int
-    retries: int
-
-
-def _row(state: TrainState, report: StepReport, lr: float) -> Row:
-    """A row of metrics.jsonl, before the tasks add to it."""
-    return {
-        "step": state.step,
-        "samples": state.samples,
-        "epoch": state.epoch,
-        "loss": report.loss,
-        "lr": lr,
-        **report.metrics,
-        "grad_norm": report.grad_norm,
-        "skipped_steps": state.skipped,
-        "bad_samples": sum(state.bad.values()),
-        "data_retries": state.retries,
-        "time": int(time.time() * 1000),
-    }
+    def _row(self, result: StepResult, lr: float) -> Row:
+        """A row of metrics.jsonl, before the tasks add to it; its means have the same bits on every rank."""
+        state, ranks = self.state, self.engine.ranks
+        sums = ranks.sum({"loss": result.loss} | {f"metric {name}": value for name, value in result.metrics.items()})
+        return {
+            "step": state.step,
+            "samples": state.samples,
+            "epoch": state.epoch,
+            "loss": sums["loss"] / ranks.world_size,
+            "lr": lr,
+            **{name: sums[f"metric {name}"] / ranks.world_size for name in result.metrics},
+            "grad_norm": float(result.grad_norm),
+            "skipped_steps": state.skipped,
+            "spikes": state.spikes,
+            "bad_samples": sum(state.bad.values()),
+            "data_retries": state.retries,
+            "time": int(time.time() * 1000),
+        }

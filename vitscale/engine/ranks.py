@@ -71,6 +71,13 @@ class ProcessRanks:
             totals += of_rank
         return dict(zip(names, totals.tolist(), strict=True))
 
+    def start_sum(self, values: Mapping[str, float]) -> PendingSum:
+        """Sums by name, added while this rank does other things; every rank has the same bits, in whatever order added.
+
+        Every rank gives the same names. One at a time: what is pending is finished before the next one is started.
+        """
+        return PendingSum(self, values)
+
     def sum_in_place(self, value: torch.Tensor) -> None:
         """A tensor of any device becomes its sum over the ranks, the same bits on every rank."""
         if self.world_size == 1:
@@ -78,6 +85,14 @@ class ProcessRanks:
         summed = value.detach().cpu()
         dist.all_reduce(summed, group=self._group)
         value.detach().copy_(summed)
+
+    def have_same(self, digest: bytes) -> bool:
+        """Whether all ranks give the same digest, by its first 7 bytes."""
+        number = int.from_bytes(digest[:7], "big")
+        bounds = torch.tensor([number, -number])
+        if self.world_size > 1:
+            dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self._group)
+        return bounds.tolist() == [number, -number]  # no rank has a larger one, and none a smaller one
 
     def broadcast(self, data: bytes | None, source: int = 0) -> bytes:
         """The bytes of rank `source`, on every rank; the others give None."""
@@ -97,6 +112,23 @@ class ProcessRanks:
         """Wait until every rank is here."""
         if self.world_size > 1:
             dist.barrier(group=self._group)
+
+
+class PendingSum:
+    """Sums over the ranks that are under way, see ProcessRanks.start_sum."""
+
+    def __init__(self, ranks: ProcessRanks, values: Mapping[str, float]) -> None:
+        self._names = sorted(values)
+        self._sums = torch.tensor([values[name] for name in self._names], dtype=torch.float64)
+        self._work: dist.Work | None = None
+        if ranks.world_size > 1:
+            self._work = dist.all_reduce(self._sums, group=ranks._group, async_op=True)
+
+    def finish(self) -> dict[str, float]:
+        """The sums, once they are there."""
+        if self._work is not None:
+            self._work.wait()
+        return dict(zip(self._names, self._sums.tolist(), strict=True))
 
 
 @contextlib.contextmanager

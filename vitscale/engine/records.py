@@ -54,6 +54,11 @@ class Records:
         if self._main:
             self._files[file].append(row)
 
+    def say(self, line: str) -> None:
+        """A line on the terminal."""
+        if self._main:
+            self._progress.say(line)
+
     def sync(self) -> None:
         """Hand all rows to the disk."""
         if self._main:

@@ -32,6 +32,6 @@ class ZeroEngine(Engine):
         self.engine.backward(output.loss)  # divides by the accumulation steps of its config
         return output
 
-    def _update(self) -> tuple[float, bool]:
+    def _update(self) -> tuple[torch.Tensor, bool]:
         self.engine.step()
-        return float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
+        return torch.as_tensor(self.engine.get_global_grad_norm()), self.engine.was_step_applied()

@@ -272,6 +272,7 @@ class Job:
                 config=config,
                 tasks=[*self.tasks(session, engine, records, meters, saves), started],
                 record=records.record,
+                say=records.say,
                 causes=CAUSES,
                 stop=session.stop,
                 meters=meters,

@@ -30,7 +30,7 @@ class Progress(TerminalLine):
         )
         for key in _SCORES:
             text += f"  {key} {_number(row[key], '.4f')}" if key in row else ""
-        for key in ("skipped_steps", "bad_samples"):
+        for key in ("skipped_steps", "spikes", "bad_samples"):
             text += f"  {row[key]} {key.replace('_', ' ')}" if row.get(key) else ""
         if self._in_place:
             self.rewrite(text)

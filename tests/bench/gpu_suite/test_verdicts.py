@@ -117,7 +117,7 @@ def test_a_gradient_near_0_is_measured_against_all() -> None:
 def test_training_refuses_a_skipped_step_and_joins_pieces_in_order() -> None:
     training = object.__new__(Training)
     training.config = correctness.small_config("mae")
-    result = StepResult(1.0, {}, float("inf"), applied=False)
+    result = StepResult(1.0, {}, torch.tensor(float("inf")), applied=False)
     pieces = [Piece("param", "w", (4,), start, np.full(2, start)) for start in (2, 0)]
     pieces.append(Piece("ema", "w", (4,), 0, np.ones(4)))
     training.engine = SimpleNamespace(  # type: ignore[assignment]

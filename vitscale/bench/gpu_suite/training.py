@@ -124,7 +124,7 @@ class Training:
             numbers = range(step * count, (step + 1) * count)
             result = self.engine.step((batch(self.config, number, self.backend.device) for number in numbers), LR)
             if not result.applied:
-                raise Mismatch(f"step {step + 1} was skipped: its gradient norm was {result.grad_norm}")
+                raise Mismatch(f"step {step + 1} was skipped: its gradient norm was {float(result.grad_norm)}")
             losses.append(result.loss)
         return losses
 
