@@ -30,5 +30,11 @@ class CheckpointError(VitscaleError):
     """A checkpoint folder or a saved model."""
 
 
+class CorruptionError(VitscaleError):
+    """Ranks hold different bits of what they have in common: a node's memory or device is not sound."""
+
+    requeues = True
+
+
 class LaunchError(VitscaleError):
     """The environment that a launcher gave, or a run folder in use."""

@@ -76,6 +76,26 @@ class RunFolder:
         return self.path / "shards.json"
 
     @property
+    def rollback_record(self) -> Path:
+        return self.path / "rollbacks.json"
+
+    @property
+    def diverged(self) -> Path:
+        return self.path / "diverged.json"
+
+    def rollbacks(self) -> list[dict[str, Any]]:
+        """Each time that the run went back before a spike: see run/rollback.py."""
+        return json.loads(self.rollback_record.read_text(encoding="utf-8")) if self.rollback_record.exists() else []
+
+    def skipped_batches(self) -> tuple[int, ...]:
+        """The global batches that these left out, ascending."""
+        return tuple(sorted(batch for each in self.rollbacks() for batch in each["skipped_batches"]))
+
+    def mlflow_run_id(self, course: int) -> Path:
+        """Where the id of the run in MLflow lies; a new run, for what comes after so many rollbacks."""
+        return self.path / ("mlflow_run_id" + f"_{course}" * (course > 0))
+
+    @property
     def stop(self) -> Path:
         return self.path / "stop"
 

@@ -158,7 +158,9 @@ def test_one_every_so_many_hours_stays(tmp_path: Path) -> None:
     for start in ((1, 2, 3), (4, 5, 6, 7)):
         with Saver(tmp_path, SoleRank(), Retention(1, 1.0)) as saver:
             for step in start:
-                saver.begin(step, lambda reserve: copied([], reserve), {"elapsed_s": 3600 * hours[step]}, best=2)
+                saver.begin(
+                    step, lambda reserve: copied([], reserve), {"elapsed_s": 3600 * hours[step]}, spared={2: "the best"}
+                )
     assert names(tmp_path) == [f"step_{step:08d}" for step in (2, 3, 5, 6, 7)]
     folders = [tmp_path / name for name in reversed(names(tmp_path))]
     reasons = Retention(1, 1.0).kept(folders, folders[-1])

@@ -13,7 +13,7 @@ import pytest
 
 from tests.integration.worlds import Launcher, World, losses, rows, trace
 from vitscale.checkpoint.store import SoleRank, open_checkpoint
-from vitscale.run_folder import DONE, FAILED
+from vitscale.run_folder import BAD_INPUT, DONE, FAILED
 
 STEPS, BAD_STEP, BAD_RANK = 4, 2, 1
 
@@ -87,6 +87,9 @@ def test_too_many_bad_steps_in_a_row_stop_all_ranks(
             assert words in text
     assert [row["step"] for row in rows(run, "skipped.jsonl")] == [1, 2]
     assert all(np.isfinite(value).all() for value in saved(run, 1)[0].values())
+    if stage == 0:  # the same again would come to the same end, another config may not
+        assert "diverged at step 2, and would again with the same config" in launcher.run(argv, code=BAD_INPUT)
+        launcher.run([*argv, "optimizer.lr=1e-3"])
 
 
 def test_bad_steps_apart_do_not_add_up(launcher: Launcher, config: Path, tmp_path: Path) -> None:

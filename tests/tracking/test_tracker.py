@@ -188,6 +188,26 @@ def test_a_run_that_this_mlflow_does_not_have_is_made_anew(run_folder):
     assert len(MlflowClient(uri).search_runs(["1"])) == 1
 
 
+def test_what_follows_a_rollback_is_a_run_below(run_folder):
+    """What was sent of the course that diverged stays; the new one has all rows of its own."""
+    settings, later = config(), 1_800_000_000_000
+    uri = tracking_uri(run_folder, settings)
+    log(run_folder, range(1, 11))
+    assert sync(run_folder, settings)
+    JsonlFile(run_folder / "metrics.jsonl").cut_back(5)
+    (run_folder / "rollbacks.json").write_text('[{"step": 10, "skipped_batches": [8, 9]}]')
+    log(run_folder, range(6, 13), later)
+    for _ in range(2):  # found again the second time
+        assert sync(run_folder, settings)
+    assert curve(run_folder, uri) == expected(range(1, 11))
+    below = MlflowClient(uri).get_run((run_folder / "mlflow_run_id_1").read_text().strip())
+    assert below.data.tags["mlflow.parentRunId"] == run_id(run_folder)
+    history = MlflowClient(uri).get_metric_history(below.info.run_id, "loss")
+    points = sorted((point.step, point.value, point.timestamp) for point in history)
+    assert points == expected(range(1, 6)) + expected(range(6, 13), later)
+    assert len(MlflowClient(uri).search_runs(["1"])) == 2
+
+
 def test_sync_tells_how_the_run_ended(run_folder):
     settings = config()
     log(run_folder, range(1, 4))

@@ -1,10 +1,10 @@
-"""Which of a run's checkpoints stay: the newest ones, one every so many hours, the best."""
+"""Which of a run's checkpoints stay: the newest ones, one every so many hours, the best, those to go back to."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from vitscale.checkpoint.manifest import READ_ERRORS, read_manifest
@@ -18,8 +18,8 @@ class Retention:
         self._keep, self._hours = keep, keep_every_hours
         self._trained: dict[Path, float] = {}  # seconds of training behind each checkpoint that was looked at
 
-    def kept(self, folders: Sequence[Path], best: Path | None) -> dict[Path, str]:
-        """Those that stay, and why. folders: newest first."""
+    def kept(self, folders: Sequence[Path], spared: Mapping[int, str]) -> dict[Path, str]:
+        """Those that stay, and why. folders: newest first; spared: steps that stay whatever the rule says, and why."""
         reasons = dict.fromkeys(folders[: self._keep], f"one of the newest {self._keep}")
         passed = 0
         for folder in reversed(folders if self._hours else ()):
@@ -28,8 +28,10 @@ class Retention:
             if period > passed:
                 passed = period
                 reasons.setdefault(folder, f"one every {self._hours:g} h")
-        if best is not None and best in folders:
-            reasons.setdefault(best, "the best")
+        for step, reason in spared.items():
+            for folder in folders:
+                if folder.name == folder_name(step):
+                    reasons.setdefault(folder, reason)
         return reasons
 
     def _seconds(self, folder: Path) -> float:
@@ -44,7 +46,7 @@ def retire(
     root: Path,
     step: int,
     retention: Retention,
-    best: int | None,
+    spared: Mapping[int, str],
     report: Callable[[str], None],
     on_progress: Callable[[str], None],
 ) -> None:
@@ -62,7 +64,7 @@ def retire(
                 shutil.rmtree(older, ignore_errors=True)
             folder.rename(aside)
             report(f"{folder}: later than the step just saved, so not of this run's past; set aside as {aside.name}")
-        kept = retention.kept(folders[saved:], None if best is None else root / folder_name(best))
+        kept = retention.kept(folders[saved:], spared)
         for folder in folders[saved:]:
             if folder not in kept:
                 on_progress("retiring")

@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,18 +87,23 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def begin(
-        self, step: int, snapshot: Snapshot, state: dict[str, Any], best: int | None = None, required: bool = False
+        self,
+        step: int,
+        snapshot: Snapshot,
+        state: dict[str, Any],
+        spared: Mapping[int, str] | None = None,
+        required: bool = False,
     ) -> None:
         """Save `root/step_XXXXXXXX` from a snapshot that is taken now, once the save before it has ended.
 
         A collective. The ranks' pieces together give each element of each tensor once (asserted). state: JSON-able,
-        rank 0's is kept; best: the step of a checkpoint that stays; required: whether the caller raises `error` itself,
-        which else is reported. After a failure nothing is left of this checkpoint, and those before it stay.
+        rank 0's is kept; spared: steps whose checkpoints stay, and why; required: whether the caller raises `error`
+        itself, which else is reported. After a failure nothing is left of this checkpoint, and those before it stay.
         """
         self.wait()
         pieces = snapshot(self._memory.reserve)
         self._thread = threading.Thread(
-            target=self._save, args=(step, pieces, state, best, required), name="checkpoint", daemon=True
+            target=self._save, args=(step, pieces, state, spared or {}, required), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -116,7 +121,9 @@ class Saver:
         if not self.busy:
             self._memory.close()
 
-    def _save(self, step: int, pieces: list[Piece], state: dict[str, Any], best: int | None, required: bool) -> None:
+    def _save(
+        self, step: int, pieces: list[Piece], state: dict[str, Any], spared: Mapping[int, str], required: bool
+    ) -> None:
         """All of it, in the thread."""
         target = self._root / folder_name(step)
         temporary = self._root / f".tmp-{target.name}"
@@ -133,7 +140,7 @@ class Saver:
             return
         self.step, self.error = step, None
         if self._ranks.rank == 0:
-            retire(self._root, step, self._retention, best, self._report, on_progress)
+            retire(self._root, step, self._retention, spared, self._report, on_progress)
 
     def _write(self, step: int, target: Path, temporary: Path, pieces: list[Piece], state: dict[str, Any]) -> None:
         ranks = self._ranks

@@ -8,8 +8,9 @@ import numpy as np
 
 from vitscale import rng
 from vitscale.config.schema import Data
+from vitscale.data.derived_order import DerivedOrder
 from vitscale.data.index import ShardIndex
-from vitscale.data.order import Refs, SampleOrder
+from vitscale.data.order import Refs
 from vitscale.errors import DataError
 
 _PLACE = (1 << 32) - 1
@@ -80,43 +81,16 @@ def chosen_by_hash(index: ShardIndex, label: str, share: float) -> Subset:
 
 
 @dataclass(frozen=True, eq=False)
-class SubsetOrder:
+class SubsetOrder(DerivedOrder):
     """A SampleOrder over a subset's counts, as one of the index's samples."""
 
-    order: SampleOrder
     subset: Subset
 
-    @property
-    def epochs(self) -> int | None:
-        return self.order.epochs
-
-    @property
-    def batches_per_epoch(self) -> int:
-        return self.order.batches_per_epoch
-
-    def epoch(self, batch: int) -> int:
-        return self.order.epoch(batch)
-
-    @property
-    def lanes(self) -> int:
-        return self.order.lanes
-
-    @property
-    def sources(self) -> int:
-        return self.order.sources
-
-    @property
-    def block(self) -> int:
-        return self.order.block
-
     def refs(self, batch: int, first_slot: int, last_slot: int) -> Refs:
-        return self._resolved(self.order.refs(batch, first_slot, last_slot))
+        return self._resolved(super().refs(batch, first_slot, last_slot))
 
     def candidates(self, batch: int, slot: int) -> Refs:
-        return self._resolved(self.order.candidates(batch, slot))
-
-    def shards_ahead(self, batch: int, first_slot: int, last_slot: int, samples: int) -> np.ndarray:
-        return self.order.shards_ahead(batch, first_slot, last_slot, samples)
+        return self._resolved(super().candidates(batch, slot))
 
     def _resolved(self, refs: Refs) -> Refs:
         return replace(refs, ids=self.subset.ids(refs.ids))

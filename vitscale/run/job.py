@@ -18,8 +18,10 @@ from vitscale.config.schema import RunConfig
 from vitscale.data.index import ShardIndex
 from vitscale.data.loader import Loader
 from vitscale.data.subset import Subset
+from vitscale.engine import digest
 from vitscale.engine.backend import peak_memory
 from vitscale.engine.engine import Engine
+from vitscale.engine.guard import Diverged
 from vitscale.engine.loop import PeriodicTask, TrainingLoop, TrainState, every_n_steps
 from vitscale.engine.records import Records
 from vitscale.errors import ConfigError, VitscaleError
@@ -35,6 +37,7 @@ from vitscale.run.export import export_run
 from vitscale.run.preflight import room_warning
 from vitscale.run.probes import Probes
 from vitscale.run.report import report
+from vitscale.run.rollback import after_divergence, refuse_the_same_end
 from vitscale.run.saves import Saves
 from vitscale.run.scoring import Scoring
 from vitscale.run.session import Session, open_session
@@ -119,6 +122,7 @@ class Job:
         startup = self._startup
         startup.done("imports")
         if self.world.is_main:
+            refuse_the_same_end(self.folder, self.config)
             self.prepare()
         session = open_session(self.config, self.world, self.folder, startup, self.look_at_data, self.adapts)
         fault_point("joined")
@@ -192,12 +196,22 @@ class Job:
             records.sync()  # a checkpoint must not know of rows that a power cut can take
             saves.run(state, scoring.is_best(state.step))
 
+        def is_saved(step: int) -> bool:
+            return saves.due(step) or scoring.is_best(step)
+
+        def compare(state: TrainState, row: dict[str, Any]) -> None:
+            digest.compare(state.step, engine.replicated(), session.ranks)
+
         logs = every_n_steps(config.log.every_steps)
+        every = config.guard.digest_every_steps if session.ranks.world_size > 1 else None
+        compares = every_n_steps(every or 1)
         return (
             *([PeriodicTask("validation", scoring.due, partial(scoring.run, engine))] if scoring.is_wanted else []),
             *([PeriodicTask("evaluation", probes.due, partial(probes.run, engine))] if probes.is_wanted else []),
             PeriodicTask("tracking", lambda step: logs(step) or scoring.due(step) or probes.due(step), log),
-            PeriodicTask("save", lambda step: saves.due(step) or scoring.is_best(step), save, at_stop=True),
+            # Before a save, so that no checkpoint holds what is found later.
+            *([PeriodicTask("digest", lambda step: compares(step) or is_saved(step), compare, True)] if every else []),
+            PeriodicTask("save", is_saved, save, at_stop=True),
         )
 
     def finish(self, session: Session, state: TrainState, parameters: int) -> None:
@@ -260,7 +274,7 @@ class Job:
         started = PeriodicTask("tracking", lambda step: step == first, partial(self._tell_startup, session))
         meters, augment = Meters(), self.augment(session)
         with (
-            Saves(session, engine, state) as saves,
+            Saves(session, engine, state, type(self).__name__) as saves,
             self.loader(session, state.samples + state.shift) as loader,
             DeviceFeed(loader, augment, session.backend.device) as feed,
         ):
@@ -278,7 +292,10 @@ class Job:
                 meters=meters,
                 startup=self._startup,
             )
-            done = loop.run()
+            try:
+                done = loop.run()
+            except Diverged as diverged:
+                raise after_divergence(session, state.shift, diverged) from None
             saves.finish(state)
             self._reader_memory = loader.reader_memory()
             return done

@@ -16,6 +16,7 @@ from vitscale.engine.loop import TrainState, every_n_steps
 from vitscale.engine.pinning import Pinned
 from vitscale.engine.ranks import ProcessRanks
 from vitscale.models.auto import model_keys
+from vitscale.run.rollback import kept_for_rollback
 from vitscale.run.session import Session, config_digest
 from vitscale.run.start import order_keys
 
@@ -29,15 +30,15 @@ class Saves:
     is counted, and tried again when the next is due; `finish` makes the one that must not fail.
     """
 
-    def __init__(self, session: Session, engine: Engine, state: TrainState) -> None:
-        """A collective."""
+    def __init__(self, session: Session, engine: Engine, state: TrainState, job: str) -> None:
+        """A collective. job: which kind of Job the run is."""
         config = session.config
         timeout = timedelta(seconds=_PATIENCE * config.parallel.timeout_s)
         retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_hours)
         self._saver = Saver(
             session.folder.checkpoints, ProcessRanks(timeout, apart=True), retention, failures=state.save_failures
         )
-        self._session, self._engine = session, engine
+        self._session, self._engine, self._job = session, engine, job
         self._periodic = every_n_steps(config.checkpoint.every_steps)
         self._pinned = Pinned(session.backend.device)
         self._postponed = False
@@ -88,8 +89,13 @@ class Saves:
         self._settle_best(state)
         state.save_failures = self.failures
         state.elapsed_s = self._trained_before + time.monotonic() - self._began
-        best = None if state.best is None else int(state.best["step"])
-        self._saver.begin(state.step, self._snapshot, self._manifest(state), best, required)
+        self._saver.begin(state.step, self._snapshot, self._manifest(state), self._spared(state), required)
+
+    def _spared(self, state: TrainState) -> dict[int, str]:
+        """Steps whose checkpoints stay, and why."""
+        session = self._session
+        best = {} if state.best is None else {int(state.best["step"]): "the best"}
+        return dict.fromkeys(kept_for_rollback(session.folder, session.config, state.step), "to go back to") | best
 
     def _settle_best(self, state: TrainState) -> None:
         """Before a save: where that of the best step failed, the best is the one before it."""
@@ -107,6 +113,8 @@ class Saves:
         config = session.config
         return asdict(state) | {
             "adam_step": self._engine.adam_step,
+            "job": self._job,
+            "skipped_batches": list(session.skipped),
             "total_steps": session.total_steps,
             "order": order_keys(session),
             "model": model_keys(config),

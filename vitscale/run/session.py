@@ -44,6 +44,7 @@ class Session:
     probed: tuple[HeldOut, HeldOut] | None = None  # evaluation.train and test, where they are scored in training
     data_facts: Any = None  # what the job's `look_at_data` found
     adapts: bool = False  # whether weights of another image size or other channels are made to fit
+    skipped: tuple[int, ...] = ()  # global batches that rollbacks left out of the order
 
     @property
     def ranks(self) -> ProcessRanks:
@@ -104,12 +105,14 @@ def open_session(
     held_out, train, test = (
         each and HeldOut(ShardIndex.from_bytes(each[0], store), class_names=each[1]) for each in others.indexes
     )
-    order = order_over(config, index, sides and sides[0])
+    order = order_over(config, index, sides and sides[0], others.skipped)
     if sides is not None and sides[1].total:
         held_out = HeldOut(index, sides[1])
     probed = None if test is None else (train or HeldOut(index), test)
     startup.done("agreement")
-    return Session(config, world, folder, backend, stop, index, order, decoder, held_out, probed, facts, adapts)
+    return Session(
+        config, world, folder, backend, stop, index, order, decoder, held_out, probed, facts, adapts, others.skipped
+    )
 
 
 Packed = tuple[bytes, tuple[str, ...]]  # an index, and the names of the classes beside its shards
@@ -122,6 +125,7 @@ class _OtherData:
     sides: tuple[Subset, Subset] | None  # (training, validation) of the index
     indexes: tuple[Packed | None, ...]  # of data.validation, evaluation.train, evaluation.test
     facts: Any  # the job's
+    skipped: tuple[int, ...]  # batches
 
 
 def _other_data(config: RunConfig, folder: RunFolder, index: ShardIndex, look_at_data: LookAtData | None) -> _OtherData:
@@ -156,7 +160,7 @@ def _other_data(config: RunConfig, folder: RunFolder, index: ShardIndex, look_at
     if sides is not None and sides[1].total:
         held_out = HeldOut(index, sides[1])
     facts = None if look_at_data is None else look_at_data(named, index, sides and sides[0], held_out)
-    return _OtherData(sides, indexes, facts)
+    return _OtherData(sides, indexes, facts, folder.skipped_batches())
 
 
 def packed(index: ShardIndex) -> Packed:

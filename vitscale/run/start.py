@@ -21,6 +21,7 @@ from vitscale.files.atomic import write_atomically
 from vitscale.interop.loading import start_from
 from vitscale.models.auto import model_keys
 from vitscale.models.vit import ViTPreTrainedModel
+from vitscale.run.rollback import require_same_batches
 from vitscale.run.scoring import is_early
 from vitscale.run.session import Session
 from vitscale.run_folder import RunFolder
@@ -53,6 +54,7 @@ def start(session: Session, model: ViTPreTrainedModel) -> tuple[Checkpoint | Non
         session.say(f"start: {checkpoint.folder}, step {checkpoint.state['step']} of {session.total_steps}")
         differing = _require_same_order(session, checkpoint)
         _require_same_model(session, checkpoint)
+        require_same_batches(session, checkpoint)
         _say_changes(session, checkpoint)
         load_weights(model, checkpoint)
         state = _restored(checkpoint, config)

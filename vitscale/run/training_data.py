@@ -9,6 +9,7 @@ from vitscale.config.check import has_classes
 from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig
 from vitscale.data.crop import training_crop
+from vitscale.data.derived_order import SkippingOrder
 from vitscale.data.index import ShardIndex, open_index, require_images, require_labels
 from vitscale.data.labels import LabelReader
 from vitscale.data.loader import Loader
@@ -39,11 +40,14 @@ def sides_of(config: RunConfig, index: ShardIndex) -> tuple[Subset, Subset] | No
     return split(index, data, config.run.seed) if data.validation_fraction or data.fraction < 1 else None
 
 
-def order_over(config: RunConfig, index: ShardIndex, training: Subset | None) -> SampleOrder:
-    """The order of what is trained on; None: all of the index."""
-    if training is None:
-        return training_order(config, index.samples, index.sources)
-    return SubsetOrder(training_order(config, training.counts, index.sources), training)
+def order_over(
+    config: RunConfig, index: ShardIndex, training: Subset | None, skipped: tuple[int, ...] = ()
+) -> SampleOrder:
+    """The order of what is trained on (None: all of the index), without the batches of these numbers."""
+    order: SampleOrder = training_order(config, index.samples if training is None else training.counts, index.sources)
+    if skipped:
+        order = SkippingOrder(order, skipped)
+    return order if training is None else SubsetOrder(order, training)
 
 
 def named_classes(config: RunConfig, names: Sequence[str] | None) -> RunConfig:

@@ -24,13 +24,13 @@ import vitscale
 from vitscale.config.schema import RunConfig, as_dict
 from vitscale.errors import ConfigError
 from vitscale.files.atomic import write_atomically
+from vitscale.run_folder import RunFolder
 from vitscale.text import to_stderr
 from vitscale.tracking.jsonl import JsonlTail, as_number
 from vitscale.tracking.models import LoggedModels
 from vitscale.tracking.outbox import Outbox, flat_params, redact
 from vitscale.tracking.system import SystemSampler
 
-RUN_ID_FILE = "mlflow_run_id"
 ROW_FILES = ("metrics.jsonl", "evaluation.jsonl")  # no metric stands in both
 METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow's limits of log_batch
 LONGEST_PARAM, LONGEST_TAG = 6000, 8000  # characters
@@ -171,6 +171,7 @@ class _Sender:
         self._tails = {name: JsonlTail(run_folder / name) for name in ROW_FILES}
         self._client: Any = None
         self._run_id = ""
+        self._course = len(RunFolder(run_folder).rollbacks())  # as it is now: one more may end this process
         self._parent = parent_folder(config)
         if self._parent is not None:
             self.outbox.tags["vitscale.parent_run"] = str(self._parent)
@@ -211,10 +212,10 @@ class _Sender:
         run = self._saved_run(client) or self._found_or_new_run(client)
         if run.info.run_id != self._run_id:
             self._run_id, self._held = run.info.run_id, {}
-            if _id_of(self._folder) != self._run_id:
+            if _id_of(self._folder, self._course) != self._run_id:
                 self.outbox.forget_models()
             self._rewind()
-            write_atomically(self._folder / RUN_ID_FILE, self._run_id + "\n")
+            write_atomically(RunFolder(self._folder).mlflow_run_id(self._course), self._run_id + "\n")
         held = {metric.key: (metric.step, metric.timestamp) for metric in run.data.to_proto().metrics}
         if any(held.get(key, _NOTHING) < last for key, last in self._held.items()):
             self._rewind()  # the server has lost some of what it took
@@ -226,16 +227,19 @@ class _Sender:
 
     def _saved_run(self, client: Any) -> Any:
         """The run whose id lies in the run folder, or None where this server does not have it."""
-        return _active_run(client, _id_of(self._folder))
+        return _active_run(client, _id_of(self._folder, self._course))
 
     def _found_or_new_run(self, client: Any) -> Any:
         """The run that bears this folder's key (its making was cut off before the id was written), or a new one."""
-        experiment = self._experiment(client)
-        found = client.search_runs([experiment], f"tags.`{_KEY_TAG}` = '{self.outbox.key}'", max_results=1)
+        experiment, key = self._experiment(client), self.outbox.key + f".{self._course}" * (self._course > 0)
+        found = client.search_runs([experiment], f"tags.`{_KEY_TAG}` = '{key}'", max_results=1)
         if found:
             return found[0]
-        tags = {_KEY_TAG: self.outbox.key, "mlflow.source.name": "vitscale", "mlflow.source.type": "LOCAL"}
-        if self._parent is not None and (parent := _active_run(client, _id_of(self._parent))) is not None:
+        tags = {_KEY_TAG: key, "mlflow.source.name": "vitscale", "mlflow.source.type": "LOCAL"}
+        parent_id = "" if self._parent is None else _id_of(self._parent, len(RunFolder(self._parent).rollbacks()))
+        if self._course:  # what went before the rollback stays as it was sent
+            parent_id = _id_of(self._folder, self._course - 1)
+        if (parent := _active_run(client, parent_id)) is not None:
             tags["mlflow.parentRunId"] = parent.info.run_id
         return client.create_run(experiment, run_name=self._run_name, tags=tags)
 
@@ -369,8 +373,8 @@ def parent_folder(config: RunConfig) -> Path | None:
     return next((folder.resolve() for folder in folders if (folder / "config.yaml").is_file()), None)
 
 
-def _id_of(run_folder: Path) -> str:
-    path = run_folder / RUN_ID_FILE
+def _id_of(run_folder: Path, course: int) -> str:
+    path = RunFolder(run_folder).mlflow_run_id(course)
     return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
 
