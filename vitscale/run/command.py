@@ -1,4 +1,4 @@
-"""The verbs that look at data: `stats`, `look`, `simulate`."""
+"""The verbs that look at data, and at a run: `stats`, `look`, `simulate`, `replay`."""
 
 from __future__ import annotations
 
@@ -49,6 +49,10 @@ def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added.add_argument(
         "--steps", type=above_zero, default=200, metavar="N", help="of a node's cache (default: 200, at most 2 epochs)"
     )
+
+    added = verb("replay", _replay, "run one step of a run again, to see where a value is not finite first")
+    added.add_argument("run", metavar="RUN_FOLDER")
+    added.add_argument("--step", type=above_zero, required=True, metavar="N", help="as in metrics.jsonl")
 
 
 def _takes_keys(added: argparse.ArgumentParser, example: str) -> None:
@@ -121,6 +125,13 @@ def _simulate(arguments: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             index = training_index(config, RunFolder(Path(scratch)), store)
     print(simulate(config, index, arguments.nodes, arguments.gpus, arguments.steps))
+    return DONE
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from vitscale.run.replay import replay
+
+    print(replay(Path(arguments.run), arguments.step, arguments.world))
     return DONE
 
 
