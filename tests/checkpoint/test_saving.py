@@ -163,5 +163,5 @@ def test_one_every_so_many_hours_stays(tmp_path: Path) -> None:
                 )
     assert names(tmp_path) == [f"step_{step:08d}" for step in (2, 3, 5, 6, 7)]
     folders = [tmp_path / name for name in reversed(names(tmp_path))]
-    reasons = Retention(1, 1.0).kept(folders, folders[-1])
+    reasons = Retention(1, 1.0).kept(folders, {2: "the best"})
     assert list(reasons.values()) == ["one of the newest 1", *["one every 1 h"] * 3, "the best"]

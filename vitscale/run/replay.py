@@ -25,6 +25,7 @@ from vitscale.run.session import Session, open_session
 from vitscale.run_folder import RunFolder
 from vitscale.text import listed, to_stderr
 from vitscale.tracking.jsonl import JsonlFile
+from vitscale.tracking.startup import StartUp
 from vitscale.world import World
 
 
@@ -43,7 +44,7 @@ def replay(path: Path, step: int, world: World) -> str:
     kind = Finetune if checkpoint.state.get("job") == Finetune.__name__ else Job
     job = kind(config, world)
     job.folder = folder  # which may have been moved
-    session = open_session(job.config, world, folder, job.look_at_data, job.adapts)
+    session = open_session(job.config, world, folder, StartUp(), job.look_at_data, job.adapts)
     try:
         return _replayed(job, session, checkpoint, step)
     finally:
