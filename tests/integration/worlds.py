@@ -58,7 +58,7 @@ class Launcher:
         assert json.loads(self.process.stdout.readline())["ready"]
 
     def start(self, argv: Sequence[str], ranks: int, kill: dict[str, Any] | None = None) -> World:
-        """Start `vitscale ARGV` on so many ranks; `kill`: {"rank", "point", "nth"} of a save; "until": see zygote."""
+        """Start `vitscale ARGV` on so many ranks; `kill`: {"rank", "point", "nth"} of a save (see zygote.py)."""
         return self.request(ranks, argv=list(argv), kill=kill)
 
     def call(self, function: Callable[..., T], ranks: int = 1, **arguments: Any) -> list[T]:

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from vitscale.bench.checkpoint import BEHIND, OPEN, PUBLISH, WAITED, main, shapes_of, zero3_tables
+from vitscale.checkpoint.fragments import join_tables
+
+
+def test_the_bench_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--preset", "Ti", "--large", "Ti", "--ranks", "3", "--rounds", "1"]) == 0
+    save, manifest = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    assert save["contenders"][BEHIND]["seconds"] < save["contenders"][WAITED]["seconds"]
+    assert set(manifest["contenders"]) == {PUBLISH, OPEN}
+    assert manifest["pieces"] == 3 * 3 * len(shapes_of("Ti"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("preset", ["g", "G"])
+def test_the_manifest_of_512_ranks_stays_small(preset: str) -> None:
+    """Some 900,000 pieces, of which a tensor needs two rows."""
+    shapes = shapes_of(preset)
+    tables = zero3_tables(shapes, 512)
+    records = join_tables(tables)
+    assert {record.name: record.shape for record in records} == shapes
+    pieces = sum(len(table.counts) for table in tables)
+    assert pieces > 800_000
+    assert sum(each.files for record in records for each in record.stretches) == pieces
+    assert max(len(record.stretches) for record in records) == 2
+    for record in records[::97]:
+        parts = [last - first for _, first, last in record.covering(0, record.size)]
+        assert sum(parts) == record.size

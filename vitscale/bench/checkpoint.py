@@ -1,0 +1,148 @@
+"""`vitscale bench checkpoint`: what a save and a resume cost, in one process, with the pieces of a ViT of any size.
+
+Values lie in memory; nothing is trained. First the save of one rank that holds all: seconds that training stands still,
+with and without the background, and GB/s beside the disk's own (dd, of the same bytes, to the same folder). Then the
+manifest of very many ranks under ZeRO-3: what rank 0 does to publish it, and what each rank does to open it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vitscale.bench.measuring import seconds
+from vitscale.bench.rounds import benchmark_parser, figures, in_turns, report
+from vitscale.checkpoint.fragments import Piece, Table, copied, join_tables
+from vitscale.checkpoint.manifest import FORMAT, MANIFEST, as_text, read_manifest
+from vitscale.checkpoint.retention import Retention
+from vitscale.checkpoint.saving import Saver
+from vitscale.checkpoint.store import Checkpoint, SoleRank, open_checkpoint
+from vitscale.config.load import config_of
+from vitscale.inference.command import above_zero
+from vitscale.models.auto import build_model
+
+DISK, BEHIND, WAITED, LOAD = "dd with fsync", "a save: the step waits", "a save: all of it", "a load, verified"
+PUBLISH, OPEN = "rank 0 publishes", "a rank opens"
+KINDS = ("param", "exp_avg", "exp_avg_sq")
+Shapes = dict[str, tuple[int, ...]]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure and print; the last line of each part is JSON."""
+    parser = benchmark_parser("checkpoint", __doc__, rounds=3)
+    parser.add_argument("--preset", default="L", help="of the model that is saved (default: %(default)s)")
+    parser.add_argument("--large", nargs="*", default=["g", "G"], metavar="PRESET", help="of manifests (default: g G)")
+    parser.add_argument("--ranks", type=above_zero, default=512, help="of manifests (default: %(default)s)")
+    parser.add_argument("--folder", help="on the disk to be measured (default: a temporary one)")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="vitscale-bench-", dir=options.folder) as folder:
+        _save_and_load(Path(folder), options.preset, options.rounds)
+        for preset in options.large:
+            _manifest(Path(folder), preset, options.ranks, options.rounds)
+    return 0
+
+
+def shapes_of(preset: str) -> Shapes:
+    """The parameters of a MAE ViT."""
+    with torch.device("meta"):
+        model = build_model(config_of({"model.preset": preset}, []))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def zero3_tables(shapes: Shapes, ranks: int) -> list[Table]:
+    """What each rank tells of its pieces of weights and moments, where every tensor is divided among all of them."""
+    tables: list[Table] = []
+    for rank in range(ranks):
+        pieces = []
+        for kind in KINDS:
+            for name, shape in shapes.items():
+                size, share = prod(shape), -(-prod(shape) // ranks)
+                if (count := min(share, size - rank * share)) > 0:
+                    pieces.append(Piece(kind, name, shape, rank * share, np.broadcast_to(np.float32(0), count)))
+        table = Table.of(pieces)
+        known = any(table.digest == other.digest for other in tables[-1:])
+        tables.append(replace(table, tensors=None) if known else table)
+    return tables
+
+
+def _save_and_load(folder: Path, preset: str, rounds: int) -> None:
+    pieces = [
+        Piece(kind, name, shape, 0, np.random.default_rng(0).standard_normal(prod(shape), np.float32))
+        for kind in KINDS
+        for name, shape in shapes_of(preset).items()
+    ]
+    count = sum(piece.values.nbytes for piece in pieces)
+    with Saver(folder / "saved", SoleRank(), Retention(1)) as saver:
+
+        def begin() -> None:
+            saver.begin(1, lambda reserve: copied(pieces, reserve), {}, required=True)
+
+        def wait() -> None:
+            saver.wait()
+            if saver.error is not None:
+                raise saver.error
+
+        def behind() -> float:
+            waited = seconds(begin)
+            wait()
+            return waited
+
+        behind()  # makes the memory, and what is read below
+        works: dict[str, Callable[[], float]] = {
+            DISK: partial(seconds, partial(_dd, folder / "dd", count)),
+            BEHIND: behind,
+            WAITED: partial(seconds, behind),
+            LOAD: partial(seconds, partial(_load, folder / "saved" / "step_00000001")),
+        }
+        times = in_turns(works, rounds)
+    contenders = figures(times, DISK)
+    for figure in contenders.values():
+        figure["rate"] = count / 1e6 / figure["median_ms"]
+    result = {"bench": "checkpoint", "preset": preset, "rounds": rounds, "bytes": count, "contenders": contenders}
+    title = f"A checkpoint of a MAE ViT-{preset}, {count / 1e9:.2f} GB, by one rank"
+    report(title, {"ms": "{median_ms:.0f}", "GB/s": "{rate:.2f}"}, result)
+
+
+def _dd(path: Path, count: int) -> None:
+    command = ["dd", "if=/dev/zero", f"of={path}", "bs=8M", f"count={count}", "iflag=count_bytes", "conv=fsync"]
+    subprocess.run(command, check=True, capture_output=True)
+    path.unlink()
+
+
+def _load(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder, SoleRank())
+    for kind, name in checkpoint.tensors:
+        checkpoint.whole(kind, name)
+
+
+def _manifest(folder: Path, preset: str, ranks: int, rounds: int) -> None:
+    tables = zero3_tables(shapes_of(preset), ranks)
+    files = [{"name": f"state-{rank:05d}.safetensors", "bytes": 1, "sha256": "0" * 64} for rank in range(ranks)]
+    path = folder / MANIFEST
+
+    def publish() -> None:
+        tensors = [record.as_json() for record in join_tables(tables)]
+        path.write_text(as_text({"format": FORMAT, "step": 1, "state": {}, "files": files, "tensors": tensors}))
+
+    def opened() -> None:
+        Checkpoint(folder, read_manifest(folder))
+
+    publish()
+    times = in_turns({PUBLISH: partial(seconds, publish), OPEN: partial(seconds, opened)}, rounds)
+    pieces, size = sum(len(table.counts) for table in tables), path.stat().st_size
+    result = {
+        "bench": "manifest", "preset": preset, "ranks": ranks, "rounds": rounds, "bytes": size,
+        "pieces": pieces, "contenders": figures(times, None),
+    }  # fmt: skip
+    title = (
+        f"The manifest of a MAE ViT-{preset} of {ranks} ranks at ZeRO-3: {pieces:,} pieces, {result['bytes']:,} bytes"
+    )
+    report(title, {"ms": "{median_ms:.0f}"}, result)
