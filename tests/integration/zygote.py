@@ -1,7 +1,7 @@
 """Ranks that start in a second: a process imports torch and deepspeed once and forks every world from there.
 
 `python -m tests.integration.zygote` reads a JSON line a world from stdin, {"ranks", "argv", "log",
-"kill", "nan", "environment"}, forks the ranks, each of which runs `vitscale ARGV` as it would under torchrun,
+"kill", "nan", "flip", "environment"}, forks the ranks, each of which runs `vitscale ARGV` as it would under torchrun,
 and answers with their process ids at once and their exit codes at the end. "environment": what else than
 torchrun's variables there is, null for one that is not there. With {"call": {"module", "function", "arguments"},
 "results"} for argv each rank calls a function and leaves what it returns as JSON. Real processes, real gloo;
@@ -59,6 +59,9 @@ def _be_rank(rank: int, port: int, request: dict[str, Any]) -> None:
     nan = request.get("nan")
     if nan and nan["rank"] == rank:
         _nan_pixels(nan["calls"])
+    flip = request.get("flip")
+    if flip and flip["rank"] == rank:
+        _flip_a_bit(flip["step"])
     if "call" in request:
         be(lambda: _call(request["call"], Path(f"{request['results']}.{rank}")))
     be_command(request["argv"])
@@ -104,6 +107,25 @@ def _nan_pixels(calls: list[int]) -> None:
         return inputs
 
     Augment.__call__ = call  # type: ignore[method-assign]
+
+
+def _flip_a_bit(step: int) -> None:
+    """Change one bit of a weight of this rank after the update of a step of this start, at ZeRO stage 0."""
+    import torch
+
+    from vitscale.engine.ddp import DDPEngine
+
+    exact, seen = DDPEngine._update, 0
+
+    def update(self: DDPEngine) -> Any:
+        nonlocal seen
+        seen += 1
+        result = exact(self)
+        if seen == step:
+            next(self.module.parameters()).data.view(torch.int32).view(-1)[0] ^= 1
+        return result
+
+    DDPEngine._update = update  # type: ignore[method-assign]
 
 
 def _wait(pids: list[int]) -> list[int]:

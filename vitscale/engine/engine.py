@@ -233,7 +233,8 @@ class _HostCopy:
     def __init__(self, values: torch.Tensor) -> None:
         self._values, self._there = values, None
         if values.device.type == "cuda":
-            self._values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
             self._there = torch.cuda.Event()
             self._there.record()
 

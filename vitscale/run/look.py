@@ -84,7 +84,7 @@ def images_of_step(config: RunConfig, step: int, images: int, world: World) -> S
         index = training_index(config, folder, store_of(config.data))
         config = named_classes(config, index.class_names) if config.objective.needs_labels else config
         sides = sides_of(config, index)
-        order = order_over(config, index, sides and sides[0])
+        order = order_over(config, index, sides and sides[0], folder.skipped_batches())
         config = replace(config, data=replace(config.data, prefetch=2))
         loader = training_loader(config, index, order, world, (step - 1) * config.train.global_batch)
         batches = min(micro_batches, -(-images // config.train.micro_batch))

@@ -127,8 +127,9 @@ def _begin_epoch(session: Session, state: TrainState, differing: str) -> None:
     """Go on with other shards: from the next step on in their own order, from the start of the first epoch that no step
     has been in. Its number is new, so that what is drawn by (epoch, sample) is drawn for the first time too."""
     epoch = state.epoch + 1
-    batch = session.config.train.global_batch
-    state.shift = epoch * session.order.batches_per_epoch * batch - state.samples
+    first = epoch * session.order.batches_per_epoch
+    first -= sum(batch < first for batch in session.skipped)  # positions count what is left
+    state.shift = first * session.config.train.global_batch - state.samples
     session.say(
         f"shards: {differing}; from step {state.step + 1} on these are read, from the start of epoch {epoch}: samples "
         f"that epoch {state.epoch} had not come to are left out of it"
