@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from vitscale.text import aligned, did_you_mean, duration, listed, printable, tolerate_any_text
+from vitscale import text as text_module
+from vitscale.text import aligned, did_you_mean, duration, hide, listed, printable, redact, tolerate_any_text
 
 
 def test_listed_names_a_few() -> None:
@@ -43,3 +44,32 @@ def test_output_takes_what_its_encoding_lacks(monkeypatch: pytest.MonkeyPatch) -
     tolerate_any_text()
     print("\u732b", flush=True)
     assert written.getvalue() == b"\\u732b\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("https://me:pa55@host:5000/x", "https://***@host:5000/x"),
+        ("at https://me:p@ss@host/x and postgresql://u:p@db/y!", "at https://***@host/x and postgresql://***@db/y!"),
+        ("http://host/a@b", "http://host/a@b"),
+        ("sqlite:////tmp/a@b.db", "sqlite:////tmp/a@b.db"),
+        ("GET /a.tar?X-Amz-Signature=12ab34cd&part=2 failed", "GET /a.tar?X-Amz-Signature=***&part=2 failed"),
+        ("/a?sv=2020&sig=a%2Bb%3D", "/a?sv=2020&sig=***"),
+        ("export HF_TOKEN='abc def'x", "export HF_TOKEN=***x"),
+        ("AWS_SECRET_ACCESS_KEY=wJalrXUt python", "AWS_SECRET_ACCESS_KEY=*** python"),
+        ("Authorization: Bearer abc.def-123", "Authorization: ***"),
+        ('api_key: "0123456789"', "api_key: ***"),
+        ("key AKIAIOSFODNN7EXAMPLE and hf_abcdefghijklmnopqrstuvwx", "key *** and ***"),
+        ("model.num_register_tokens=100: must be", "model.num_register_tokens=100: must be"),
+        ("use_cls_token: true\nnum_register_tokens: 4", "use_cls_token: true\nnum_register_tokens: 4"),
+        ("sample_keys=train-000/12345678", "sample_keys=train-000/12345678"),
+    ],
+)
+def test_redact(text: str, safe: str) -> None:
+    assert redact(text) == safe
+
+
+def test_what_was_named_a_secret_is_hidden_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_module, "_hidden", set())
+    hide(["correct-horse", "short"])
+    assert redact("user correct-horse, short") == "user ***, short"

@@ -266,3 +266,24 @@ def test_cores_are_those_of_the_control_group(tmp_path: Path) -> None:
     own.write_text("2:cpu,cpuacct:/not/seen/from/here\n0::/\n")
     assert _quota(own, groups) == math.inf
     assert _quota(tmp_path / "none", groups) == math.inf
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_process_may_open_as_many_files_as_the_system_allows() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        world.enter()
+        assert world.open_files_limit() == hard
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("environment")
+def test_gloo_connects_on_demand_unless_told_otherwise() -> None:
+    os.environ.pop("TORCH_GLOO_LAZY_INIT", None)
+    world.enter()
+    assert os.environ["TORCH_GLOO_LAZY_INIT"] == "1"
+    os.environ["TORCH_GLOO_LAZY_INIT"] = "0"
+    world.enter()
+    assert os.environ["TORCH_GLOO_LAZY_INIT"] == "0"

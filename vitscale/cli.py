@@ -12,8 +12,10 @@ import importlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from vitscale import __version__, world
@@ -24,7 +26,7 @@ from vitscale.inference import command as inference
 from vitscale.inspection import command as inspection
 from vitscale.run import command as looking
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, FolderInUse, RunFolder
-from vitscale.text import did_you_mean, ignore_warnings_of_pillow, nowhere, to_stderr, tolerate_any_text
+from vitscale.text import did_you_mean, ignore_warnings_of_pillow, nowhere, redact, to_stderr, tolerate_any_text
 
 if TYPE_CHECKING:
     from vitscale.config.schema import RunConfig
@@ -285,6 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the process's exit code."""
     tolerate_any_text()
     ignore_warnings_of_pillow()
+    sys.excepthook = _print_traceback
     arguments, rest = _parser().parse_known_args(argv)
     if rest:  # argparse takes overrides only in one place; they may stand after options too
         if not hasattr(arguments, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
@@ -300,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VitscaleError as error:
         # Before there is a run folder all ranks fail alike, and rank 0 speaks; after, the first to fail does.
         if not getattr(error, "reported", not here.is_main):
-            to_stderr(f"vitscale: error: {error}")
+            to_stderr(redact(f"vitscale: error: {error}"))
         code = STOPPED if error.requeues else BAD_INPUT
         if here.world_size > 1:  # at once: with a process group that was not left, Python's own end may abort (SIGABRT)
             sys.stdout.flush()
@@ -319,6 +322,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("vitscale: interrupted", file=sys.stderr, flush=True)
         return FAILED
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own, without secrets that a library put into its words."""
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _nearest(option: str, parser: argparse.ArgumentParser, takes_keys: bool) -> str:

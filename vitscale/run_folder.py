@@ -16,8 +16,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from vitscale.errors import LaunchError
+from vitscale.text import redact
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 3  # exit codes; STOPPED is to be requeued
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Open a file, not what a link in its place leads to: whoever can write the folder must not have others emptied."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 class FolderInUse(LaunchError):
@@ -117,7 +123,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            stream = open(self.lock, "a+", encoding="utf-8")  # noqa: SIM115 - closed below
+            stream = open(self.lock, "a+", encoding="utf-8", opener=_no_link)  # noqa: SIM115 - closed below
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG and os.path.isdir(self.path.parent):
                 raise LaunchError(f"run.name={self.path.name!r}: is too long for a folder's name; shorten it") from None
@@ -166,7 +172,7 @@ class RunFolder:
         """Say how the run ended, unless a rank has said so already; True when this call was the first."""
         self.path.mkdir(parents=True, exist_ok=True)  # a rank may see another folder than the one that made it
         draft = self.path / f".exit.{socket.gethostname()}.{os.getpid()}"
-        draft.write_text(json.dumps({"code": code, "step": step, "reason": reason}) + "\n", encoding="utf-8")
+        draft.write_text(json.dumps({"code": code, "step": step, "reason": redact(reason)}) + "\n", encoding="utf-8")
         try:
             os.link(draft, self.exit)  # atomic, and fails where the file is there
         except FileExistsError:

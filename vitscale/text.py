@@ -6,6 +6,7 @@ import argparse
 import difflib
 import io
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -63,6 +64,40 @@ def first_sentence(text: str) -> str:
 def printable(text: str) -> str:
     """Text for a terminal or a table: line ends, control characters and bytes that are no text as escapes."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+SECRET_NAME = re.compile(r"token|secret|passw|credential|authori|signature|access_?key|api_?key|private_?key", re.I)
+_NAMED = r"(?:" + SECRET_NAME.pattern + r"|\bsig\b)[\w.-]*"
+_QUOTED = r"'[^'\n]+'|\"[^\"\n]+\""
+_SECRETS = (
+    (re.compile(r"://[^/\s]+@"), "://***@"),  # user and password of a URI
+    # NAME=VALUE of an environment, a command line or a URL's query; NAME: VALUE of YAML and headers
+    (
+        re.compile(rf"({_NAMED}=)(?!true|false|null|-?[\d.]{{1,6}}(?!\w))(?:{_QUOTED}|[^\s'\"&;,]{{4,}})", re.I),
+        r"\1***",
+    ),
+    (
+        re.compile(rf"({_NAMED}['\"]?:\s+)(?:(?:basic|bearer)\s+\S+|(?=\S*\d)(?:{_QUOTED}|[^\s'\",]{{8,}}))", re.I),
+        r"\1***",
+    ),
+    (re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_\w{20,}|\bgh[a-z]_\w{20,}|\bBearer\s+\S{8,}"), "***"),
+)
+_SHORTEST_SECRET = 8  # characters; a shorter text would be found where it is none
+_hidden: set[str] = set()
+
+
+def hide(values: Iterable[str]) -> None:
+    """Let `redact` know texts that are secrets."""
+    _hidden.update(value for value in values if len(value) >= _SHORTEST_SECRET)
+
+
+def redact(text: str) -> str:
+    """`text` with *** in the place of secrets: what `hide` was told, and what looks like one by its name or form."""
+    for value in sorted(_hidden, key=len, reverse=True):
+        text = text.replace(value, "***")
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text
 
 
 def above_zero(text: str) -> int:

@@ -22,7 +22,7 @@ from typing import Any
 
 from vitscale.errors import LaunchError
 from vitscale.faults import arm
-from vitscale.text import listed, to_stderr
+from vitscale.text import SECRET_NAME, hide, listed, redact, to_stderr
 
 _START = "start the processes with launch/torchrun.sh, launch/slurm.sh or torchrun"
 _OF_LAUNCHERS = re.compile(r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
@@ -121,6 +121,7 @@ def enter(on_ranks: bool = False) -> World:
     make it wait for ranks that are not there. LaunchError as in read_world, and in each process but the first that
     were started beside each other without ranks.
     """
+    hide_secrets()
     world = read_world() if on_ranks else World(device=local_device())
     if on_ranks and world.world_size == 1:
         _require_first()
@@ -139,7 +140,7 @@ def enter(on_ranks: bool = False) -> World:
         left.append("DS_ACCELERATOR")
     if left and world.is_main:
         values = listed((f"{name}={os.environ[name]}" for name in left), limit=4)
-        to_stderr(f"environment: {values}: set for another launcher, and ignored")
+        to_stderr(f"environment: {redact(values)}: set for another launcher, and ignored")
     for name in left:
         del os.environ[name]
     os.environ |= told
@@ -150,6 +151,11 @@ def enter(on_ranks: bool = False) -> World:
         os.environ.setdefault(name, value)
     open_files_limit(raised=True)
     return world
+
+
+def hide_secrets() -> None:
+    """Let no message repeat what the environment calls a secret."""
+    hide(value for name, value in os.environ.items() if SECRET_NAME.search(name))
 
 
 def open_files_limit(raised: bool = False) -> int:

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import pytest
-
-from vitscale.tracking.outbox import Outbox, flat_params, redact
+from vitscale.tracking.outbox import Outbox, flat_params
 
 
 def test_what_is_not_sent_is_there_after_a_restart(tmp_path):
@@ -42,19 +40,6 @@ def test_a_moved_run_finds_its_files(tmp_path):
 def test_a_torn_outbox_is_a_new_one(tmp_path):
     (tmp_path / "mlflow_outbox.json").write_text('{"key": "ab')
     assert len(Outbox(tmp_path, {}).key) == 32
-
-
-@pytest.mark.parametrize(
-    ("text", "safe"),
-    [
-        ("https://me:pa55@host:5000/x", "https://***@host:5000/x"),
-        ("at https://me:p@ss@host/x and postgresql://u:p@db/y!", "at https://***@host/x and postgresql://***@db/y!"),
-        ("http://host/a@b", "http://host/a@b"),
-        ("sqlite:////tmp/a@b.db", "sqlite:////tmp/a@b.db"),
-    ],
-)
-def test_redact(text, safe):
-    assert redact(text) == safe
 
 
 def test_flat_params():

@@ -23,6 +23,7 @@ from vitscale.config.presets import PRESET_KEYS, preset
 from vitscale.config.schema import RunConfig, Source, as_dict
 from vitscale.config.typed import NULL, Plain, as_type, kind_of, options_of, type_name
 from vitscale.errors import ConfigError
+from vitscale.files.stores import REMOTE, require_no_secret
 from vitscale.text import did_you_mean
 
 Flat = dict[str, Any]
@@ -233,6 +234,7 @@ def _flatten(section: type, content: dict[Any, Any], prefix: str, where: str) ->
         hint = _hints(section)[name]
         if not _is_section(hint):
             flat[key] = _with_home(_typed(hint, value, key, where), key)
+            _require_no_secret(flat[key], key)
         elif isinstance(value, dict):
             flat.update(_flatten(hint, value, f"{key}.", where))
         elif value != "" and value is not None:  # an empty section in YAML: it says nothing
@@ -275,6 +277,14 @@ def _with_home(value: Any, key: str) -> Any:
     if isinstance(value, Source):
         return replace(value, pattern=os.path.expanduser(value.pattern))
     return os.path.expanduser(value) if key in _PATHS and value is not None else value
+
+
+def _require_no_secret(value: Any, key: str) -> None:
+    """ConfigError for a URL of data or a model that carries a password; tracking.mlflow_uri has a rule of its own."""
+    for each in value if isinstance(value, tuple) else (value,):
+        url = each.pattern if isinstance(each, Source) else each if key in _PATHS else None
+        if url is not None and url.lower().startswith(tuple(f"{scheme}://" for scheme in REMOTE)):
+            require_no_secret(url, key)
 
 
 def _as_list(value: Any) -> Any:

@@ -172,7 +172,7 @@ class DiskCache:
             lock = path.with_suffix(".lock")
             if path.suffix == ".lock" and (path.name == "cache.lock" or path.with_suffix(".data").exists()):
                 continue
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
                 if _try_lock(descriptor) and _is_of(descriptor, lock):
                     path.with_suffix(".part").unlink(missing_ok=True)
@@ -207,7 +207,7 @@ def used_longest_ago(files: Iterable[tuple[File, int, int]], count: int) -> list
 def _locked(path: Path) -> Iterator[None]:
     """Hold the lock of a file, which whoever held it before may have removed meanwhile."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             while not _try_lock(descriptor):
                 activity.count += 1  # whoever holds it is watched by its own parent

@@ -26,6 +26,7 @@ from vitscale.launch.torchrun import (
     whole_number,
 )
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder
+from vitscale.text import redact
 
 
 def slurm_layout() -> Layout:
@@ -133,7 +134,7 @@ def main(arguments: Sequence[str]) -> int:
             return DONE
         return node(rest) if step == "node" else finish(RunFolder(Path(rest[0])))
     except VitscaleError as error:
-        print(f"launch/slurm.sh: error: {error}", file=sys.stderr, flush=True)
+        print(redact(f"launch/slurm.sh: error: {error}"), file=sys.stderr, flush=True)
         if not error.requeues:
             return BAD_INPUT
         with contextlib.redirect_stdout(sys.stderr):  # prepare's own is the run's folder, for the shell

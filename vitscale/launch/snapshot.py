@@ -1,4 +1,4 @@
-"""What was started, kept in the run's folder: command, config as given, code version, Slurm's script.
+"""What was started, kept in the run's folder without secrets: command, config as given, code version, Slurm's script.
 
 One folder a start, RUN/launch/DATE-TIME[-JOB]; the resolved config is the run's own config.yaml.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ import yaml
 
 from vitscale import __version__
 from vitscale.run_folder import RunFolder
+from vitscale.text import redact
 
 _VARIABLES = (
     *("CONFIG", "DATA", "NPROC_PER_NODE", "NNODES", "RDZV_ENDPOINT", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"),
@@ -33,13 +33,15 @@ def keep_snapshot(folder: RunFolder, config: Path, command: Sequence[str]) -> Pa
     kept.mkdir(parents=True, exist_ok=True)
     lines = [shlex.join(command), f"# {now.isoformat(timespec='seconds')} on {socket.gethostname()} in {Path.cwd()}"]
     lines += [f"{name}={shlex.quote(os.environ[name])}" for name in _VARIABLES if name in os.environ]
-    (kept / "command.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (kept / "command.txt").write_text(redact("\n".join(lines)) + "\n", encoding="utf-8")
     for depth, source in enumerate(_with_parents(config)):
-        shutil.copyfile(source, kept / ("config.yaml" if depth == 0 else f"config.extends-{depth}.yaml"))
+        name = "config.yaml" if depth == 0 else f"config.extends-{depth}.yaml"
+        (kept / name).write_text(redact(source.read_text(encoding="utf-8")), encoding="utf-8")
     (kept / "code.txt").write_text(code_version(), encoding="utf-8")
     if job:
-        (kept / "job.txt").write_text(_output("scontrol", "show", "job", job), encoding="utf-8")
-        _output("scontrol", "write", "batch_script", job, str(kept / "slurm.sh"))
+        (kept / "job.txt").write_text(redact(_output("scontrol", "show", "job", job)), encoding="utf-8")
+        if script := _output("scontrol", "write", "batch_script", job, "-"):
+            (kept / "slurm.sh").write_text(redact(script), encoding="utf-8")
     return kept
 
 

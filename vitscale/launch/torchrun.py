@@ -31,7 +31,8 @@ from vitscale.errors import ConfigError, LaunchError, VitscaleError
 from vitscale.launch.snapshot import keep_snapshot
 from vitscale.prepare.image_folder import PACKED, pack_folder, packed_sources
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder
-from vitscale.world import SUPERVISED, World, child_environment, local_device
+from vitscale.text import redact
+from vitscale.world import SUPERVISED, World, child_environment, hide_secrets, local_device
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -119,6 +120,7 @@ def prepare(arguments: Sequence[str], layout: Layout, script: str, patience_s: f
     `patience_s`: how long to wait for a folder that is in use. Shards not yet counted are counted here, however
     long that takes: ranks that wait for each other give up after parallel.timeout_s.
     """
+    hide_secrets()
     config = read_config(arguments)
     if arguments[0] == "pretrain":  # finetune's keys are complete once the encoder is looked at
         check_config(config, layout.world())
@@ -193,7 +195,7 @@ def describe_exit(folder: RunFolder) -> str:
 
 
 def examine(arguments: Sequence[str], layout: Layout) -> int:
-    """Run `vitscale doctor` on the ranks of this node; DONE, or BAD_INPUT if rank 0 is here and says so."""
+    """Run `vitscale doctor` on this node's ranks; DONE, or BAD_INPUT where rank 0 is here and says so."""
     failed = False
     command, environment = layout.command(arguments), layout.environment()
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -224,7 +226,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"launch/torchrun.sh: {describe_exit(folder)}", file=sys.stderr)
         return code
     except VitscaleError as error:
-        print(f"launch/torchrun.sh: error: {error}", file=sys.stderr)
+        print(redact(f"launch/torchrun.sh: error: {error}"), file=sys.stderr)
         return STOPPED if error.requeues else BAD_INPUT
 
 

@@ -37,8 +37,7 @@ from vitscale.run.preflight import (
 )
 from vitscale.run.session import config_digest
 from vitscale.run_folder import BAD_INPUT, DONE, RunFolder
-from vitscale.text import aligned, listed, printable
-from vitscale.tracking.outbox import redact
+from vitscale.text import aligned, listed, printable, redact
 from vitscale.world import World, host, open_files_limit
 
 Level = Literal["ok", "warning", "FAILED"]

@@ -6,13 +6,13 @@ Written before anything is sent, so that `vitscale sync` or the next start can t
 from __future__ import annotations
 
 import json
-import re
 import threading
 import uuid
 from pathlib import Path
 from typing import Any
 
 from vitscale.files.atomic import write_atomically
+from vitscale.text import redact
 
 FILE = "mlflow_outbox.json"
 STANDARD = ("config.yaml", "summary.json", "report.html", "figures")  # artifacts of every run, where they are there
@@ -85,11 +85,6 @@ def _read(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-
-
-def redact(text: str) -> str:
-    """`text` without the user and password of any URI in it."""
-    return re.sub(r"://[^/\s]+@", "://***@", text)
 
 
 def flat_params(content: Any, prefix: str = "") -> dict[str, str]:

@@ -25,10 +25,10 @@ from vitscale.config.schema import RunConfig, as_dict
 from vitscale.errors import ConfigError
 from vitscale.files.atomic import write_atomically
 from vitscale.run_folder import RunFolder
-from vitscale.text import to_stderr
+from vitscale.text import redact, to_stderr
 from vitscale.tracking.jsonl import JsonlTail, as_number
 from vitscale.tracking.models import LoggedModels
-from vitscale.tracking.outbox import Outbox, flat_params, redact
+from vitscale.tracking.outbox import Outbox, flat_params
 from vitscale.tracking.system import SystemSampler
 
 ROW_FILES = ("metrics.jsonl", "evaluation.jsonl")  # no metric stands in both
