@@ -1,4 +1,4 @@
-"""`vitscale bench startup`: what ranks do with the index of very many shards before the first step.
+"""`vitscale bench startup`: what ranks do before the first step: the index of very many shards, and joining each other.
 
 Opening an index needs the size and time of every shard, so one os.stat call a shard is its floor, to which the ratios
 refer. Memory is the process's peak over the first opening.
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vitscale.bench.joins import measure
 from vitscale.bench.measuring import peak_memory, seconds, start_memory
 from vitscale.bench.rounds import benchmark_parser, figures, in_turns, report
 from vitscale.config.schema import Source
@@ -22,8 +23,10 @@ from vitscale.data.index import ShardIndex, open_index
 from vitscale.data.index_file import Rows
 from vitscale.files.store import LocalFiles
 from vitscale.inference.command import above_zero
+from vitscale.text import aligned
 
 STAT, OPEN, RECEIVE = "os.stat of each shard", "rank 0: open_index", "other ranks: ShardIndex.from_bytes"
+MESH, ON_DEMAND = "all at once", "on demand"
 _SHARD_BYTES = 10240  # of a shard that is never read
 
 
@@ -31,6 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     """Measure and print; the last line is JSON."""
     parser = benchmark_parser("startup", __doc__)
     parser.add_argument("--shards", type=above_zero, default=100_000, help="how many (default: %(default)s)")
+    parser.add_argument("--joins", type=_counts, default=[], metavar="2,4,8", help="of so many ranks (default: none)")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="vitscale-bench-") as folder:
         paths = _make_shards(Path(folder), options.shards)
@@ -52,8 +56,23 @@ def main(arguments: Sequence[str]) -> int:
     }  # fmt: skip
     title = (f"The index of {options.shards:,} shards: {peak / 1e6:.0f} MB at its peak, {len(packed) / 1e6:.1f} MB for "
              "each other rank")  # fmt: skip
-    report(title, {"ms": "{median_ms:.1f}"}, result)
+    joins = {
+        str(ranks): {way: measure(ranks, way == ON_DEMAND) for way in (MESH, ON_DEMAND)} for ranks in options.joins
+    }
+    rows = [["ranks", "gloo connects", "joining s", "first exchange s", "open files"]]
+    for ranks, ways in joins.items():
+        for way, took in ways.items():
+            rows.append(
+                [ranks, way, f"{took['joining']:.2f}", f"{took['first_exchange']:.2f}", f"{took['open_files']}"]
+            )
+    if options.joins:
+        print(aligned(rows, right=(0, 2, 3, 4)))
+    report(title, {"ms": "{median_ms:.1f}"}, result | {"joins": joins})
     return 0
+
+
+def _counts(text: str) -> list[int]:
+    return [above_zero(each) for each in text.split(",")]
 
 
 def _make_shards(folder: Path, count: int) -> list[str]:
