@@ -221,7 +221,7 @@ def chaos(folder: Path, kinds: Sequence[str], trials: int, seed: int, say: Calla
     grounds = {stage: Ground(folder, stage) for stage in _STAGES}
     ready: set[int] = set()
     for number in range(trials):
-        name, stage = kinds[number % len(kinds)], _STAGES[(number // len(kinds) + number) % len(_STAGES)]
+        name, stage = kinds[number % len(kinds)], _STAGES[number // len(kinds) % len(_STAGES)]
         if stage not in ready:
             grounds[stage].prepare()
             ready.add(stage)
@@ -260,7 +260,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def run_trials(
-    kinds: Sequence[str] | None, trials: int | None, seed: int, out: Path | None, figures: Path | None
+    kinds: Sequence[str] | None, trials: int | None, seed: int, out: Path | None = None, figures: Path | None = None
 ) -> int:
     """The verb: print a line a trial and a table; DONE if all have passed. ConfigError for an unknown kind."""
     kinds = list(KINDS) if kinds is None else kinds
