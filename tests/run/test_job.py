@@ -11,7 +11,8 @@ import pytest
 import torch.distributed as dist
 
 from vitscale.config.load import config_of
-from vitscale.config.schema import Checkpoint, Data, Log, Run, RunConfig, Source
+from vitscale.config.schema import Checkpoint, Data, Guard, Log, Run, RunConfig, Source
+from vitscale.engine import digest
 from vitscale.engine.loop import TrainState, every_n_steps
 from vitscale.errors import ConfigError
 from vitscale.run.job import Job, pretrain, run_locked
@@ -34,22 +35,27 @@ def test_making_a_job_does_no_io(tmp_path: Path) -> None:
     assert not dist.is_initialized()
 
 
-def test_rows_are_logged_and_synced_before_their_checkpoint(tmp_path: Path) -> None:
+def test_rows_are_logged_and_synced_before_their_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And on several ranks what they hold is compared before it is saved."""
     events: list[str] = []
+    monkeypatch.setattr(digest, "compare", lambda step, tensors, ranks: events.append(f"compare {step}"))
     records: Any = SimpleNamespace(log=lambda row: events.append("log"), sync=lambda: events.append("sync"))
-    config = make_config(tmp_path, log=Log(every_steps=2), checkpoint=Checkpoint(every_steps=3))
-    session: Any = SimpleNamespace(config=config, held_out=None, probed=None)
-    engine: Any = None
     saves: Any = SimpleNamespace(
         failures=0, due=every_n_steps(3), run=lambda state, is_best: events.append(f"save {state.step}")
     )
-    tasks = Job(config, World()).tasks(session, engine, records, Meters(), saves)
-    for task in tasks:
-        task.run(TrainState(step=6), {})
-    assert events == ["log", "sync", "save 6"]
-    due = {task.name: [step for step in range(1, 7) if task.due(step)] for task in tasks}
-    assert due == {"tracking": [2, 4, 6], "save": [3, 6]}
-    assert [task.name for task in tasks if task.at_stop] == ["save"]
+    guard, checkpoint = Guard(digest_every_steps=4), Checkpoint(every_steps=3)
+    config = make_config(tmp_path, log=Log(every_steps=2), checkpoint=checkpoint, guard=guard)
+    session: Any = SimpleNamespace(config=config, held_out=None, probed=None, ranks=None)
+    engine: Any = SimpleNamespace(replicated=lambda: [])
+    for ranks, compares in ((1, {}), (2, {"digest": [3, 4, 6]})):
+        tasks = Job(config, World(world_size=ranks)).tasks(session, engine, records, Meters(), saves)
+        for task in tasks:
+            task.run(TrainState(step=6), {})
+        assert events == ["log", *(["compare 6"] if compares else []), "sync", "save 6"]
+        events.clear()
+        due = {task.name: [step for step in range(1, 7) if task.due(step)] for task in tasks}
+        assert due == {"tracking": [2, 4, 6], **compares, "save": [3, 6]}
+        assert [task.name for task in tasks if task.at_stop] == [*compares, "save"]
 
 
 # ---- the end of a run

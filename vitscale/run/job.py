@@ -203,7 +203,7 @@ class Job:
             digest.compare(state.step, engine.replicated(), session.ranks)
 
         logs = every_n_steps(config.log.every_steps)
-        every = config.guard.digest_every_steps if session.ranks.world_size > 1 else None
+        every = config.guard.digest_every_steps if self.world.world_size > 1 else None
         compares = every_n_steps(every or 1)
         return (
             *([PeriodicTask("validation", scoring.due, partial(scoring.run, engine))] if scoring.is_wanted else []),
@@ -295,6 +295,7 @@ class Job:
             try:
                 done = loop.run()
             except Diverged as diverged:
+                saves.wait()
                 raise after_divergence(session, state.shift, diverged) from None
             saves.finish(state)
             self._reader_memory = loader.reader_memory()

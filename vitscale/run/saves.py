@@ -63,6 +63,10 @@ class Saves:
         if not self._session.config.checkpoint.asynchronous:
             self._saver.wait()
 
+    def wait(self) -> None:
+        """Until no save is being written."""
+        self._saver.wait()
+
     def finish(self, state: TrainState) -> None:
         """Wait until this step is saved, and save it now where it is not. A collective.
 
