@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 
@@ -18,6 +19,10 @@ def test_kubeflows_variables(launcher: Launcher, config: Path, tmp_path: Path, s
     argv = ["pretrain", str(config), f"parallel.zero_stage={stage}", "train.steps=3"]
     world = launcher.request(2, argv=argv, environment=KUBEFLOW)
     assert world.wait() == [0, 0], world.output()
+    parts = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())["startup_seconds"]
+    assert list(parts) == ["imports", "index", "joining", "agreement", "model", "weights", "engine", "first batch",
+                           "first step"]  # fmt: skip
+    assert world.output().count("start-up: ") == 1
     launcher.run([*argv, "run.name=torchrun"], 2)
     assert losses(tmp_path / "runs" / "run") == losses(tmp_path / "runs" / "torchrun")
 

@@ -19,13 +19,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
 from vitscale.config.check import check_config
 from vitscale.config.load import load_config
 from vitscale.config.schema import RunConfig
+from vitscale.data.handover import hand_over
 from vitscale.data.index import open_index, store_of
 from vitscale.errors import ConfigError, LaunchError, VitscaleError
 from vitscale.launch.snapshot import keep_snapshot
@@ -133,10 +134,11 @@ def prepare(arguments: Sequence[str], layout: Layout, script: str, patience_s: f
             pack_folder(train, folder.path / PACKED)
             train = packed_sources(train, folder.path / PACKED)
         if train:  # without any, the run itself says what to give
-            data = config.data
-            open_index(
+            data = replace(config.data, train=train)
+            index = open_index(
                 train, data.index, folder.path, label=data.label_extension, image=data.image, store=store_of(data)
             )
+            hand_over(index, data, folder.path)
         keep_snapshot(folder, Path(arguments[1]), [script, *arguments])
     return folder
 

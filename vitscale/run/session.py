@@ -87,7 +87,7 @@ def open_session(
     """
     # Rank 0 opens the index before it joins the others, so that a missing shard is an error at once.
     store = store_of(config.data)
-    opened = training_index(config, folder, store) if world.is_main else None
+    opened = training_index(config, folder, store, world.supervised) if world.is_main else None
     others = _other_data(config, folder, opened, look_at_data) if opened else None
     startup.done("index")
     backend = Backend(config, world)

@@ -10,6 +10,7 @@ from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig
 from vitscale.data.crop import training_crop
 from vitscale.data.derived_order import SkippingOrder
+from vitscale.data.handover import taken_over
 from vitscale.data.index import ShardIndex, open_index, require_images, require_labels
 from vitscale.data.labels import LabelReader
 from vitscale.data.loader import Loader
@@ -22,12 +23,16 @@ from vitscale.run_folder import RunFolder
 from vitscale.world import World
 
 
-def training_index(config: RunConfig, folder: RunFolder, store: Stores) -> ShardIndex:
-    """The index of data.train. DataError where the objective needs labels, and there are none."""
+def training_index(config: RunConfig, folder: RunFolder, store: Stores, supervised: bool = False) -> ShardIndex:
+    """The index of data.train; supervised: as the launcher has left it, if it has. DataError where the objective needs
+    labels, and there are none."""
     data = config.data
     if not data.train:
         raise ConfigError("data.train is empty: give the shards, say data.train='/data/train-{000000..000099}.tar'")
-    index = open_index(data.train, data.index, folder.path, label=data.label_extension, image=data.image, store=store)
+    index = taken_over(data, folder.path, store) if supervised else None
+    index = index or open_index(
+        data.train, data.index, folder.path, label=data.label_extension, image=data.image, store=store
+    )
     require_images(index, data.label_extension)
     if config.objective.needs_labels:
         require_labels(index, data.label_extension)
