@@ -50,7 +50,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from vitscale.run.doctor import doctor
 
     here = arguments.world
-    code = doctor(_config(arguments), here)
+    code = doctor(_config(arguments), here, packs=arguments.finetune)
     return DONE if here.supervised and here.world_size > 1 else code  # the launcher reads what it says
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,9 +15,9 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from vitscale.engine.ranks import ProcessRanks, join, meeting
+from vitscale.engine.ranks import ProcessRanks, _meet, join, meeting
 from vitscale.errors import LaunchError
-from vitscale.world import World
+from vitscale.world import World, host
 
 TIMEOUT = timedelta(seconds=60)
 # torch's name of gloo where it is one of several backends: not the name "gloo", so a group of its own is made,
@@ -117,7 +118,7 @@ def _try_to_join(rank: int, world_size: int, port: int, backend: str, told: Any)
 
 
 @pytest.mark.parametrize(("numbers", "wrong"), [
-    ([(0, 3), (1, 3), (1, 3)], r"RANK=1 WORLD_SIZE=3 on \S+: another process has come with this RANK \(RANK=1 "),
+    ([(0, 3), (1, 3), (1, 3)], r"RANK=1 WORLD_SIZE=3 on \S+: another process has come with this RANK \(\S+ process \d"),
     ([(0, 2), (1, 3)], r"WORLD_SIZE=[23] on \S+: another process has come with WORLD_SIZE=[23]: all need the same"),
 ])  # fmt: skip
 def test_ranks_that_are_no_world_are_told_at_once(numbers: list[tuple[int, int]], wrong: str) -> None:
@@ -125,6 +126,22 @@ def test_ranks_that_are_no_world_are_told_at_once(numbers: list[tuple[int, int]]
     answers = _started(numbers, "gloo", _try_to_join)
     assert len(answers) == len(numbers)
     assert all(re.search(wrong, text) for _, text in answers), answers
+
+
+def test_a_rank_that_was_started_again_is_no_second_one() -> None:
+    """As pods are, while the others wait for it."""
+    store = dist.HashStore()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    store.set("rank 1", f"{host()} process {ended.pid}")
+    store.add("count 1", 1)
+    store.add("come", 1)
+    store.set("world size", "2")
+    store.set_timeout(timedelta(seconds=0.2))
+    with pytest.raises(LaunchError, match=r"rank\(s\) 0 did not come"):
+        _meet(store, World(1, 2), 0.2)
+    _meet(store, World(0, 2), 0.2)
+    _meet(store, World(1, 2), 0.2)
 
 
 def test_two_that_joined_are_a_world() -> None:

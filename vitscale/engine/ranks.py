@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
@@ -171,13 +172,14 @@ def join(world: World, backend: str, timeout_s: float) -> None:
 def _meet(store: dist.Store, world: World, timeout_s: float) -> None:
     """Wait for the others at the store; whoever sees that they cannot be a world tells all of them."""
     own = f"RANK={world.rank} WORLD_SIZE={world.world_size} on {host()}"
-    first = store.compare_set(f"rank {world.rank}", "", own).decode()
+    first = store.compare_set(f"rank {world.rank}", "", f"{host()} process {os.getpid()}").decode()
     size = int(store.compare_set("world size", "", str(world.world_size)))
-    if store.add(f"count {world.rank}", 1) > 1:
+    is_first = store.add(f"count {world.rank}", 1) == 1
+    if not is_first and not _is_gone(first):
         store.set("verdict", f"{own}: another process has come with this RANK ({first}): each needs its own")
     elif size != world.world_size:
         store.set("verdict", f"{own}: another process has come with WORLD_SIZE={size}: all need the same")
-    elif store.add("come", 1) == size:
+    elif is_first and store.add("come", 1) == size:
         store.set("verdict", "all are here")
     try:
         verdict = store.get("verdict").decode()
@@ -189,6 +191,12 @@ def _meet(store: dist.Store, world: World, timeout_s: float) -> None:
         ) from None
     if verdict != "all are here":
         raise LaunchError(f"{verdict}; start the processes with launch/torchrun.sh, launch/slurm.sh or torchrun")
+
+
+def _is_gone(process: str) -> bool:
+    """Whether a process that came before is one of this machine that has ended, and was started again as this one."""
+    machine, _, number = process.split(" ")
+    return machine == host() and (int(number) == os.getpid() or not os.path.exists(f"/proc/{number}"))
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from vitscale.files.decode import choose_decoder
 from vitscale.files.store import is_remote
 from vitscale.launch.slurm import job_warnings
 from vitscale.models.auto import build_model
+from vitscale.prepare.image_folder import is_image_folder
 from vitscale.run.preflight import (
     RankReport,
     data_problem,
@@ -60,12 +61,12 @@ class Finding(NamedTuple):
     text: str  # with the way out, where something is wrong
 
 
-def doctor(config: RunConfig, world: World) -> int:
+def doctor(config: RunConfig, world: World, packs: bool = False) -> int:
     """Look at everything and print it from rank 0; DONE, or BAD_INPUT where something would keep the run from starting.
 
-    On several ranks a collective: the same code on each of them.
+    packs: whether the run takes a folder of images. On several ranks a collective: the same code on each of them.
     """
-    shards, findings = _looked_at_once(config, world) if world.is_main else ([], [])
+    shards, findings = _looked_at_once(config, world, packs) if world.is_main else ([], [])
     with joined(replace(world, device="cpu"), config.parallel.timeout_s) as ranks:  # a GPU may be what is broken
         shards = ranks.gather(shards)[0]
         reports = ranks.gather((host(), _of_rank(config, world, shards)))
@@ -92,7 +93,7 @@ def _versions_line(world: World, report: RankReport) -> str:
 # ---- what one process looks at
 
 
-def _looked_at_once(config: RunConfig, world: World) -> tuple[list[Shard], list[Finding]]:
+def _looked_at_once(config: RunConfig, world: World, packs: bool) -> tuple[list[Shard], list[Finding]]:
     """A shard for each rank to look at, and what rank 0 finds."""
     found: list[Finding] = []
     shards: list[Shard] = []
@@ -104,7 +105,11 @@ def _looked_at_once(config: RunConfig, world: World) -> tuple[list[Shard], list[
             found.append(Finding("FAILED", what, str(error)))
 
     look("config", lambda: _of_config(config, world))
-    look("data", lambda: _of_data(config, world, shards))
+    folders = [source.pattern for source in config.data.train if packs and is_image_folder(source.pattern)]
+    if folders:
+        found.append(Finding("ok", "data", f"{folders[0]}: a folder of images, which the first start packs"))
+    else:
+        look("data", lambda: _of_data(config, world, shards))
     look("room", lambda: _of_room(config))
     look("MLflow", lambda: _of_mlflow(config))
     warnings = job_warnings()
