@@ -51,7 +51,14 @@ WITHOUT_TORCH = (
     "launch",
 )
 # Importing these imports nothing heavy; a function may, when it runs.
-COMMANDS = ("conversion.command", "inference.command", "inspection.command", "export.command", "run.command")
+COMMANDS = (
+    "conversion.command",
+    "inference.command",
+    "inspection.command",
+    "export.command",
+    "run.command",
+    "run.checkpoint_command",
+)
 LIGHT = (*WITHOUT_TORCH, *COMMANDS, "rng", "cli", "")
 HEAVY = ("torch", "deepspeed", "accelerate", "mlflow", "transformers", "sklearn", "matplotlib")
 ONLY_IN = {

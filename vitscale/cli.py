@@ -24,6 +24,7 @@ from vitscale.errors import VitscaleError
 from vitscale.export import command as export
 from vitscale.inference import command as inference
 from vitscale.inspection import command as inspection
+from vitscale.run import checkpoint_command as checkpoints
 from vitscale.run import command as looking
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, FolderInUse, RunFolder
 from vitscale.text import did_you_mean, ignore_warnings_of_pillow, nowhere, redact, to_stderr, tolerate_any_text
@@ -241,7 +242,13 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("run", metavar="RUN_FOLDER")
     added = verb("sync", _sync, "send what MLflow has missed")
     added.add_argument("run", metavar="RUN_FOLDER")
-    for register in (looking.register, conversion.register, inference.register, inspection.register):
+    for register in (
+        looking.register,
+        checkpoints.register,
+        conversion.register,
+        inference.register,
+        inspection.register,
+    ):
         register(verb)
     export.register(verb, _export_run)
     added = verb("chaos", _chaos, "break runs on purpose and see whether they end as an unbroken one does")
