@@ -25,6 +25,7 @@ from vitscale.config.schema import as_dict
 from vitscale.errors import CheckpointError
 from vitscale.interop.deepspeed_folder import read_deepspeed
 from vitscale.interop.weight_files import write_folder
+from vitscale.run.saves import spared_steps
 from vitscale.run_folder import RunFolder
 from vitscale.text import aligned, to_stderr
 from vitscale.tracking.outbox import flat_params
@@ -38,7 +39,7 @@ def as_table(run: Path) -> str:
     Whole: the manifest is, and the files are there in their sizes; their bytes are for `verify`.
     """
     folders = _folders(run)
-    reasons = _retention(run).kept(folders, _best(folders))
+    reasons = _reasons(run, folders)
     rows = [["step", "saved", "GB", "ranks", "ZeRO", "state", "kept"]]
     for folder in folders:
         state, size = _state(folder), sum(path.stat().st_size for path in folder.iterdir())
@@ -109,15 +110,14 @@ def _folders(run: Path) -> list[Path]:
     return folders
 
 
-def _retention(run: Path) -> Retention:
-    path = RunFolder(run).config
-    keys = load_config(path).checkpoint if path.exists() else None
-    return Retention(keys.keep, keys.keep_every_hours) if keys else Retention(len(_folders(run)))
-
-
-def _best(folders: Sequence[Path]) -> Path | None:
-    best = _state(folders[0]).get("best")
-    return folders[0].with_name(folder_name(best["step"])) if best else None
+def _reasons(run: Path, folders: Sequence[Path]) -> dict[Path, str]:
+    """Why each checkpoint that stays does. folders: newest first."""
+    folder = RunFolder(run)
+    if not folder.config.exists():
+        return Retention(len(folders)).kept(folders, {})
+    config, newest = load_config(folder.config), _state(folders[0])
+    retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_hours)
+    return retention.kept(folders, spared_steps(folder, config, newest.get("step", 0), newest.get("best")))
 
 
 def _state(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 from vitscale import __version__
 from vitscale.checkpoint.retention import Retention
 from vitscale.checkpoint.saving import Saver
+from vitscale.config.schema import RunConfig
 from vitscale.engine.engine import Engine
 from vitscale.engine.loop import TrainState, every_n_steps
 from vitscale.engine.pinning import Pinned
@@ -19,6 +21,7 @@ from vitscale.models.auto import model_keys
 from vitscale.run.rollback import kept_for_rollback
 from vitscale.run.session import Session, config_digest
 from vitscale.run.start import order_keys
+from vitscale.run_folder import RunFolder
 
 _PATIENCE = 6  # a slow disk is no lost rank: of parallel.timeout_s, for the exchanges about a save
 
@@ -93,13 +96,8 @@ class Saves:
         self._settle_best(state)
         state.save_failures = self.failures
         state.elapsed_s = self._trained_before + time.monotonic() - self._began
-        self._saver.begin(state.step, self._snapshot, self._manifest(state), self._spared(state), required)
-
-    def _spared(self, state: TrainState) -> dict[int, str]:
-        """Steps whose checkpoints stay, and why."""
-        session = self._session
-        best = {} if state.best is None else {int(state.best["step"]): "the best"}
-        return dict.fromkeys(kept_for_rollback(session.folder, session.config, state.step), "to go back to") | best
+        spared = spared_steps(self._session.folder, self._session.config, state.step, state.best)
+        self._saver.begin(state.step, self._snapshot, self._manifest(state), spared, required)
 
     def _settle_best(self, state: TrainState) -> None:
         """Before a save: where that of the best step failed, the best is the one before it."""
@@ -130,3 +128,9 @@ class Saves:
             "time": int(time.time() * 1000),
             "vitscale": __version__,
         }
+
+
+def spared_steps(folder: RunFolder, config: RunConfig, step: int, best: Mapping[str, Any] | None) -> dict[int, str]:
+    """Steps whose checkpoints stay beside those of Retention's rule, and why. step, best: those of the run now."""
+    spared = dict.fromkeys(kept_for_rollback(folder, config, step), "to go back to")
+    return spared if best is None else spared | {int(best["step"]): "the best"}
