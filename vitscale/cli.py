@@ -1,6 +1,6 @@
 """The command line: `vitscale VERB ...`. An error is one line and an exit code.
 
-Exit codes: 0 done, 2 bad config or input, 3 stopped on request with a checkpoint, 1 anything else.
+Exit codes: 0 done, 2 bad config or input, 3 stopped on request with a checkpoint, 130 ended by Ctrl-C, 1 anything else.
 Verbs import what they need when they run, so that `--help` answers at once.
 """
 
@@ -12,6 +12,7 @@ import importlib
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,11 +27,13 @@ from vitscale.inference import command as inference
 from vitscale.inspection import command as inspection
 from vitscale.run import checkpoint_command as checkpoints
 from vitscale.run import command as looking
-from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, FolderInUse, RunFolder
+from vitscale.run_folder import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED, FolderInUse, RunFolder
 from vitscale.text import did_you_mean, ignore_warnings_of_pillow, nowhere, redact, to_stderr, tolerate_any_text
 
 if TYPE_CHECKING:
     from vitscale.config.schema import RunConfig
+
+_SAVE_PATIENCE_S = 600.0  # of `vitscale save`
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
@@ -141,16 +144,50 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _stop(arguments: argparse.Namespace) -> int:
     folder = _run_folder(arguments)
-    try:
-        with folder.locked(shared=True):
-            raise VitscaleError(
-                f"{arguments.run}: no run holds this folder, so there is nothing to stop (on a file system whose locks "
-                f"other nodes do not see: touch {folder.stop})"
-            )
-    except FolderInUse:
-        folder.stop.touch()
+    _require_running(folder, folder.stop)
+    folder.stop.touch()
     print(f"{folder.stop}: the run saves a checkpoint and stops at its next step")
     return DONE
+
+
+def _save(arguments: argparse.Namespace) -> int:
+    from vitscale.checkpoint.store import checkpoint_folders
+
+    def newest() -> list[tuple[Path, int]]:
+        return [(path, path.stat().st_mtime_ns) for path in checkpoint_folders(folder.checkpoints)[:1]]
+
+    folder = _run_folder(arguments)
+    _require_running(folder, folder.save)
+    before, deadline = newest(), time.monotonic() + _SAVE_PATIENCE_S
+    folder.save.touch()
+    # The run takes the file away; the checkpoint is there once it is written, which may be later.
+    while (folder.save.exists() or newest() == before) and _is_running(folder) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    folder.save.unlink(missing_ok=True)
+    if (after := newest()) == before:
+        raise VitscaleError(
+            f"{folder.path}: the run has ended, or has not saved within {_SAVE_PATIENCE_S:.0f} s (it does so at the "
+            "end of a step, and of an evaluation); look at what it prints, then try again"
+        )
+    print(after[0][0])
+    return DONE
+
+
+def _require_running(folder: RunFolder, request: Path) -> None:
+    """VitscaleError where no run would see this file."""
+    if not _is_running(folder):
+        raise VitscaleError(
+            f"{folder.path}: no run holds this folder, so there is nothing to {request.name} (on a file system whose "
+            f"locks other nodes do not see: touch {request})"
+        )
+
+
+def _is_running(folder: RunFolder) -> bool:
+    try:
+        with folder.locked(shared=True):
+            return False
+    except FolderInUse:
+        return True
 
 
 def _sync(arguments: argparse.Namespace) -> int:
@@ -240,6 +277,8 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("run", metavar="RUN_FOLDER")
     added = verb("stop", _stop, "ask a run to save and stop")
     added.add_argument("run", metavar="RUN_FOLDER")
+    added = verb("save", _save, "ask a run to save and go on; waits for the checkpoint")
+    added.add_argument("run", metavar="RUN_FOLDER")
     added = verb("sync", _sync, "send what MLflow has missed")
     added.add_argument("run", metavar="RUN_FOLDER")
     for register in (
@@ -328,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except KeyboardInterrupt:
         print("vitscale: interrupted", file=sys.stderr, flush=True)
-        return FAILED
+        return INTERRUPTED
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

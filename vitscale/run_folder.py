@@ -19,6 +19,7 @@ from vitscale.errors import LaunchError
 from vitscale.text import redact
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 3  # exit codes; STOPPED is to be requeued
+INTERRUPTED = 130  # ended at once by a second Ctrl-C, as a shell counts SIGINT
 
 
 def _no_link(path: str, flags: int) -> int:
@@ -106,6 +107,10 @@ class RunFolder:
         return self.path / "stop"
 
     @property
+    def save(self) -> Path:
+        return self.path / "save"
+
+    @property
     def exit(self) -> Path:
         return self.path / "exit.json"
 
@@ -167,6 +172,11 @@ class RunFolder:
     def clear_exit(self) -> None:
         """Take away what an earlier start said of its end."""
         self.exit.unlink(missing_ok=True)
+
+    def clear_requests(self) -> None:
+        """Take away the files that ask a run to stop or to save."""
+        for path in (self.stop, self.save):
+            path.unlink(missing_ok=True)
 
     def write_exit(self, code: int, step: int | None, reason: str) -> bool:
         """Say how the run ended, unless a rank has said so already; True when this call was the first."""

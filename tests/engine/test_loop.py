@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -105,9 +106,18 @@ class Stop:
     at: int | None = None
     asked: int = 0
 
+    save_at: int | None = None
+    saves: int = 0
+
     def requested(self) -> bool:
         self.asked += 1
         return self.asked == self.at
+
+    def save_requested(self) -> bool:
+        return self.asked == self.save_at
+
+    def saved(self) -> None:
+        self.saves += 1
 
 
 def make_loop(total_steps: int, **parts: Any) -> tuple[TrainingLoop, list[str], list[tuple[str, dict[str, Any]]]]:
@@ -140,7 +150,7 @@ def make_loop(total_steps: int, **parts: Any) -> tuple[TrainingLoop, list[str], 
         record=lambda file, row: rows.append((file, row)),
         say=events.append,
         causes=CAUSES,
-        stop=Stop(parts.get("stop_at")),  # type: ignore[arg-type]
+        stop=Stop(parts.get("stop_at"), save_at=parts.get("save_at")),  # type: ignore[arg-type]
         meters=Meters(),
     )
     return loop, events, rows
@@ -177,6 +187,45 @@ def test_a_request_to_stop_saves_and_ends_the_loop() -> None:
     assert not loop.run()
     assert (loop.state.step, loop.state.samples) == (5, 20)
     assert events[-3:] == ["read seconds", "log 5", "save 5"]
+
+
+def test_a_request_to_save_saves_and_goes_on() -> None:
+    loop, events, _ = make_loop(4, save_at=1)
+    assert loop.run()
+    assert [event for event in events if event.startswith("save")] == ["save 1", "save 3", "save 4"]
+    assert isinstance(loop.stop, Stop)
+    assert loop.stop.saves == 1
+
+
+def test_a_stop_in_an_evaluation_leaves_it_to_the_next_start() -> None:
+    """The rows are those of a run that was never stopped, at the last step too."""
+
+    def run(state: TrainState, stop_at: int | None) -> tuple[TrainingLoop, list[str], list[tuple[str, dict[str, Any]]]]:
+        loop, events, rows = make_loop(2, state=state, stop_at=stop_at)
+        evaluate, log, save = loop.tasks
+
+        def check_and_evaluate(state: TrainState, row: dict[str, Any]) -> None:
+            loop.engine.ranks.check_stop()
+            evaluate.run(state, row)
+
+        loop.tasks = (replace(evaluate, run=check_and_evaluate), log, save)
+        return loop, events, rows
+
+    loop, events, rows = run(TrainState(), stop_at=3)  # the two steps ask too
+    assert not loop.run()
+    assert events[-2:] == ["read seconds", "save 2"]
+    assert [row["step"] for _, row in rows] == [1]
+    kept = json.loads(json.dumps(asdict(loop.state), allow_nan=False))
+    assert kept["pending"]["tasks"] == ["evaluate", "log", "save"]
+
+    loop, events, more = run(TrainState(**kept), stop_at=None)
+    assert loop.run()
+    assert events == ["evaluate 2", "log 2", "save 2"]
+    assert loop.state.pending is None
+    unbroken, _, expected = run(TrainState(), stop_at=None)
+    assert unbroken.run()
+    for (_, row), (_, other) in zip(rows + more, expected, strict=True):
+        assert {name: row[name] for name in other} | {"time": 0} == other | {"time": 0}
 
 
 def test_a_resumed_run_goes_on_with_its_counts() -> None:

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -59,8 +60,8 @@ class Saver:
     """Saves one run's checkpoints under `root`, one at a time; every rank has one. Use it in a `with`.
 
     It keeps the memory of one snapshot, as large as what this rank saves, from its first save on. `step` is that of the
-    last checkpoint that it has published, `error` why its last save failed, `failures` how many did: the same on every
-    rank once none is `busy`.
+    last checkpoint that it has published, `seconds` how long that took, `error` why its last save failed, `failures`
+    how many did: the same on every rank once none is `busy`.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Saver:
         by rank 0 of saves that failed, and what went wrong with old checkpoints."""
         self.failures = failures
         self.step: int | None = None
+        self.seconds: float | None = None
         self.error: StorageError | None = None
         self._root, self._ranks, self._retention = root, ranks, retention
         self._report = report if ranks.rank == 0 else lambda line: None
@@ -125,7 +127,7 @@ class Saver:
         self, step: int, pieces: list[Piece], state: dict[str, Any], spared: Mapping[int, str], required: bool
     ) -> None:
         """All of it, in the thread."""
-        target = self._root / folder_name(step)
+        target, began = self._root / folder_name(step), time.monotonic()
         temporary = self._root / f".tmp-{target.name}"
         try:
             self._write(step, target, temporary, pieces, state)
@@ -138,7 +140,7 @@ class Saver:
             if not required:
                 self._report(f"{reason}; training goes on, and the next save is tried as usual")
             return
-        self.step, self.error = step, None
+        self.step, self.error, self.seconds = step, None, time.monotonic() - began
         if self._ranks.rank == 0:
             retire(self._root, step, self._retention, spared, self._report, on_progress)
 

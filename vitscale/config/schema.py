@@ -247,12 +247,14 @@ class Checkpoint:
     keep: int = 3  # newest kept
     keep_every_hours: float | None = None  # of training: one checkpoint is kept for good so often; null: none
     resume_from: str | None = None  # a checkpoint folder to go on from when this run has none
+    notice_s: float = 120.0  # from a stop request to the kill; a save that takes longer is warned of
 
     def __post_init__(self) -> None:
         require(self.every_steps > 0, "checkpoint.every_steps", self.every_steps, "above 0")
         require(self.keep > 0, "checkpoint.keep", self.keep, "above 0")
         hours = self.keep_every_hours
         require(hours is None or hours > 0, "checkpoint.keep_every_hours", hours, "above 0 or null")
+        require(self.notice_s > 0, "checkpoint.notice_s", self.notice_s, "above 0")
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,9 @@ def _in_threads(work: Callable[[Item], Result], shards: Sequence[Item]) -> list[
 
 
 def leave_with_parent() -> None:
-    """In a worker: end at Ctrl-C without a traceback, and when the parent is gone, however that happened."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """In a worker: end at Ctrl-C without a traceback, at TERM though the parent it was forked of has its own use for
+    that, and when the parent is gone, however that happened."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -116,14 +116,15 @@ class Engine:
         whose batches end before that repeats its last one, which is not counted again; each rank needs at least one.
         In evaluation mode, without gradients, with the weights' moving average where there is one and `average` asks
         for it; the steps that follow are the same bits as without it. forward: what is done with the plain module and
-        a batch instead of the model's own forward, say a part of it.
+        a batch instead of the model's own forward, say a part of it. StopRequested, on all ranks, where the run is
+        asked to stop meanwhile.
         """
 
         def run(batch: T) -> Any:
             return self.model(**batch.inputs) if forward is None else forward(self.module, batch)
 
         with self._for_evaluation(average):
-            sums = sum_measures(batches, forwards, run, measure)
+            sums = sum_measures(batches, forwards, run, measure, self.ranks.check_stop)
         return self.ranks.sum(sums)
 
     @contextlib.contextmanager

@@ -7,18 +7,20 @@ the periodic tasks when they are due.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from vitscale.config.schema import RunConfig
 from vitscale.engine.engine import Engine, Inputs, StepResult
 from vitscale.engine.exchange import Consumed, StepDetails, StepExchange
 from vitscale.engine.guard import SampleGuard, SpikeGuard, StepGuard
-from vitscale.engine.preempt import StopRequest
+from vitscale.engine.preempt import StopRequest, StopRequested
 from vitscale.engine.schedule import lr_at
 from vitscale.faults import fault_point
 from vitscale.files import retry
+from vitscale.tracking.jsonl import as_json
 from vitscale.tracking.meters import Meters
 from vitscale.tracking.startup import StartUp
 
@@ -81,9 +83,11 @@ class TrainState:
     best: dict[str, Any] | None = None  # of train.keep_best: its `metric`, `value` and `step`
     without_better: int = 0  # validations since then
     early_stopped: bool = False  # then there is nothing more to train
+    pending: dict[str, Any] | None = None  # of a step whose evaluation was broken off: its `row`, the `tasks` to do
+    save_seconds: float = 0.0  # that the last save took, on rank 0
 
     def is_done(self, total_steps: int) -> bool:
-        return self.early_stopped or self.step >= total_steps
+        return self.pending is None and (self.early_stopped or self.step >= total_steps)
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class PeriodicTask:
     name: str  # what its share of the time is called
     due: Callable[[int], bool]  # at which steps; the last one is always among them
     run: Callable[[TrainState, Row], None]  # it may add to the row of metrics.jsonl, which a later task writes
-    at_stop: bool = False  # also before the run stops at a step that is not the last
+    at_stop: bool = False  # also before the run stops at a step that is not the last, and when someone asks for it
 
 
 def every_n_steps(n: int) -> Callable[[int], bool]:
@@ -136,6 +140,9 @@ class TrainingLoop:
         or a checkpoint. Raises Diverged or DataError at the guards' limits, on all ranks at once.
         """
         state, batch = self.state, self.config.train.global_batch
+        self.engine.ranks.stop_requested = self.stop.requested
+        if state.pending is not None and self._finish_pending(state.pending):
+            return False
         if not state.is_done(self.total_steps):
             self._waiting.append(next(self.feed))
             self.startup.done("first batch")
@@ -146,22 +153,42 @@ class TrainingLoop:
             lr = lr_at(state.step, self.total_steps, self.config)
             result, consumed = self._step(lr)
             self.startup.end("first step")
-            stops = self._agree()  # on the step before
+            wishes = self._agree()  # on the step before
             state.step += 1
             state.samples += batch
             state.epoch = consumed[0].epoch
             self._tell(result, consumed)
             fault_point("step")
-            at_end = stops or state.is_done(self.total_steps)
-            if at_end or any(task.due(state.step) for task in self.tasks):
-                stops |= self._settle()
-                row = self._row(result, lr)
-                for task in self.tasks:
-                    at_end = state.is_done(self.total_steps) or (stops and task.at_stop)
-                    if at_end or task.due(state.step):
-                        with self.meters.measure(task.name):
-                            task.run(state, row)
+            if wishes or state.is_done(self.total_steps) or any(task.due(state.step) for task in self.tasks):
+                wishes |= self._settle()
+                stops = self._run_tasks(self._row(result, lr), partial(self._is_due, wishes)) or "stop" in wishes
+                if "save" in wishes:
+                    self.stop.saved()
         return state.is_done(self.total_steps)
+
+    def _is_due(self, wishes: Collection[str], task: PeriodicTask) -> bool:
+        return (task.at_stop and bool(wishes)) or self.state.is_done(self.total_steps) or task.due(self.state.step)
+
+    def _run_tasks(self, row: Row, is_due: Callable[[PeriodicTask], bool]) -> bool:
+        """Do what is due after a step. True where the run was asked to stop meanwhile: what is left waits in the
+        checkpoint for the next start."""
+        for place, task in enumerate(self.tasks):
+            if not is_due(task):
+                continue
+            try:
+                with self.meters.measure(task.name):
+                    task.run(self.state, row)
+            except StopRequested:
+                names = [each.name for each in self.tasks[place:] if is_due(each)]
+                self.state.pending = {"row": as_json(row | self.meters.read()), "tasks": names}
+                self._run_tasks(row, lambda each: each.at_stop)
+                return True
+        return False
+
+    def _finish_pending(self, pending: Row) -> bool:
+        """Do what was left of the step before the last stop, and save it; whether the run was asked to stop again."""
+        self.state.pending = None
+        return self._run_tasks(pending["row"], lambda task: task.at_stop or task.name in pending["tasks"])
 
     def _step(self, lr: float) -> tuple[StepResult, list[Consumed]]:
         """One optimizer step on this rank; also what is known of the micro-batches it took."""
@@ -184,18 +211,18 @@ class TrainingLoop:
 
     def _tell(self, result: StepResult, consumed: Sequence[Consumed]) -> None:
         """Start to tell the others of this step; what all ranks know alike is counted at once."""
-        step, wishes = self.state.step, {"stop": self.stop.requested()}
+        step, wishes = self.state.step, {"stop": self.stop.requested(), "save": self.stop.save_requested()}
         own, self._retries_told = int(retry.retries) - self._retries_told, int(retry.retries)  # index and tables
         self._exchange.start(step, result.loss, wishes, consumed, own)
         self._details.add(step, consumed, result.applied)
         self._steps.note(step, result.applied, self._settle)
         self.state.skipped, self.state.skipped_in_a_row = self._steps.skipped, self._steps.in_a_row
 
-    def _agree(self) -> bool:
-        """Take what the ranks told each other last, if there is something new: whether any of them is to stop."""
+    def _agree(self) -> frozenset[str]:
+        """Take what the ranks told each other last, if there is something new: the wishes of any of them."""
         agreed, state = self._exchange.finish(), self.state
         if agreed is None:
-            return False
+            return frozenset()
         state.retries += agreed.retries
         if any(agreed.bad.values()):
             self._details.expect()
@@ -204,13 +231,13 @@ class TrainingLoop:
         if line := self._spikes.note(agreed.step, agreed.loss, self._details.write):
             self.say(line)
         state.spikes, state.spikes_in_a_row = self._spikes.spikes, self._spikes.in_a_row
-        return "stop" in agreed.wishes
+        return agreed.wishes
 
-    def _settle(self) -> bool:
-        """Finish what is pending, before a row, a checkpoint or the end: whether any rank is to stop."""
-        stops = self._agree()
+    def _settle(self) -> frozenset[str]:
+        """Finish what is pending, before a row, a checkpoint or the end: the wishes of any rank."""
+        wishes = self._agree()
         self._details.write()
-        return stops
+        return wishes
 
     def _example(self) -> str:
         """One of the samples that were replaced last, and the reason; the rows of all of them are written."""

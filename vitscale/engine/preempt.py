@@ -1,51 +1,123 @@
-"""How a run is asked to stop: a file named `stop` in its folder, SIGTERM, or Ctrl-C."""
+"""How a run is asked to stop, or to save and go on: files in its folder, TERM, USR1, Ctrl-C."""
 
 from __future__ import annotations
 
+import os
+import select
 import signal
+import socket
 import threading
 import time
-from pathlib import Path
 from types import FrameType
 
+from vitscale.run_folder import INTERRUPTED, STOPPED, RunFolder
+from vitscale.text import to_stderr
+from vitscale.world import World
+
 POLL_SECONDS = 1.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequested(Exception):
+    """All ranks have agreed to stop in the middle of an evaluation."""
 
 
 class StopRequest:
-    """Whether someone wants this run to stop.
+    """Whether someone wants this run to stop; a context around the run.
 
-    One rank a node looks for the file, at most once a second (another node's file system may take a
-    minute to show it); a signal counts on whichever rank it reaches. The loop makes the ranks agree at
-    a step's end. Ctrl-C once more ends the process at once.
+    A thread receives the signals, so that one is heard while the main thread waits in a collective, and looks for the
+    files once a second. A signal counts on whichever rank it reaches; one rank a node looks for the stop file, since
+    another node's file system may take a minute to show it. Before the first step has ended there is nothing to save:
+    the process then leaves at once, with code 3. Later the loop makes the ranks agree. A second Ctrl-C ends the
+    process at once, with code 130.
     """
 
-    def __init__(self, run_folder: Path, looks: bool, clears: bool) -> None:
-        self._file = run_folder / "stop"
-        self._looks, self._clears = looks, clears
-        self._requested = False
-        self._looked = -POLL_SECONDS
-        self._asked = float("inf")  # when a signal first came
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._on_signal)
+    def __init__(self, folder: RunFolder, world: World) -> None:
+        self._folder, self._world = folder, world
+        self._stop = self._save = self._training = False
+        self._signalled = float("inf")  # when a signal first came
+        self._lock = threading.Lock()
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._thread = threading.Thread(target=self._listen, name="stop", daemon=True)
+        self._before: dict[int, object] = {}  # the handlers
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        # One Ctrl-C can come twice: from the terminal, and passed on by torchrun.
-        if number == signal.SIGINT and now - self._asked > 1.0:
-            raise KeyboardInterrupt
-        self._asked = min(self._asked, now)
-        self._requested = True
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+            self._before = {number: signal.signal(number, _ignore) for number in SIGNALS}
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        if self._before:
+            signal.set_wakeup_fd(-1)
+        self._writer.close()  # which ends the thread
+        self._thread.join()
+        self._reader.close()
 
     def requested(self) -> bool:
-        """Cheap enough to be asked every step."""
-        now = time.monotonic()
-        if self._looks and not self._requested and now - self._looked >= POLL_SECONDS:
-            self._looked = now
-            self._requested = self._file.exists()
-        return self._requested
+        """Cheap enough to be asked every step. From the first call on, whoever asks saves before it stops."""
+        with self._lock:
+            self._training = True
+            return self._stop
 
-    def honour(self) -> None:
-        """The run has stopped (or ended): take the file away, so that the next start goes on."""
-        if self._clears:
-            self._file.unlink(missing_ok=True)
+    def save_requested(self) -> bool:
+        """Whether someone waits for a checkpoint, on rank 0; `saved` ends it."""
+        return self._save
+
+    def saved(self) -> None:
+        """The checkpoint is there: take the file away, which is what `vitscale save` waits for."""
+        self._save = False
+        if self._world.is_main:
+            self._folder.save.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """The run has stopped (or ended): take the files away, so that the next start goes on."""
+        if self._world.is_main:
+            self._folder.clear_requests()
+
+    def _listen(self) -> None:
+        while True:
+            readable, _, _ = select.select([self._reader], [], [], POLL_SECONDS)
+            if not readable:
+                self._look()
+                continue
+            numbers = self._reader.recv(64)
+            if not numbers:
+                return
+            for number in set(SIGNALS) & set(numbers):
+                self._receive(number)
+
+    def _look(self) -> None:
+        # Another node may still see the file of the run's last start, until rank 0 and the others have joined.
+        looks = self._world.is_main or (self._training and self._world.local_rank == 0)
+        if looks and os.path.exists(self._folder.stop):
+            self._request()
+        if self._world.is_main and os.path.exists(self._folder.save):
+            self._save = True
+
+    def _receive(self, number: int) -> None:
+        now = time.monotonic()
+        # One Ctrl-C can come twice: from the terminal, and passed on by torchrun.
+        if number == signal.SIGINT and now - self._signalled > 1.0:
+            os._exit(INTERRUPTED)
+        self._signalled = min(self._signalled, now)
+        self._request()
+
+    def _request(self) -> None:
+        with self._lock:
+            if self._training:
+                self._stop = True
+                return
+            reason = "stopped on request before the first step"
+            if self._folder.write_exit(STOPPED, None, reason):
+                to_stderr(f"vitscale: {reason}; the same command starts again")
+            self.clear()
+            os._exit(STOPPED)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """The handler in Python: what the signal means is the thread's to decide."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from vitscale.engine.preempt import POLL_SECONDS, StopRequested
 from vitscale.errors import LaunchError
 from vitscale.text import listed
 from vitscale.world import World, host, meeting_place, meeting_store, network_interface
@@ -31,6 +33,8 @@ class ProcessRanks:
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.world_size = dist.get_world_size() if distributed else 1
+        self.stop_requested: Callable[[], bool] | None = None  # in training: what `check_stop` asks
+        self._calls, self._left, self._checked = 1, 1, time.monotonic()  # between two exchanges of `check_stop`
         self._group: Any = None
         if self.world_size > 1:
             # NCCL would need the values on the GPU, and would queue behind its kernels.
@@ -113,6 +117,23 @@ class ProcessRanks:
         """Wait until every rank is here."""
         if self.world_size > 1:
             dist.barrier(group=self._group)
+
+    def check_stop(self) -> None:
+        """Call this between the parts of long work, equally often on all ranks: StopRequested on all of them, at the
+        same call, once any was asked to stop. Only in training. A collective about once a second, by the time that
+        earlier calls took."""
+        if self.stop_requested is None:
+            return
+        self._left -= 1
+        if self._left > 0:
+            return
+        now = time.monotonic()
+        sums = self.sum({"stop": self.stop_requested(), "seconds": now - self._checked})
+        calls_a_poll = self._calls * POLL_SECONDS * self.world_size / max(sums["seconds"], 1e-9)
+        self._calls = self._left = max(1, min(2 * self._calls, int(calls_a_poll)))
+        self._checked = now
+        if sums["stop"] > 0:
+            raise StopRequested
 
 
 class PendingSum:

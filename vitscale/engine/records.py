@@ -23,16 +23,24 @@ class Records:
     """
 
     def __init__(
-        self, folder: RunFolder, config: RunConfig, world: World, total_steps: int, step: int, tags: Mapping[str, str]
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        world: World,
+        total_steps: int,
+        step: int,
+        logged: int,
+        tags: Mapping[str, str],
     ) -> None:
-        """`step`: where the run stands, to which its files are cut back; `tags`: for MLflow, empty ones left out."""
+        """`step`: where the run stands, to which its files are cut back, metrics.jsonl to `logged`; `tags`: for MLflow,
+        empty ones left out."""
         self.status = "FAILED"
         self._main = world.is_main
         if not self._main:
             return
         self._files = {name: JsonlFile(folder.path / name) for name in FILES}
-        for file in self._files.values():
-            file.cut_back(step)
+        for name, file in self._files.items():
+            file.cut_back(logged if name == "metrics.jsonl" else step)
         self._progress = Progress(total_steps, config.train.global_batch)
         present = {name: value for name, value in tags.items() if value}
         self._tracker = Tracker(folder.path, config, present, self._progress.say)

@@ -70,17 +70,25 @@ class WholeModel:
         def run(batch: T) -> Any:
             return self.model(**batch.inputs) if forward is None else forward(self.model, batch)
 
-        return self.ranks.sum(sum_measures(batches, forwards, run, measure))
+        return self.ranks.sum(sum_measures(batches, forwards, run, measure, self.ranks.check_stop))
 
 
-def sum_measures(batches: Iterable[T], forwards: int, run: Callable[[T], Any], measure: Measure[T]) -> dict[str, float]:
+def sum_measures(
+    batches: Iterable[T],
+    forwards: int,
+    run: Callable[[T], Any],
+    measure: Measure[T],
+    check_stop: Callable[[], None],
+) -> dict[str, float]:
     """This rank's sums by name of `measure(run(batch), batch)`, over exactly `forwards` calls of `run`.
 
-    A rank whose batches end before that repeats its last one, which is not counted again; it needs at least one.
+    check_stop: called before each of them, and may raise. A rank whose batches end before that repeats its last one,
+    which is not counted again; it needs at least one.
     """
     source, last = iter(batches), None
     sums: dict[str, torch.Tensor] = {}
     for _ in range(forwards):
+        check_stop()
         fresh = next(source, None)
         last = last if fresh is None else fresh
         assert last is not None, "a rank without a batch cannot take part in an evaluation"

@@ -174,6 +174,7 @@ class _Fit:
 
         Standardized by all training images, which needs no labels.
         """
+        self._ranks.check_stop()
         order = np.lexsort((rng.fold(self._ids, seed + 1), self._labels))
         starts = np.searchsorted(self._labels[order], self.classes)
         ends = np.append(starts[1:], len(order))

@@ -41,6 +41,7 @@ def knn_predict(
         values = torch.from_numpy(np.frombuffer(asked, np.float16).reshape(-1, width).astype(np.float32))
         votes = []
         for part in values.split(_QUERIES) if len(values) else ():
+            ranks.check_stop()
             nearest = _nearest(bank, codes, pooling, F.normalize(scale(part.to(device)), dim=1), neighbours, scale)
             of_ranks = ranks.gather(tuple(each.cpu() for each in nearest))
             votes.append(_votes(of_ranks, neighbours, temperature))

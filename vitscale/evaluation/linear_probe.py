@@ -108,6 +108,7 @@ def logistic(
     )
 
     def loss_and_gradient(strength: float) -> Tensor:
+        ranks.check_stop()
         summed = torch.zeros((), dtype=torch.float64, device=device)
         weights.grad, bias.grad = torch.zeros_like(weights), torch.zeros_like(bias)
         for rows, features in table.chunks(pooling, device):

@@ -20,9 +20,11 @@ from vitscale.data.loader import Loader
 from vitscale.data.subset import Subset
 from vitscale.engine import digest
 from vitscale.engine.backend import peak_memory
+from vitscale.engine.compile_cache import keep_compiled, load_compiled
 from vitscale.engine.engine import Engine
 from vitscale.engine.guard import Diverged
 from vitscale.engine.loop import PeriodicTask, TrainingLoop, TrainState, every_n_steps
+from vitscale.engine.preempt import StopRequest
 from vitscale.engine.records import Records
 from vitscale.errors import ConfigError, VitscaleError
 from vitscale.evaluation.figures import draw_curves
@@ -85,7 +87,7 @@ def run_locked(job: Job) -> int:
             stack.enter_context(folder.locked())
             if not world.supervised:  # else the launcher has cleared both, and what came since then counts
                 folder.clear_exit()
-                folder.stop.unlink(missing_ok=True)
+                folder.clear_requests()
         try:
             return job.run()
         except VitscaleError as error:
@@ -119,12 +121,16 @@ class Job:
 
     def run(self) -> int:
         """From joining the process group to leaving it; DONE, or STOPPED with a checkpoint saved."""
+        with StopRequest(self.folder, self.world) as stop:
+            return self._run(stop)
+
+    def _run(self, stop: StopRequest) -> int:
         startup = self._startup
         startup.done("imports")
         if self.world.is_main:
             refuse_the_same_end(self.folder, self.config)
             self.prepare()
-        session = open_session(self.config, self.world, self.folder, startup, self.look_at_data, self.adapts)
+        session = open_session(self.config, self.world, self.folder, startup, stop, self.look_at_data, self.adapts)
         fault_point("joined")
         model = self.build(session)
         parameters = model.num_parameters()  # ZeRO-3 leaves none of them whole
@@ -147,7 +153,7 @@ class Job:
         session.say(f"{'done' if done else 'stopped'}: step {state.step} of {session.total_steps}{_of_best(state)}")
         if done:
             session.say(f"the weights are in {session.folder.model}, what came of it in {session.folder.report}")
-        session.stop.honour()
+        session.stop.clear()
         code = DONE if done else STOPPED
         if self.world.is_main:
             self.folder.write_exit(code, state.step, "done" if done else "stopped on request")
@@ -189,12 +195,15 @@ class Job:
         config, scoring, probes = session.config, Scoring(session), Probes(session)
 
         def log(state: TrainState, row: dict[str, Any]) -> None:
-            records.log(row | {"save_failures": saves.failures} | meters.read())
+            # A row that waited for this start has figures of its own.
+            records.log({"save_failures": saves.failures} | meters.read() | row)
             fault_point("row")
 
         def save(state: TrainState, row: dict[str, Any]) -> None:
             records.sync()  # a checkpoint must not know of rows that a power cut can take
             saves.run(state, scoring.is_best(state.step))
+            if config.train.compile:
+                keep_compiled(session.folder.path, session.world)
 
         def is_saved(step: int) -> bool:
             return saves.due(step) or scoring.is_best(step)
@@ -266,6 +275,8 @@ class Job:
         if session.world.is_main:
             write_atomically(session.folder.config, dump_config(config))
             keep_shards(session)
+        if config.train.compile:
+            load_compiled(session.folder.path, session.world)
         engine = self.engine(session, model)
         if checkpoint is not None:
             engine.restore(checkpoint)
@@ -314,7 +325,8 @@ class Job:
             tags = {"mlflow.source.git.commit": commit(), "vitscale.code": code_version()}
             tags |= {"vitscale.objective": config.objective.name, "vitscale.data": session.index.digest}
             tags["vitscale.parent_checkpoint"] = config.model.init_from or ""
-        return Records(session.folder, session.config, session.world, session.total_steps, state.step, tags)
+        logged = state.step - (state.pending is not None)
+        return Records(session.folder, config, session.world, session.total_steps, state.step, logged, tags)
 
     def _is_finished(self, session: Session, state: TrainState) -> bool:
         """Whether an earlier start wrote the summary, which comes last; rank 0 looks. A collective."""

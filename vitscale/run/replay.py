@@ -17,6 +17,7 @@ from vitscale.config.load import load_config
 from vitscale.config.schema import RunConfig
 from vitscale.engine.engine import Engine, Inputs, StepResult, load_weights
 from vitscale.engine.loop import MicroBatch
+from vitscale.engine.preempt import StopRequest
 from vitscale.engine.schedule import lr_at
 from vitscale.errors import CheckpointError, VitscaleError
 from vitscale.run.finetune import Finetune
@@ -44,7 +45,9 @@ def replay(path: Path, step: int, world: World) -> str:
     kind = Finetune if checkpoint.state.get("job") == Finetune.__name__ else Job
     job = kind(config, world)
     job.folder = folder  # which may have been moved
-    session = open_session(job.config, world, folder, StartUp(), job.look_at_data, job.adapts)
+    session = open_session(
+        job.config, world, folder, StartUp(), StopRequest(folder, world), job.look_at_data, job.adapts
+    )
     try:
         return _replayed(job, session, checkpoint, step)
     finally:

@@ -44,9 +44,10 @@ class Saves:
         self._session, self._engine, self._job = session, engine, job
         self._periodic = every_n_steps(config.checkpoint.every_steps)
         self._pinned = Pinned(session.backend.device)
-        self._postponed = False
+        self._postponed = self._warned = False
         self._best_saved, self._best_wanted = state.best, state.best
         self._began, self._trained_before = time.monotonic(), state.elapsed_s
+        self._warn(state.save_seconds)
 
     @property
     def failures(self) -> int:
@@ -95,9 +96,22 @@ class Saves:
         self._saver.wait()
         self._settle_best(state)
         state.save_failures = self.failures
+        state.save_seconds = self._saver.seconds or state.save_seconds
+        self._warn(state.save_seconds)
         state.elapsed_s = self._trained_before + time.monotonic() - self._began
         spared = spared_steps(self._session.folder, self._session.config, state.step, state.best)
         self._saver.begin(state.step, self._snapshot, self._manifest(state), spared, required)
+
+    def _warn(self, seconds: float) -> None:
+        """Say once where the last save took longer than whoever stops this run gives it."""
+        notice = self._session.config.checkpoint.notice_s
+        if seconds > notice and not self._warned:
+            self._warned = True
+            self._session.say(
+                f"warning: the last save took {seconds:.0f} s, more than checkpoint.notice_s={notice:g}: what stops "
+                "this run may end it before it has saved; ask for a longer notice (sbatch --signal=B:USR1@SECONDS) and "
+                "set the key to it"
+            )
 
     def _settle_best(self, state: TrainState) -> None:
         """Before a save: where that of the best step failed, the best is the one before it."""

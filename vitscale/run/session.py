@@ -77,6 +77,7 @@ def open_session(
     world: World,
     folder: RunFolder,
     startup: StartUp,
+    stop: StopRequest,
     look_at_data: LookAtData | None = None,
     adapts: bool = False,
 ) -> Session:
@@ -93,8 +94,6 @@ def open_session(
     backend = Backend(config, world)
     startup.done("joining")
     content = backend.ranks.broadcast(opened.to_bytes() if opened else None)
-    # Not before: a rank that waits in C++ for the others could not answer a TERM.
-    stop = StopRequest(folder.path, looks=world.local_rank == 0, clears=world.is_main)
     index = opened or ShardIndex.from_bytes(content, store)
     decoder = choose_decoder(config.data.decode)
     _require_ready(config, world, backend.ranks, folder, index, decoder)

@@ -27,7 +27,7 @@ class JsonlFile:
 
     def append(self, row: dict[str, Any]) -> None:
         """Write one row as one line, handed to the kernel on return: it outlives this process's SIGKILL."""
-        line = json.dumps(_written(row), allow_nan=False, ensure_ascii=False) + "\n"
+        line = json.dumps(as_json(row), allow_nan=False, ensure_ascii=False) + "\n"
         with open(self.path, "ab") as stream:
             stream.write(line.encode())
 
@@ -124,12 +124,12 @@ def _lines(path: Path) -> Iterator[bytes]:
         return
 
 
-def _written(value: Any) -> Any:
-    """`value` with floats that JSON lacks as text."""
+def as_json(value: Any) -> Any:
+    """`value` with floats that JSON lacks as text: see `as_number`."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):
-        return {name: _written(item) for name, item in value.items()}
+        return {name: as_json(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_written(item) for item in value]
+        return [as_json(item) for item in value]
     return value
