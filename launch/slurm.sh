@@ -15,21 +15,35 @@ use_python
 if [ "${1:-}" = doctor ]; then
     exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none "$PYTHON" -m vitscale.launch.slurm node "$@"
 fi
-run='' asked=''
+# A task of an array: %a in the arguments is its number, as in sbatch's --output.
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then set -- "${@//%a/$SLURM_ARRAY_TASK_ID}"; fi
+
+run='' step='' asked=''
 ask_to_stop() {
     asked=yes
-    if [ -n "$run" ]; then touch "$run/stop"; fi
+    if [ -n "$run" ]; then touch "$run/stop"; elif [ -n "$step" ]; then kill -TERM "$step"; fi
 }
 trap ask_to_stop USR1 TERM
+finished() {  # the exit code of $step; a signal ends wait, not the step
+    local code
+    while wait "$step"; code=$?; [ $code -gt 128 ] && kill -0 "$step" 2>/dev/null; do :; done
+    return $code
+}
 
-run=$("$PYTHON" -m vitscale.launch.slurm prepare "$@") || exit
-[ -n "$run" ] || exit 0  # requeued, since its storage did not answer
+answer=$(mktemp) || exit
+"$PYTHON" -m vitscale.launch.slurm prepare "$@" >"$answer" &
+step=$!
+finished
+code=$?
+read -r run <"$answer"
+rm "$answer"
+[ -n "$run" ] || exit $code  # 0 where the job is requeued: it was asked to stop, or its storage did not answer
 if [ -n "$asked" ]; then touch "$run/stop"; fi
 
 # In a session of its own, srun is not ended by a TERM for this shell. No binding: the ranks share the node's cores.
 setsid srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
     "$PYTHON" -m vitscale.launch.slurm node "$@" &
 step=$!
-while wait "$step"; [ $? -gt 128 ] && kill -0 "$step" 2>/dev/null; do :; done  # a signal ends wait, not the step
+finished
 
 "$PYTHON" -m vitscale.launch.slurm finish "$run"

@@ -19,6 +19,7 @@ from vitscale.launch.torchrun import (
     Layout,
     describe_exit,
     examine,
+    interruptible,
     prepare,
     ranks_per_node,
     read_config,
@@ -75,7 +76,7 @@ def finish(folder: RunFolder) -> int:
 
 def requeue(code: int) -> int:
     """Requeue this job, unless it was cancelled; DONE, or `code` where it is not requeued."""
-    job = os.environ["SLURM_JOB_ID"]
+    job = job_name()
     # A cancelled job is CANCELLED at once, a preempted one or one near its time limit still RUNNING.
     try:
         state = job_state(_scontrol("show", "job", job))
@@ -107,6 +108,12 @@ def job_warnings() -> list[str] | None:
     return found
 
 
+def job_name() -> str:
+    """This job for scontrol. The number of one job of an array may be that of the whole array."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
+
+
 def job_state(shown: str) -> str:
     """JobState of what `scontrol show job` prints."""
     found = re.search(r"\bJobState=(\w+)", shown)
@@ -130,7 +137,8 @@ def main(arguments: Sequence[str]) -> int:
         if step == "prepare":
             # Requeued after a node's death, whose lock the file server keeps until its lease ends.
             patience_s = 180.0 if restarts() else 0.0
-            print(prepare(rest, slurm_layout(), "launch/slurm.sh", patience_s).path)
+            with interruptible():
+                print(prepare(rest, slurm_layout(), "launch/slurm.sh", patience_s).path)
             return DONE
         return node(rest) if step == "node" else finish(RunFolder(Path(rest[0])))
     except VitscaleError as error:
@@ -139,6 +147,10 @@ def main(arguments: Sequence[str]) -> int:
             return BAD_INPUT
         with contextlib.redirect_stdout(sys.stderr):  # prepare's own is the run's folder, for the shell
             return requeue(STOPPED) if step == "prepare" else STOPPED
+    except KeyboardInterrupt:
+        print("launch/slurm.sh: stopped before there were ranks", file=sys.stderr, flush=True)
+        with contextlib.redirect_stdout(sys.stderr):
+            return requeue(STOPPED)
 
 
 if __name__ == "__main__":

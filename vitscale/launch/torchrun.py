@@ -6,22 +6,25 @@ the nodes and PORT is free there, and a run folder that all nodes share.
 
 The exit code is the run's own, read from exit.json in its folder, since torchrun says 1 for every
 failure: 0 done, 2 bad config or input, 3 stopped on request with a checkpoint, or by storage that failed for long: the
-same command goes on; 1 anything else.
+same command goes on; 130 ended at once by a second Ctrl-C or TERM; 1 anything else.
 
 `doctor CONFIG.yaml` in the place of pretrain looks at what a run needs, on all ranks: 0, or 2 if it would not start.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+
+import psutil
 
 from vitscale.config.check import check_config
 from vitscale.config.load import load_config
@@ -31,11 +34,12 @@ from vitscale.data.index import open_index, store_of
 from vitscale.errors import ConfigError, LaunchError, VitscaleError
 from vitscale.launch.snapshot import keep_snapshot
 from vitscale.prepare.image_folder import PACKED, pack_folder, packed_sources
-from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder
+from vitscale.run_folder import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED, RunFolder
 from vitscale.text import redact
 from vitscale.world import SUPERVISED, World, child_environment, hide_secrets, local_device
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def prepare(arguments: Sequence[str], layout: Layout, script: str, patience_s: f
     folder = RunFolder.at(config.run.dir, config.run.name)
     with folder.locked(shared=True, patience_s=patience_s):
         folder.clear_exit()
-        folder.stop.unlink(missing_ok=True)
+        folder.clear_requests()
         train = config.data.train
         if arguments[0] == "finetune":
             pack_folder(train, folder.path / PACKED)
@@ -154,31 +158,34 @@ def read_config(arguments: Sequence[str]) -> RunConfig:
 def supervise(arguments: Sequence[str], layout: Layout, folder: RunFolder) -> int:
     """Run this node's ranks to their end; the run's exit code.
 
-    TERM or INT makes the stop file, so that a run has the time it needs to save (torchrun gives its
-    ranks 30 s); a second one goes to torchrun. For that, torchrun lives in a session of its own,
+    TERM, INT or USR1 makes the stop file, so that a run has the time it needs to save (torchrun gives its
+    ranks 30 s); a second TERM or INT kills torchrun and its ranks. For that, torchrun lives in a session of its own,
     where Ctrl-C does not reach it too, and is told when this process dies.
     """
-    asked = False
+    asked = killed = False
     process: subprocess.Popen[bytes] | None = None
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
+        nonlocal asked, killed
         if asked and process is not None:
-            # A single rank would take one more TERM for the same wish.
-            process.kill() if layout.ranks == 1 else process.terminate()
+            if number != signal.SIGUSR1:  # a notice, which may come again
+                killed = True
+                _kill_tree(process.pid)
             return
         asked = True
         folder.stop.touch()
         print("stopping: the run saves a checkpoint first; once more ends it at once", file=sys.stderr, flush=True)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, stop)
     process = subprocess.Popen(
-        layout.command(arguments), env=layout.environment(), start_new_session=True, preexec_fn=_die_with_parent
+        layout.command(arguments), env=layout.environment(), start_new_session=True, preexec_fn=_before_torchrun
     )
     code = process.wait()
     if asked:
-        folder.stop.unlink(missing_ok=True)  # honoured, or too late to be
+        folder.stop.unlink(missing_ok=True)  # the run has stopped, or it came too late
+    if killed:
+        return INTERRUPTED
     if layout.ranks == 1:
         return code if code >= 0 else FAILED  # below 0: a signal's
     said = folder.read_exit()
@@ -207,8 +214,37 @@ def examine(arguments: Sequence[str], layout: Layout) -> int:
     return BAD_INPUT if failed or process.returncode else DONE
 
 
-def _die_with_parent() -> None:
-    """In the child, before exec: TERM for it when its parent is gone, however that happened."""
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Around what comes before the ranks, with nothing to save: TERM and USR1 raise KeyboardInterrupt as Ctrl-C does;
+    one more signal ends the process at once."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in STOP_SIGNALS:
+            signal.signal(each, lambda *_: os._exit(INTERRUPTED))
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _kill_tree(pid: int) -> None:
+    """KILL for a process and all that it started; torchrun itself would give its ranks 30 s."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for each in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+
+
+def _before_torchrun() -> None:
+    """In the child, before exec: TERM for it when its parent is gone, however that happened; torchrun would die of USR1
+    and leave its ranks behind, so that it, and ranks that do not train yet, ignore that."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -222,7 +258,8 @@ def main(arguments: Sequence[str]) -> int:
         layout = read_layout()
         if arguments[0] == "doctor":
             return examine(arguments, layout)
-        folder = prepare(arguments, layout, "launch/torchrun.sh")
+        with interruptible():
+            folder = prepare(arguments, layout, "launch/torchrun.sh")
         code = supervise(arguments, layout, folder)
         if layout.ranks > 1 and code != DONE:  # below what torchrun says of it
             print(f"launch/torchrun.sh: {describe_exit(folder)}", file=sys.stderr)
@@ -230,6 +267,9 @@ def main(arguments: Sequence[str]) -> int:
     except VitscaleError as error:
         print(redact(f"launch/torchrun.sh: error: {error}"), file=sys.stderr)
         return STOPPED if error.requeues else BAD_INPUT
+    except KeyboardInterrupt:
+        print("launch/torchrun.sh: stopped before there were ranks", file=sys.stderr)
+        return STOPPED
 
 
 if __name__ == "__main__":
