@@ -108,7 +108,7 @@ class SlurmCluster:
         """sbatch; the job's number."""
         return int(self.command("sbatch", "--parsable", *arguments, cwd=cwd, **environment))
 
-    def state(self, job: int) -> dict[str, str]:
+    def state(self, job: int | str) -> dict[str, str]:
         """The fields of `scontrol show job`."""
         shown = self.command("scontrol", "show", "job", "--oneliner", str(job))
         return dict(field.split("=", 1) for field in shown.split() if "=" in field)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.integration.processes import ranks_of
@@ -92,6 +93,29 @@ def test_term_saves_and_the_same_command_goes_on(config: Path, launched: list[La
     assert second.wait() == 0, second.log.read_text()
     assert list(losses(second.run)) == list(range(1, STEPS + 1))
     assert len(list((second.run / "launch").iterdir())) == 2
+
+
+def test_usr1_to_all_is_a_request_and_a_second_ctrl_c_ends_them(config: Path, launched: list[Launched]) -> None:
+    """torchrun, which would die of USR1, ignores it; the ranks have no 30 s in which they are waited for."""
+    launch = Launched(config, "train.steps=100000", "data.threads=1")
+    launched.append(launch)
+    launch.wait_for_steps(3)
+    (torchrun,) = psutil.Process(launch.process.pid).children()
+    torchrun.send_signal(signal.SIGUSR1)
+    reached = losses(launch.run)
+    launch.wait_for_steps(len(reached) + 3)
+    for pid in launch.ranks():
+        os.kill(pid, signal.SIGSTOP)  # they cannot answer
+    launch.process.send_signal(signal.SIGUSR1)
+    launch.process.send_signal(signal.SIGUSR1)  # once more is no insisting
+    deadline = time.monotonic() + 60
+    while not (launch.run / "stop").exists():
+        assert time.monotonic() < deadline, launch.log.read_text()
+        time.sleep(0.05)
+    assert launch.process.poll() is None
+    launch.process.send_signal(signal.SIGINT)
+    assert launch.wait() == 130, launch.log.read_text()
+    launch.wait_for_nobody()
 
 
 def test_bad_input_on_the_ranks_is_the_last_line(config: Path, launched: list[Launched]) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,9 @@ def slurm(slurm_required: bool, tmp_path_factory: pytest.TempPathFactory) -> Ite
 class Submitted:
     """A job of 2 nodes x 2 ranks, submitted as a user would, and its run."""
 
-    def __init__(self, slurm: SlurmCluster, folder: Path, config: Path, shards: Path, *more: str) -> None:
+    def __init__(
+        self, slurm: SlurmCluster, folder: Path, config: Path, shards: Path, *more: str, array: str | None = None
+    ) -> None:
         self.slurm, self.folder = slurm, folder
         self.log, self.run = folder / "job.log", folder / "runs" / "run"
         environment = {
@@ -49,6 +52,7 @@ class Submitted:
             "CUDA_VISIBLE_DEVICES": "",
         }
         flags = ("--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=1", f"--output={self.log}")
+        flags += () if array is None else (f"--array={array}",)
         arguments = (*flags, str(SCRIPT), f"train.steps={STEPS}", *more)
         self.job = slurm.submit(*arguments, cwd=folder, environment=environment)
 
@@ -146,6 +150,27 @@ def test_a_preempted_job_goes_on(slurm: SlurmCluster, config: Path, shards: Path
     ended = job.wait_for_end()
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0")
     job.assert_whole()
+
+
+@pytest.mark.full
+def test_an_array_of_two_configs(slurm: SlurmCluster, config: Path, shards: Path, tmp_path: Path) -> None:
+    """Each a run of its own; a stopped one is requeued, and the other one left alone."""
+    for task in (0, 1):
+        (tmp_path / f"config-{task}.yaml").write_text(config.read_text())
+    array = Submitted(slurm, tmp_path, tmp_path / "config-%a.yaml", shards, "run.name=run-%a", array="0-1")
+    runs = [tmp_path / "runs" / f"run-{task}" for task in (0, 1)]
+
+    def steps(run: Path) -> int:
+        return len((run / "metrics.jsonl").read_text().splitlines()) if (run / "metrics.jsonl").exists() else 0
+
+    slurm.wait_for("both runs", lambda: min(map(steps, runs)) >= 3, 240, array.log)
+    slurm.command("scancel", "--signal=USR1", "--batch", f"{array.job}_1")
+    first, second = (partial(slurm.state, f"{array.job}_{task}") for task in (0, 1))
+    slurm.wait_for("a requeue", lambda: second()["Restarts"] == "1", 120, array.log)
+    slurm.wait_for("the end", lambda: first()["JobState"] == second()["JobState"] == "COMPLETED", 300, array.log)
+    assert (first()["Restarts"], second()["Restarts"]) == ("0", "1")
+    for run in runs:
+        assert sorted(losses(run)) == list(range(1, STEPS + 1))
 
 
 @pytest.mark.full

@@ -11,7 +11,7 @@ from tests.files.web import served, status
 from vitscale.errors import LaunchError
 from vitscale.files import retry
 from vitscale.launch import torchrun
-from vitscale.launch.slurm import finish, job_state, main, rendezvous_port, slurm_layout
+from vitscale.launch.slurm import finish, job_name, job_state, main, rendezvous_port, slurm_layout
 from vitscale.run_folder import RunFolder
 
 
@@ -51,6 +51,14 @@ def test_ports_differ_between_jobs_and_their_restarts() -> None:
 )
 def test_job_state(shown: str, state: str) -> None:
     assert job_state(shown) == state
+
+
+def test_a_job_of_an_array_is_named_by_its_task() -> None:
+    """SLURM_JOB_ID of the last one is the number of the whole array."""
+    os.environ["SLURM_JOB_ID"] = "7"
+    assert job_name() == "7"
+    os.environ.update(SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="0")
+    assert job_name() == "7_0"
 
 
 @pytest.mark.parametrize(("code", "reason"), [(0, "done"), (1, "OSError"), (2, "data.train: nothing there")])
