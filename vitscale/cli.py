@@ -273,22 +273,15 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--out", metavar="FOLDER", help="for scores and figures (default: the run's own folder)")
     inference.takes_set(added)
     added.add_argument("--show", action="store_true", help="print the scores that are there, without work")
-    added = verb("report", _report, "what a run came to, as one report.html")
-    added.add_argument("run", metavar="RUN_FOLDER")
-    added = verb("stop", _stop, "ask a run to save and stop")
-    added.add_argument("run", metavar="RUN_FOLDER")
-    added = verb("save", _save, "ask a run to save and go on; waits for the checkpoint")
-    added.add_argument("run", metavar="RUN_FOLDER")
-    added = verb("sync", _sync, "send what MLflow has missed")
-    added.add_argument("run", metavar="RUN_FOLDER")
-    for register in (
-        looking.register,
-        checkpoints.register,
-        conversion.register,
-        inference.register,
-        inspection.register,
+    for name, run, text in (
+        ("report", _report, "what a run came to, as one report.html"),
+        ("stop", _stop, "ask a run to save and stop"),
+        ("save", _save, "ask a run to save and go on; waits for the checkpoint"),
+        ("sync", _sync, "send what MLflow has missed"),
     ):
-        register(verb)
+        verb(name, run, text).add_argument("run", metavar="RUN_FOLDER")
+    for module in (looking, checkpoints, conversion, inference, inspection):
+        module.register(verb)
     export.register(verb, _export_run)
     added = verb("chaos", _chaos, "break runs on purpose and see whether they end as an unbroken one does")
     _takes_kinds(added)
