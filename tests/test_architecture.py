@@ -22,7 +22,9 @@ PACKAGE = ROOT / "vitscale"
 
 # Two columns on common ground. Each room may import those on the lines above it in its own column, and all of the
 # common ground; rooms on one line never import each other. The top may import everything above it.
-COMMON: Column = ({"errors", "text"}, {"faults"}, {"world", "rng", "run_folder"}, {"files"}, {"config"})
+COMMON: Column = (
+    {"errors", "text"}, {"faults", "heartbeat", "lease"}, {"world", "rng", "run_folder"}, {"files"}, {"config"},
+)  # fmt: skip
 TRAINING: Column = (
     {"data", "augment", "models", "checkpoint", "tracking"}, {"prepare"}, {"engine", "launch"}, {"evaluation"}, {"run"},
 )  # fmt: skip

@@ -11,6 +11,7 @@ import pytest
 
 from vitscale.errors import LaunchError
 from vitscale.files.atomic import write_atomically
+from vitscale.lease import FolderInUse
 from vitscale.run_folder import RunFolder
 
 
@@ -28,19 +29,15 @@ def test_second_run_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
         time.sleep(0.01)
     with pytest.raises(LaunchError, match=rf"process {holder.pid} on .*vitscale stop"), RunFolder(tmp_path).locked():
         pass
-    with pytest.raises(LaunchError), RunFolder(tmp_path).locked(shared=True):
-        pass
+    with pytest.raises(FolderInUse):
+        RunFolder(tmp_path).require_free()
     assert holder.pid is not None
     assert RunFolder(tmp_path).owner().startswith(f"process {holder.pid} on ")
     threading.Timer(0.5, os.kill, (holder.pid, signal.SIGKILL)).start()
-    with RunFolder(tmp_path).locked(patience_s=60):
+    RunFolder(tmp_path).require_free(patience_s=60)
+    with RunFolder(tmp_path).locked():
         assert RunFolder(tmp_path).owner().startswith(f"process {os.getpid()} on ")
     holder.join()
-
-
-def test_launchers_look_at_the_same_time(tmp_path: Path) -> None:
-    with RunFolder(tmp_path).locked(shared=True), RunFolder(tmp_path).locked(shared=True):
-        pass
 
 
 def test_the_first_to_say_why_is_heard(tmp_path: Path) -> None:

@@ -25,9 +25,10 @@ from vitscale.errors import VitscaleError
 from vitscale.export import command as export
 from vitscale.inference import command as inference
 from vitscale.inspection import command as inspection
+from vitscale.lease import FolderInUse
 from vitscale.run import checkpoint_command as checkpoints
 from vitscale.run import command as looking
-from vitscale.run_folder import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED, FolderInUse, RunFolder
+from vitscale.run_folder import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED, RunFolder
 from vitscale.text import did_you_mean, ignore_warnings_of_pillow, nowhere, redact, to_stderr, tolerate_any_text
 
 if TYPE_CHECKING:
@@ -176,18 +177,15 @@ def _save(arguments: argparse.Namespace) -> int:
 def _require_running(folder: RunFolder, request: Path) -> None:
     """VitscaleError where no run would see this file."""
     if not _is_running(folder):
-        raise VitscaleError(
-            f"{folder.path}: no run holds this folder, so there is nothing to {request.name} (on a file system whose "
-            f"locks other nodes do not see: touch {request})"
-        )
+        raise VitscaleError(f"{folder.path}: no run holds this folder, so there is nothing to {request.name}")
 
 
 def _is_running(folder: RunFolder) -> bool:
     try:
-        with folder.locked(shared=True):
-            return False
+        folder.require_free()
     except FolderInUse:
         return True
+    return False
 
 
 def _sync(arguments: argparse.Namespace) -> int:

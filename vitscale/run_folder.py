@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
-import sys
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from vitscale.errors import LaunchError
+from vitscale.lease import Lease, holder, require_free, take
 from vitscale.text import redact
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 3  # exit codes; STOPPED is to be requeued
 INTERRUPTED = 130  # ended at once by a second Ctrl-C, as a shell counts SIGINT
-
-
-def _no_link(path: str, flags: int) -> int:
-    """Open a file, not what a link in its place leads to: whoever can write the folder must not have others emptied."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
-class FolderInUse(LaunchError):
-    """Another process runs in this folder."""
 
 
 @dataclass(frozen=True)
@@ -114,60 +103,40 @@ class RunFolder:
     def exit(self) -> Path:
         return self.path / "exit.json"
 
-    @property
-    def lock(self) -> Path:
-        return self.path / "lock"
+    @contextlib.contextmanager
+    def locked(self, job: str | None = None) -> Iterator[Lease]:
+        """Hold the folder for this process while the context lasts; job: of the scheduler, for messages.
+
+        Raises FolderInUse, naming host and process, where another run holds it, LaunchError where the folder cannot be
+        written.
+        """
+        with self._writable():
+            lease = take(self.path, job)
+        try:
+            yield lease
+        finally:
+            lease.release()
+
+    def require_free(self, patience_s: float = 0.0) -> None:
+        """Make the folder, and see that no run has it: FolderInUse where one still does after `patience_s`."""
+        with self._writable():
+            require_free(self.path, patience_s)
+
+    def owner(self) -> str:
+        """What the process that holds the folder, or held it last, wrote of itself; no two starts write the same."""
+        return holder(self.path)
 
     @contextlib.contextmanager
-    def locked(self, shared: bool = False, patience_s: float = 0.0) -> Any:
-        """Hold the folder for this process while the context lasts; the kernel lets go of it for a dead one.
-
-        A launcher holds it `shared` for a moment, to see that no run has it; with `patience_s` it waits so
-        long, since a file server keeps a dead node's lock for a while. Raises FolderInUse, naming host and
-        process, where another run holds it, LaunchError where the folder cannot be written.
-        """
+    def _writable(self) -> Iterator[None]:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            stream = open(self.lock, "a+", encoding="utf-8", opener=_no_link)  # noqa: SIM115 - closed below
+            yield
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG and os.path.isdir(self.path.parent):
                 raise LaunchError(f"run.name={self.path.name!r}: is too long for a folder's name; shorten it") from None
             raise LaunchError(
                 f"run.dir={str(self.path.parent)!r}: cannot be written ({error}); name a folder of your own"
             ) from None
-        with stream:
-            deadline = time.monotonic() + patience_s
-            while True:
-                try:
-                    self._take(stream, shared)
-                    break
-                except FolderInUse:
-                    if time.monotonic() >= deadline:
-                        raise
-                    time.sleep(1)
-            yield
-
-    def owner(self) -> str:
-        """What the process that holds the folder, or held it last, wrote of itself; no two starts write the same."""
-        return self.lock.read_text(encoding="utf-8").strip() if self.lock.exists() else "nobody"
-
-    def _take(self, stream: IO[str], shared: bool) -> None:
-        try:
-            fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.seek(0)
-            holder = stream.read().strip() or "another process"
-            raise FolderInUse(
-                f"run.name={self.path.name!r}: {self.path} is in use by {holder}; wait for it, "
-                f"stop it with `vitscale stop {self.path}`, or choose another run.name"
-            ) from None
-        except OSError as error:  # a file system without locks, say Lustre mounted without flock
-            print(f"{stream.name}: cannot be locked ({error}); take care that one run uses the folder", file=sys.stderr)
-        if not shared:
-            stream.truncate(0)
-            stream.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now().isoformat(' ')}\n")
-            stream.flush()
-            os.fsync(stream.fileno())  # other nodes look whether they see it too
 
     def clear_exit(self) -> None:
         """Take away what an earlier start said of its end."""

@@ -22,6 +22,7 @@ from typing import Any
 
 from vitscale.errors import LaunchError
 from vitscale.faults import arm
+from vitscale.heartbeat import start as start_heartbeat
 from vitscale.text import SECRET_NAME, hide, listed, redact, to_stderr
 
 _START = "start the processes with launch/torchrun.sh, launch/slurm.sh or torchrun"
@@ -39,6 +40,7 @@ _PERIOD = "cpu.cfs_period_us"
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what stops a run
 FAULT = "VITSCALE_FAULT"  # see faults.py
 SUPERVISED = "VITSCALE_SUPERVISED"  # set by launch/torchrun.py for its ranks
+HEARTBEAT = "VITSCALE_HEARTBEAT"  # the folder of heartbeats of this node's ranks, likewise
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class World:
     local_world_size: int = 1
     device: str = "cpu"  # "cpu" or "cuda"
     supervised: bool = False  # by our launcher, which reads exit.json instead of the ranks' exit codes
+    job: str | None = None  # Slurm's number of it, for messages
 
     @property
     def is_main(self) -> bool:
@@ -93,7 +96,7 @@ def _quota(own: Path, mounted: Path) -> float:
 def read_world() -> World:
     """The World that a launcher's variables tell: torchrun's, or Kubeflow's, which have no local ones; without them a
     single process. LaunchError for variables that contradict each other."""
-    single = World(device=local_device(), supervised=SUPERVISED in os.environ)
+    single = World(device=local_device(), supervised=SUPERVISED in os.environ, job=os.environ.get("SLURM_JOB_ID"))
     if not os.environ.get("RANK") or not os.environ.get("WORLD_SIZE"):
         return single
     rank, world_size = _integer("RANK"), _integer("WORLD_SIZE")
@@ -145,6 +148,8 @@ def enter(on_ranks: bool = False) -> World:
         del os.environ[name]
     os.environ |= told
     arm(os.environ.get(FAULT, ""), world.rank)
+    if on_ranks:
+        start_heartbeat(os.environ.get(HEARTBEAT), world.rank)
     _settle_threads(world)
     os.environ["MPLBACKEND"] = "agg"  # Jupyter leaves its own to what it starts
     for name, value in _defaults(world).items():

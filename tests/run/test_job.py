@@ -15,8 +15,9 @@ from vitscale.config.schema import Checkpoint, Data, Guard, Log, Run, RunConfig,
 from vitscale.engine import digest
 from vitscale.engine.loop import TrainState, every_n_steps
 from vitscale.errors import ConfigError
+from vitscale.lease import FolderInUse
 from vitscale.run.job import Job, pretrain, run_locked
-from vitscale.run_folder import BAD_INPUT, DONE, FAILED, FolderInUse
+from vitscale.run_folder import BAD_INPUT, DONE, FAILED
 from vitscale.tracking.meters import Meters
 from vitscale.world import World
 

@@ -233,11 +233,19 @@ class Parallel:
     offload_optimizer: bool = False  # ZeRO 1 to 3: Adam's state and step on the CPU
     bucket_elements: int = 25_000_000  # gradients reduced at once; small enough to overlap backward
     timeout_s: int = 600  # a collective that takes longer ends the run
+    patience_s: float | None = None  # for a rank that hangs; null: the lesser of 60 s and half of timeout_s
 
     def __post_init__(self) -> None:
         require(self.zero_stage in (0, 1, 2, 3), "parallel.zero_stage", self.zero_stage, "0, 1, 2 or 3")
         require(self.bucket_elements > 0, "parallel.bucket_elements", self.bucket_elements, "above 0")
         require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "above 0 seconds")
+        patience_s = self.patience_s
+        require(patience_s is None or patience_s > 0, "parallel.patience_s", patience_s, "above 0 seconds or null")
+
+    @property
+    def hang_s(self) -> float:
+        """After how many seconds without a sign of life a rank hangs: before gloo or NCCL give up."""
+        return self.patience_s or min(60.0, self.timeout_s / 2)
 
 
 @dataclass(frozen=True)

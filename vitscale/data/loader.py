@@ -22,11 +22,11 @@ from vitscale.data.crop import Crop
 from vitscale.data.index import ShardIndex, require_labels
 from vitscale.data.labels import LabelReader
 from vitscale.data.order import SampleOrder
-from vitscale.data.reader import STACKS
 from vitscale.data.wire import FREE, Alive, Failed, Filled, Work, receive, send
 from vitscale.errors import DataError, StorageError
 from vitscale.files.decode import choose_decoder
 from vitscale.files.shared_memory import SharedMemory
+from vitscale.heartbeat import STACKS, beat
 from vitscale.text import to_stderr
 from vitscale.world import World, start_helper
 
@@ -213,6 +213,7 @@ class Loader:
             self._restart()
             return
         self._lives = True
+        beat()
         if not isinstance(message, Alive):
             self._arrived[message.number] = message
             self._filling.pop(message.number % len(self._memories), None)

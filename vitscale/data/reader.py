@@ -11,7 +11,6 @@ from __future__ import annotations
 import faulthandler
 import os
 import select
-import signal
 import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +25,12 @@ from vitscale.data.wire import FREE, Alive, Failed, Filled, Work, receive, send
 from vitscale.errors import VitscaleError
 from vitscale.files.retry import activity, retries
 from vitscale.files.shared_memory import SharedMemory
+from vitscale.heartbeat import STACKS
 from vitscale.text import ignore_warnings_of_pillow
 from vitscale.world import ignore_stops
 
 _LIFE_EVERY_S = 0.25
 _SWITCH_S = 0.0005  # a thread that has decoded waits so long for another one's Python, not 5 ms
-STACKS = signal.SIGUSR2  # prints where every thread stands
 
 
 class _Reader:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vitscale import heartbeat
 from vitscale.engine.engine import Engine, Inputs
 
 
@@ -20,6 +21,7 @@ class DDPEngine(Engine):
     def _forward_backward(self, inputs: Inputs, last: bool) -> Any:
         with self._reduced_at(last):
             output = self.model(**inputs)
+            heartbeat.advance()  # from here on the others may be waited for
             (output.loss / self.accumulation).backward()
         return output
 

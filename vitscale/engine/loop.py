@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
+from vitscale import heartbeat
 from vitscale.config.schema import RunConfig
 from vitscale.engine.engine import Engine, Inputs, StepResult
 from vitscale.engine.exchange import Consumed, StepDetails, StepExchange
@@ -155,6 +156,7 @@ class TrainingLoop:
             self.startup.end("first step")
             wishes = self._agree()  # on the step before
             state.step += 1
+            heartbeat.stepped(state.step)
             state.samples += batch
             state.epoch = consumed[0].epoch
             self._tell(result, consumed)
@@ -176,7 +178,7 @@ class TrainingLoop:
             if not is_due(task):
                 continue
             try:
-                with self.meters.measure(task.name):
+                with self.meters.measure(task.name), heartbeat.phase(task.name):
                     task.run(self.state, row)
             except StopRequested:
                 names = [each.name for each in self.tasks[place:] if is_due(each)]
@@ -196,7 +198,8 @@ class TrainingLoop:
 
         def pull() -> Iterator[Inputs]:
             for _ in range(self.engine.accumulation):
-                micro_batch = self._waiting.pop() if self._waiting else next(self.feed)
+                with heartbeat.phase("data"):
+                    micro_batch = self._waiting.pop() if self._waiting else next(self.feed)
                 consumed.append(
                     Consumed(micro_batch.names, micro_batch.replaced, micro_batch.epoch, micro_batch.retries)
                 )

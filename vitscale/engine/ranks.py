@@ -7,18 +7,22 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from vitscale import heartbeat
 from vitscale.engine.preempt import POLL_SECONDS, StopRequested
 from vitscale.errors import LaunchError
 from vitscale.text import listed
 from vitscale.world import World, host, meeting_place, meeting_store, network_interface
 
+_exchange = partial(heartbeat.phase, "exchange")
 _joins = itertools.count()  # of this process: each has keys of its own in the store
 
 
@@ -35,6 +39,8 @@ class ProcessRanks:
         self.world_size = dist.get_world_size() if distributed else 1
         self.stop_requested: Callable[[], bool] | None = None  # in training: what `check_stop` asks
         self._calls, self._left, self._checked = 1, 1, time.monotonic()  # between two exchanges of `check_stop`
+        # The heartbeat is the main thread's.
+        self._waiting: Callable[[], AbstractContextManager[None]] = nullcontext if apart else _exchange
         self._group: Any = None
         if self.world_size > 1:
             # NCCL would need the values on the GPU, and would queue behind its kernels.
@@ -49,7 +55,8 @@ class ProcessRanks:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._group)
+        with self._waiting():
+            dist.all_gather_object(values, value, group=self._group)
         return values
 
     def collect(self, value: Any) -> list[Any]:
@@ -57,7 +64,8 @@ class ProcessRanks:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size if self.rank == 0 else []
-        dist.gather_object(value, values if self.rank == 0 else None, dst=0, group=self._group)
+        with self._waiting():
+            dist.gather_object(value, values if self.rank == 0 else None, dst=0, group=self._group)
         return values
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -70,7 +78,8 @@ class ProcessRanks:
         names = sorted(values)
         local = torch.tensor([values[name] for name in names], dtype=torch.float64)
         of_ranks = [torch.empty_like(local) for _ in range(self.world_size)]
-        dist.all_gather(of_ranks, local, group=self._group)
+        with self._waiting():
+            dist.all_gather(of_ranks, local, group=self._group)
         totals = torch.zeros_like(local)
         for of_rank in of_ranks:
             totals += of_rank
@@ -88,7 +97,8 @@ class ProcessRanks:
         if self.world_size == 1:
             return
         summed = value.detach().cpu()
-        dist.all_reduce(summed, group=self._group)
+        with self._waiting():
+            dist.all_reduce(summed, group=self._group)
         value.detach().copy_(summed)
 
     def have_same(self, digest: bytes) -> bool:
@@ -106,17 +116,19 @@ class ProcessRanks:
             assert data is not None
             return data
         size = torch.tensor([len(data) if data is not None else 0])
-        dist.broadcast(size, src=source, group=self._group)
-        content = torch.empty(int(size), dtype=torch.uint8)
-        if data is not None:
-            content.copy_(torch.tensor(np.frombuffer(data, dtype=np.uint8)))
-        dist.broadcast(content, src=source, group=self._group)
+        with self._waiting():
+            dist.broadcast(size, src=source, group=self._group)
+            content = torch.empty(int(size), dtype=torch.uint8)
+            if data is not None:
+                content.copy_(torch.tensor(np.frombuffer(data, dtype=np.uint8)))
+            dist.broadcast(content, src=source, group=self._group)
         return content.numpy().tobytes()
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world_size > 1:
-            dist.barrier(group=self._group)
+            with self._waiting():
+                dist.barrier(group=self._group)
 
     def check_stop(self) -> None:
         """Call this between the parts of long work, equally often on all ranks: StopRequested on all of them, at the
@@ -143,13 +155,15 @@ class PendingSum:
         self._names = sorted(values)
         self._sums = torch.tensor([values[name] for name in self._names], dtype=torch.float64)
         self._work: dist.Work | None = None
+        self._waiting = ranks._waiting
         if ranks.world_size > 1:
             self._work = dist.all_reduce(self._sums, group=ranks._group, async_op=True)
 
     def finish(self) -> dict[str, float]:
         """The sums, once they are there."""
         if self._work is not None:
-            self._work.wait()
+            with self._waiting():
+                self._work.wait()
         return dict(zip(self._names, self._sums.tolist(), strict=True))
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
+from vitscale import heartbeat
 from vitscale.engine.ema import Ema
 from vitscale.engine.ranks import ProcessRanks
 
@@ -89,6 +90,7 @@ def sum_measures(
     sums: dict[str, torch.Tensor] = {}
     for _ in range(forwards):
         check_stop()
+        heartbeat.beat()
         fresh = next(source, None)
         last = last if fresh is None else fresh
         assert last is not None, "a rank without a batch cannot take part in an evaluation"

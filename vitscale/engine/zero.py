@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vitscale import heartbeat
 from vitscale.engine import zero_state
 from vitscale.engine.engine import Engine, Inputs
 
@@ -29,6 +30,7 @@ class ZeroEngine(Engine):
         # Pixels stay fp32: the model casts them where they meet its weights, and its targets stay exact.
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
         output = self.engine(**inputs)
+        heartbeat.advance()  # from here on the others may be waited for, at stage 3 before it too
         self.engine.backward(output.loss)  # divides by the accumulation steps of its config
         return output
 

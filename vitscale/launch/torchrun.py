@@ -19,6 +19,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,10 +34,11 @@ from vitscale.data.handover import hand_over
 from vitscale.data.index import open_index, store_of
 from vitscale.errors import ConfigError, LaunchError, VitscaleError
 from vitscale.launch.snapshot import keep_snapshot
+from vitscale.launch.watchdog import watch
 from vitscale.prepare.image_folder import PACKED, pack_folder, packed_sources
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED, RunFolder
 from vitscale.text import redact
-from vitscale.world import SUPERVISED, World, child_environment, hide_secrets, local_device
+from vitscale.world import HEARTBEAT, SUPERVISED, World, child_environment, hide_secrets, local_device
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -130,20 +132,20 @@ def prepare(arguments: Sequence[str], layout: Layout, script: str, patience_s: f
     if arguments[0] == "pretrain":  # finetune's keys are complete once the encoder is looked at
         check_config(config, layout.world())
     folder = RunFolder.at(config.run.dir, config.run.name)
-    with folder.locked(shared=True, patience_s=patience_s):
-        folder.clear_exit()
-        folder.clear_requests()
-        train = config.data.train
-        if arguments[0] == "finetune":
-            pack_folder(train, folder.path / PACKED)
-            train = packed_sources(train, folder.path / PACKED)
-        if train:  # without any, the run itself says what to give
-            data = replace(config.data, train=train)
-            index = open_index(
-                train, data.index, folder.path, label=data.label_extension, image=data.image, store=store_of(data)
-            )
-            hand_over(index, data, folder.path)
-        keep_snapshot(folder, Path(arguments[1]), [script, *arguments])
+    folder.require_free(patience_s)
+    folder.clear_exit()
+    folder.clear_requests()
+    train = config.data.train
+    if arguments[0] == "finetune":
+        pack_folder(train, folder.path / PACKED)
+        train = packed_sources(train, folder.path / PACKED)
+    if train:  # without any, the run itself says what to give
+        data = replace(config.data, train=train)
+        index = open_index(
+            train, data.index, folder.path, label=data.label_extension, image=data.image, store=store_of(data)
+        )
+        hand_over(index, data, folder.path)
+    keep_snapshot(folder, Path(arguments[1]), [script, *arguments])
     return folder
 
 
@@ -178,10 +180,12 @@ def supervise(arguments: Sequence[str], layout: Layout, folder: RunFolder) -> in
 
     for number in STOP_SIGNALS:
         signal.signal(number, stop)
-    process = subprocess.Popen(
-        layout.command(arguments), env=layout.environment(), start_new_session=True, preexec_fn=_before_torchrun
-    )
-    code = process.wait()
+    with tempfile.TemporaryDirectory(prefix="vitscale-") as pulses:
+        environment = layout.environment() | {HEARTBEAT: pulses}
+        process = subprocess.Popen(
+            layout.command(arguments), env=environment, start_new_session=True, preexec_fn=_before_torchrun
+        )
+        code = watch(process, Path(pulses), read_config(arguments), folder)
     if asked:
         folder.stop.unlink(missing_ok=True)  # the run has stopped, or it came too late
     if killed:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from vitscale import __version__
+from vitscale import __version__, heartbeat
 from vitscale.augment.feed import DeviceFeed
 from vitscale.augment.pipeline import Augment
 from vitscale.checkpoint.store import Checkpoint
@@ -33,6 +33,7 @@ from vitscale.faults import fault_point
 from vitscale.files.atomic import write_atomically
 from vitscale.files.header import CAUSES
 from vitscale.launch.snapshot import code_version, commit
+from vitscale.lease import FolderLost, Lease
 from vitscale.models.auto import new_model
 from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.run.export import export_run
@@ -84,18 +85,23 @@ def run_locked(job: Job) -> int:
     folder, world = job.folder, job.world
     with contextlib.ExitStack() as stack:
         if world.is_main:
-            stack.enter_context(folder.locked())
+            job.lease = stack.enter_context(folder.locked(world.job))
+            job.owner = folder.owner()
             if not world.supervised:  # else the launcher has cleared both, and what came since then counts
                 folder.clear_exit()
                 folder.clear_requests()
         try:
             return job.run()
+        except FolderLost:
+            raise  # exit.json there is another run's
         except VitscaleError as error:
+            job.require_owner()
             # The first rank to fail says why; the others fail because of it, or with the same words.
             first = folder.write_exit(STOPPED if error.requeues else BAD_INPUT, None, str(error))
             error.reported = not first
             raise
         except Exception as error:
+            job.require_owner()
             first = folder.write_exit(FAILED, None, f"{type(error).__name__}: {error}")
             exit_record = None if first else folder.read_exit()
             if exit_record is None:
@@ -117,6 +123,8 @@ class Job:
         self.folder = RunFolder.at(config.run.dir, config.run.name)
         self._startup = StartUp()
         self._startup_seconds: dict[str, float] = {}  # of its parts, on the slowest rank of each
+        self.lease: Lease | None = None  # rank 0's
+        self.owner: str | None = None  # who this run has agreed to hold the folder
         self._reader_memory = 0  # the most that the process which reads for this rank has had
 
     def run(self) -> int:
@@ -131,6 +139,7 @@ class Job:
             refuse_the_same_end(self.folder, self.config)
             self.prepare()
         session = open_session(self.config, self.world, self.folder, startup, stop, self.look_at_data, self.adapts)
+        self.owner = session.folder.owner()
         fault_point("joined")
         model = self.build(session)
         parameters = model.num_parameters()  # ZeRO-3 leaves none of them whole
@@ -195,11 +204,13 @@ class Job:
         config, scoring, probes = session.config, Scoring(session), Probes(session)
 
         def log(state: TrainState, row: dict[str, Any]) -> None:
+            self.require_lease()
             # A row that waited for this start has figures of its own.
             records.log({"save_failures": saves.failures} | meters.read() | row)
             fault_point("row")
 
         def save(state: TrainState, row: dict[str, Any]) -> None:
+            self.require_lease()
             records.sync()  # a checkpoint must not know of rows that a power cut can take
             saves.run(state, scoring.is_best(state.step))
             if config.train.compile:
@@ -308,6 +319,8 @@ class Job:
             except Diverged as diverged:
                 saves.wait()
                 raise after_divergence(session, state.shift, diverged) from None
+            finally:
+                heartbeat.enter("end")
             saves.finish(state)
             self._reader_memory = loader.reader_memory()
             return done
@@ -327,6 +340,17 @@ class Job:
             tags["vitscale.parent_checkpoint"] = config.model.init_from or ""
         logged = state.step - (state.pending is not None)
         return Records(session.folder, config, session.world, session.total_steps, state.step, logged, tags)
+
+    def require_lease(self) -> None:
+        """Before rank 0 writes into the folder: FolderLost if another run has it by now."""
+        if self.lease is not None:
+            self.lease.require()
+
+    def require_owner(self) -> None:
+        """On a rank that failed, perhaps since rank 0 has lost the folder: FolderLost if another run has it by now."""
+        owner = self.folder.owner()
+        if self.owner not in (None, owner):
+            raise FolderLost(f"{self.folder.path}: {owner} has taken the run")
 
     def _is_finished(self, session: Session, state: TrainState) -> bool:
         """Whether an earlier start wrote the summary, which comes last; rank 0 looks. A collective."""
