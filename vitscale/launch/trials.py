@@ -35,7 +35,7 @@ objective:
 data: {{train: ["{shards}"], lanes: 4, window: 64, threads: 1}}
 optimizer: {{lr: 1.0e-3, lr_batch: null, warmup: 0.1}}
 train: {{global_batch: 64, micro_batch: 16, steps: {steps}}}
-parallel: {{zero_stage: {stage}, timeout_s: 60}}
+parallel: {{zero_stage: {stage}, timeout_s: 60, patience_s: 10}}
 checkpoint: {{every_steps: {every}, keep: 2}}
 tracking: {{mlflow: false}}
 log: {{every_steps: 1, trace: true}}
