@@ -21,7 +21,7 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then set -- "${@//%a/$SLURM_ARRAY_TASK_ID}
 run='' step='' asked=''
 ask_to_stop() {
     asked=yes
-    if [ -n "$run" ]; then touch "$run/stop"; elif [ -n "$step" ]; then kill -TERM "$step"; fi
+    if [ -n "$run" ]; then touch "$run/stop"; elif [ -n "$step" ]; then kill -TERM "$step" 2>/dev/null; fi
 }
 trap ask_to_stop USR1 TERM
 finished() {  # the exit code of $step; a signal ends wait, not the step
@@ -35,7 +35,7 @@ answer=$(mktemp) || exit
 step=$!
 finished
 code=$?
-read -r run <"$answer"
+run=$(tail -n 1 "$answer")  # packing speaks too
 rm "$answer"
 [ -n "$run" ] || exit $code  # 0 where the job is requeued: it was asked to stop, or its storage did not answer
 if [ -n "$asked" ]; then touch "$run/stop"; fi

@@ -72,3 +72,14 @@ def test_save_waits_for_the_checkpoint_and_the_run_goes_on(
     assert len(list((run / "checkpoints").iterdir())) == 2
     assert main(["save", str(run)]) != DONE
     assert "no run holds this folder" in capsys.readouterr().err
+
+
+def test_stopped_as_soon_as_it_starts(launcher: Launcher, config: Path, tmp_path: Path) -> None:
+    """No rank waits for one that has left."""
+    run = tmp_path / "runs" / "run"
+    world = launcher.start(["pretrain", str(config), "train.steps=100000"], ranks=2)
+    wait_for(world, (run / "config.yaml").exists)  # the process group is there, the engine is not
+    (run / "stop").touch()
+    assert world.wait()[0] == STOPPED, world.output()
+    assert json.loads((run / "exit.json").read_text())["code"] == STOPPED
+    assert not (run / "stop").exists()

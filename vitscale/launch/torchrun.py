@@ -265,7 +265,7 @@ def main(arguments: Sequence[str]) -> int:
         with interruptible():
             folder = prepare(arguments, layout, "launch/torchrun.sh")
         code = supervise(arguments, layout, folder)
-        if layout.ranks > 1 and code != DONE:  # below what torchrun says of it
+        if layout.ranks > 1 and code not in (DONE, INTERRUPTED):  # below what torchrun says of it
             print(f"launch/torchrun.sh: {describe_exit(folder)}", file=sys.stderr)
         return code
     except VitscaleError as error:
