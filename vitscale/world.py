@@ -172,8 +172,8 @@ def open_files_limit(raised: bool = False) -> int:
     if raised and soft != hard:
         with contextlib.suppress(ValueError, OSError):  # `vitscale doctor` tells the limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            return hard
-    return soft
+            soft = hard
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 def host() -> str:

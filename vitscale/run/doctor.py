@@ -80,7 +80,7 @@ def doctor(config: RunConfig, world: World, packs: bool = False) -> int:
                 findings += _of_links(measure_links(ranks, world), world)
         failed = ranks.gather(any(finding.level == "FAILED" for finding in findings))[0]
         if world.is_main:
-            print(aligned([[level, what, printable(text)] for level, what, text in findings]), flush=True)
+            print(aligned([[level, what, printable(redact(text))] for level, what, text in findings]), flush=True)
         ranks.barrier()  # or torchrun would end rank 0 for the code of another before it has spoken
     return BAD_INPUT if failed else DONE
 
