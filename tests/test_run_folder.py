@@ -45,10 +45,23 @@ def test_the_first_to_say_why_is_heard(tmp_path: Path) -> None:
     assert folder.read_exit() is None
     assert folder.write_exit(2, 7, "a cut shard")
     assert not folder.write_exit(1, None, "connection closed by peer")
-    assert folder.read_exit() == {"code": 2, "step": 7, "reason": "a cut shard"}
+    assert folder.read_exit() == {"code": 2, "step": 7, "reason": "a cut shard", "attempt": ""}
+    assert folder.write_exit(1, 7, "once too often", replaces=True)
+    assert folder.read_exit() == {"code": 1, "step": 7, "reason": "once too often", "attempt": ""}
     folder.clear_exit()
     assert folder.read_exit() is None
     assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_a_record_that_comes_late_is_waited_for(tmp_path: Path) -> None:
+    """That of another attempt is none."""
+    folder = RunFolder(tmp_path, "2")
+    RunFolder(tmp_path, "1").write_exit(0, 5, "done")
+    assert folder.await_exit(0.1) is None
+    threading.Timer(0.3, folder.write_exit, (3, 9, "a rank is gone", True)).start()
+    record = folder.await_exit(60)
+    assert record is not None
+    assert (record["code"], record["attempt"]) == (3, "2")
 
 
 def test_write_atomically_leaves_one_file(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The command line: `vitscale VERB ...`. An error is one line and an exit code.
 
-Exit codes: 0 done, 2 bad config or input, 3 stopped on request with a checkpoint, 130 ended by Ctrl-C, 1 anything else.
+Exit codes: 0 done, 2 bad config or input, 3 to be started again (stopped on request with a checkpoint, or by the
+infrastructure), 130 ended by Ctrl-C, 1 anything else.
 Verbs import what they need when they run, so that `--help` answers at once.
 """
 
@@ -28,7 +29,7 @@ from vitscale.inspection import command as inspection
 from vitscale.lease import FolderInUse
 from vitscale.run import checkpoint_command as checkpoints
 from vitscale.run import command as looking
-from vitscale.run_folder import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED, RunFolder
+from vitscale.run_folder import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED, RunFolder, exit_code
 from vitscale.text import did_you_mean, ignore_warnings_of_pillow, nowhere, redact, to_stderr, tolerate_any_text
 
 if TYPE_CHECKING:
@@ -341,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Before there is a run folder all ranks fail alike, and rank 0 speaks; after, the first to fail does.
         if not getattr(error, "reported", not here.is_main):
             to_stderr(redact(f"vitscale: error: {error}"))
-        code = STOPPED if error.requeues else BAD_INPUT
+        code = exit_code(error)
         if here.world_size > 1:  # at once: with a process group that was not left, Python's own end may abort (SIGABRT)
             sys.stdout.flush()
             os._exit(code)

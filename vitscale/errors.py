@@ -1,12 +1,12 @@
 """What a user did or has that cannot work: each message names key, value, rule and way out.
 
-The command line prints such an error as one line and leaves with code 2 (3 for storage that failed). Anything else that
-is raised is a bug of ours (or the machine's) and keeps its traceback.
+The command line prints such an error as one line and leaves with code 2, or 3 where the infrastructure is at fault.
+Anything else that is raised is a bug of ours and keeps its traceback.
 """
 
 
 class VitscaleError(ValueError):
-    """Base of the errors that are the user's to mend."""
+    """Base of the errors that are not ours."""
 
     reported: bool  # set where it is known whether another rank has printed it
     requeues = False  # whether the same command may succeed later, with nothing mended: exit code 3 instead of 2
@@ -20,10 +20,14 @@ class DataError(VitscaleError):
     """Shards, an index, samples or labels."""
 
 
-class StorageError(VitscaleError):
-    """Storage that failed for longer than data.patience_s."""
+class InfrastructureError(VitscaleError):
+    """What a run depends on has failed under it: a rank, a node, the network, a device, storage."""
 
     requeues = True
+
+
+class StorageError(InfrastructureError):
+    """Storage that could not be written, or not be read for longer than data.patience_s."""
 
 
 class CheckpointError(VitscaleError):

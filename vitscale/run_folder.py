@@ -7,29 +7,39 @@ import errno
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitscale.errors import LaunchError
+from vitscale.errors import LaunchError, VitscaleError
 from vitscale.lease import Lease, holder, require_free, take
 from vitscale.text import redact
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 3  # exit codes; STOPPED is to be requeued
 INTERRUPTED = 130  # ended at once by a second Ctrl-C, as a shell counts SIGINT
+STOP_REASON = "stopped on request"  # how the reason of a run begins that STOPPED though nothing was wrong
+
+
+def exit_code(error: Exception) -> int:
+    """With what a process ends that raised this."""
+    if not isinstance(error, VitscaleError):
+        return FAILED
+    return STOPPED if error.requeues else BAD_INPUT
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder RUN_DIR/NAME of one run."""
+    """The folder RUN_DIR/NAME of one run, as one attempt (a start of the run) sees it."""
 
     path: Path
+    attempt: str = ""  # of those who write how it ended, or wait for that
 
     @staticmethod
-    def at(run_dir: str, name: str) -> RunFolder:
+    def at(run_dir: str, name: str, attempt: str = "") -> RunFolder:
         """The folder of the run that run.dir and run.name mean."""
-        return RunFolder(Path(run_dir) / name)
+        return RunFolder(Path(run_dir) / name, attempt)
 
     @property
     def config(self) -> Path:
@@ -103,6 +113,10 @@ class RunFolder:
     def exit(self) -> Path:
         return self.path / "exit.json"
 
+    @property
+    def attempts(self) -> Path:
+        return self.path / "attempts.jsonl"
+
     @contextlib.contextmanager
     def locked(self, job: str | None = None) -> Iterator[Lease]:
         """Hold the folder for this process while the context lasts; job: of the scheduler, for messages.
@@ -147,11 +161,16 @@ class RunFolder:
         for path in (self.stop, self.save):
             path.unlink(missing_ok=True)
 
-    def write_exit(self, code: int, step: int | None, reason: str) -> bool:
-        """Say how the run ended, unless a rank has said so already; True when this call was the first."""
+    def write_exit(self, code: int, step: int | None, reason: str, replaces: bool = False) -> bool:
+        """Say how the run ended, unless a rank has said so already; True when this call was the first, or `replaces`
+        what was said."""
         self.path.mkdir(parents=True, exist_ok=True)  # a rank may see another folder than the one that made it
         draft = self.path / f".exit.{socket.gethostname()}.{os.getpid()}"
-        draft.write_text(json.dumps({"code": code, "step": step, "reason": redact(reason)}) + "\n", encoding="utf-8")
+        record = {"code": code, "step": step, "reason": redact(reason), "attempt": self.attempt}
+        draft.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        if replaces:
+            os.replace(draft, self.exit)
+            return True
         try:
             os.link(draft, self.exit)  # atomic, and fails where the file is there
         except FileExistsError:
@@ -167,8 +186,22 @@ class RunFolder:
         return True
 
     def read_exit(self) -> dict[str, Any] | None:
-        """What `write_exit` said, or None."""
+        """What `write_exit` said, of whichever attempt, or None."""
         try:
             return json.loads(self.exit.read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
             return None
+
+    def await_exit(self, patience_s: float) -> dict[str, Any] | None:
+        """What a rank of this attempt, which has ended, said by `write_exit`; None where nothing comes for so long."""
+        deadline, pause = time.monotonic() + patience_s, 0.05
+        while True:
+            with contextlib.suppress(OSError):  # ESTALE, say
+                os.listdir(self.path)  # NFS remembers that a file was not there, until its folder is looked at anew
+                record = self.read_exit()
+                if record is not None and record.get("attempt") == self.attempt:
+                    return record
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)

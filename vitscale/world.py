@@ -15,8 +15,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ _NUMBERS = (
 _PERIOD = "cpu.cfs_period_us"
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what stops a run
 FAULT = "VITSCALE_FAULT"  # see faults.py
-SUPERVISED = "VITSCALE_SUPERVISED"  # set by launch/torchrun.py for its ranks
+ATTEMPT = "VITSCALE_ATTEMPT"  # set by launch/torchrun.py for its ranks: which start of the run this is
 HEARTBEAT = "VITSCALE_HEARTBEAT"  # the folder of heartbeats of this node's ranks, likewise
 
 
@@ -54,6 +55,7 @@ class World:
     device: str = "cpu"  # "cpu" or "cuda"
     supervised: bool = False  # by our launcher, which reads exit.json instead of the ranks' exit codes
     job: str | None = None  # Slurm's number of it, for messages
+    attempt: str = field(default="", compare=False)  # which start of the run; without a launcher each process makes one
 
     @property
     def is_main(self) -> bool:
@@ -96,7 +98,13 @@ def _quota(own: Path, mounted: Path) -> float:
 def read_world() -> World:
     """The World that a launcher's variables tell: torchrun's, or Kubeflow's, which have no local ones; without them a
     single process. LaunchError for variables that contradict each other."""
-    single = World(device=local_device(), supervised=SUPERVISED in os.environ, job=os.environ.get("SLURM_JOB_ID"))
+    own = f"{socket.gethostname()}.{os.getpid()}.{time.time():.0f}"
+    single = World(
+        device=local_device(),
+        supervised=ATTEMPT in os.environ,
+        job=os.environ.get("SLURM_JOB_ID"),
+        attempt=os.environ.get(ATTEMPT, own),
+    )
     if not os.environ.get("RANK") or not os.environ.get("WORLD_SIZE"):
         return single
     rank, world_size = _integer("RANK"), _integer("WORLD_SIZE")

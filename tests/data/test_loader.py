@@ -28,7 +28,7 @@ from vitscale.data.index import ShardIndex, build_index
 from vitscale.data.labels import LabelReader
 from vitscale.data.loader import _REMEMBERED, Loader
 from vitscale.data.order import SUBSTITUTES, Order, SequentialOrder
-from vitscale.errors import DataError, StorageError
+from vitscale.errors import DataError, InfrastructureError, StorageError
 from vitscale.world import World
 
 SETTINGS = Data(lanes=4, window=40, threads=2, prefetch=3, decode="simplejpeg")
@@ -170,7 +170,7 @@ def test_an_error_is_ready_too(index: ShardIndex, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("vitscale.data.loader._MOST_RESTARTS", 0)
     with loader(index, micro=16) as batches:
         os.kill(reader_of(batches), signal.SIGKILL)
-        with pytest.raises(DataError, match="signal 9"):
+        with pytest.raises(InfrastructureError, match="signal 9"):
             ready(batches) and deque(kept(batches) for _ in range(4))
 
 
@@ -439,7 +439,9 @@ def test_a_reader_that_dies_again_and_again_is_told_with_its_place(index: ShardI
         batches._start_reader = doomed  # type: ignore[method-assign]
         os.kill(reader_of(batches), signal.SIGKILL)
         started = time.monotonic()
-        with pytest.raises(DataError, match=r"died \(signal 9\) at sample \d+ of the order.*4 times") as caught:
+        with pytest.raises(
+            InfrastructureError, match=r"died \(signal 9\) at sample \d+ of the order.*4 times"
+        ) as caught:
             deque(kept(batches) for _ in range(9))
         assert time.monotonic() - started < 10
     assert any(name in str(caught.value) for name in index.names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from tests.integration.worlds import Launcher, losses
 from vitscale.checkpoint.saving import POINTS
-from vitscale.run_folder import BAD_INPUT
+from vitscale.run_folder import BAD_INPUT, STOPPED
 
 IN_CI = {("state_synced", 1), ("agreed", 0), ("manifest_written", 0), ("renamed", 0)}
 
@@ -46,7 +47,8 @@ def test_killed_while_saving(
     world = launcher.start(argv, 2, kill={"rank": rank, "point": point, "nth": nth})
     codes = world.wait()
     assert codes[rank] == -signal.SIGKILL, world.output()
-    assert codes[1 - rank] != 0
+    assert codes[1 - rank] == STOPPED, "it goes on by itself where something starts it again"
+    assert "another rank is gone" in json.loads((tmp_path / "runs" / "run" / "exit.json").read_text())["reason"]
     output = launcher.run(argv, 2)
     assert "step_" in output
     assert losses(tmp_path / "runs" / "run") == unbroken

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.integration.processes import ranks_of
-from tests.integration.worlds import ROOT, losses
+from tests.integration.worlds import ROOT, losses, rows
 
 STEPS = 100
 
@@ -126,15 +126,30 @@ def test_bad_input_on_the_ranks_is_the_last_line(config: Path, launched: list[La
     assert "/nowhere/*.tar" in launch.last_line()
 
 
-@pytest.mark.full
-def test_a_dead_rank_is_a_failure(config: Path, launched: list[Launched]) -> None:
+def test_a_run_whose_rank_is_killed_is_to_be_started_again(config: Path, launched: list[Launched]) -> None:
     launch = Launched(config)
     launched.append(launch)
     launch.wait_for_steps(3)
     os.kill(launch.ranks()[-1], signal.SIGKILL)
-    assert launch.wait() == 1, launch.log.read_text()
-    assert launch.run.name in launch.last_line()
+    assert launch.wait() == 3, launch.log.read_text()
+    assert "ended by the infrastructure: another rank is gone" in launch.last_line()
     launch.wait_for_nobody()
+
+
+@pytest.mark.full
+def test_restarts_in_place(config: Path, launched: list[Launched], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESTARTS", "1")
+    launch = Launched(config, "checkpoint.every_steps=5")
+    launched.append(launch)
+    launch.wait_for_steps(8)
+    for rank in launch.ranks():
+        os.kill(rank, signal.SIGKILL)
+    assert launch.wait() == 0, launch.log.read_text()
+    assert list(losses(launch.run)) == list(range(1, STEPS + 1))
+    first, ended, again, done = rows(launch.run, "attempts.jsonl")
+    assert (first["step"], ended["code"], ended["step"]) == (0, 3, again["step"])
+    assert again["step"] >= 5
+    assert (done["code"], done["reached"]) == (0, STEPS)
 
 
 @pytest.mark.full

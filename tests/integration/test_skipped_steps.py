@@ -13,7 +13,7 @@ import pytest
 
 from tests.integration.worlds import Launcher, World, losses, rows, trace
 from vitscale.checkpoint.store import SoleRank, open_checkpoint
-from vitscale.run_folder import BAD_INPUT, DONE, FAILED
+from vitscale.run_folder import BAD_INPUT, DONE
 
 STEPS, BAD_STEP, BAD_RANK = 4, 2, 1
 
@@ -78,10 +78,10 @@ def test_too_many_bad_steps_in_a_row_stop_all_ranks(
 ) -> None:
     argv = [*_argv(config, stage, "fp32", micro=8), "train.max_skipped_steps=2"]
     world = start(launcher, argv, range(1, 100))
-    assert world.wait() == [FAILED, FAILED], world.output()
+    assert world.wait() == [BAD_INPUT, BAD_INPUT], world.output()
     run = tmp_path / "runs" / "run"
     said = json.loads((run / "exit.json").read_text())
-    assert said["code"] == FAILED
+    assert said["code"] == BAD_INPUT
     for text in (world.output(), said["reason"]):
         for words in ("step 2", "not finite in 2 steps in a row", "train.max_skipped_steps=2", "skipped.jsonl"):
             assert words in text

@@ -75,7 +75,8 @@ class Submitted:
         names = trace(self.run)
         epoch = [key for step in range(1, 10) for key in names[step]]  # 150 samples: 9 steps of 16
         assert len(set(epoch)) == len(epoch) == 9 * 16
-        assert json.loads((self.run / "exit.json").read_text()) == {"code": 0, "step": STEPS, "reason": "done"}
+        exit_record = json.loads((self.run / "exit.json").read_text())
+        assert exit_record.items() >= {"code": 0, "step": STEPS, "reason": "done"}.items()
         assert (self.run / "model" / "model.safetensors").exists()
 
 
@@ -174,13 +175,17 @@ def test_an_array_of_two_configs(slurm: SlurmCluster, config: Path, shards: Path
 
 
 @pytest.mark.full
-def test_a_rank_that_dies_fails_the_job(slurm: SlurmCluster, config: Path, shards: Path, tmp_path: Path) -> None:
+def test_a_job_whose_rank_dies_goes_on(slurm: SlurmCluster, config: Path, shards: Path, tmp_path: Path) -> None:
     """No rank and no node may hang on after it."""
-    job = Submitted(slurm, tmp_path, config, shards)
-    job.wait_for_steps(3)
+    job = Submitted(slurm, tmp_path, config, shards, "checkpoint.every_steps=10")
+    job.wait_for_steps(15)
     ranks = ranks_of(config)
     assert len(ranks) == 4
     os.kill(ranks[-1], signal.SIGKILL)
-    ended = job.wait_for_end()
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "0")
+    slurm.wait_for("a requeue", lambda: slurm.state(job.job)["Restarts"] == "1", 120, job.log)
     assert ranks_of(config) == []
+    ended = job.wait_for_end()
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1")
+    job.assert_whole()
+    assert [row.get("code") for row in rows(job.run, "attempts.jsonl")] == [None, 3, None, 0]
+    assert "ended by the infrastructure: " in job.log.read_text()

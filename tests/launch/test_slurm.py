@@ -11,6 +11,7 @@ from tests.files.web import served, status
 from vitscale.errors import LaunchError
 from vitscale.files import retry
 from vitscale.launch import torchrun
+from vitscale.launch.attempts import begin
 from vitscale.launch.slurm import finish, job_name, job_state, main, rendezvous_port, slurm_layout
 from vitscale.run_folder import RunFolder
 
@@ -44,12 +45,12 @@ def test_ports_differ_between_jobs_and_their_restarts() -> None:
 @pytest.mark.parametrize(
     ("shown", "state"),
     [
-        ("JobId=7 JobName=x\n   JobState=RUNNING Reason=None Dependency=(null)", "RUNNING"),
-        ("   JobState=CANCELLED Reason=None", "CANCELLED"),
-        ("slurm_load_jobs error", "unknown"),
+        ("JobId=7 JobName=x\n   JobState=RUNNING Reason=None Dependency=(null)", ("RUNNING", "None")),
+        ("   JobState=COMPLETING Reason=TimeLimit", ("COMPLETING", "TimeLimit")),
+        ("slurm_load_jobs error", ("unknown", "unknown")),
     ],
 )
-def test_job_state(shown: str, state: str) -> None:
+def test_job_state(shown: str, state: tuple[str, str]) -> None:
     assert job_state(shown) == state
 
 
@@ -66,25 +67,41 @@ def test_only_a_stopped_run_is_requeued(
     tmp_path: Path, code: int, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     os.environ["SLURM_JOB_ID"] = "7"
-    folder = RunFolder(tmp_path)
+    folder = RunFolder(tmp_path, "7.0")
     folder.write_exit(code, 5, reason)
     assert finish(folder) == code
     assert reason in capsys.readouterr().out
 
 
-def test_a_run_that_said_nothing_has_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    os.environ["SLURM_JOB_ID"] = "7"
-    assert finish(RunFolder(tmp_path)) == 1
-    assert "no exit.json" in capsys.readouterr().out
-
-
 SCONTROL = """#!/bin/sh
 case "$*" in
 "show hostnames n1") echo n1 ;;
-"show job 7") echo JobState=RUNNING ;;
+"show job 7") echo JobState={state} Reason={reason} ;;
 *) echo "$*" >> {log} ;;
 esac
 """
+
+
+def put_scontrol(folder: Path, state: str, reason: str) -> None:
+    """One that shows job 7 so, on the PATH of that job; what else it is asked for stands in the file `asked`."""
+    (folder / "scontrol").write_text(SCONTROL.format(log=folder / "asked", state=state, reason=reason))
+    (folder / "scontrol").chmod(0o755)
+    os.environ.update(SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n1", PATH=f"{folder}:/usr/bin:/bin")
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "requeued"),
+    [("RUNNING", "None", True), ("COMPLETING", "NodeDown", True), ("TIMEOUT", "TimeLimit", True),
+     ("CANCELLED", "None", False), ("COMPLETING", "None", False)],
+)  # fmt: skip
+def test_a_job_ended_by_the_infrastructure(tmp_path: Path, state: str, reason: str, requeued: bool) -> None:
+    """Its ranks were killed before they could say why; a cancelled one is never requeued."""
+    put_scontrol(tmp_path, state, reason)
+    folder = RunFolder(tmp_path, "7.0")
+    begin(folder, ranks=2, most_restarts=3)
+    folder.write_exit(3, None, "another rank is gone")
+    assert finish(folder) == (0 if requeued else 3)
+    assert (tmp_path / "asked").exists() == requeued
 
 
 def test_storage_that_is_away_at_the_start_requeues(
@@ -92,8 +109,7 @@ def test_storage_that_is_away_at_the_start_requeues(
 ) -> None:
     """scontrol alone is not Slurm's own here; tests/integration/test_slurm.py requeues by that."""
     monkeypatch.setattr(retry, "_LONGEST_WAIT_S", 0.02)
-    (tmp_path / "scontrol").write_text(SCONTROL.format(log=tmp_path / "asked"))
-    (tmp_path / "scontrol").chmod(0o755)
+    put_scontrol(tmp_path, "RUNNING", "None")
     config = tmp_path / "c.yaml"
     config.write_text(f"{{run: {{dir: {tmp_path}}}, train: {{global_batch: 8, micro_batch: 2, steps: 3}}}}")
     with served() as web:
@@ -101,7 +117,6 @@ def test_storage_that_is_away_at_the_start_requeues(
         words = ["pretrain", str(config), f"data.train={web.url}/a.tar", "data.patience_s=0.1"]
         assert torchrun.main(words) == 3
         assert "HTTP 503" in capfd.readouterr().err
-        os.environ.update(SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n1", PATH=f"{tmp_path}:/usr/bin:/bin")
         assert main(["prepare", *words]) == 0
         said = capfd.readouterr()
         assert said.out == "", "the run's folder would stand there"

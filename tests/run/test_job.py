@@ -80,7 +80,7 @@ def test_the_first_rank_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         run_locked(Ending(tmp_path, error))
     failed = Job(make_config(tmp_path), World()).folder
-    assert failed.read_exit() == {"code": BAD_INPUT, "step": None, "reason": "model.x=1: must be 2"}
+    assert failed.read_exit() == {"code": BAD_INPUT, "step": None, "reason": "model.x=1: must be 2", "attempt": ""}
     assert not error.reported, "its line is printed by this rank"
     later = ConfigError("another rank is gone")
     with pytest.raises(ConfigError):
@@ -94,7 +94,7 @@ def test_a_crash_is_raised_with_its_traceback(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         run_locked(Ending(tmp_path, ZeroDivisionError("by 0")))
     exit_record = Job(make_config(tmp_path), World()).folder.read_exit()
-    assert exit_record == {"code": FAILED, "step": None, "reason": "ZeroDivisionError: by 0"}
+    assert exit_record == {"code": FAILED, "step": None, "reason": "ZeroDivisionError: by 0", "attempt": ""}
 
 
 @pytest.mark.parametrize("supervised", [False, True])

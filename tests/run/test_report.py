@@ -13,8 +13,9 @@ import pytest
 
 from vitscale.errors import CheckpointError
 from vitscale.evaluation.figures import Features, draw_neighbours, draw_patches
+from vitscale.launch import attempts
 from vitscale.run.report import report
-from vitscale.run_folder import RunFolder
+from vitscale.run_folder import STOP_REASON, RunFolder
 
 
 class Page(HTMLParser):
@@ -107,11 +108,15 @@ def test_it_needs_no_other_file(tmp_path: Path) -> None:
 
 def test_starts_and_bad_samples_are_counted(tmp_path: Path) -> None:
     rows = [row(step, tracking_share=0.0, data_share=0.25, skipped_steps=1, bad_samples=3) for step in range(1, 9)]
-    for first in (0, 4):
-        del rows[first]["tracking_share"]
+    for attempt, (code, reason) in {"1": (3, "a rank is gone"), "2": (None, ""), "3": (3, STOP_REASON)}.items():
+        folder = RunFolder(tmp_path, attempt)
+        attempts.begin(folder, ranks=2, most_restarts=3)
+        if code is not None:  # else it was ended together with its launcher
+            attempts.end(folder, code, reason)
+    attempts.begin(RunFolder(tmp_path, "4"), ranks=2, most_restarts=3)
     (tmp_path / "quarantine.jsonl").write_text('{"cause": "decode"}\n{"cause": "decode"}\n{"cause": "label"}\n')
     text = made(tmp_path, rows).text
-    assert "2 (preemptions, faults and stops survived: 1)" in text
+    assert "4 (faults of the infrastructure: 2; stopped on request: 1)" in text
     assert "3: 2 decode, 1 label" in text
     assert "25.00 % of the time" in text
 

@@ -234,6 +234,7 @@ class Parallel:
     bucket_elements: int = 25_000_000  # gradients reduced at once; small enough to overlap backward
     timeout_s: int = 600  # a collective that takes longer ends the run
     patience_s: float | None = None  # for a rank that hangs; null: the lesser of 60 s and half of timeout_s
+    restarts_without_progress: int = 3  # in a row after faults of the infrastructure, without a new checkpoint
 
     def __post_init__(self) -> None:
         require(self.zero_stage in (0, 1, 2, 3), "parallel.zero_stage", self.zero_stage, "0, 1, 2 or 3")
@@ -241,6 +242,8 @@ class Parallel:
         require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "above 0 seconds")
         patience_s = self.patience_s
         require(patience_s is None or patience_s > 0, "parallel.patience_s", patience_s, "above 0 seconds or null")
+        restarts = self.restarts_without_progress
+        require(restarts >= 0, "parallel.restarts_without_progress", restarts, "0 or more")
 
     @property
     def hang_s(self) -> float:

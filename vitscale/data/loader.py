@@ -23,7 +23,7 @@ from vitscale.data.index import ShardIndex, require_labels
 from vitscale.data.labels import LabelReader
 from vitscale.data.order import SampleOrder
 from vitscale.data.wire import FREE, Alive, Failed, Filled, Work, receive, send
-from vitscale.errors import DataError, StorageError
+from vitscale.errors import InfrastructureError, StorageError
 from vitscale.files.decode import choose_decoder
 from vitscale.files.shared_memory import SharedMemory
 from vitscale.heartbeat import STACKS, beat
@@ -203,7 +203,7 @@ class Loader:
 
     def _receive(self) -> None:
         """Take the reader's next message. One that died is started again at the same place; StorageError where it gives
-        no sign of life for data.patience_s, DataError where it dies again and again."""
+        no sign of life for data.patience_s, InfrastructureError where it dies again and again."""
         limit = self._patience_s if self._lives else max(self._patience_s, _STARTING_S)
         if not select.select([self._results], [], [], limit or None)[0]:
             raise self._stuck()
@@ -267,8 +267,8 @@ class Loader:
             return "without an exit code"
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
-    def _died(self) -> DataError:
-        return DataError(
+    def _died(self) -> InfrastructureError:
+        return InfrastructureError(
             f"rank {self._plan.rank}: the reader process died ({self._end()}) at {self._plan.where(self._number)}, "
             f"{self._restarts} times; start the run again to go on from its newest checkpoint. Signal 9 is mostly the "
             "machine's memory limit: lower data.prefetch, train.micro_batch or data.max_pixels"

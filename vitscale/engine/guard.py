@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from statistics import median
 
-from vitscale.errors import DataError
+from vitscale.errors import DataError, VitscaleError
 
 
-class Diverged(RuntimeError):
+class Diverged(VitscaleError):
     """Too many steps in a row had a gradient that was not finite, or a loss far above those before them."""
 
     def __init__(self, reason: str, first: int, last: int) -> None:

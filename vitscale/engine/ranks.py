@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from vitscale import heartbeat
 from vitscale.engine.preempt import POLL_SECONDS, StopRequested
-from vitscale.errors import LaunchError
+from vitscale.errors import InfrastructureError, LaunchError
 from vitscale.text import listed
 from vitscale.world import World, host, meeting_place, meeting_store, network_interface
 
@@ -169,12 +169,13 @@ class PendingSum:
 
 @contextlib.contextmanager
 def meeting(world: World, timeout_s: float) -> Iterator[None]:
-    """Around what joins the ranks: LaunchError where they cannot meet."""
+    """Around what joins the ranks: LaunchError where they cannot meet; InfrastructureError where our launcher has named
+    the place, so that a rank or its node is gone."""
     try:
         yield
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
-        raise LaunchError(
+        raise (InfrastructureError if world.supervised else LaunchError)(
             f"{meeting_place()} parallel.timeout_s={timeout_s}: rank {world.rank} of {world.world_size} cannot meet "
             f"the others there ({reason}); name rank 0's host and a port that is free on it, "
             "and start every rank"

@@ -25,6 +25,8 @@ TRANSIENT = frozenset({
     errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.EREMOTEIO, errno.ENOTCONN,
 })  # fmt: skip
 
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
 
 class UnavailableError(OSError):
     """Storage that kept failing for longer than the patience: nothing that the data or the config could mend."""
@@ -35,6 +37,14 @@ def unreadable(path: str, error: OSError, where: str = "") -> VitscaleError:
     if isinstance(error, UnavailableError):
         return StorageError(f"{path}: its storage failed{where}: {error.strerror}; start the run again once it answers")
     return DataError(f"{path}: cannot be read{where}: {error.strerror}")
+
+
+def failed_storage(error: OSError) -> StorageError | None:
+    """The error for what the storage (or the network to it) refused; None where `error` is of another kind."""
+    if error.errno not in TRANSIENT | _FULL:
+        return None
+    way = "make room there" if error.errno in _FULL else "start the run again once it answers"
+    return StorageError(f"{error.filename or 'storage'}: {error.strerror}; {way}")
 
 
 class _Activity:

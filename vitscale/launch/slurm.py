@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitscale.errors import LaunchError, VitscaleError
+from vitscale.files.retry import failed_storage
+from vitscale.launch import attempts
 from vitscale.launch.torchrun import (
     Layout,
     describe_exit,
@@ -26,8 +28,12 @@ from vitscale.launch.torchrun import (
     supervise,
     whole_number,
 )
-from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder
+from vitscale.run_folder import DONE, STOP_REASON, STOPPED, RunFolder, exit_code
 from vitscale.text import redact
+
+# What Slurm says of a job that runs, or that it ends itself: it shows its reason where the state is already COMPLETING.
+_REQUEUED = ("RUNNING", "NODE_FAIL", "PREEMPTED", "TIMEOUT", "OUT_OF_MEMORY")
+_LOST = ("NodeDown", "TimeLimit", "OutOfMemory")
 
 
 def slurm_layout() -> Layout:
@@ -41,7 +47,7 @@ def slurm_layout() -> Layout:
         nodes=nodes,
         per_node=ranks_per_node(),
         endpoint=f"{first}:{rendezvous_port(int(job), restarts())}",
-        run_id=f"{job}.{restarts()}",
+        run_id=attempt(),
         is_host=os.environ.get("SLURM_NODEID", "0") == "0",
         address=os.environ.get("SLURMD_NODENAME"),
     )
@@ -52,35 +58,42 @@ def restarts() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
+def attempt() -> str:
+    """Which start of a run this is, the same on all nodes of the job."""
+    return f"{os.environ['SLURM_JOB_ID']}.{restarts()}"
+
+
 def rendezvous_port(job: int, restart: int) -> int:
     """A port in 15000 to 29999, below those that Linux hands out; jobs side by side get different ones."""
     return 15000 + (job * 7 + restart) % 15000
 
 
 def node(arguments: Sequence[str]) -> int:
-    """This node's ranks. A run that ended in order is success here, so that srun kills no other node for it."""
+    """This node's ranks. A run that ended in order is success here, so that srun kills no other node for it; else it
+    kills those whose ranks still wait."""
     if arguments[0] == "doctor":
         return examine(arguments, slurm_layout())
-    run = read_config(arguments).run
-    code = supervise(arguments, slurm_layout(), RunFolder.at(run.dir, run.name))
-    return DONE if code in (DONE, STOPPED) else code
+    run, layout = read_config(arguments).run, slurm_layout()
+    folder = RunFolder.at(run.dir, run.name, attempt())
+    code = supervise(arguments, layout, folder)
+    in_order = code == STOPPED and (folder.read_exit() or {"reason": ""})["reason"].startswith(STOP_REASON)
+    return DONE if in_order else code
 
 
 def finish(folder: RunFolder) -> int:
-    """Requeue the job where the run was stopped with a checkpoint, unless it was cancelled; the job's exit code."""
-    exit_record = folder.read_exit()
+    """Requeue the job where the run was stopped, on request or by the infrastructure; the job's exit code."""
+    code = attempts.conclude(folder, attempts.ending(folder))
     print(f"launch/slurm.sh: {describe_exit(folder)}", flush=True)
-    code = FAILED if exit_record is None else int(exit_record["code"])
     return requeue(code) if code == STOPPED else code
 
 
 def requeue(code: int) -> int:
     """Requeue this job, unless it was cancelled; DONE, or `code` where it is not requeued."""
     job = job_name()
-    # A cancelled job is CANCELLED at once, a preempted one or one near its time limit still RUNNING.
+    # A cancelled job is CANCELLED at once, a preempted one or one near its time limit mostly still RUNNING.
     try:
-        state = job_state(_scontrol("show", "job", job))
-        if state != "RUNNING":
+        state, reason = job_state(_scontrol("show", "job", job))
+        if state not in _REQUEUED and reason not in _LOST:
             print(f"launch/slurm.sh: job {job} is {state}: not requeued; the same sbatch goes on from the checkpoint")
             return code
         print(f"launch/slurm.sh: requeues job {job}; it goes on from the checkpoint", flush=True)
@@ -114,10 +127,10 @@ def job_name() -> str:
     return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
 
 
-def job_state(shown: str) -> str:
-    """JobState of what `scontrol show job` prints."""
-    found = re.search(r"\bJobState=(\w+)", shown)
-    return found.group(1) if found else "unknown"
+def job_state(shown: str) -> tuple[str, str]:
+    """(JobState, Reason) of what `scontrol show job` prints."""
+    found = re.search(r"\bJobState=(\w+) Reason=(\w+)", shown)
+    return (found[1], found[2]) if found else ("unknown", "unknown")
 
 
 def _scontrol(*arguments: str) -> str:
@@ -140,11 +153,14 @@ def main(arguments: Sequence[str]) -> int:
             with interruptible():
                 print(prepare(rest, slurm_layout(), "launch/slurm.sh", patience_s).path)
             return DONE
-        return node(rest) if step == "node" else finish(RunFolder(Path(rest[0])))
-    except VitscaleError as error:
+        return node(rest) if step == "node" else finish(RunFolder(Path(rest[0]), attempt()))
+    except (VitscaleError, OSError) as raised:
+        error = raised if isinstance(raised, VitscaleError) else failed_storage(raised)
+        if error is None:
+            raise
         print(redact(f"launch/slurm.sh: error: {error}"), file=sys.stderr, flush=True)
         if not error.requeues:
-            return BAD_INPUT
+            return exit_code(error)
         with contextlib.redirect_stdout(sys.stderr):  # prepare's own is the run's folder, for the shell
             return requeue(STOPPED) if step == "prepare" else STOPPED
     except KeyboardInterrupt:

@@ -4,8 +4,11 @@ From the environment: NPROC_PER_NODE ranks a node (default: its GPUs, or 1); wit
 same command is started on every node, with the same RDZV_ENDPOINT=HOST:PORT, where HOST is one of
 the nodes and PORT is free there, and a run folder that all nodes share.
 
+With RESTARTS=N on one node the ranks are started again in place after a fault of the infrastructure (a lost rank, a
+limit of memory, storage), at most N times in a row without a new checkpoint.
+
 The exit code is the run's own, read from exit.json in its folder, since torchrun says 1 for every
-failure: 0 done, 2 bad config or input, 3 stopped on request with a checkpoint, or by storage that failed for long: the
+failure: 0 done, 2 bad config or input, 3 stopped on request with a checkpoint, or by the infrastructure: the
 same command goes on; 130 ended at once by a second Ctrl-C or TERM; 1 anything else.
 
 `doctor CONFIG.yaml` in the place of pretrain looks at what a run needs, on all ranks: 0, or 2 if it would not start.
@@ -33,12 +36,14 @@ from vitscale.config.schema import RunConfig
 from vitscale.data.handover import hand_over
 from vitscale.data.index import open_index, store_of
 from vitscale.errors import ConfigError, LaunchError, VitscaleError
+from vitscale.files.retry import failed_storage
+from vitscale.launch import attempts
 from vitscale.launch.snapshot import keep_snapshot
 from vitscale.launch.watchdog import watch
 from vitscale.prepare.image_folder import PACKED, pack_folder, packed_sources
-from vitscale.run_folder import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED, RunFolder
+from vitscale.run_folder import BAD_INPUT, DONE, INTERRUPTED, STOP_REASON, STOPPED, RunFolder, exit_code
 from vitscale.text import redact
-from vitscale.world import HEARTBEAT, SUPERVISED, World, child_environment, hide_secrets, local_device
+from vitscale.world import ATTEMPT, HEARTBEAT, World, child_environment, hide_secrets, local_device
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -80,7 +85,7 @@ class Layout:
     def environment(self) -> dict[str, str]:
         """The ranks' environment: without a thread count of the user's own, the node's cores are shared out."""
         threads = World(local_world_size=self.per_node).cores_per_rank
-        return {"OMP_NUM_THREADS": str(threads), SUPERVISED: "1", **child_environment()}
+        return {"OMP_NUM_THREADS": str(threads), **child_environment()}
 
 
 def read_layout() -> Layout:
@@ -103,11 +108,11 @@ def ranks_per_node() -> int:
     return ranks
 
 
-def whole_number(name: str, default: int) -> int:
+def whole_number(name: str, default: int, least: int = 1) -> int:
     """A count from the environment."""
     text = os.environ.get(name) or str(default)
-    if not text.isdecimal() or int(text) < 1:
-        raise LaunchError(f"{name}={text!r} in the environment: must be a whole number above 0")
+    if not text.isdecimal() or int(text) < least:
+        raise LaunchError(f"{name}={text!r} in the environment: must be a whole number of {least} or more")
     return int(text)
 
 
@@ -158,7 +163,7 @@ def read_config(arguments: Sequence[str]) -> RunConfig:
 
 
 def supervise(arguments: Sequence[str], layout: Layout, folder: RunFolder) -> int:
-    """Run this node's ranks to their end; the run's exit code.
+    """Run this node's ranks to their end; the exit code of this attempt, `folder.attempt`.
 
     TERM, INT or USR1 makes the stop file, so that a run has the time it needs to save (torchrun gives its
     ranks 30 s); a second TERM or INT kills torchrun and its ranks. For that, torchrun lives in a session of its own,
@@ -181,19 +186,20 @@ def supervise(arguments: Sequence[str], layout: Layout, folder: RunFolder) -> in
     for number in STOP_SIGNALS:
         signal.signal(number, stop)
     with tempfile.TemporaryDirectory(prefix="vitscale-") as pulses:
-        environment = layout.environment() | {HEARTBEAT: pulses}
+        environment = layout.environment() | {HEARTBEAT: pulses, ATTEMPT: folder.attempt}
         process = subprocess.Popen(
             layout.command(arguments), env=environment, start_new_session=True, preexec_fn=_before_torchrun
         )
         code = watch(process, Path(pulses), read_config(arguments), folder)
-    if asked:
-        folder.stop.unlink(missing_ok=True)  # the run has stopped, or it came too late
     if killed:
         return INTERRUPTED
-    if layout.ranks == 1:
-        return code if code >= 0 else FAILED  # below 0: a signal's
-    said = folder.read_exit()
-    return FAILED if said is None else int(said["code"])
+    if layout.ranks > 1:
+        return attempts.ending(folder)
+    if code < 0:  # a signal's
+        return attempts.ending(folder, patience_s=0)
+    if code != DONE:
+        folder.write_exit(code, None, "see above")  # unless the rank, or what it ran, has said why
+    return code
 
 
 def describe_exit(folder: RunFolder) -> str:
@@ -201,10 +207,12 @@ def describe_exit(folder: RunFolder) -> str:
     said = folder.read_exit()
     if said is None:
         return f"{folder.path}: failed: the ranks ended before they could say why (no exit.json); see above"
-    code, at = int(said["code"]), "" if said["step"] is None else f" at step {said['step']}"
-    if code in (DONE, STOPPED):
-        return f"{folder.path}: {said['reason']}{at}"
-    return f"{folder.path}: {'error' if code == BAD_INPUT else 'failed'}{at}: {said['reason']}"
+    code, reason = int(said["code"]), said["reason"]
+    at = "" if said["step"] is None else f" at step {said['step']}"
+    if code == DONE or (code == STOPPED and reason.startswith(STOP_REASON)):
+        return f"{folder.path}: {reason}{at}"
+    kind = {BAD_INPUT: "error", STOPPED: "ended by the infrastructure"}.get(code, "failed")
+    return f"{folder.path}: {kind}{at}: {reason}"
 
 
 def examine(arguments: Sequence[str], layout: Layout) -> int:
@@ -254,23 +262,35 @@ def _before_torchrun() -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prepare and supervise; the exit code."""
+    """Prepare and supervise, again where RESTARTS says so; the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return DONE if arguments else BAD_INPUT
     try:
-        layout = read_layout()
+        layout, restarts = read_layout(), whole_number("RESTARTS", 0, least=0)
         if arguments[0] == "doctor":
             return examine(arguments, layout)
+        if layout.nodes > 1 and restarts:
+            raise LaunchError(f"RESTARTS={restarts}: is for one node, and NNODES={layout.nodes}; unset it")
         with interruptible():
             folder = prepare(arguments, layout, "launch/torchrun.sh")
-        code = supervise(arguments, layout, folder)
-        if layout.ranks > 1 and code not in (DONE, INTERRUPTED):  # below what torchrun says of it
-            print(f"launch/torchrun.sh: {describe_exit(folder)}", file=sys.stderr)
+        while True:
+            folder = replace(folder, attempt=attempts.next_attempt(folder))
+            code = attempts.conclude(folder, supervise(arguments, layout, folder))
+            if layout.ranks > 1 and code not in (DONE, INTERRUPTED):  # below what torchrun says of it
+                print(f"launch/torchrun.sh: {describe_exit(folder)}", file=sys.stderr)
+            if code != STOPPED or folder.stop.exists() or not attempts.restarts_here(folder, restarts):
+                break
+            print(f"launch/torchrun.sh: starts the ranks again, RESTARTS={restarts}", file=sys.stderr, flush=True)
+            folder.clear_exit()
+        folder.stop.unlink(missing_ok=True)  # the run has stopped, or it came too late
         return code
-    except VitscaleError as error:
+    except (VitscaleError, OSError) as raised:
+        error = raised if isinstance(raised, VitscaleError) else failed_storage(raised)
+        if error is None:
+            raise
         print(redact(f"launch/torchrun.sh: error: {error}"), file=sys.stderr)
-        return STOPPED if error.requeues else BAD_INPUT
+        return exit_code(error)
     except KeyboardInterrupt:
         print("launch/torchrun.sh: stopped before there were ranks", file=sys.stderr)
         return STOPPED

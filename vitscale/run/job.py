@@ -22,6 +22,7 @@ from vitscale.engine import digest
 from vitscale.engine.backend import peak_memory
 from vitscale.engine.compile_cache import keep_compiled, load_compiled
 from vitscale.engine.engine import Engine
+from vitscale.engine.failures import classified
 from vitscale.engine.guard import Diverged
 from vitscale.engine.loop import PeriodicTask, TrainingLoop, TrainState, every_n_steps
 from vitscale.engine.preempt import StopRequest
@@ -32,6 +33,7 @@ from vitscale.evaluation.validation import HeldOut
 from vitscale.faults import fault_point
 from vitscale.files.atomic import write_atomically
 from vitscale.files.header import CAUSES
+from vitscale.launch import attempts
 from vitscale.launch.snapshot import code_version, commit
 from vitscale.lease import FolderLost, Lease
 from vitscale.models.auto import new_model
@@ -46,7 +48,7 @@ from vitscale.run.scoring import Scoring
 from vitscale.run.session import Session, open_session
 from vitscale.run.start import keep_shards, say_changed_keys, start
 from vitscale.run.training_data import training_loader
-from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder
+from vitscale.run_folder import DONE, STOP_REASON, STOPPED, RunFolder, exit_code
 from vitscale.tracking.jsonl import JsonlFile
 from vitscale.tracking.meters import Meters
 from vitscale.tracking.startup import StartUp, as_line, slowest
@@ -91,22 +93,36 @@ def run_locked(job: Job) -> int:
                 folder.clear_exit()
                 folder.clear_requests()
         try:
+            if world.is_main:
+                attempts.begin(folder, world.world_size, job.config.parallel.restarts_without_progress)
             return job.run()
         except FolderLost:
             raise  # exit.json there is another run's
-        except VitscaleError as error:
-            job.require_owner()
-            # The first rank to fail says why; the others fail because of it, or with the same words.
-            first = folder.write_exit(STOPPED if error.requeues else BAD_INPUT, None, str(error))
-            error.reported = not first
-            raise
         except Exception as error:
-            job.require_owner()
-            first = folder.write_exit(FAILED, None, f"{type(error).__name__}: {error}")
-            exit_record = None if first else folder.read_exit()
-            if exit_record is None:
-                raise
-            return int(exit_record["code"])  # another rank failed first, and this one because of it
+            return _failed(job, error)
+        finally:
+            if world.is_main and not world.supervised and (exit_record := folder.read_exit()):
+                with contextlib.suppress(OSError):  # as in _failed
+                    attempts.end(folder, exit_record["code"], exit_record["reason"])
+
+
+def _failed(job: Job, raised: Exception) -> int:
+    """Say in exit.json why this rank fails, unless another one has: the first to fail says why, and it does so before
+    the others can see that it is gone. Raises a VitscaleError, or our bug; the exit code where another rank's failure
+    is the reason.
+    """
+    error = classified(raised, job.config)
+    known, first = isinstance(error, VitscaleError), True
+    reason = str(error) if known else f"{type(error).__name__}: {error}"
+    with contextlib.suppress(OSError):  # the storage that failed may be the folder's
+        job.require_owner()
+        first = job.folder.write_exit(exit_code(error), None, reason)
+    if isinstance(raised, VitscaleError):
+        raised.reported = not first  # by the other rank, in its words
+        raise raised
+    if not first and (exit_record := job.folder.read_exit()) is not None:
+        return int(exit_record["code"])
+    raise error from (raised if known else None)
 
 
 class Job:
@@ -120,7 +136,7 @@ class Job:
 
     def __init__(self, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world
-        self.folder = RunFolder.at(config.run.dir, config.run.name)
+        self.folder = RunFolder.at(config.run.dir, config.run.name, world.attempt)
         self._startup = StartUp()
         self._startup_seconds: dict[str, float] = {}  # of its parts, on the slowest rank of each
         self.lease: Lease | None = None  # rank 0's
@@ -165,7 +181,7 @@ class Job:
         session.stop.clear()
         code = DONE if done else STOPPED
         if self.world.is_main:
-            self.folder.write_exit(code, state.step, "done" if done else "stopped on request")
+            self.folder.write_exit(code, state.step, "done" if done else STOP_REASON)
         session.ranks.barrier()
         session.backend.close()
         return code

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from vitscale.errors import CheckpointError
 from vitscale.evaluation.figures import LOSS, RATE, confusion_figure
 from vitscale.files.atomic import write_atomically
+from vitscale.launch.attempts import summary_of
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder
 from vitscale.text import duration, listed
 from vitscale.tracking.jsonl import JsonlFile, as_number
@@ -284,13 +285,17 @@ def _troubles(folder: RunFolder, rows: Sequence[Row], summary: Row) -> Iterator[
     """Starts, skipped steps, bad samples; where the time went."""
     if not rows:
         return
-    starts = sum("tracking_share" not in row for row in rows)  # the first row of a start lacks it
+    attempts = summary_of(folder)
     causes: Counter[str] = Counter(summary.get("bad_samples") or {})
     if not causes:
         causes = Counter(row["cause"] for row in JsonlFile(folder.path / "quarantine.jsonl").rows())
     bad = ", ".join(f"{count:,} {cause}" for cause, count in causes.most_common())
     lines = [
-        ("starts", f"{max(1, starts)} (preemptions, faults and stops survived: {max(0, starts - 1)})"),
+        (
+            "starts",
+            f"{attempts['starts']} (faults of the infrastructure: {attempts['faults']}; stopped on request: "
+            f"{attempts['stops']})",
+        ),
         ("steps skipped, their gradient not finite", f"{rows[-1].get('skipped_steps', 0):,}"),
         ("bad samples, others in their place", f"{rows[-1].get('bad_samples', 0):,}" + (f": {bad}" if bad else "")),
     ]

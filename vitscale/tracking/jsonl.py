@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,11 @@ class JsonlFile:
             elif line.endswith(b"\n"):
                 raise DataError(f"{self.path}:{number}: is no JSON object; remove that line")
         return rows
+
+    def last(self) -> dict[str, Any] | None:
+        """The newest whole row."""
+        rows = map(parse_row, reversed(deque(_lines(self.path), maxlen=2)))  # the last line may be torn
+        return next((row for row in rows if row is not None), None)
 
     def cut_back(self, step: int) -> None:
         """Drop rows with a `step` above this one and lines that are no rows, in one atomic replacement."""

@@ -1,0 +1,136 @@
+"""How attempts end, and how often a run is started again: real processes in the place of ranks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from vitscale.launch import torchrun
+from vitscale.launch.attempts import begin, conclude, ending, next_attempt, restarts_here
+from vitscale.launch.torchrun import Layout, describe_exit, main, supervise
+from vitscale.run_folder import DONE, FAILED, STOP_REASON, STOPPED, RunFolder
+from vitscale.tracking.jsonl import JsonlFile
+
+DIE = "import os; os.kill(os.getpid(), 9)"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    (tmp_path / "r").mkdir()
+    return RunFolder(tmp_path / "r", "1")
+
+
+def has_rank(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Let the launcher's one rank run this Python."""
+    monkeypatch.setattr(Layout, "command", lambda self, arguments: [sys.executable, "-S", "-c", code])
+
+
+@pytest.mark.parametrize(
+    ("begun", "record", "rank", "code", "words"),
+    [
+        (True, None, DIE, 3, "ended from outside"),
+        (False, None, DIE, 1, "before the run began"),
+        (False, None, "raise SystemExit(1)", 1, "see above"),
+        (False, None, "raise SystemExit(2)", 2, "see above"),
+        (True, (2, "x=1"), DIE, 2, "error: x=1"),
+        (True, (3, "another rank is gone"), "raise SystemExit(3)", 3, "ended by the infrastructure: another"),
+    ],
+)
+def test_the_code_of_a_rank_that_ends(
+    folder: RunFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    begun: bool,
+    record: tuple[int, str] | None,
+    rank: str,
+    code: int,
+    words: str,
+) -> None:
+    """begun: whether it had entered the run; record: what it said of its end."""
+    has_rank(monkeypatch, rank)
+    if begun:
+        begin(folder, ranks=1, most_restarts=3)
+    if record is not None:
+        folder.write_exit(record[0], None, record[1])
+    assert supervise([], Layout(), folder) == code
+    assert words in describe_exit(folder)
+
+
+def end_attempt(folder: RunFolder, code: int, reason: str, saves: int | None = None) -> int:
+    """The exit code of one more attempt, of which two restarts are allowed."""
+    attempt = RunFolder(folder.path, next_attempt(folder))
+    attempt.clear_exit()
+    begin(attempt, ranks=2, most_restarts=2)
+    if saves is not None:
+        (folder.checkpoints / f"step_{saves:08d}").mkdir(parents=True)
+    attempt.write_exit(code, None, reason)
+    return conclude(attempt, code)
+
+
+def test_restarts_without_progress_are_bounded_and_told(folder: RunFolder) -> None:
+    """A new checkpoint, or a stop on request, begins the count anew."""
+    for reason, saves in (("EIO", None), ("EIO", None), ("EIO", 5), ("EIO", None), ("EIO", None), (STOP_REASON, None),
+                          ("EIO", None), ("EIO", None)):  # fmt: skip
+        assert end_attempt(folder, STOPPED, reason, saves) == STOPPED
+    assert end_attempt(folder, STOPPED, "a rank is gone") == FAILED
+    record = folder.read_exit()
+    assert record is not None
+    assert (record["code"], record["attempt"]) == (FAILED, "9")
+    for words in ("3 attempts in a row", "parallel.restarts_without_progress=2", "checkpoint.every_steps", "is gone"):
+        assert words in record["reason"]
+    assert end_attempt(folder, STOPPED, "EIO") == STOPPED, "whoever gives the command again has mended something"
+    assert end_attempt(folder, DONE, "done", saves=9) == DONE
+    rows = JsonlFile(folder.attempts).rows()
+    assert [row["attempt"] for row in rows] == [str(number) for number in range(1, 12) for _ in range(2)]
+    assert [row.get("code") for row in rows[14:]] == [None, 3, None, 1, None, 3, None, 0]
+
+
+def test_attempts_that_ended_with_their_launcher_count(folder: RunFolder) -> None:
+    for number in range(3):
+        last = RunFolder(folder.path, next_attempt(folder))
+        assert last.attempt == str(number + 1)
+        begin(last, ranks=2, most_restarts=2)
+    assert ending(last, patience_s=0) == STOPPED
+    assert conclude(last, STOPPED) == FAILED
+    assert conclude(last, STOPPED) == FAILED, "as another node's launcher has said"
+    assert len(JsonlFile(folder.attempts).rows()) == 4
+
+
+# Enters the run, as `begin` does, and saves a checkpoint in its second attempt.
+RANK = """
+import json, os
+attempt, folder = os.environ["VITSCALE_ATTEMPT"], FOLDER
+row = {"attempt": attempt, "began": "", "step": int(int(attempt) > 2), "restarts_without_progress": 9}
+with open(f"{folder}/attempts.jsonl", "a") as stream:
+    print(json.dumps(row), file=stream)
+if attempt == "2":
+    os.makedirs(f"{folder}/checkpoints/step_00000001")
+"""
+
+
+def test_restarts_in_place(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As often as RESTARTS says without a new checkpoint, then out with code 3; not where it is to stop."""
+    config = tmp_path / "c.yaml"
+    config.write_text(f"{{run: {{name: r, dir: {tmp_path}}}, train: {{global_batch: 8, micro_batch: 2, steps: 3}}}}")
+    monkeypatch.setattr(torchrun, "keep_snapshot", lambda *_: None)
+    for name, value in {"CUDA_VISIBLE_DEVICES": "", "NPROC_PER_NODE": "1", "RESTARTS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    rank = RANK.replace("FOLDER", repr(str(folder.path)))
+    has_rank(monkeypatch, rank + DIE)
+    assert main(["pretrain", str(config)]) == STOPPED
+    assert [row["step"] for row in JsonlFile(folder.attempts).rows()] == [0, 0, 0, 1, 1, 1, 1, 1]
+    assert capsys.readouterr().err.count("starts the ranks again") == 3
+    has_rank(monkeypatch, f"{rank}open({str(folder.stop)!r}, 'w').close(); {DIE}")
+    monkeypatch.setenv("RESTARTS", "100")
+    assert main(["pretrain", str(config)]) == STOPPED
+    assert restarts_here(RunFolder(folder.path), 100), "but for the stop file"
+    has_rank(monkeypatch, "raise SystemExit(1)")
+    assert main(["pretrain", str(config)]) == FAILED
+    assert "starts the ranks again" not in capsys.readouterr().err
+    monkeypatch.setenv("NNODES", "2")
+    monkeypatch.setenv("RDZV_ENDPOINT", "n1:15000")
+    assert main(["pretrain", str(config)]) == 2
+    assert "RESTARTS=100: is for one node" in capsys.readouterr().err

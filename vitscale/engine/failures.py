@@ -1,0 +1,44 @@
+"""Whose fault an exception is that ended a rank: the infrastructure's, the user's, or ours."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+import torch.distributed as dist
+
+from vitscale.config.schema import RunConfig
+from vitscale.errors import ConfigError, InfrastructureError, VitscaleError
+from vitscale.files.retry import failed_storage
+
+# gloo has no exceptions of its own: what it says of a rank that is gone, or that does not answer.
+_LOST = re.compile(
+    r"(Connection (closed|reset) by peer|Connection refused|Broken pipe|Timed out waiting \d+ms"
+    r"|timeout caused pair closure|connectFullMesh failed|Socket closed|wait timeout)",
+    re.IGNORECASE,
+)
+# CUDA says it in the same way as our own bugs: those of its errors that come from the device, its driver or its links.
+_DEVICE = re.compile(
+    r"ECC|uncorrectable|hardware|NVLink|launch failure|unavailable|GPU (is|has been) lost|fallen off the bus"
+    r"|driver shutting down|CUDA error: unknown error",
+    re.IGNORECASE,
+)
+
+
+def classified(error: Exception, config: RunConfig) -> Exception:
+    """The error as a VitscaleError where it is not ours, with exit code 2 or 3; itself, with 1, where it is our bug."""
+    if isinstance(error, VitscaleError):
+        return error
+    line = " ".join(str(error).partition("\n")[0].split())
+    if isinstance(error, torch.OutOfMemoryError):
+        return ConfigError(
+            f"train.micro_batch={config.train.micro_batch}: does not fit into the GPU's memory ({line}); lower it, "
+            "which leaves the numbers as they are, or set train.gradient_checkpointing=true"
+        )
+    if isinstance(error, OSError):
+        return failed_storage(error) or error
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _LOST.search(line)):
+        return InfrastructureError(f"another rank is gone, or has not answered for parallel.timeout_s ({line})")
+    if isinstance(error, torch.AcceleratorError) and _DEVICE.search(line):
+        return InfrastructureError(f"the GPU has failed ({line})")
+    return error

@@ -1,0 +1,136 @@
+"""attempts.jsonl in a run's folder: a row when a start of the run has begun, one when it has ended; restarts by it.
+
+Whoever writes a row may die before: an attempt without its second row was ended together with its launcher.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import UTC, datetime
+from typing import Any
+
+from vitscale.checkpoint.store import checkpoint_folders
+from vitscale.run_folder import FAILED, STOP_REASON, STOPPED, RunFolder
+from vitscale.tracking.jsonl import JsonlFile, parse_row
+
+Row = dict[str, Any]
+_EXIT_PATIENCE_S = 10.0  # for what a rank wrote on another node shortly before its end
+
+
+def next_attempt(folder: RunFolder) -> str:
+    """An id for the attempt that is about to start: its number."""
+    return str(1 + sum("began" in row for row in _rows(folder)))
+
+
+def begin(folder: RunFolder, ranks: int, most_restarts: int) -> None:
+    """Rank 0 has entered the run."""
+    row: Row = {
+        "attempt": folder.attempt,
+        "began": _now(),
+        "host": socket.gethostname(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "ranks": ranks,
+    }
+    row |= {"step": _newest_step(folder), "restarts_without_progress": most_restarts}
+    JsonlFile(folder.attempts).append(row)
+
+
+def ending(folder: RunFolder, patience_s: float = _EXIT_PATIENCE_S) -> int:
+    """The exit code of an attempt whose ranks have ended; where none of them said why, exit.json is written here."""
+    record = folder.await_exit(patience_s)
+    if record is not None:
+        return int(record["code"])
+    if any(row["attempt"] == folder.attempt for row in _rows(folder)):
+        code, reason = STOPPED, "the ranks were ended from outside: a signal, a limit of memory, or their node is gone"
+    else:
+        code, reason = FAILED, "the ranks ended before the run began; see above"
+    folder.write_exit(code, None, reason)
+    return code
+
+
+def conclude(folder: RunFolder, code: int) -> int:
+    """Record that an attempt has ended; its exit code, or FAILED where STOPPED would start it again once too often."""
+    rows = _rows(folder)
+    own = [row for row in rows if row["attempt"] == folder.attempt]
+    if not own:  # it never began
+        return code
+    if "ended" in own[-1]:  # by another node's launcher
+        return int(own[-1]["code"])
+    reason, most = (folder.read_exit() or {"reason": "no exit.json"})["reason"], own[0]["restarts_without_progress"]
+    failures = _failures_in_a_row([*rows, _end_row(folder, code, reason)])
+    if failures > most:
+        code = FAILED
+        reason = (
+            f"{failures} attempts in a row were ended by the infrastructure before they saved a new checkpoint: more "
+            f"than parallel.restarts_without_progress={most} restarts; the last one by: {reason}; attempts.jsonl has "
+            "all of them. Mend the cause, lower checkpoint.every_steps or raise the key, then give the same command"
+        )
+        folder.write_exit(code, None, reason, replaces=True)
+    end(folder, code, reason)
+    return code
+
+
+def end(folder: RunFolder, code: int, reason: str) -> None:
+    """The attempt has ended."""
+    JsonlFile(folder.attempts).append(_end_row(folder, code, reason))
+
+
+def restarts_here(folder: RunFolder, most: int) -> bool:
+    """Whether the infrastructure ended the last attempt, with no more than `most` in a row without a new checkpoint."""
+    rows = _rows(folder)
+    return most > 0 and bool(rows) and by_infrastructure(rows[-1]) and _failures_in_a_row(rows) <= most
+
+
+def by_infrastructure(row: Row) -> bool:
+    """Whether an attempt whose second row this is was ended by the infrastructure."""
+    return row.get("code") == STOPPED and not row["reason"].startswith(STOP_REASON)
+
+
+def summary_of(folder: RunFolder) -> dict[str, int]:
+    """How many attempts there were (`starts`), and how many were ended by the infrastructure (`faults`), on request
+    (`stops`)."""
+    rows = _rows(folder)
+    starts = [row for row in rows if "began" in row]
+    ends = {row["attempt"]: row for row in rows if "ended" in row}
+    unsaid = sum(row["attempt"] not in ends for row in starts[:-1])  # the last one may be running
+    faults = sum(map(by_infrastructure, ends.values()))
+    stops = sum(row["code"] == STOPPED for row in ends.values()) - faults
+    return {"starts": len(starts), "faults": faults + unsaid, "stops": stops}
+
+
+def _failures_in_a_row(rows: list[Row]) -> int:
+    """The newest attempts that the infrastructure ended, since the newest checkpoint was made."""
+    ends = {row["attempt"]: row for row in rows if "ended" in row}
+    newest, count = rows[-1]["step"], 0
+    for row in reversed([row for row in rows if "began" in row]):
+        end = ends.get(row["attempt"])
+        if row["step"] != newest or (end is not None and not by_infrastructure(end)):
+            break
+        count += 1
+    return count
+
+
+def _newest_step(folder: RunFolder) -> int:
+    """Of the checkpoints, by their names."""
+    folders = checkpoint_folders(folder.checkpoints)
+    return int(folders[0].name.rpartition("_")[2]) if folders else 0
+
+
+def _end_row(folder: RunFolder, code: int, reason: str) -> Row:
+    last = JsonlFile(folder.metrics).last()
+    reached = 0 if last is None else last["step"]
+    row: Row = {"attempt": folder.attempt, "ended": _now(), "code": code, "reason": reason}
+    return row | {"step": _newest_step(folder), "reached": reached}
+
+
+def _rows(folder: RunFolder) -> list[Row]:
+    """Those that are whole: on a network file system two nodes' can run into each other."""
+    if not folder.attempts.exists():
+        return []
+    lines = folder.attempts.read_bytes().splitlines()
+    return [row for line in lines if (row := parse_row(line)) is not None]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
