@@ -3,8 +3,8 @@
 #   launch/slurm.sh pretrain|finetune|doctor CONFIG.yaml [dotted.key=value ...]
 # One torchrun a node, with NPROC_PER_NODE ranks (default: the node's GPUs). The run's folder must be
 # one that all nodes see. USR1 (near the time limit) and TERM (preemption, scancel) make the stop file:
-# the run saves and leaves, and the job is requeued unless it was cancelled. VITSCALE_SITE_ENV names a
-# file to source first: the site's modules and NCCL settings.
+# the run saves and leaves. The job is requeued then, and after a fault of the infrastructure, unless it was
+# cancelled. VITSCALE_SITE_ENV names a file to source first: the site's modules and NCCL settings.
 set -u
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 if [ -n "${VITSCALE_SITE_ENV:-}" ]; then

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +15,11 @@ from vitscale.config.load import config_of
 from vitscale.config.schema import Checkpoint, Data, Guard, Log, Run, RunConfig, Source
 from vitscale.engine import digest
 from vitscale.engine.loop import TrainState, every_n_steps
-from vitscale.errors import ConfigError
+from vitscale.errors import ConfigError, StorageError
 from vitscale.lease import FolderInUse
 from vitscale.run.job import Job, pretrain, run_locked
-from vitscale.run_folder import BAD_INPUT, DONE, FAILED
+from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED
+from vitscale.tracking.jsonl import JsonlFile
 from vitscale.tracking.meters import Meters
 from vitscale.world import World
 
@@ -95,6 +97,29 @@ def test_a_crash_is_raised_with_its_traceback(tmp_path: Path) -> None:
         run_locked(Ending(tmp_path, ZeroDivisionError("by 0")))
     exit_record = Job(make_config(tmp_path), World()).folder.read_exit()
     assert exit_record == {"code": FAILED, "step": None, "reason": "ZeroDivisionError: by 0", "attempt": ""}
+
+
+def test_a_fault_of_the_infrastructure_is_one_line_and_an_attempt_of_its_own(tmp_path: Path) -> None:
+    """The error of the system becomes one that requeues; whoever starts the run again begins another attempt."""
+    folder = Job(make_config(tmp_path), World()).folder
+    for attempt in ("1", "2"):
+        with pytest.raises(StorageError, match=r"^/runs/metrics\.jsonl: Input/output error"):
+            run_locked(
+                Ending(tmp_path, OSError(errno.EIO, "Input/output error", "/runs/metrics.jsonl"), attempt=attempt)
+            )
+        record = folder.read_exit()
+        assert record is not None
+        assert (record["code"], record["attempt"]) == (STOPPED, attempt)
+    assert run_locked(Ending(tmp_path, lambda: DONE, attempt="3")) == DONE
+    rows = JsonlFile(folder.attempts).rows()
+    assert [(row["attempt"], row.get("code")) for row in rows] == [
+        ("1", None),
+        ("1", 3),
+        ("2", None),
+        ("2", 3),
+        ("3", None),
+    ]
+    assert [row["ranks"] for row in rows if "began" in row] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("supervised", [False, True])
