@@ -19,7 +19,7 @@ _LOST = re.compile(
 )
 # CUDA says it in the same way as our own bugs: those of its errors that come from the device, its driver or its links.
 _DEVICE = re.compile(
-    r"ECC|uncorrectable|hardware|NVLink|launch failure|unavailable|GPU (is|has been) lost|fallen off the bus"
+    r"\bECC\b|uncorrectable|hardware|NVLink|launch failure|unavailable|GPU (is|has been) lost|fallen off the bus"
     r"|driver shutting down|CUDA error: unknown error",
     re.IGNORECASE,
 )

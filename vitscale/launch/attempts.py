@@ -25,14 +25,9 @@ def next_attempt(folder: RunFolder) -> str:
 
 def begin(folder: RunFolder, ranks: int, most_restarts: int) -> None:
     """Rank 0 has entered the run."""
-    row: Row = {
-        "attempt": folder.attempt,
-        "began": _now(),
-        "host": socket.gethostname(),
-        "job": os.environ.get("SLURM_JOB_ID"),
-        "ranks": ranks,
-    }
-    row |= {"step": _newest_step(folder), "restarts_without_progress": most_restarts}
+    row: Row = {"attempt": folder.attempt, "began": _now(), "host": socket.gethostname(), "ranks": ranks}
+    row |= {"job": os.environ.get("SLURM_JOB_ID"), "step": _newest_step(folder)}
+    row |= {"restarts_without_progress": most_restarts}
     JsonlFile(folder.attempts).append(row)
 
 
@@ -87,16 +82,15 @@ def by_infrastructure(row: Row) -> bool:
     return row.get("code") == STOPPED and not row["reason"].startswith(STOP_REASON)
 
 
-def summary_of(folder: RunFolder) -> dict[str, int]:
-    """How many attempts there were (`starts`), and how many were ended by the infrastructure (`faults`), on request
-    (`stops`)."""
+def summary_of(folder: RunFolder) -> str:
+    """How many attempts there were, and how many were ended by the infrastructure and on request."""
     rows = _rows(folder)
     starts = [row for row in rows if "began" in row]
     ends = {row["attempt"]: row for row in rows if "ended" in row}
     unsaid = sum(row["attempt"] not in ends for row in starts[:-1])  # the last one may be running
     faults = sum(map(by_infrastructure, ends.values()))
     stops = sum(row["code"] == STOPPED for row in ends.values()) - faults
-    return {"starts": len(starts), "faults": faults + unsaid, "stops": stops}
+    return f"{len(starts)} (faults of the infrastructure: {faults + unsaid}; stopped on request: {stops})"
 
 
 def _failures_in_a_row(rows: list[Row]) -> int:

@@ -20,17 +20,8 @@ from vitscale.run_folder import RunFolder
 from vitscale.text import redact
 
 _VARIABLES = (
-    *(
-        "CONFIG",
-        "DATA",
-        "NPROC_PER_NODE",
-        "NNODES",
-        "RDZV_ENDPOINT",
-        "RESTARTS",
-        "CUDA_VISIBLE_DEVICES",
-        "OMP_NUM_THREADS",
-    ),
-    *("VITSCALE_HOME", "VITSCALE_VENV", "VITSCALE_SITE_ENV"),
+    *("CONFIG", "DATA", "NPROC_PER_NODE", "NNODES", "RDZV_ENDPOINT", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"),
+    *("RESTARTS", "VITSCALE_HOME", "VITSCALE_VENV", "VITSCALE_SITE_ENV"),
     *("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST"),
 )
 

@@ -285,17 +285,12 @@ def _troubles(folder: RunFolder, rows: Sequence[Row], summary: Row) -> Iterator[
     """Starts, skipped steps, bad samples; where the time went."""
     if not rows:
         return
-    attempts = summary_of(folder)
     causes: Counter[str] = Counter(summary.get("bad_samples") or {})
     if not causes:
         causes = Counter(row["cause"] for row in JsonlFile(folder.path / "quarantine.jsonl").rows())
     bad = ", ".join(f"{count:,} {cause}" for cause, count in causes.most_common())
     lines = [
-        (
-            "starts",
-            f"{attempts['starts']} (faults of the infrastructure: {attempts['faults']}; stopped on request: "
-            f"{attempts['stops']})",
-        ),
+        ("starts", summary_of(folder)),
         ("steps skipped, their gradient not finite", f"{rows[-1].get('skipped_steps', 0):,}"),
         ("bad samples, others in their place", f"{rows[-1].get('bad_samples', 0):,}" + (f": {bad}" if bad else "")),
     ]
