@@ -164,3 +164,19 @@ def test_a_killed_launcher_takes_its_ranks_along(config: Path, launched: list[La
     launched.append(again)
     assert again.wait() == 0, again.log.read_text()
     assert list(losses(again.run)) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.full
+def test_a_stopped_rank_is_named_and_the_run_ends_to_go_on(config: Path, launched: list[Launched]) -> None:
+    launch = Launched(config, "parallel.patience_s=3")
+    launched.append(launch)
+    launch.wait_for_steps(3)
+    rank = launch.ranks()[-1]
+    os.kill(rank, signal.SIGSTOP)
+    assert launch.wait() == 3, launch.log.read_text()
+    assert f"its process {rank} is stopped" in launch.last_line()
+    launch.wait_for_nobody()
+    again = Launched(config, "parallel.patience_s=3")
+    launched.append(again)
+    assert again.wait() == 0, again.log.read_text()
+    assert list(losses(again.run)) == list(range(1, STEPS + 1))

@@ -16,7 +16,7 @@ from vitscale.config.schema import Checkpoint, Data, Guard, Log, Run, RunConfig,
 from vitscale.engine import digest
 from vitscale.engine.loop import TrainState, every_n_steps
 from vitscale.errors import ConfigError, StorageError
-from vitscale.lease import FolderInUse
+from vitscale.lease import FolderInUse, FolderLost
 from vitscale.run.job import Job, pretrain, run_locked
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED
 from vitscale.tracking.jsonl import JsonlFile
@@ -136,6 +136,21 @@ def test_what_an_earlier_start_left_is_cleared(tmp_path: Path, supervised: bool)
         return DONE
 
     assert run_locked(Ending(tmp_path, look, supervised=supervised)) == DONE
+
+
+@pytest.mark.parametrize("error", [ConnectionError("closed"), StorageError("a rank is gone")])
+def test_a_run_that_lost_its_folder_writes_no_exit_record(tmp_path: Path, error: Exception) -> None:
+    """Its ranks fail one after the other, and the record is that of the run which has the folder now."""
+    folder = Job(make_config(tmp_path), World()).folder
+
+    def lose() -> int:
+        (folder.path / "lock-9").write_text("0000000001\nprocess 5 on far\nfar 5 5\n")
+        raise error
+
+    with pytest.raises(FolderLost, match="process 5 on far has taken the run"):
+        run_locked(Ending(tmp_path, lose))
+    assert folder.read_exit() is None
+    assert folder.owner() == "process 5 on far"
 
 
 @pytest.mark.parametrize(
