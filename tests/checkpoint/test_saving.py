@@ -53,7 +53,7 @@ def test_what_changes_after_the_snapshot_does_not_show(tmp_path: Path, at_point:
             piece.values.fill(0)
         changed.set()
     assert digests(tmp_path / "behind" / "step_00000003") == expected
-    assert (saver.step, saver.error, saver.failures) == (3, None, 0)
+    assert (saver.saved, saver.error, saver.failures) == ({3}, None, 0)
 
 
 def test_one_is_in_flight_and_its_memory_is_used_again(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_save_that_fails_is_counted_and_told_and_the_next_one_succeeds(
         assert saver.error.requeues
         at_point("state_begun", lambda: None)
         begin(saver, 4)
-    assert (saver.step, saver.error, saver.failures) == (4, None, 6)
+    assert (saver.saved, saver.error, saver.failures) == ({1, 4}, None, 6)
     assert len(told) == 1
     assert says in told[0]
     assert "step_00000002: the checkpoint could not be written (rank 0: " in told[0]

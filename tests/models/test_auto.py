@@ -21,8 +21,9 @@ from vitscale.config.check import check_config, problem_type
 from vitscale.config.presets import preset
 from vitscale.config.schema import MAE, Model, Multitask, Objective, RunConfig, SimMIM, Train
 from vitscale.errors import ConfigError
+from vitscale.models import auto
 from vitscale.models.activations import ACTIVATIONS
-from vitscale.models.auto import FREE_KEYS, OBJECTIVES, build_model, initialize, model_keys, vit_config
+from vitscale.models.auto import FREE_KEYS, OBJECTIVES, build_model, initialize, model_keys, new_model, vit_config
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import OPTIONS, ViTConfig
 from vitscale.models.configuration_mae import ViTMAEConfig
@@ -85,6 +86,18 @@ def test_start_is_a_function_of_seed_and_name(model_class: type[ViTPreTrainedMod
     deeper = tiny(model_class, num_hidden_layers=5)
     for name, value in first.vit.state_dict().items():
         assert torch.equal(value, deeper.vit.state_dict()[name])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_what_is_to_be_loaded_is_not_drawn(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fixed tables are there all the same."""
+    config = run_config(objective, **NARROW, image_size=32)
+    drawn = new_model(config, 0)
+    monkeypatch.setattr(auto, "_generator", lambda seed, name: pytest.fail(f"{name} is drawn"))
+    model = new_model(config, 0, drawn=False)
+    assert model.state_dict().keys() == drawn.state_dict().keys()
+    tables = dict(model.named_buffers())
+    assert all(torch.equal(tables[name], table) for name, table in drawn.named_buffers())
 
 
 def test_mae_starts_as_mae() -> None:

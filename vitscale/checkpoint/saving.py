@@ -59,9 +59,9 @@ on_progress: Callable[[str], None] = _at
 class Saver:
     """Saves one run's checkpoints under `root`, one at a time; every rank has one. Use it in a `with`.
 
-    It keeps the memory of one snapshot, as large as what this rank saves, from its first save on. `step` is that of the
-    last checkpoint that it has published, `seconds` how long that took, `error` why its last save failed, `failures`
-    how many did: the same on every rank once none is `busy`.
+    It keeps the memory of one snapshot, as large as what this rank saves, from its first save on. `saved` are the steps
+    of the checkpoints that it has published, `error` is why its last save failed, `failures` how many did, `seconds`
+    what the last one took: all but the last the same on every rank, once none is `busy`.
     """
 
     def __init__(
@@ -75,9 +75,9 @@ class Saver:
         """ranks: their exchanges are made by a thread, so nobody else may use the same process group; report: is told
         by rank 0 of saves that failed, and what went wrong with old checkpoints."""
         self.failures = failures
-        self.step: int | None = None
-        self.seconds: float | None = None
+        self.saved: set[int] = set()
         self.error: StorageError | None = None
+        self.seconds: float | None = None
         self._root, self._ranks, self._retention = root, ranks, retention
         self._report = report if ranks.rank == 0 else lambda line: None
         self._memory = SharedMemory.create("checkpoint")
@@ -140,7 +140,8 @@ class Saver:
             if not required:
                 self._report(f"{reason}; training goes on, and the next save is tried as usual")
             return
-        self.step, self.error, self.seconds = step, None, time.monotonic() - began
+        self.error, self.seconds = None, time.monotonic() - began
+        self.saved.add(step)
         if self._ranks.rank == 0:
             retire(self._root, step, self._retention, spared, self._report, on_progress)
 

@@ -7,7 +7,7 @@ sha256 of the files and a digest of itself. No pickle, no torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -121,16 +121,19 @@ class Checkpoint:
         return self._records[kind, name]
 
 
-def open_newest(root: Path, ranks: Ranks, report: Callable[[str], None]) -> Checkpoint | None:
+def open_newest(
+    root: Path, ranks: Ranks, report: Callable[[str], None], written: Collection[int] = ()
+) -> Checkpoint | None:
     """The newest checkpoint under `root` that is whole, or None where there is none yet.
 
-    A collective. A broken one is reported (by rank 0) with its reasons, and the one before it is tried.
+    A collective. A broken one is reported (by rank 0) with its reasons, and the one before it is tried. written: steps
+    that this process has just saved, whose bytes it need not read again.
     Raises CheckpointError when there are checkpoints and all are broken: to start over is not ours to decide.
     """
     names = ranks.gather([path.name for path in checkpoint_folders(root)] if ranks.rank == 0 else [])[0]
     for name in names:
         folder = root / name
-        manifest, faults = _verify(folder, ranks)
+        manifest, faults = _verify(folder, ranks, hashed=not any(name == folder_name(step) for step in written))
         if not faults:
             checkpoint = Checkpoint(folder, manifest)
             extra = sorted({path.name for path in folder.iterdir()} - {MANIFEST, *checkpoint.files})
@@ -147,9 +150,12 @@ def open_newest(root: Path, ranks: Ranks, report: Callable[[str], None]) -> Chec
     return None
 
 
-def open_checkpoint(folder: Path, ranks: Ranks) -> Checkpoint:
-    """The checkpoint in a named folder. A collective; raises CheckpointError with the reasons if it is not whole."""
-    manifest, faults = _verify(folder, ranks)
+def open_checkpoint(folder: Path, ranks: Ranks, hashed: bool = True) -> Checkpoint:
+    """The checkpoint in a named folder. A collective; raises CheckpointError with the reasons if it is not whole.
+
+    hashed: whether every byte of its files is compared with what was written.
+    """
+    manifest, faults = _verify(folder, ranks, hashed)
     if faults:
         raise CheckpointError(f"{folder}: is not a usable checkpoint ({listed(faults)})")
     return Checkpoint(folder, manifest)

@@ -104,11 +104,14 @@ def build_model(config: RunConfig) -> ViTPreTrainedModel:
     return OBJECTIVES[config.objective.name](vit_config(config))
 
 
-def new_model(config: RunConfig, seed: int) -> ViTPreTrainedModel:
-    """The model of a run at its initial values, on the CPU; torch's own initial values are never drawn."""
+def new_model(config: RunConfig, seed: int, drawn: bool = True) -> ViTPreTrainedModel:
+    """The model of a run at its initial values, on the CPU; torch's own initial values are never drawn.
+
+    Not `drawn`: parameters have any values, and are to be loaded.
+    """
     with torch.device("meta"):
         model = build_model(config)
-    initialize(model, seed)
+    initialize(model, seed, only=None if drawn else ())
     return model
 
 

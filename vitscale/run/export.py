@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from vitscale.checkpoint.manifest import MANIFEST
@@ -12,11 +13,11 @@ from vitscale.interop.pretrained import save_run_model
 from vitscale.run_folder import RunFolder
 
 
-def export_run(source: Path, out: Path | None = None) -> Path:
+def export_run(source: Path, out: Path | None = None, written: Collection[int] = ()) -> Path:
     """A run's best or else newest good checkpoint (or a checkpoint folder) as a model folder; default: its model/.
 
     Of trained weights it takes the moving average (train.ema_decay) where the checkpoint has one. On the
-    CPU, from the pieces, without the world that made them.
+    CPU, from the pieces, without the world that made them. written: see open_newest.
     """
     source = source.resolve()
     folder = RunFolder(source)
@@ -26,10 +27,11 @@ def export_run(source: Path, out: Path | None = None) -> Path:
             "checkpoint in it, or for a model add --format onnx, --format torch-export or --prune"
         )
     if folder.checkpoints.is_dir():
-        checkpoint = open_newest(folder.checkpoints, SoleRank(), print)
+        checkpoint = open_newest(folder.checkpoints, SoleRank(), print, written)
         best = checkpoint.state.get("best") if checkpoint is not None else None
         if best is not None:  # of train.keep_best
-            checkpoint = open_checkpoint(folder.checkpoints / folder_name(best["step"]), SoleRank())
+            path, hashed = folder.checkpoints / folder_name(best["step"]), best["step"] not in written
+            checkpoint = open_checkpoint(path, SoleRank(), hashed)
     else:
         folder = RunFolder(source.parent.parent)
         checkpoint = open_checkpoint(source, SoleRank())

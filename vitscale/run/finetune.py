@@ -182,8 +182,8 @@ class Finetune(Job):
             _require_readable(config, scored, "of what is validated on, ")
         return sorted(counts.classes.items())
 
-    def build(self, session: Session) -> ViTPreTrainedModel:
-        model = super().build(session)
+    def build(self, session: Session, drawn: bool) -> ViTPreTrainedModel:
+        model = super().build(session, drawn)
         assert isinstance(model, ViTForImageClassification)
         classification = session.config.objective.classification
         weights = classification.class_weights

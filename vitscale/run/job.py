@@ -46,7 +46,7 @@ from vitscale.run.rollback import after_divergence, refuse_the_same_end
 from vitscale.run.saves import Saves
 from vitscale.run.scoring import Scoring
 from vitscale.run.session import Session, open_session
-from vitscale.run.start import keep_shards, say_changed_keys, start
+from vitscale.run.start import find_checkpoint, keep_shards, say_changed_keys, start
 from vitscale.run.training_data import training_loader
 from vitscale.run_folder import DONE, STOP_REASON, STOPPED, RunFolder, exit_code
 from vitscale.tracking.jsonl import JsonlFile
@@ -141,6 +141,7 @@ class Job:
         self._startup_seconds: dict[str, float] = {}  # of its parts, on the slowest rank of each
         self.lease: Lease | None = None  # rank 0's
         self.owner: str | None = None  # who this run has agreed to hold the folder
+        self._written: frozenset[int] = frozenset()  # steps of the checkpoints that this start has saved
         self._reader_memory = 0  # the most that the process which reads for this rank has had
 
     def run(self) -> int:
@@ -157,12 +158,12 @@ class Job:
         session = open_session(self.config, self.world, self.folder, startup, stop, self.look_at_data, self.adapts)
         self.owner = session.folder.owner()
         fault_point("joined")
-        model = self.build(session)
+        checkpoint, probes = find_checkpoint(session), Probes(session)
+        model = self.build(session, drawn=checkpoint is None or probes.wants("untrained"))
         parameters = model.num_parameters()  # ZeRO-3 leaves none of them whole
-        probes = Probes(session)
         probes.baseline("untrained", model)
         startup.done("model")
-        checkpoint, state = start(session, model)
+        state = start(session, model, checkpoint)
         startup.done("weights")
         if checkpoint is None and session.config.model.init_from:
             probes.baseline("the start", model)
@@ -194,9 +195,9 @@ class Job:
     ) -> Any:
         """What rank 0 finds in the data before it joins the others: `data_facts` of the session."""
 
-    def build(self, session: Session) -> ViTPreTrainedModel:
-        """The model on the CPU with its initial values, the same on every rank."""
-        return new_model(session.config, session.config.run.seed)
+    def build(self, session: Session, drawn: bool) -> ViTPreTrainedModel:
+        """The model on the CPU with its initial values, the same on every rank; without them if not `drawn`."""
+        return new_model(session.config, session.config.run.seed, drawn)
 
     def engine(self, session: Session, model: ViTPreTrainedModel) -> Engine:
         """The engine that trains `model`. See Backend.wrap for learning rates by parameter, and what is not decayed."""
@@ -257,7 +258,7 @@ class Job:
         if not session.world.is_main:
             return
         config, folder = session.config, session.folder
-        out = export_run(folder.path)
+        out = export_run(folder.path, written=self._written)
         fault_point("exported")
         rows = JsonlFile(folder.metrics).rows()
         draw_curves(rows, folder.figures / "loss.png")
@@ -338,6 +339,7 @@ class Job:
             finally:
                 heartbeat.enter("end")
             saves.finish(state)
+            self._written = saves.written
             self._reader_memory = loader.reader_memory()
             return done
 

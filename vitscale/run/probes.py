@@ -45,9 +45,13 @@ class Probes:
         assert session.probed is not None
         return Probing(session.config, session.world, *session.probed, scratch=session.folder.path, most=images)
 
+    def wants(self, name: str) -> bool:
+        """Whether the encoder of this name is still to be scored."""
+        return self.is_wanted and name not in self._baselines
+
     def baseline(self, name: str, model: ViTPreTrainedModel) -> None:
         """Score an encoder once a run, under this name, before it is wrapped. A collective."""
-        if not self.is_wanted or name in self._baselines:
+        if not self.wants(name):
             return
         session, was_training = self._session, model.training
         whole = WholeModel(model, session.ranks, session.backend.device)

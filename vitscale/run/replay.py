@@ -76,7 +76,7 @@ def _alone(config: RunConfig) -> RunConfig:
 
 def _replayed(job: Job, session: Session, checkpoint: Checkpoint, step: int) -> str:
     config = session.config
-    model = job.build(session)
+    model = job.build(session, drawn=False)
     load_weights(model, checkpoint)
     engine = job.engine(session, model)
     engine.restore(checkpoint)

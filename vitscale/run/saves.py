@@ -54,6 +54,11 @@ class Saves:
         """Saves that failed, in this run so far."""
         return self._saver.failures
 
+    @property
+    def written(self) -> frozenset[int]:
+        """The steps of the checkpoints that this start has saved."""
+        return frozenset(self._saver.saved)
+
     def due(self, step: int) -> bool:
         return self._postponed or self._periodic(step)
 
@@ -77,7 +82,7 @@ class Saves:
         Raises StorageError, on all ranks, if it cannot be saved.
         """
         self._saver.wait()
-        if self._saver.step != state.step:
+        if state.step not in self._saver.saved:
             self._begin(state, required=True)
             self._saver.wait()
         if self._saver.error is not None:

@@ -39,17 +39,21 @@ _USUAL: dict[str, Any] = {
 _OF_SHARDS = ("the index", "the shards of each source")  # what may change by data.when_changed
 
 
-def start(session: Session, model: ViTPreTrainedModel) -> tuple[Checkpoint | None, TrainState]:
-    """Load the weights that the run starts from into `model`; the checkpoint that they are of, if any, and the state.
+def find_checkpoint(session: Session) -> Checkpoint | None:
+    """The checkpoint that the run goes on from: its own newest good one, else checkpoint.resume_from. A collective."""
+    checkpoint = open_newest(session.folder.checkpoints, session.ranks, session.say)
+    if checkpoint is None and session.config.checkpoint.resume_from:
+        checkpoint = open_checkpoint(Path(session.config.checkpoint.resume_from), session.ranks)
+    return checkpoint
 
-    They are of the first of these that is there: the run's newest good checkpoint, checkpoint.resume_from,
-    model.init_from; else `model` stays as it is. A collective. Raises CheckpointError for a checkpoint that this
-    run cannot resume from.
+
+def start(session: Session, model: ViTPreTrainedModel, checkpoint: Checkpoint | None) -> TrainState:
+    """Load the weights that the run starts from into `model`: where the run then stands.
+
+    They are the checkpoint's, else those of model.init_from; without either `model` stays as it is. A collective.
+    Raises CheckpointError for a checkpoint that this run cannot resume from.
     """
     config = session.config
-    checkpoint = open_newest(session.folder.checkpoints, session.ranks, session.say)
-    if checkpoint is None and config.checkpoint.resume_from:
-        checkpoint = open_checkpoint(Path(config.checkpoint.resume_from), session.ranks)
     if checkpoint is not None:
         session.say(f"start: {checkpoint.folder}, step {checkpoint.state['step']} of {session.total_steps}")
         differing = _require_same_order(session, checkpoint)
@@ -60,7 +64,7 @@ def start(session: Session, model: ViTPreTrainedModel) -> tuple[Checkpoint | Non
         state = _restored(checkpoint, config)
         if differing is not None:
             _begin_epoch(session, state, differing)
-        return checkpoint, state
+        return state
     if config.model.init_from:
         report = start_from(model, config.model.init_from, session.adapts, config.model.init_take)
         session.say(f"start: weights of {config.model.init_from}")
@@ -68,7 +72,7 @@ def start(session: Session, model: ViTPreTrainedModel) -> tuple[Checkpoint | Non
             session.say(f"  {what}: {listed(names) or 'nothing'}")
     else:
         session.say("start: from scratch")
-    return None, TrainState()
+    return TrainState()
 
 
 def _restored(checkpoint: Checkpoint, config: RunConfig) -> TrainState:
