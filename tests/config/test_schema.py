@@ -91,6 +91,7 @@ REFUSED = [
     (schema.Parallel, "parallel.restarts_without_progress", [-1], [0, 3]),
     (schema.Checkpoint, "checkpoint.every_steps", [0], [1]),
     (schema.Checkpoint, "checkpoint.keep", [0], [1]),
+    (schema.Checkpoint, "checkpoint.keep_every_hours", [0.0, -1.0], [None, 0.5]),
     (schema.Log, "log.every_steps", [0], [1]),
 ]
 

@@ -117,9 +117,11 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(self, error: type | None, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         # After an error a save that began before it may still succeed; where another rank is gone, it fails at once.
-        self.wait(None if error is None else _AFTER_AN_ERROR_S)
+        # Who interrupts the process wants it to leave.
+        if error is None or issubclass(error, Exception):
+            self.wait(None if error is None else _AFTER_AN_ERROR_S)
         if not self.busy:
             self._memory.close()
 
