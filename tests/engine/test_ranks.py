@@ -6,7 +6,6 @@ import os
 import re
 import socket
 import subprocess
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -42,6 +41,7 @@ def _exchange(ranks: ProcessRanks) -> dict[str, Any]:
 
 def _be_rank(rank: int, world_size: int, port: int, backend: str, answers: Any) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # as `world.enter` has it
     dist.init_process_group(backend, timeout=TIMEOUT)
     ranks = ProcessRanks(TIMEOUT)
     has_own_group = ranks._group is not dist.group.WORLD
@@ -113,7 +113,8 @@ def _try_to_join(rank: int, world_size: int, port: int, backend: str, told: Any)
         told.put((rank, str(error)))
     told.close()
     told.join_thread()
-    dist.barrier() if dist.is_initialized() else time.sleep(1)  # rank 0 has the store that the others look at
+    if dist.is_initialized():
+        dist.barrier()
     os._exit(0)
 
 

@@ -23,6 +23,7 @@ from vitscale.text import listed
 from vitscale.world import World, host, meeting_place, meeting_store, network_interface
 
 _exchange = partial(heartbeat.phase, "exchange")
+_TELLING_S = 5.0  # that rank 0 waits for others to hear why they cannot be a world
 _joins = itertools.count()  # of this process: each has keys of its own in the store
 
 
@@ -210,6 +211,7 @@ def _meet(store: dist.Store, world: World, timeout_s: float) -> None:
     own = f"RANK={world.rank} WORLD_SIZE={world.world_size} on {host()}"
     first = store.compare_set(f"rank {world.rank}", "", f"{host()} process {os.getpid()}").decode()
     size = int(store.compare_set("world size", "", str(world.world_size)))
+    store.add("processes", 1)
     is_first = store.add(f"count {world.rank}", 1) == 1
     if not is_first and not _is_gone(first):
         store.set("verdict", f"{own}: another process has come with this RANK ({first}): each needs its own")
@@ -226,6 +228,10 @@ def _meet(store: dist.Store, world: World, timeout_s: float) -> None:
             f"the others there: rank(s) {listed(absent)} did not come; look at their logs, and start every rank"
         ) from None
     if verdict != "all are here":
+        store.add("told", 1)
+        ends = time.monotonic() + _TELLING_S
+        while world.is_main and store.add("told", 0) < store.add("processes", 0) and time.monotonic() < ends:
+            time.sleep(0.05)  # the store goes with this process
         raise LaunchError(f"{verdict}; start the processes with launch/torchrun.sh, launch/slurm.sh or torchrun")
 
 
