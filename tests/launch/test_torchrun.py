@@ -181,7 +181,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        (None, "failed: the ranks ended before they could say why"),
+        (None, "failed: the ranks ended before the run began"),
         ({"code": 0, "step": 9, "reason": "done"}, "done at step 9"),
         ({"code": 3, "step": 4, "reason": "stopped on request"}, "stopped on request at step 4"),
         ({"code": 2, "step": None, "reason": "x=1: must be 2"}, "error: x=1: must be 2"),

@@ -18,9 +18,11 @@ Row = dict[str, Any]
 _EXIT_PATIENCE_S = 10.0  # for what a rank wrote on another node shortly before its end
 
 
-def next_attempt(folder: RunFolder) -> str:
-    """An id for the attempt that is about to start: its number."""
-    return str(1 + sum("began" in row for row in _rows(folder)))
+def next_attempt(folder: RunFolder, nodes: int) -> str:
+    """An id for the attempt that is about to start: its number, which several nodes count alike; on one node also this
+    process, which tells it from another start at the same moment."""
+    number = 1 + sum("began" in row for row in _rows(folder))
+    return str(number) if nodes > 1 else f"{number}.{os.getpid()}"
 
 
 def begin(folder: RunFolder, ranks: int, most_restarts: int) -> None:
@@ -32,16 +34,16 @@ def begin(folder: RunFolder, ranks: int, most_restarts: int) -> None:
 
 
 def ending(folder: RunFolder, patience_s: float = _EXIT_PATIENCE_S) -> int:
-    """The exit code of an attempt whose ranks have ended; where none of them said why, exit.json is written here."""
+    """The exit code of an attempt whose ranks have ended. Where the run had begun, and none of them said why it ended,
+    exit.json is written here; else it may be that of another start."""
     record = folder.await_exit(patience_s)
     if record is not None:
         return int(record["code"])
-    if any(row["attempt"] == folder.attempt for row in _rows(folder)):
-        code, reason = STOPPED, "the ranks were ended from outside: a signal, a limit of memory, or their node is gone"
-    else:
-        code, reason = FAILED, "the ranks ended before the run began; see above"
-    folder.write_exit(code, None, reason)
-    return code
+    if not any(row["attempt"] == folder.attempt for row in _rows(folder)):
+        return FAILED
+    reason = "the ranks were ended from outside: a signal, a limit of memory, or their node is gone"
+    folder.write_exit(STOPPED, None, reason)
+    return STOPPED
 
 
 def conclude(folder: RunFolder, code: int) -> int:

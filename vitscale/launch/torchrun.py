@@ -195,18 +195,14 @@ def supervise(arguments: Sequence[str], layout: Layout, folder: RunFolder) -> in
         return INTERRUPTED
     if layout.ranks > 1:
         return attempts.ending(folder)
-    if code < 0:  # a signal's
-        return attempts.ending(folder, patience_s=0)
-    if code != DONE:
-        folder.write_exit(code, None, "see above")  # unless the rank, or what it ran, has said why
-    return code
+    return code if code >= 0 else attempts.ending(folder, patience_s=0)  # below 0: a signal's
 
 
 def describe_exit(folder: RunFolder) -> str:
     """How a run ended, in a line."""
     said = folder.read_exit()
     if said is None:
-        return f"{folder.path}: failed: the ranks ended before they could say why (no exit.json); see above"
+        return f"{folder.path}: failed: the ranks ended before the run began (no exit.json); see above"
     code, reason = int(said["code"]), said["reason"]
     at = "" if said["step"] is None else f" at step {said['step']}"
     if code == DONE or (code == STOPPED and reason.startswith(STOP_REASON)):
@@ -275,7 +271,7 @@ def main(arguments: Sequence[str]) -> int:
         with interruptible():
             folder = prepare(arguments, layout, "launch/torchrun.sh")
         while True:
-            folder = replace(folder, attempt=attempts.next_attempt(folder))
+            folder = replace(folder, attempt=attempts.next_attempt(folder, layout.nodes))
             code = attempts.conclude(folder, supervise(arguments, layout, folder))
             if layout.ranks > 1 and code not in (DONE, INTERRUPTED):  # below what torchrun says of it
                 print(f"launch/torchrun.sh: {describe_exit(folder)}", file=sys.stderr)
