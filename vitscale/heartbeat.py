@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import mmap
 import os
 import signal
@@ -79,7 +80,7 @@ def enter(phase: str) -> None:
     """This rank is now in `phase` (at most 16 letters); launch/watchdog.py has how long each may last."""
     global _phase
     _phase = phase
-    _bytes[_NAME] = phase.encode("ascii").ljust(16, b"\0")
+    _bytes[_NAME] = _padded(phase)
     advance()
 
 
@@ -87,6 +88,11 @@ def stepped(step: int) -> None:
     """A step is done. From the first one on, nothing is to take long."""
     _words[_STEP] = step
     enter("step")
+
+
+@functools.cache
+def _padded(phase: str) -> bytes:
+    return phase.encode("ascii").ljust(16, b"\0")
 
 
 @contextlib.contextmanager

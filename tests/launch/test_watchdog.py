@@ -120,6 +120,15 @@ def test_one_that_goes_on_in_time_is_no_alarm(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().err == ""
 
 
+def test_a_dead_rank_does_not_hang(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    node = Node(tmp_path, ("tracking", "hangs"), ("end", "works"))
+    killing = threading.Thread(target=lambda: os.kill(node.pid(0), signal.SIGKILL))
+    killing.start()
+    assert node.watch() == DONE
+    killing.join()
+    assert capsys.readouterr().err == ""
+
+
 def test_what_may_take_long_is_no_alarm_and_data_is_waited_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

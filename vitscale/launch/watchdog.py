@@ -115,7 +115,9 @@ class Watchdog:
     def _judge(self, watched: _Watched, furthest: int) -> Late | None:
         pulse, quiet_s = watched.pulse, watched.quiet_s
         family = _family(pulse.pid)
-        halted = [process for process in family if _state(process)[0] in "Tt"]
+        if not family or _state(family[0]) in "ZX":  # a dead one is torchrun's to tell
+            return None
+        halted = [process for process in family if _state(process) in "Tt"]
         limit = self._limits.of_phase(pulse.phase, pulse.progress < furthest)
         hangs = bool(halted) or (limit is not None and quiet_s > limit)
         # A rank alone knows what its storage may take, but the user may want to know why nothing goes on.
