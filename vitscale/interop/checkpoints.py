@@ -71,8 +71,8 @@ def unwrap(content: Mapping[Any, Any], where: str, take: str | None = None) -> C
         notes.append(f"not used, beside the model: {listed(chosen.extra)}")
     if any(tensor.numel() == 0 for name, tensor in chosen.tensors.items() if name.endswith((TIMM_ANCHOR, *HF_ANCHORS))):
         raise CheckpointError(
-            f"{where}: its tensors are empty, as DeepSpeed's ZeRO-3 leaves them; run the zero_to_fp32.py that lies "
-            "beside it, and name the file that it writes"
+            f"{where}: its tensors are empty, as DeepSpeed's ZeRO-3 leaves them; `vitscale checkpoint "
+            "import-deepspeed` takes the folder that it lies in, and writes a file of weights"
         )
     return Checkpoint(_dense(chosen.tensors, where), notes, content)
 

@@ -12,7 +12,9 @@ from vitscale.text import above_zero
 
 def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the verb."""
-    verbs = verb("checkpoint", _list, "look at what a run has saved").add_subparsers(metavar="WHAT", required=True)
+    verbs = verb("checkpoint", _list, "what a run has saved: ls, verify, diff, rm; import-deepspeed").add_subparsers(
+        metavar="WHAT", required=True
+    )
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=text, description=text)
