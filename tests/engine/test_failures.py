@@ -36,7 +36,7 @@ from vitscale.world import read_world
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), BAD_INPUT, "gradient_checkpointing"),
         (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), STOPPED, "the GPU has failed"),
         (torch.AcceleratorError("CUDA error: device-side assert triggered"), FAILED, "device-side"),
-        (Diverged("step 3: the gradient was not finite"), BAD_INPUT, "step 3"),
+        (Diverged("step 3: the gradient was not finite", 1, 2), BAD_INPUT, "step 3"),
         (StorageError("a.tar: its storage failed"), STOPPED, "a.tar"),
         (ZeroDivisionError("by 0"), FAILED, "by 0"),
     ],
@@ -69,7 +69,7 @@ def break_as(how: str) -> None:
     if how == "hang":
         time.sleep(3)  # longer than parallel.timeout_s
         raise SystemExit
-    raise {"bug": ZeroDivisionError("by 0"), "diverged": Diverged("step 3")}[how]
+    raise {"bug": ZeroDivisionError("by 0"), "diverged": Diverged("step 3", 1, 2)}[how]
 
 
 def break_one(folder: str, how: str) -> list[Any]:

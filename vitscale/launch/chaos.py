@@ -64,13 +64,11 @@ class Outcome:
 
 def _moment(start: Start, draw: Random, anywhere: bool = False) -> None:
     """Wait for a random moment in training, or (`anywhere`) now and then one while it starts."""
-    if anywhere and draw.random() < _AT_START:
-        time.sleep(draw.uniform(0, _STARTING_S))
-        return
-    begun = start.step()
-    step = min(begun + draw.randint(1, SAVED_EVERY + 3), STEPS - 2)
-    start.until(lambda: start.step() >= step, f"step {step}")
-    time.sleep(draw.uniform(0, 0.1))
+    begun, began = start.step(), time.monotonic()
+    step = min(begun + draw.randint(1, SAVED_EVERY + 3), STEPS - SAVED_EVERY)
+    ends = began + draw.uniform(0, _STARTING_S) if anywhere and draw.random() < _AT_START else float("inf")
+    start.until(lambda: start.step() >= step or time.monotonic() > ends, f"step {step}")
+    time.sleep(draw.uniform(0, 0.05))
 
 
 def _kill_one(start: Start, draw: Random) -> float:

@@ -20,7 +20,7 @@ from vitscale.prepare.digits import write_digits
 from vitscale.run_folder import RunFolder
 from vitscale.tracking.jsonl import JsonlFile
 
-STEPS, SAVED_EVERY, RANKS = 48, 6, 2
+STEPS, SAVED_EVERY, RANKS = 160, 20, 2
 _MARK = "VITSCALE_CHAOS"  # in the environment of all that a start starts
 _POLL_S = 0.02
 _PATIENCE_S = 170.0  # for anything that a trial waits for
