@@ -10,7 +10,7 @@ import threading
 import time
 from types import FrameType
 
-from vitscale.run_folder import INTERRUPTED, STOPPED, RunFolder
+from vitscale.run_folder import INTERRUPTED, STOP_REASON, STOPPED, RunFolder
 from vitscale.text import to_stderr
 from vitscale.world import World
 
@@ -95,7 +95,7 @@ class StopRequest:
         # Another node may still see the file of the run's last start, until rank 0 and the others have joined.
         looks = self._world.is_main or (self._training and self._world.local_rank == 0)
         if looks and os.path.exists(self._folder.stop):
-            self._request()
+            self._request(by_person=True)
         if self._world.is_main and os.path.exists(self._folder.save):
             self._save = True
 
@@ -105,17 +105,19 @@ class StopRequest:
         if number == signal.SIGINT and now - self._signalled > 1.0:
             os._exit(INTERRUPTED)
         self._signalled = min(self._signalled, now)
-        self._request()
+        # torchrun sends TERM to ranks whose neighbour has died; a launcher of ours is asked by the stop file.
+        self._request(by_person=number != signal.SIGTERM or not self._world.supervised)
 
-    def _request(self) -> None:
+    def _request(self, by_person: bool) -> None:
         with self._lock:
             if self._training:
                 self._stop = True
                 return
-            reason = "stopped on request before the first step"
-            if self._folder.write_exit(STOPPED, None, reason):
-                to_stderr(f"vitscale: {reason}; the same command starts again")
-            self.clear()
+            if by_person:
+                reason = f"{STOP_REASON} before the first step"
+                if self._folder.write_exit(STOPPED, None, reason):
+                    to_stderr(f"vitscale: {reason}; the same command starts again")
+                self.clear()
             os._exit(STOPPED)
 
 
