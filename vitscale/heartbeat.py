@@ -50,10 +50,11 @@ def start(folder: str | None, rank: int) -> None:
     """Write into `folder` from now on, where the supervisor made one, and answer STACKS there or on standard error."""
     global _bytes, _words
     if folder is None:
-        if sys.__stderr__ is not None:  # closed
+        if sys.__stderr__ is not None:  # None: closed
             faulthandler.register(STACKS, sys.__stderr__)
         return
-    stacks = os.open(os.path.join(folder, f"{rank}.stacks"), os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+    flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
+    stacks = os.open(os.path.join(folder, f"{rank}.stacks"), flags, 0o600)
     faulthandler.register(STACKS, stacks)
     path = os.path.join(folder, f"{rank}.pulse")
     with open(f"{path}.tmp", "w+b") as file:
