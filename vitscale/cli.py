@@ -39,7 +39,7 @@ _SAVE_PATIENCE_S = 600.0  # of `vitscale save`
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
-    from vitscale.run.job import pretrain
+    from vitscale.run.pretrain import pretrain
 
     return _to_launcher(pretrain(_config(arguments), arguments.world), arguments.world)
 

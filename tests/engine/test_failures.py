@@ -17,7 +17,8 @@ from vitscale.engine.failures import classified
 from vitscale.engine.guard import Diverged
 from vitscale.engine.ranks import joined
 from vitscale.errors import StorageError
-from vitscale.run.job import Job, run_locked
+from vitscale.run.job import Job
+from vitscale.run.pretrain import run_locked
 from vitscale.run_folder import BAD_INPUT, FAILED, STOPPED, exit_code
 from vitscale.world import read_world
 

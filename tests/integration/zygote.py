@@ -156,7 +156,7 @@ def serve() -> None:
     world.enter()
     # What a run imports only when it gets there: accelerate's optional parts, and the compiler that DeepSpeed loads.
     muon = "deepspeed.runtime.zero.muon.original_muon"
-    for module in ("accelerate", muon, "torch.distributed.fsdp", "vitscale.run.job"):
+    for module in ("accelerate", muon, "torch.distributed.fsdp", "vitscale.run.pretrain"):
         importlib.import_module(module)
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -22,6 +22,13 @@ def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path / "r", "1")
 
 
+def words_of(folder: RunFolder) -> list[str]:
+    """What starts a run: the watchdog reads its limits in the config."""
+    config = folder.path.parent / "config.yaml"
+    config.write_text("{}")
+    return ["pretrain", str(config)]
+
+
 def has_rank(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """Let the launcher's one rank run this Python."""
     monkeypatch.setattr(Layout, "command", lambda self, arguments: [sys.executable, "-S", "-c", code])
@@ -52,7 +59,7 @@ def test_the_code_of_a_rank_that_ends(
         begin(folder, ranks=1, most_restarts=3)
     if record is not None:
         folder.write_exit(record[0], None, record[1])
-    assert supervise([], Layout(), folder) == code
+    assert supervise(words_of(folder), Layout(), folder) == code
     assert words in describe_exit(folder)
 
 

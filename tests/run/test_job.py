@@ -17,7 +17,8 @@ from vitscale.engine import digest
 from vitscale.engine.loop import TrainState, every_n_steps
 from vitscale.errors import ConfigError, StorageError
 from vitscale.lease import FolderInUse, FolderLost
-from vitscale.run.job import Job, pretrain, run_locked
+from vitscale.run.job import Job
+from vitscale.run.pretrain import pretrain, run_locked
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED
 from vitscale.tracking.jsonl import JsonlFile
 from vitscale.tracking.meters import Meters

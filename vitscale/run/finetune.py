@@ -30,7 +30,8 @@ from vitscale.models.configuration import ViTConfig
 from vitscale.models.losses import supervised_loss
 from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.prepare.image_folder import PACKED, classes_of, is_image_folder, pack_folder, packed_sources
-from vitscale.run.job import Job, run_locked
+from vitscale.run.job import Job
+from vitscale.run.pretrain import run_locked
 from vitscale.run.session import Session
 from vitscale.text import listed, to_stderr
 from vitscale.world import World
