@@ -30,7 +30,13 @@ _STARTING_S = 12.0  # within so long of its start a process is killed that has n
 _AT_START = 0.3  # of the faults that may come at any time
 _BETWEEN_FAILURES_H, _SAVE_EVERY_MIN = 3.0, 10.0  # for the goodput
 _KILLED = -9
-_SAVE_POINTS = ("state_begun", "state_synced", "agreed", "manifest_synced", "renamed", "retiring")
+_WRITING = (
+    "state_begun",
+    "state_synced",
+    "manifest_written",
+    "manifest_synced",
+)  # points of a save, as files are written
+_KILLING = (*_WRITING, "agreed", "renamed", "retiring")
 
 
 @dataclass(frozen=True)
@@ -152,9 +158,9 @@ def _damage(run: RunFolder, draw: Random) -> None:
         file.unlink()
 
 
-def _in_save(action: str) -> Callable[[Random], str]:
+def _in_save(action: str, points: Sequence[str]) -> Callable[[Random], str]:
     def point(draw: Random) -> str:
-        name = draw.choice(_SAVE_POINTS)
+        name = draw.choice(points)
         rank = draw.randrange(RANKS) if name.startswith("state") else 0
         return f"point=save.{name} action={action} rank={rank} nth={draw.randint(1, 2)}"
 
@@ -164,9 +170,11 @@ def _in_save(action: str) -> Callable[[Random], str]:
 KINDS = {
     "rank killed": Kind(_kill_one, faults=3),
     "all killed": Kind(_kill_all, (_KILLED,), faults=3),
-    "killed in a save": Kind(_await_death, point=_in_save("kill")),
+    "killed in a save": Kind(_await_death, point=_in_save("kill", _KILLING)),
     "asked to stop": Kind(_ask, faults=2, loses=False),
-    "disk full in a save": Kind(lambda start, draw: time.monotonic(), (DONE,), point=_in_save("raise:ENOSPC")),
+    "disk full in a save": Kind(
+        lambda start, draw: time.monotonic(), (DONE,), point=_in_save("raise:ENOSPC", _WRITING)
+    ),
     "checkpoint damaged": Kind(_kill_all, (_KILLED,), after=_damage),
     "rank hangs": Kind(_stop_one),
     "reader hangs": Kind(_stop_reader),
