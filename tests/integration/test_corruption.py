@@ -10,7 +10,8 @@ from vitscale.run_folder import STOPPED
 
 
 def test_a_flipped_bit_is_not_saved(launcher: Launcher, config: Path, tmp_path: Path) -> None:
-    argv = ["pretrain", str(config), "train.micro_batch=8", "train.steps=4", "checkpoint.every_steps=1"]
+    argv = ["pretrain", str(config), "train.micro_batch=8", "train.steps=4", "checkpoint.every_steps=1",
+            "checkpoint.asynchronous=false"]  # fmt: skip
     world = launcher.request(2, argv=argv, flip={"rank": 1, "step": 3})
     assert world.wait() == [STOPPED, STOPPED], world.output()
     run = tmp_path / "runs" / "run"

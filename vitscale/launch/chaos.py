@@ -201,7 +201,7 @@ def _trial(ground: Ground, name: str, kind: Kind, draw: Random, outcome: Outcome
                 broken_at = kind.breaks(start, draw)
                 outcome.faults += 1
             code = start.wait()
-            problems += [f"left: {' '.join(each.cmdline()[:4])}" for each in start.left()]
+            problems += [f"left: process {each.pid}" for each in start.stays()]
             highest = start.step()
         if code == DONE and (DONE in kind.codes or not breaks):
             break

@@ -24,6 +24,7 @@ STEPS, SAVED_EVERY, RANKS = 160, 20, 2
 _MARK = "VITSCALE_CHAOS"  # in the environment of all that a start starts
 _POLL_S = 0.02
 _PATIENCE_S = 170.0  # for anything that a trial waits for
+_LEAVING_S = 5.0
 _ALMOST = 1e-5  # relative, of losses of other rank counts
 _CONFIG = """\
 run: {{dir: {folder}}}
@@ -105,6 +106,13 @@ class Start:
     def left(self) -> list[psutil.Process]:
         """All that came of this start and lives."""
         return [process for process in psutil.process_iter() if _environment(process).get(_MARK) == self._mark]
+
+    def stays(self) -> list[psutil.Process]:
+        """What of it lives some seconds after its launcher has ended."""
+        ends = time.monotonic() + _LEAVING_S
+        while (left := self.left()) and time.monotonic() < ends:
+            time.sleep(_POLL_S)
+        return left
 
     def members(self, module: str = "vitscale.cli") -> list[psutil.Process]:
         """The ranks, or the processes of another module, by rank."""
