@@ -12,11 +12,11 @@ if [ -n "${VITSCALE_SITE_ENV:-}" ]; then
 fi
 use_python
 
+# A task of an array: %a in the arguments is its number, as in sbatch's --output.
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then set -- "${@//%a/$SLURM_ARRAY_TASK_ID}"; fi
 if [ "${1:-}" = doctor ]; then
     exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none "$PYTHON" -m vitscale.launch.slurm node "$@"
 fi
-# A task of an array: %a in the arguments is its number, as in sbatch's --output.
-if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then set -- "${@//%a/$SLURM_ARRAY_TASK_ID}"; fi
 
 run='' step='' asked=''
 ask_to_stop() {
@@ -35,7 +35,7 @@ answer=$(mktemp) || exit
 step=$!
 finished
 code=$?
-run=$(tail -n 1 "$answer")  # packing speaks too
+run=$(cat "$answer")
 rm "$answer"
 [ -n "$run" ] || exit $code  # 0 where the job is requeued: it was asked to stop, or its storage did not answer
 if [ -n "$asked" ]; then touch "$run/stop"; fi

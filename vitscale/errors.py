@@ -4,6 +4,8 @@ The command line prints such an error as one line and leaves with code 2, or 3 w
 Anything else that is raised is a bug of ours and keeps its traceback.
 """
 
+import errno
+
 
 class VitscaleError(ValueError):
     """Base of the errors that are not ours."""
@@ -42,3 +44,20 @@ class CorruptionError(VitscaleError):
 
 class LaunchError(VitscaleError):
     """The environment that a launcher gave, or a run folder in use."""
+
+
+# Of a network file system, or of the network itself; what a local file may never give, or only once.
+TRANSIENT = frozenset({
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED,
+    errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.EREMOTEIO, errno.ENOTCONN,
+})  # fmt: skip
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def failed_storage(error: OSError) -> StorageError | None:
+    """The error for what the storage (or the network to it) refused; None where `error` is of another kind."""
+    if error.errno not in TRANSIENT | _FULL:
+        return None
+    way = "make room there" if error.errno in _FULL else "start the run again once it answers"
+    return StorageError(f"{error.filename or 'storage'}: {error.strerror}; {way}")

@@ -17,7 +17,7 @@ from vitscale.errors import LaunchError
 POINTS = {
     "joined": "the ranks have met, index and order are known",
     "restored": "weights and state are loaded, no step is taken",
-    "step": "a step is taken and agreed on",
+    "step": "a step is taken, what the ranks tell each other of it is under way",
     "row": "a row is logged",
     "save.state_begun": "of a save: a rank's file is begun",
     "save.state_synced": "a rank's file is on the disk",

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitscale.errors import LaunchError, VitscaleError
+from vitscale.errors import LaunchError, VitscaleError, failed_storage
 from vitscale.lease import Lease, holder, require_free, take
 from vitscale.text import redact
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 3  # exit codes; STOPPED is to be requeued
 INTERRUPTED = 130  # ended at once by a second Ctrl-C, as a shell counts SIGINT
-STOP_REASON = "stopped on request"  # how the reason of a run begins that STOPPED though nothing was wrong
+# How the reason begins of a run that STOPPED though nothing of the infrastructure was wrong.
+STOP_REASON, ROLLED_BACK = "stopped on request", "rolled back"
 
 
 def exit_code(error: Exception) -> int:
@@ -148,6 +149,8 @@ class RunFolder:
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG and os.path.isdir(self.path.parent):
                 raise LaunchError(f"run.name={self.path.name!r}: is too long for a folder's name; shorten it") from None
+            if (failed := failed_storage(error)) is not None:
+                raise failed from None
             raise LaunchError(
                 f"run.dir={str(self.path.parent)!r}: cannot be written ({error}); name a folder of your own"
             ) from None

@@ -71,10 +71,12 @@ class Saver:
         retention: Retention,
         report: Callable[[str], None] = to_stderr,
         failures: int = 0,
+        limit_s: float | None = None,
     ) -> None:
         """ranks: their exchanges are made by a thread, so nobody else may use the same process group; report: is told
-        by rank 0 of saves that failed, and what went wrong with old checkpoints."""
-        self.failures = failures
+        by rank 0 of saves that failed, and what went wrong with old checkpoints; limit_s: in which a rank's file is to
+        be written."""
+        self.failures, self._limit_s = failures, limit_s
         self.saved: set[int] = set()
         self.error: StorageError | None = None
         self.seconds: float | None = None
@@ -187,7 +189,11 @@ class Saver:
             "vitscale.checkpoint.writer", arguments, [memory], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         on_progress("state_begun")
-        output, _ = process.communicate(header)
+        try:
+            output, _ = process.communicate(header, timeout=self._limit_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise StorageError(f"{path} was not written in {self._limit_s:.0f} s: its storage hangs") from None
         if (code := process.returncode) != 0:
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             raise StorageError(f"the process that writes {path.name} ended by {how}")

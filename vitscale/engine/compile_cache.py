@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from vitscale.files.atomic import replaced
+from vitscale.text import to_stderr
 from vitscale.world import World
 
 
@@ -27,8 +28,11 @@ def keep_compiled(folder: Path, world: World) -> None:
         return
     path, (content, _) = _path(folder, world), made
     if not path.exists() or path.stat().st_size != len(content):
-        with replaced(path) as draft:
-            draft.write_bytes(content)
+        try:
+            with replaced(path) as draft:
+                draft.write_bytes(content)
+        except OSError as error:  # the next start compiles, that is all
+            to_stderr(f"{path}: cannot be written ({error.strerror}); the next start compiles anew")
 
 
 def _path(folder: Path, world: World) -> Path:

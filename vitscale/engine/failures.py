@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import re
 
 import torch
 import torch.distributed as dist
 
 from vitscale.config.schema import RunConfig
-from vitscale.errors import ConfigError, InfrastructureError, VitscaleError
-from vitscale.files.retry import failed_storage
+from vitscale.errors import ConfigError, InfrastructureError, VitscaleError, failed_storage
 
 # gloo has no exceptions of its own: what it says of a rank that is gone, or that does not answer.
 _LOST = re.compile(
     r"(Connection (closed|reset) by peer|Connection refused|Broken pipe|Timed out waiting \d+ms"
-    r"|timeout caused pair closure|connectFullMesh failed|Socket closed|wait timeout)",
+    r"|timeout caused pair closure|connectFullMesh failed|Socket closed|wait timeout|Connection timed out"
+    r"|No route to host|(Host|Network) is (down|unreachable))",
     re.IGNORECASE,
 )
 # CUDA says it in the same way as our own bugs: those of its errors that come from the device, its driver or its links.
@@ -34,6 +35,11 @@ def classified(error: Exception, config: RunConfig) -> Exception:
         return ConfigError(
             f"train.micro_batch={config.train.micro_batch}: does not fit into the GPU's memory ({line}); lower it, "
             "which leaves the numbers as they are, or set train.gradient_checkpointing=true"
+        )
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return InfrastructureError(
+            f"the machine has no memory left ({line or 'MemoryError'}); if that comes again, lower data.prefetch or "
+            "train.micro_batch, or ask the scheduler for more"
         )
     if isinstance(error, OSError):
         return failed_storage(error) or error

@@ -223,7 +223,8 @@ def _meet(store: dist.Store, world: World, timeout_s: float) -> None:
         verdict = store.get("verdict").decode()
     except dist.DistStoreError:
         absent = [rank for rank in range(world.world_size) if not store.check([f"rank {rank}"])]
-        raise LaunchError(
+        # A launcher of ours has started them all: one of them, or its node, has been lost since.
+        raise (InfrastructureError if world.supervised else LaunchError)(
             f"{meeting_place()} parallel.timeout_s={timeout_s}: rank {world.rank} of {world.world_size} has waited for "
             f"the others there: rank(s) {listed(absent)} did not come; look at their logs, and start every rank"
         ) from None

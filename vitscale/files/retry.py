@@ -9,7 +9,7 @@ from collections.abc import Callable
 from threading import Lock
 from typing import TypeVar
 
-from vitscale.errors import DataError, StorageError, VitscaleError
+from vitscale.errors import TRANSIENT, DataError, StorageError, VitscaleError
 from vitscale.text import to_stderr
 
 Result = TypeVar("Result")
@@ -19,13 +19,6 @@ _LEAST_ATTEMPTS = 8
 _REPORT_EVERY_S = 10.0
 _SLICE_S = 0.25  # of a pause
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 30.0
-# Of a network file system, or of the network itself; what a local file may never give, or only once.
-TRANSIENT = frozenset({
-    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED,
-    errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.EREMOTEIO, errno.ENOTCONN,
-})  # fmt: skip
-
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class UnavailableError(OSError):
@@ -37,14 +30,6 @@ def unreadable(path: str, error: OSError, where: str = "") -> VitscaleError:
     if isinstance(error, UnavailableError):
         return StorageError(f"{path}: its storage failed{where}: {error.strerror}; start the run again once it answers")
     return DataError(f"{path}: cannot be read{where}: {error.strerror}")
-
-
-def failed_storage(error: OSError) -> StorageError | None:
-    """The error for what the storage (or the network to it) refused; None where `error` is of another kind."""
-    if error.errno not in TRANSIENT | _FULL:
-        return None
-    way = "make room there" if error.errno in _FULL else "start the run again once it answers"
-    return StorageError(f"{error.filename or 'storage'}: {error.strerror}; {way}")
 
 
 class _Activity:

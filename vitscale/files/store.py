@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from vitscale.errors import TRANSIENT
 from vitscale.files.atomic import write_atomically
 from vitscale.files.cache import LruCache
-from vitscale.files.retry import TRANSIENT, Result, activity, with_retries
+from vitscale.files.retry import Result, activity, with_retries
 
 _OPEN_FILES = 256
 _PASSED = 1 << 20  # bytes of a pass through a file that are held at once

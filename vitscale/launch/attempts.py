@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from vitscale.checkpoint.store import checkpoint_folders
-from vitscale.run_folder import FAILED, STOP_REASON, STOPPED, RunFolder
+from vitscale.run_folder import BAD_INPUT, FAILED, ROLLED_BACK, STOP_REASON, STOPPED, RunFolder
 from vitscale.tracking.jsonl import JsonlFile, parse_row
 
 Row = dict[str, Any]
@@ -39,8 +39,11 @@ def ending(folder: RunFolder, patience_s: float = _EXIT_PATIENCE_S) -> int:
     record = folder.await_exit(patience_s)
     if record is not None:
         return int(record["code"])
-    if not any(row["attempt"] == folder.attempt for row in _rows(folder)):
+    began = [row["attempt"] for row in _rows(folder) if "began" in row]
+    if folder.attempt not in began:
         return FAILED
+    if began[-1] != folder.attempt:  # it has lost its lease, and another start has the folder
+        return BAD_INPUT
     reason = "the ranks were ended from outside: a signal, a limit of memory, or their node is gone"
     folder.write_exit(STOPPED, None, reason)
     return STOPPED
@@ -81,7 +84,7 @@ def restarts_here(folder: RunFolder, most: int) -> bool:
 
 def by_infrastructure(row: Row) -> bool:
     """Whether an attempt whose second row this is was ended by the infrastructure."""
-    return row.get("code") == STOPPED and not row["reason"].startswith(STOP_REASON)
+    return row.get("code") == STOPPED and not row["reason"].startswith((STOP_REASON, ROLLED_BACK))
 
 
 def summary_of(folder: RunFolder) -> str:

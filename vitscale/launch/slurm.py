@@ -14,8 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitscale.errors import LaunchError, VitscaleError
-from vitscale.files.retry import failed_storage
+from vitscale.errors import LaunchError, VitscaleError, failed_storage
 from vitscale.launch import attempts
 from vitscale.launch.torchrun import (
     Layout,
@@ -150,8 +149,9 @@ def main(arguments: Sequence[str]) -> int:
         if step == "prepare":
             # Requeued after a node's death, whose lock the file server keeps until its lease ends.
             patience_s = 180.0 if restarts() else 0.0
-            with interruptible():
-                print(prepare(rest, slurm_layout(), "launch/slurm.sh", patience_s).path)
+            with interruptible(), contextlib.redirect_stdout(sys.stderr):  # packing speaks too
+                folder = prepare(rest, slurm_layout(), "launch/slurm.sh", patience_s)
+            print(folder.path)
             return DONE
         return node(rest) if step == "node" else finish(RunFolder(Path(rest[0]), attempt()))
     except (VitscaleError, OSError) as raised:

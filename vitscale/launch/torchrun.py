@@ -35,13 +35,12 @@ from vitscale.config.load import load_config
 from vitscale.config.schema import RunConfig
 from vitscale.data.handover import hand_over
 from vitscale.data.index import open_index, store_of
-from vitscale.errors import ConfigError, LaunchError, VitscaleError
-from vitscale.files.retry import failed_storage
+from vitscale.errors import ConfigError, LaunchError, VitscaleError, failed_storage
 from vitscale.launch import attempts
 from vitscale.launch.snapshot import keep_snapshot
 from vitscale.launch.watchdog import watch
 from vitscale.prepare.image_folder import PACKED, pack_folder, packed_sources
-from vitscale.run_folder import BAD_INPUT, DONE, INTERRUPTED, STOP_REASON, STOPPED, RunFolder, exit_code
+from vitscale.run_folder import BAD_INPUT, DONE, INTERRUPTED, ROLLED_BACK, STOP_REASON, STOPPED, RunFolder, exit_code
 from vitscale.text import redact
 from vitscale.world import ATTEMPT, HEARTBEAT, World, child_environment, hide_secrets, local_device
 
@@ -205,7 +204,7 @@ def describe_exit(folder: RunFolder) -> str:
         return f"{folder.path}: failed: the ranks ended before the run began (no exit.json); see above"
     code, reason = int(said["code"]), said["reason"]
     at = "" if said["step"] is None else f" at step {said['step']}"
-    if code == DONE or (code == STOPPED and reason.startswith(STOP_REASON)):
+    if code == DONE or (code == STOPPED and reason.startswith((STOP_REASON, ROLLED_BACK))):
         return f"{folder.path}: {reason}{at}"
     kind = {BAD_INPUT: "error", STOPPED: "ended by the infrastructure"}.get(code, "failed")
     return f"{folder.path}: {kind}{at}: {reason}"
@@ -214,7 +213,7 @@ def describe_exit(folder: RunFolder) -> str:
 def examine(arguments: Sequence[str], layout: Layout) -> int:
     """Run `vitscale doctor` on this node's ranks; DONE, or BAD_INPUT where rank 0 is here and says so."""
     failed = False
-    command, environment = layout.command(arguments), layout.environment()
+    command, environment = layout.command(arguments), layout.environment() | {ATTEMPT: "doctor"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout or ():
             print(line, end="", flush=True)

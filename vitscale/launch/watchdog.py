@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import subprocess
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from vitscale.text import listed, to_stderr
 
 _POLL_S = 1.0
 _PRINTING_S = 1.0  # for stacks
+_SAYING_S = 10.0  # for exit.json
 _LEAVING_S = 30.0  # for torchrun, once its ranks are gone
 _SPEAKS_BEFORE = 0.9  # of the time at which gloo or NCCL give up
 _LONG = 6  # times parallel.timeout_s, for what may take long: see run/saves.py
@@ -157,7 +159,11 @@ def watch(process: subprocess.Popen[bytes], pulses: Path, config: RunConfig, fol
             for each in late:
                 to_stderr(each.line)
             # The one that is least far first: what it hangs in, the others may wait for.
-            folder.write_exit(STOPPED, late[0].pulse.step, late[0].line)
+            # By a thread, since the folder may lie on what hangs.
+            step, line = late[0].pulse.step, late[0].line
+            saying = threading.Thread(target=folder.write_exit, args=(STOPPED, step, line), daemon=True)
+            saying.start()
+            saying.join(_SAYING_S)
             dog.end_ranks()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_LEAVING_S)

@@ -16,9 +16,9 @@ import vitscale
 from vitscale.config.schema import RunConfig
 from vitscale.data.index import ShardIndex
 from vitscale.engine.ranks import ProcessRanks
-from vitscale.errors import LaunchError, StorageError
+from vitscale.errors import LaunchError, StorageError, failed_storage
 from vitscale.files.atomic import flush_to_disk
-from vitscale.files.retry import TRANSIENT, UnavailableError
+from vitscale.files.retry import UnavailableError
 from vitscale.files.store import is_remote
 from vitscale.files.stores import Stores
 from vitscale.text import listed
@@ -165,4 +165,4 @@ def room_warning(config: RunConfig, folder: Path, parameters: int) -> str | None
 
 
 def _may_pass(error: OSError) -> bool:
-    return isinstance(error, UnavailableError) or error.errno in TRANSIENT
+    return isinstance(error, UnavailableError) or failed_storage(error) is not None

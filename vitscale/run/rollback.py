@@ -16,7 +16,7 @@ from vitscale.engine.guard import Diverged
 from vitscale.errors import CheckpointError, VitscaleError
 from vitscale.files.atomic import write_atomically
 from vitscale.run.session import Session, config_digest
-from vitscale.run_folder import RunFolder
+from vitscale.run_folder import ROLLED_BACK, RunFolder
 from vitscale.text import listed
 
 
@@ -64,9 +64,9 @@ def _roll_back(session: Session, shift: int, diverged: Diverged) -> str:
             shutil.rmtree(path)
     write_atomically(folder.rollback_record, json.dumps([*folder.rollbacks(), entry], indent=1) + "\n")
     return (
-        f"{diverged}: rolled back to step {back_to}, and global batches {batches[0]} to {batches[-1]} are left out "
+        f"{ROLLED_BACK} to step {back_to}, and global batches {batches[0]} to {batches[-1]} are left out "
         f"({folder.rollback_record.name}); the same command goes on from there (guard.rollback, "
-        f"{len(folder.rollbacks())} of guard.max_rollbacks={guard.max_rollbacks})"
+        f"{len(folder.rollbacks())} of guard.max_rollbacks={guard.max_rollbacks}): {diverged}"
     )
 
 

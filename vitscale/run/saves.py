@@ -39,7 +39,11 @@ class Saves:
         timeout = timedelta(seconds=_PATIENCE * config.parallel.timeout_s)
         retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_hours)
         self._saver = Saver(
-            session.folder.checkpoints, ProcessRanks(timeout, apart=True), retention, failures=state.save_failures
+            session.folder.checkpoints,
+            ProcessRanks(timeout, apart=True),
+            retention,
+            failures=state.save_failures,
+            limit_s=timeout.total_seconds() / 2,
         )
         self._session, self._engine, self._job = session, engine, job
         self._periodic = every_n_steps(config.checkpoint.every_steps)
@@ -109,13 +113,14 @@ class Saves:
 
     def _warn(self, seconds: float) -> None:
         """Say once where the last save took longer than whoever stops this run gives it."""
-        notice = self._session.config.checkpoint.notice_s
-        if seconds > notice and not self._warned:
+        config = self._session.config.checkpoint
+        notice, saves = config.notice_s, 2 if config.asynchronous else 1  # one may be under way, and is waited for
+        if saves * seconds > notice and not self._warned:
             self._warned = True
             self._session.say(
-                f"warning: the last save took {seconds:.0f} s, more than checkpoint.notice_s={notice:g}: what stops "
-                "this run may end it before it has saved; ask for a longer notice (sbatch --signal=B:USR1@SECONDS) and "
-                "set the key to it"
+                f"warning: the last save took {seconds:.0f} s, and a stop may take {saves} such: more than "
+                f"checkpoint.notice_s={notice:g}, so what stops this run may end it before it has saved; ask for a "
+                "longer notice (sbatch --signal=B:USR1@SECONDS) and set the key to it"
             )
 
     def _settle_best(self, state: TrainState) -> None:
