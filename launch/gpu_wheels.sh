@@ -8,7 +8,7 @@ set -eu
 [ $# -eq 1 ] || fail "needs one argument, the folder for the wheels: bash launch/gpu_wheels.sh FOLDER" 2
 most=$((40 << 20))
 # deepspeed wants pydantic; this one does with a typing_extensions of 2024, and names its core's version.
-packages=(nvidia-nvimgcodec-cu13 simplejpeg webdataset braceexpand hjson annotated-types
+packages=(nvidia-nvimgcodec-cu13 simplejpeg webdataset braceexpand hjson msgpack annotated-types
     pydantic==2.11.10 pydantic-core==2.33.2 typing-inspection==0.4.0)
 pip() { "$PYTHON" -m pip "$@" --disable-pip-version-check --quiet --no-deps; }
 

@@ -74,7 +74,7 @@ def test_the_rehearsal_passes_and_leaves_what_is_said(tree: Path, venv: str, tmp
     assert stages["c"]["cases"]["ZeRO-3"]["figures"]["agrees_with"] == ["ZeRO-0", "ZeRO-2", "ZeRO-1"]
     assert (out / "summary.txt").read_text() in done.stdout
     sizes = {path.name: path.stat().st_size for path in out.iterdir()}
-    assert set(sizes) == {"results.json", "summary.txt", "log.txt", "trace.json.gz"}
+    assert set(sizes) == {"results.json", "summary.txt", "log.txt", "trace-zero0.json.gz", "trace-zero2.json.gz"}
     assert max(sizes.values()) < 16 << 20
     assert list((tmp_path / "scratch").glob("vitscale-*")) == []
     assert rehearse().returncode == 0
@@ -99,7 +99,7 @@ def test_few_labels_are_rehearsed_on_any_labelled_shards(venv: str, tmp_path: Pa
     (["out"], {"DEVICE": "cpu", "BUDGET_S": "abc"}, "BUDGET_S=abc: must be a whole number of seconds, 1 to"),
     (["out"], {"DEVICE": "cpu", "BUDGET_S": "12.5"}, "BUDGET_S=12.5: must be a whole number of seconds, 1 to"),
     (["out"], {"DEVICE": "cpu", "BUDGET_S": "010"}, "leave it out for 480"),
-    (["out"], {"DEVICE": "cpu", "STAGES": "a,x"}, "STAGES='a,x': must be of a,b,c,d,e,f,g,h, with commas"),
+    (["out"], {"DEVICE": "cpu", "STAGES": "a,x"}, "STAGES='a,x': must be of a,b,c,d,e,f,g,h,j, with commas"),
     (["out"], {"DEVICE": "cpu", "STAGES": "i"}, "with commas; i needs CIFAR10=FOLDER with its shards"),
 ])  # fmt: skip
 def test_a_wrong_call_is_told_in_a_line(

@@ -384,5 +384,22 @@ def _check_parallel(config: RunConfig, world: World) -> None:
             f"({accumulation(config, world)} micro-batches a step): DeepSpeed would sum gradients in bf16; "
             "set parallel.zero_stage=2"
         )
+    if train.cuda_graphs:
+        _check_cuda_graphs(config)
     if parallel.offload_optimizer and parallel.zero_stage == 0:
         raise ConfigError("parallel.offload_optimizer=true: needs ZeRO; set parallel.zero_stage to 1, 2 or 3")
+
+
+def _check_cuda_graphs(config: RunConfig) -> None:
+    """A graph reads weights at one place, and runs a block once in each direction with a gradient."""
+    problem = (
+        "parallel.zero_stage=3, which fetches weights anew each step: take stage 0, 1 or 2"
+        if config.parallel.zero_stage == 3
+        else "train.gradient_checkpointing=true, which runs a block twice: leave one of the two out"
+        if config.train.gradient_checkpointing
+        else f"train.freeze={config.train.freeze}, which leaves blocks without a gradient: leave one of the two out"
+        if config.train.freeze
+        else None
+    )
+    if problem:
+        raise ConfigError(f"train.cuda_graphs=true: cannot be beside {problem}")

@@ -202,6 +202,7 @@ class Train:
     precision: str = "fp32"
     gradient_checkpointing: bool = False
     compile: bool = False  # torch.compile of each block
+    cuda_graphs: bool = False  # each block started as a whole: faster where the host is what a GPU waits for
     deterministic: bool = False  # only algorithms that give the same bits each time; on a GPU slower ones
     ema_decay: float | None = None  # of the weights' moving average, which is evaluated and exported; null: none
     freeze: int = 0  # so many blocks from the input on, and the patch embedding, stay as they are; -1: the encoder

@@ -19,10 +19,12 @@ from vitscale.config.check import accumulation
 from vitscale.config.schema import RunConfig
 from vitscale.engine.ddp import DDPEngine
 from vitscale.engine.engine import Engine
+from vitscale.engine.graphs import BlockGraphs
 from vitscale.engine.optim import ScaledAdamW
 from vitscale.engine.ranks import ProcessRanks, join, meeting
 from vitscale.engine.zero import ZeroEngine
-from vitscale.errors import LaunchError
+from vitscale.errors import ConfigError, LaunchError
+from vitscale.models.vit import ViTEncoder
 from vitscale.world import World, forget_deepspeed
 
 
@@ -70,6 +72,12 @@ class Backend:
             # DDP's buckets would cut every block in pieces; as a block is small, reduction overlaps backward anyway.
             torch._dynamo.config.optimize_ddp = False
             model.compile_blocks()  # type: ignore[operator]
+        if config.train.cuda_graphs:
+            if self.device.type != "cuda":
+                raise ConfigError("train.cuda_graphs=true: needs an NVIDIA GPU; leave it out, or false, on a CPU")
+            for encoder in model.modules():
+                if isinstance(encoder, ViTEncoder):
+                    BlockGraphs(list(encoder.layers), accumulates=accumulation(config, self.world) > 1)
         if config.parallel.zero_stage == 3:
             _fetch_by_block(model)
         model.train()

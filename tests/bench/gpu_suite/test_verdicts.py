@@ -201,8 +201,8 @@ def test_augmentation_is_compared_in_units_of_255(
 def test_a_trace_that_is_too_large_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     monkeypatch.setattr(profiling, "MOST_BYTES", limit)
     profiler = SimpleNamespace(export_chrome_trace=lambda path: Path(path).write_bytes(b"x" * 100))
-    assert profiling._trace(profiler, make_setting(tmp_path))["trace_bytes"] == 100
-    assert (tmp_path / profiling.FILE).exists() == (limit == 100)
+    assert profiling._trace(profiler, make_setting(tmp_path), "trace.json.gz")["trace_bytes"] == 100
+    assert (tmp_path / "trace.json.gz").exists() == (limit == 100)
 
 
 TESTS = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from vitscale.bench.gpu_suite.training import LR
 from vitscale.bench.measuring import synchronize
 from vitscale.bench.photographs import open_loader
 from vitscale.config.presets import preset
-from vitscale.config.schema import Model, Objective, RunConfig, Train
+from vitscale.config.schema import Model, Objective, Parallel, RunConfig, Train
 from vitscale.engine.backend import Backend
 from vitscale.engine.engine import Inputs
 from vitscale.models.auto import new_model
@@ -26,11 +27,11 @@ from vitscale.world import World
 
 STEPS, WARM = 5, 4
 MOST_BYTES = 16 << 20
-FILE = "trace.json.gz"
+ZERO_STAGES = (0, 2)
 
 
 def cases(setting: Setting) -> Cases:
-    return {"five steps": partial(_profile, setting)}
+    return {f"ZeRO-{stage}": partial(_profile, stage, setting) for stage in ZERO_STAGES}
 
 
 def _config(setting: Setting) -> RunConfig:
@@ -41,8 +42,9 @@ def _config(setting: Setting) -> RunConfig:
     return RunConfig(model=Model(**preset("B"), image_size=224), objective=Objective(name="mae"), train=train)
 
 
-def _profile(setting: Setting) -> Figures:
-    config, cuda = _config(setting), setting.device == "cuda"
+def _profile(stage: int, setting: Setting) -> Figures:
+    cuda = setting.device == "cuda"
+    config = replace(_config(setting), parallel=Parallel(zero_stage=stage))
     folder = setting.photographs()  # by forks, so before there is anything on a GPU
     backend = Backend(config, World(device=setting.device))
     try:
@@ -54,20 +56,23 @@ def _profile(setting: Setting) -> Figures:
             synchronize(backend.device)
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
             with profile(activities=activities) as profiler:
+                began = time.perf_counter()
                 for _ in range(STEPS):
                     engine.step(_micro_batch(feed), LR)
                 synchronize(backend.device)
+                elapsed = time.perf_counter() - began
     finally:
         backend.close()
     top = _top(profiler, cuda)
-    figures: Figures = {"top": top, **_trace(profiler, setting)}
+    figures: Figures = {"top": top, **_trace(profiler, setting, f"trace-zero{stage}.json.gz")}
     first = ", ".join(f"{one['name'][:40]} {one['share']:.0%}" for one in top[:3])
     if cuda:
         if not top:
             raise Mismatch("the profiler saw nothing on the GPU")
         kernels = (event.time_range for event in profiler.events() if _is_kernel(event))
-        figures["idle_share"] = idle_share((time.start, time.end) for time in kernels)
-        first = f"GPU idle {figures['idle_share']:.1%}; {first}"
+        figures["idle_share"] = idle_share((span.start, span.end) for span in kernels)
+        figures["step_ms"] = 1000 * elapsed / STEPS
+        first = f"{figures['step_ms']:.1f} ms a step, GPU idle {figures['idle_share']:.1%}; {first}"
     figures["text"] = f"{first}; {figures['trace']}"
     return figures
 
@@ -78,15 +83,15 @@ def _micro_batch(feed: DeviceFeed[Any]) -> Iterator[Inputs]:
     feed.run_ahead()
 
 
-def _trace(profiler: Any, setting: Setting) -> Figures:
+def _trace(profiler: Any, setting: Setting, name: str) -> Figures:
     """Keep the trace for ui.perfetto.dev, unless it is too large for OUT."""
-    file = setting.out / FILE
+    file = setting.out / name
     profiler.export_chrome_trace(str(file))
     size = file.stat().st_size
     if size > MOST_BYTES:
         file.unlink()
         return {"trace": f"the trace of {size >> 20} MiB was not kept: at most {MOST_BYTES >> 20}", "trace_bytes": size}
-    return {"trace": f"{FILE}, {size / 2**20:.1f} MiB", "trace_bytes": size}
+    return {"trace": f"{name}, {size / 2**20:.1f} MiB", "trace_bytes": size}
 
 
 def _top(profiler: Any, cuda: bool) -> list[Figures]:
