@@ -71,6 +71,8 @@ class Backend:
         if config.train.compile:
             # DDP's buckets would cut every block in pieces; as a block is small, reduction overlaps backward anyway.
             torch._dynamo.config.optimize_ddp = False
+            # Beyond it torch goes on uncompiled: encoders and decoders, in training and evaluation, of any batch.
+            torch._dynamo.config.recompile_limit = 64
             model.compile_blocks()  # type: ignore[operator]
         if config.train.cuda_graphs:
             if self.device.type != "cuda":

@@ -8,7 +8,7 @@ forwards in order and the backwards in reverse, and share a pool of memory, in w
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from vitscale.models.positions import Rotary
 
@@ -90,23 +91,24 @@ class BlockGraphs:
         forwards, captured = [], []
         with torch.cuda.stream(stream), _autocast_without_cache():
             x = x.detach().clone().requires_grad_(x.requires_grad)
-            for own_forward, parameters in zip(self._forwards, trained, strict=True):
+            for block, forward, parameters in zip(self._blocks, self._forwards, trained, strict=True):
                 scale = None if branch_scale is None else branch_scale.clone()
-                run = partial(own_forward, x, scale, None if rotary is None else (rotary[0].clone(), rotary[1].clone()))
-                inputs = _tensors(*run.args)
+                turned = None if rotary is None else (rotary[0].clone(), rotary[1].clone())
+                inputs, weights = _tensors(x, scale, turned), _leaves(block)
+                run = partial(functional_call, _Own(block, forward), weights, (x, scale, turned))
                 for _ in range(_WARM_UP):
-                    _gradients(run(), inputs, parameters)
+                    _gradients(run(), [*inputs, *weights.values()])
                 torch.cuda.synchronize(x.device)
                 graph = torch.cuda.CUDAGraph()
                 with _capturing(graph, pool):
                     output = run()
-                forwards.append((inputs, parameters, graph, output))
+                forwards.append((inputs, weights, parameters, graph, output))
                 x = output.detach().requires_grad_()
             gradient = torch.zeros_like(x)
-            for inputs, parameters, graph, output in reversed(forwards):
+            for inputs, weights, parameters, graph, output in reversed(forwards):
                 backward = torch.cuda.CUDAGraph()
                 with _capturing(backward, pool):
-                    gradients = _gradients(output, inputs, parameters, gradient)
+                    gradients = _gradients(output, [*inputs, *weights.values()], gradient)
                 captured.append(_Captured(inputs, parameters, graph, output.detach(), gradient, backward, gradients))
                 gradient = gradient if gradients[0] is None else gradients[0]
         torch.cuda.current_stream(x.device).wait_stream(stream)
@@ -142,11 +144,28 @@ def _tensors(x: Tensor, branch_scale: Tensor | None, rotary: Rotary | None) -> l
     return [x, *([] if branch_scale is None else [branch_scale]), *(rotary or ())]
 
 
-def _gradients(
-    output: Tensor, inputs: Sequence[Tensor], parameters: Sequence[Tensor], gradient: Tensor | None = None
-) -> list[Tensor | None]:
-    """Those of the inputs and parameters that have one, at their places; autocast is for forwards alone."""
-    tensors = [*inputs, *parameters]
+class _Own(nn.Module):
+    """A block's own forward, as a module whose parameters can be put in the place of the block's."""
+
+    def __init__(self, block: nn.Module, run: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.block, self.run = block, run
+
+    def forward(self, *inputs: Any) -> Tensor:
+        return self.run(*inputs)
+
+
+def _leaves(block: nn.Module) -> dict[str, Tensor]:
+    """The memory of the trained parameters as tensors that autograd has not seen, by their names in _Own.
+
+    DDP and ZeRO keep what autograd has of the parameters themselves, on the stream on which they began, and a capture
+    on another one would have to wait for that.
+    """
+    return {f"block.{name}": p.detach().requires_grad_() for name, p in block.named_parameters() if p.requires_grad}
+
+
+def _gradients(output: Tensor, tensors: Sequence[Tensor], gradient: Tensor | None = None) -> list[Tensor | None]:
+    """Those of the tensors that have one, at their places; autocast is for forwards alone."""
     wanted = [each for each in tensors if each.requires_grad]
     with torch.autocast("cuda", enabled=False):
         gradient = torch.ones_like(output) if gradient is None else gradient
