@@ -285,7 +285,9 @@ def _parser() -> argparse.ArgumentParser:
     added = verb("chaos", _chaos, "break runs on purpose and see whether they end as an unbroken one does")
     _takes_kinds(added)
     added = verb("bench", _bench, "measure this project beside its peers")
-    added.add_argument("what", choices=("data", "augment", "step", "model", "checkpoint", "startup", "exchange"))
+    added.add_argument(
+        "what", choices=("data", "augment", "step", "model", "checkpoint", "startup", "exchange", "zero")
+    )
     added.add_argument("rest", nargs=argparse.REMAINDER, help="options of that benchmark (--help lists them)")
     return parser
 

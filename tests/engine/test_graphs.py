@@ -44,7 +44,7 @@ def test_what_graphs_cannot_do_is_refused(section: str, keys: dict[str, object])
     config = small_config("mae")
     config = replace(config, train=replace(config.train, cuda_graphs=True))
     config = replace(config, **{section: replace(getattr(config, section), **keys)})
-    with pytest.raises(ConfigError, match=f"train.cuda_graphs=true: cannot be beside {section}.{next(iter(keys))}"):
+    with pytest.raises(ConfigError, match=f"cannot be beside {section}.{next(iter(keys))}"):
         check_config(config, World())
 
 
@@ -54,7 +54,7 @@ def test_on_a_cpu_they_are_refused() -> None:
     config = replace(config, train=replace(config.train, cuda_graphs=True))
     backend = Backend(config, World())
     try:
-        with pytest.raises(ConfigError, match="train.cuda_graphs=true: needs an NVIDIA GPU"):
+        with pytest.raises(ConfigError, match="needs an NVIDIA GPU"):
             backend.wrap(new_model(config, 0), config)
     finally:
         backend.close()

@@ -64,10 +64,10 @@ def test_the_rehearsal_passes_and_leaves_what_is_said(tree: Path, venv: str, tmp
     content = (out / "results.json").read_text()
     stages = json.loads(content)["stages"]
     states = {letter: {case["state"] for case in stage["cases"].values()} for letter, stage in stages.items()}
-    some, none = {letter: {"passed", "cannot"} for letter in "ab"}, {"h": {"cannot"}}
+    some, none = {letter: {"passed", "cannot"} for letter in "abc"}, {"h": {"cannot"}}
     not_run = {"i": set()}  # it needs CIFAR10
-    assert states == {letter: {"passed"} for letter in "cdefg"} | some | none | not_run
-    assert list(stages["c"]["cases"]) == ["ZeRO-0", "ZeRO-2", "ZeRO-1", "ZeRO-3"]
+    assert states == {letter: {"passed"} for letter in "defgj"} | some | none | not_run
+    assert list(stages["c"]["cases"])[:4] == ["ZeRO-0", "ZeRO-2", "ZeRO-1", "ZeRO-3"]
     figures = stages["c"]["cases"]["ZeRO-2"]["figures"]
     assert figures["images_per_second"] > 0
     assert {"data_share", "utilization", "peak_memory_gib", "losses"} <= figures.keys()

@@ -26,6 +26,7 @@ from vitscale.bench.rounds import benchmark_parser, fastest, figures, first_line
 from vitscale.config.model_rules import pair
 from vitscale.config.presets import preset
 from vitscale.config.schema import Model, Objective, RunConfig
+from vitscale.engine.graphs import graph_blocks
 from vitscale.inference.command import above_zero
 from vitscale.models.auto import new_model, vit_config
 from vitscale.models.configuration import ViTConfig
@@ -36,9 +37,11 @@ OURS = "vitscale"
 PEERS = ("timm", "transformers")
 CLASSES = 1000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GRAPHED = "by CUDA graphs"  # compiled too
 # (library, how), the most important first: there may not be time for all.
 WITH_COMPILED = (
-    (OURS, "compiled"), ("transformers", "eager"), ("transformers", "compiled"), ("timm", "compiled"), (OURS, "eager"),
+    (OURS, "compiled"), ("transformers", "eager"), (OURS, GRAPHED), ("transformers", "compiled"), ("timm", "compiled"),
+    (OURS, "eager"),
 )  # fmt: skip
 # timm before transformers: `import_transformers` hides a broken torchvision from all that come after it.
 EAGER = ((OURS, "eager"), ("timm", "eager"), ("transformers", "eager"))
@@ -153,8 +156,9 @@ class Comparison:
             "left_out": {},
         }
 
-    def starts(self, make_step: Callable[[nn.Module], Step]) -> dict[str, Callable[[], Step]]:
+    def starts(self, make_step: Callable[[nn.Module], Step], trains: bool = False) -> dict[str, Callable[[], Step]]:
         """By contender, what builds its model and gives its step, the most important first; none is built yet."""
+        graphs = trains and self.device.type == "cuda"
         compiled = self.device.type == "cuda" if self.options.compile is None else self.options.compile
         build = builders(self.run)
         # What the libraries take for themselves at their first step is no contender's.
@@ -163,13 +167,15 @@ class Comparison:
         return {
             f"{library} {how}": partial(self._start, build[library], how, make_step)
             for library, how in (WITH_COMPILED if compiled else EAGER)
-            if library in build
+            if library in build and (how != GRAPHED or graphs)
         }
 
     def _start(self, build: Callable[[], nn.Module], how: str, make_step: Callable[[nn.Module], Step]) -> Step:
         model = build().to(self.device)
-        if how == "compiled" and isinstance(model, ViTPreTrainedModel):
+        if how != "eager" and isinstance(model, ViTPreTrainedModel):
             model.compile_blocks()
+            if how == GRAPHED:
+                graph_blocks(model, accumulates=False)
         elif how == "compiled":
             model.compile()
         return make_step(model)
@@ -186,7 +192,7 @@ class Comparison:
         torch.compiler.reset()  # what was compiled before counts against torch's limit of variants
         longest = {"compiled": 0.0, "eager": 0.0}  # preparation so far
         for name, start in islice(starts.items(), most):
-            how = "compiled" if name.endswith("compiled") else "eager"
+            how = "eager" if name.endswith("eager") else "compiled"
             if time.monotonic() - began + longest[how] > self.options.seconds:
                 self.result["left_out"][name] = f"no time left of {self.options.seconds:.0f} s"
                 continue

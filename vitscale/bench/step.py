@@ -38,7 +38,7 @@ def measure(arguments: Sequence[str], note: Note | None = None, most: int | None
     with torch.device("meta"):
         flops = build_model(run).flops_per_image()
     comparison = Comparison(options, run, flops)
-    starts = comparison.starts(partial(training_step, comparison))
+    starts = comparison.starts(partial(training_step, comparison), trains=True)
     return {"bench": "step", **comparison.measure(starts, note, most)}
 
 

@@ -19,12 +19,11 @@ from vitscale.config.check import accumulation
 from vitscale.config.schema import RunConfig
 from vitscale.engine.ddp import DDPEngine
 from vitscale.engine.engine import Engine
-from vitscale.engine.graphs import BlockGraphs
+from vitscale.engine.graphs import graph_blocks
 from vitscale.engine.optim import ScaledAdamW
 from vitscale.engine.ranks import ProcessRanks, join, meeting
 from vitscale.engine.zero import ZeroEngine
 from vitscale.errors import ConfigError, LaunchError
-from vitscale.models.vit import ViTEncoder
 from vitscale.world import World, forget_deepspeed
 
 
@@ -77,9 +76,7 @@ class Backend:
         if config.train.cuda_graphs:
             if self.device.type != "cuda":
                 raise ConfigError("train.cuda_graphs=true: needs an NVIDIA GPU; leave it out, or false, on a CPU")
-            for encoder in model.modules():
-                if isinstance(encoder, ViTEncoder):
-                    BlockGraphs(list(encoder.layers), accumulates=accumulation(config, self.world) > 1)
+            graph_blocks(model, accumulates=accumulation(config, self.world) > 1)
         if config.parallel.zero_stage == 3:
             _fetch_by_block(model)
         model.train()

@@ -19,8 +19,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vitscale.models.positions import Rotary
+from vitscale.models.vit import ViTEncoder
 
 _WARM_UP = 2  # runs of a block before its capture: whatever compiles or tunes itself has done so then
+
+
+def graph_blocks(model: nn.Module, accumulates: bool) -> None:
+    """Let all blocks of a model train by CUDA graphs; see BlockGraphs."""
+    for encoder in model.modules():
+        if isinstance(encoder, ViTEncoder):
+            BlockGraphs(list(encoder.layers), accumulates)
 
 
 @dataclass(eq=False)

@@ -29,7 +29,7 @@ STAGES = (
     Stage("f", "augmentation on the device", f"{_HERE}.augmentation:cases", 60, 45, 20),
     Stage("g", "a profile of five steps", f"{_HERE}.profiling:cases", 120, 110, 40),
     Stage("h", "the rest of pytest -m gpu", f"{_HERE}.gpu_tests:cases", 400, 390, 60),
-    Stage("j", "saves beside the steps", f"{_HERE}.saving:cases", 120, 110, 40),
+    Stage("j", "saves beside the steps", f"{_HERE}.saving:cases", 200, 180, 60),
     Stage(FEW_LABELS, "few labels of CIFAR-10", f"{_HERE}.few_labels:cases", 600, 360, 120),
 )
 # What runs import when they get there; on a CPU, once for all of them.

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from vitscale.bench.gpu_suite.cases import Cases, Figures, Mismatch, Setting, start_process
+from vitscale.bench.gpu_suite.cases import Cases, Figures, Mismatch, Setting, Unable, start_process
 from vitscale.bench.measuring import peak_rate
 from vitscale.config.load import load_config
 from vitscale.models.auto import build_model
 
 STAGES = (0, 2, 1, 3)
+GRAPHED = " by CUDA graphs"
 STEPS, WARM = 60, 20  # rates are of the steps after WARM: compiling, the first reads
 AGREE, AGREE_REL = 5, 0.01  # so many first losses, within this: from ZeRO-1 on bf16 rounds the weights
 RECIPE = Path(__file__).parents[3] / "configs" / "pretrain_vit_b_mae.yaml"
@@ -33,12 +34,16 @@ TINY = ("model={preset: null, hidden_size: 32, num_hidden_layers: 2, num_attenti
 
 def cases(setting: Setting) -> Cases:
     losses = {name: figures["losses"] for name, figures in setting.earlier.get("c", {}).items()}
-    return {f"ZeRO-{stage}": partial(_pretrain, stage, losses, setting) for stage in STAGES}
+    runs = {f"ZeRO-{stage}": partial(_pretrain, stage, False, losses, setting) for stage in STAGES}
+    graphed = {f"ZeRO-{stage}{GRAPHED}": partial(_pretrain, stage, True, losses, setting) for stage in (0, 2)}
+    return runs | graphed
 
 
-def _pretrain(stage: int, losses: dict[str, list[float]], setting: Setting) -> Figures:
-    """One run to its end, and what its files say of it; its losses are to agree with those of the other stages."""
-    name = f"ZeRO-{stage}"
+def _pretrain(stage: int, graphs: bool, losses: dict[str, list[float]], setting: Setting) -> Figures:
+    """One run to its end, and what its files say of it; its losses are to agree with those of the others."""
+    if graphs and setting.tiny:
+        raise Unable("there are no CUDA graphs on a CPU")
+    name = f"ZeRO-{stage}{GRAPHED if graphs else ''}"
     keys = [
         f"data={{train: ['{setting.photographs()}/*.tar'], lanes: 8, window: 16384}}",
         *(TINY if setting.tiny else SIZES),
@@ -46,9 +51,10 @@ def _pretrain(stage: int, losses: dict[str, list[float]], setting: Setting) -> F
         "log.every_steps=1",
         "tracking.mlflow=false",
         f"parallel.zero_stage={stage}",
-        f"run.name={name}",
+        f"train.cuda_graphs={str(graphs).lower()}",
+        f"run.name={name.replace(' ', '-')}",
     ]
-    run = setting.scratch / "runs" / name
+    run = setting.scratch / "runs" / name.replace(" ", "-")
     shutil.rmtree(run, ignore_errors=True)
     if code := run_command(["pretrain", str(RECIPE), *keys], setting):
         raise Mismatch(f"vitscale pretrain ended with {code}; log.txt has what it printed")
