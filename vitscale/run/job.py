@@ -152,18 +152,22 @@ class Job:
             records.log({"save_failures": saves.failures} | meters.read() | row)
             fault_point("row")
 
+        def compare(state: TrainState, row: dict[str, Any]) -> None:
+            digest.compare(state.step, engine.replicated(), session.ranks)
+
         def save(state: TrainState, row: dict[str, Any]) -> None:
+            if saves.postpones(scoring.is_best(state.step)):
+                return
             self.require_lease()
+            if every and not compares(state.step):  # no checkpoint is to hold what is found later
+                compare(state, row)
             records.sync()  # a checkpoint must not know of rows that a power cut can take
-            saves.run(state, scoring.is_best(state.step))
+            saves.run(state)
             if config.train.compile:
                 keep_compiled(session.folder.path, session.world)
 
         def is_saved(step: int) -> bool:
             return saves.due(step) or scoring.is_best(step)
-
-        def compare(state: TrainState, row: dict[str, Any]) -> None:
-            digest.compare(state.step, engine.replicated(), session.ranks)
 
         logs = every_n_steps(config.log.every_steps)
         every = config.guard.digest_every_steps if self.world.world_size > 1 else None
@@ -172,8 +176,7 @@ class Job:
             *([PeriodicTask("validation", scoring.due, partial(scoring.run, engine))] if scoring.is_wanted else []),
             *([PeriodicTask("evaluation", probes.due, partial(probes.run, engine))] if probes.is_wanted else []),
             PeriodicTask("tracking", lambda step: logs(step) or scoring.due(step) or probes.due(step), log),
-            # Before a save, so that no checkpoint holds what is found later.
-            *([PeriodicTask("digest", lambda step: compares(step) or is_saved(step), compare, True)] if every else []),
+            *([PeriodicTask("digest", compares, compare, at_stop=True)] if every else []),
             PeriodicTask("save", is_saved, save, at_stop=True),
         )
 

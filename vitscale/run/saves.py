@@ -23,14 +23,15 @@ from vitscale.run.session import Session, config_digest
 from vitscale.run.start import order_keys
 from vitscale.run_folder import RunFolder
 
+_LOOK_EVERY = 10  # steps, while a save is put off until the one before has ended
 _PATIENCE = 6  # a slow disk is no lost rank: of parallel.timeout_s, for the exchanges about a save
 
 
 class Saves:
     """The periodic task that saves checkpoints, in the background by checkpoint.asynchronous; use it in a `with`.
 
-    A save that is due while one is being written is made at the first step at which that one has ended. One that fails
-    is counted, and tried again when the next is due; `finish` makes the one that must not fail.
+    A save that is due while one is being written is put off until that one has ended, which is looked at once in ten
+    steps. One that fails is counted, and tried again when the next is due; `finish` makes the one that must not fail.
     """
 
     def __init__(self, session: Session, engine: Engine, state: TrainState, job: str) -> None:
@@ -64,14 +65,16 @@ class Saves:
         return frozenset(self._saver.saved)
 
     def due(self, step: int) -> bool:
-        return self._postponed or self._periodic(step)
+        return self._periodic(step) or (self._postponed and step % _LOOK_EVERY == 0)
 
-    def run(self, state: TrainState, is_best: bool) -> None:
-        """Begin a save of this step, or put it off; not that of the best step so far. A collective."""
+    def postpones(self, is_best: bool) -> bool:
+        """Whether the save of this step is put off; that of the best step so far is not. A collective."""
         # The ranks see the end of a save at different steps, and must agree.
         self._postponed = not is_best and self._session.ranks.sum({"busy": float(self._saver.busy)})["busy"] > 0
-        if self._postponed:
-            return
+        return self._postponed
+
+    def run(self, state: TrainState) -> None:
+        """Begin a save of this step, once one that is being written has ended. A collective."""
         self._begin(state)
         if not self._session.config.checkpoint.asynchronous:
             self._saver.wait()
