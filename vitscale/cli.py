@@ -163,7 +163,9 @@ def _save(arguments: argparse.Namespace) -> int:
     before, deadline = newest(), time.monotonic() + _SAVE_PATIENCE_S
     folder.save.touch()
     # The run takes the file away; the checkpoint is there once it is written, which may be later.
-    while (folder.save.exists() or newest() == before) and _is_running(folder) and time.monotonic() < deadline:
+    while (
+        (folder.save.exists() or newest() == before) and _is_running(folder, told=True) and time.monotonic() < deadline
+    ):
         time.sleep(0.5)
     folder.save.unlink(missing_ok=True)
     if (after := newest()) == before:
@@ -181,9 +183,10 @@ def _require_running(folder: RunFolder, request: Path) -> None:
         raise VitscaleError(f"{folder.path}: no run holds this folder, so there is nothing to {request.name}")
 
 
-def _is_running(folder: RunFolder) -> bool:
+def _is_running(folder: RunFolder, told: bool = False) -> bool:
+    """told: whether a line has said already that another machine's run takes a while to be seen."""
     try:
-        folder.require_free()
+        folder.require_free(report=(lambda line: None) if told else to_stderr)
     except FolderInUse:
         return True
     return False

@@ -14,6 +14,7 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -104,9 +105,9 @@ def take(folder: Path, job: str | None = None) -> Lease:
         path.unlink()
 
 
-def require_free(folder: Path, patience_s: float = 0.0) -> None:
+def require_free(folder: Path, patience_s: float = 0.0, report: Callable[[str], None] = to_stderr) -> None:
     """FolderInUse if another process lives in the folder, and still does after `patience_s`."""
-    _await_free(folder, patience_s)
+    _await_free(folder, patience_s, report)
 
 
 def holder(folder: Path) -> str:
@@ -115,7 +116,7 @@ def holder(folder: Path) -> str:
     return lines[1] if len(lines) > 1 else "nobody"
 
 
-def _await_free(folder: Path, patience_s: float) -> int:
+def _await_free(folder: Path, patience_s: float, report: Callable[[str], None] = to_stderr) -> int:
     """The number of the last lease, whose holder has let go of it or is dead; 0 if there was none."""
     began = since = time.monotonic()
     seen: bytes | None = None
@@ -124,7 +125,7 @@ def _await_free(folder: Path, patience_s: float) -> int:
         lives, now = _lives(content), time.monotonic()
         if content != seen:
             if lives is None and seen is None:
-                to_stderr(f"{folder}: looking whether {holder(folder)} lives: at most {EXPIRES_S:g} s")
+                report(f"{folder}: looking whether {holder(folder)} lives: at most {EXPIRES_S:g} s")
             elif lives is None:
                 lives = True
             seen, since = content, now

@@ -8,14 +8,14 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vitscale.errors import LaunchError, VitscaleError, failed_storage
 from vitscale.lease import Lease, holder, require_free, take
-from vitscale.text import redact
+from vitscale.text import redact, to_stderr
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 3  # exit codes; STOPPED is to be requeued
 INTERRUPTED = 130  # ended at once by a second Ctrl-C, as a shell counts SIGINT
@@ -132,10 +132,10 @@ class RunFolder:
         finally:
             lease.release()
 
-    def require_free(self, patience_s: float = 0.0) -> None:
+    def require_free(self, patience_s: float = 0.0, report: Callable[[str], None] = to_stderr) -> None:
         """Make the folder, and see that no run has it: FolderInUse where one still does after `patience_s`."""
         with self._writable():
-            require_free(self.path, patience_s)
+            require_free(self.path, patience_s, report)
 
     def owner(self) -> str:
         """What the process that holds the folder, or held it last, wrote of itself; no two starts write the same."""

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from vitscale.errors import LaunchError
 from vitscale.launch import torchrun
-from vitscale.launch.attempts import begin, conclude, ending, next_attempt, restarts_here
+from vitscale.launch.attempts import begin, conclude, end, ending, next_attempt, restarts_here
 from vitscale.launch.torchrun import Layout, describe_exit, main, supervise
-from vitscale.run_folder import DONE, FAILED, STOP_REASON, STOPPED, RunFolder
+from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOP_REASON, STOPPED, RunFolder
 from vitscale.tracking.jsonl import JsonlFile
 
 DIE = "import os; os.kill(os.getpid(), 9)"
@@ -90,6 +91,17 @@ def test_restarts_without_progress_are_bounded_and_told(folder: RunFolder) -> No
     rows = JsonlFile(folder.attempts).rows()
     assert [row["attempt"] for row in rows] == [str(number) for number in range(1, 12) for _ in range(2)]
     assert [row.get("code") for row in rows[14:]] == [None, 3, None, 1, None, 3, None, 0]
+
+
+def test_attempts_that_all_died_with_their_launchers_are_bounded(folder: RunFolder) -> None:
+    """No launcher lived to count them: the next start does, once."""
+    for number in (1, 2):
+        begin(RunFolder(folder.path, str(number)), ranks=1, most_restarts=1, bounded=True)
+    third = RunFolder(folder.path, "3")
+    with pytest.raises(LaunchError, match=r"2 attempts in a row ended.*restarts_without_progress=1"):
+        begin(third, ranks=1, most_restarts=1, bounded=True)
+    end(third, BAD_INPUT, "2 attempts in a row")
+    begin(RunFolder(folder.path, "4"), ranks=1, most_restarts=1, bounded=True)
 
 
 def test_attempts_that_ended_with_their_launcher_count(folder: RunFolder) -> None:

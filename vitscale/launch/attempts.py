@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from vitscale.checkpoint.store import checkpoint_folders
+from vitscale.errors import LaunchError
 from vitscale.run_folder import BAD_INPUT, FAILED, ROLLED_BACK, STOP_REASON, STOPPED, RunFolder
 from vitscale.tracking.jsonl import JsonlFile, parse_row
 
@@ -25,12 +26,24 @@ def next_attempt(folder: RunFolder, nodes: int) -> str:
     return str(number) if nodes > 1 else f"{number}.{os.getpid()}"
 
 
-def begin(folder: RunFolder, ranks: int, most_restarts: int) -> None:
-    """Rank 0 has entered the run."""
+def begin(folder: RunFolder, ranks: int, most_restarts: int, bounded: bool = False) -> None:
+    """Rank 0 has entered the run.
+
+    bounded: raise LaunchError where the attempts before died too often in a row, together with their launchers, which
+    else would have counted them. As that is how this attempt ends, the next one is not refused.
+    """
+    rows = _rows(folder)
+    failures = _failures_in_a_row(rows) if rows and bounded else 0
     row: Row = {"attempt": folder.attempt, "began": _now(), "host": socket.gethostname(), "ranks": ranks}
     row |= {"job": os.environ.get("SLURM_JOB_ID"), "step": _newest_step(folder)}
     row |= {"restarts_without_progress": most_restarts}
     JsonlFile(folder.attempts).append(row)
+    if failures > most_restarts:
+        raise LaunchError(
+            f"{failures} attempts in a row ended before they saved a new checkpoint, the last one with its launcher: "
+            f"more than parallel.restarts_without_progress={most_restarts} restarts; attempts.jsonl has all of them. "
+            "Mend the cause, lower checkpoint.every_steps or raise the key, then give the same command"
+        )
 
 
 def ending(folder: RunFolder, patience_s: float = _EXIT_PATIENCE_S) -> int:

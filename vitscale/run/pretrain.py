@@ -54,7 +54,8 @@ def run_locked(job: Job) -> int:
                 folder.clear_requests()
         try:
             if world.is_main:
-                attempts.begin(folder, world.world_size, job.config.parallel.restarts_without_progress)
+                most = job.config.parallel.restarts_without_progress
+                attempts.begin(folder, world.world_size, most, bounded=world.supervised)
             return job.run()
         except FolderLost:
             raise  # exit.json there is another run's
