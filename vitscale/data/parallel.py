@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -61,8 +62,9 @@ def on_shards(
     workers = max(1, min(workers, len(shards)))
     part = max(1, min(_THREADS, len(shards) // (workers * 4)))
     parts = [shards[start : start + part] for start in range(0, len(shards), part)]
-    # obstore's threads do not survive a fork.
-    context = get_context("spawn" if any(is_remote(shard.path) for shard in shards) else "fork")
+    # Threads do not survive a fork, and what they hold stays locked in it: obstore's, and in a rank our own.
+    threads = threading.active_count() > 1 or any(is_remote(shard.path) for shard in shards)
+    context = get_context("spawn" if threads else "fork")
     results: list[Result] = []
     started = reported = time.monotonic()
     pool: Executor = ProcessPoolExecutor(workers, context, leave_with_parent) if workers > 1 else ThreadPoolExecutor(1)
