@@ -25,8 +25,14 @@ from vitscale.engine.preempt import StopRequest
 from vitscale.run_folder import RunFolder
 from vitscale.world import World
 
-with StopRequest(RunFolder(Path(sys.argv[1])), World(rank=int(sys.argv[3]), world_size=2)) as stop:
-    if sys.argv[2] == "training":
+class Slow(RunFolder):
+    @property
+    def stop(self):
+        time.sleep(60 if sys.argv[2] == "hanging" else 0)
+        return super().stop
+
+with StopRequest(Slow(Path(sys.argv[1])), World(rank=int(sys.argv[3]), world_size=2)) as stop:
+    if sys.argv[2] != "before":
         assert not stop.requested()
     print("begun", flush=True)
     while sys.argv[2] == "before" or not stop.requested():
@@ -52,6 +58,14 @@ def start(started: list[subprocess.Popen[str]], folder: Path, phase: str, rank: 
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
     return process
+
+
+def test_a_signal_is_heard_while_the_folder_hangs(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
+    process = start(started, tmp_path, "hanging")
+    time.sleep(1.5 * preempt.POLL_SECONDS)  # it looks for the files by now
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "stops\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 import threading
@@ -25,11 +24,11 @@ class StopRequested(Exception):
 class StopRequest:
     """Whether someone wants this run to stop; a context around the run.
 
-    A thread receives the signals, so that one is heard while the main thread waits in a collective, and looks for the
-    files once a second. A signal counts on whichever rank it reaches; one rank a node looks for the stop file, since
-    another node's file system may take a minute to show it. Before the first step has ended there is nothing to save:
-    the process then leaves at once, with code 3. Later the loop makes the ranks agree. A second Ctrl-C ends the
-    process at once, with code 130.
+    A thread receives the signals, so that one is heard while the main thread waits in a collective; another one looks
+    for the files once a second, for as long as their storage takes. A signal counts on whichever rank it reaches; one
+    rank a node looks for the stop file, since another node's file system may take a minute to show it. Before the first
+    step has ended there is nothing to save: the process then leaves at once, with code 3. Later the loop makes the
+    ranks agree. A second Ctrl-C ends the process at once, with code 130.
     """
 
     def __init__(self, folder: RunFolder, world: World) -> None:
@@ -39,14 +38,17 @@ class StopRequest:
         self._lock = threading.Lock()
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._thread = threading.Thread(target=self._listen, name="stop", daemon=True)
+        self._ended = threading.Event()
+        self._listening = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._looking = threading.Thread(target=self._look_on, name="requests", daemon=True)
         self._before: dict[int, object] = {}  # the handlers
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
             self._before = {number: signal.signal(number, _ignore) for number in SIGNALS}
-        self._thread.start()
+        self._listening.start()
+        self._looking.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -54,8 +56,10 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
         if self._before:
             signal.set_wakeup_fd(-1)
+        self._ended.set()
+        self._looking.join(POLL_SECONDS)  # not for longer, where the file system hangs
         self._writer.close()  # which ends the thread
-        self._thread.join()
+        self._listening.join()
         self._reader.close()
 
     def requested(self) -> bool:
@@ -80,16 +84,13 @@ class StopRequest:
             self._folder.clear_requests()
 
     def _listen(self) -> None:
-        while True:
-            readable, _, _ = select.select([self._reader], [], [], POLL_SECONDS)
-            if not readable:
-                self._look()
-                continue
-            numbers = self._reader.recv(64)
-            if not numbers:
-                return
+        while numbers := self._reader.recv(64):
             for number in set(SIGNALS) & set(numbers):
                 self._receive(number)
+
+    def _look_on(self) -> None:
+        while not self._ended.wait(POLL_SECONDS):
+            self._look()
 
     def _look(self) -> None:
         # Another node may still see the file of the run's last start, until rank 0 and the others have joined.
