@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ import torch
 from vitscale.bench.gpu_suite.correctness import small_config
 from vitscale.bench.gpu_suite.training import LR, Training, batch
 from vitscale.config.schema import Parallel, RunConfig
+from vitscale.engine.backend import Backend
 from vitscale.engine.engine import Inputs
+from vitscale.errors import ConfigError
+from vitscale.models.auto import new_model
 from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.world import World
 
@@ -98,3 +102,14 @@ def test_blocks_compile_whole(stage: int, monkeypatch: pytest.MonkeyPatch) -> No
             losses.append(training.steps(0, 2))
     assert len(graphs) == 2
     assert losses[0] == losses[1]
+
+
+def test_without_a_compiler_compiling_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiled = config(0, compile=True)
+    backend = Backend(compiled, World())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    try:
+        with pytest.raises(ConfigError, match=r"train\.compile=true: torch.compile needs a C compiler"):
+            backend.wrap(new_model(compiled, 0), compiled)
+    finally:
+        backend.close()

@@ -7,6 +7,7 @@ and library defaults differ between versions, and some of them silently train so
 from __future__ import annotations
 
 import resource
+import shutil
 import warnings
 from collections.abc import Container, Mapping
 from datetime import timedelta
@@ -25,6 +26,8 @@ from vitscale.engine.ranks import ProcessRanks, join, meeting
 from vitscale.engine.zero import ZeroEngine
 from vitscale.errors import ConfigError, LaunchError
 from vitscale.world import World, forget_deepspeed
+
+_COMPILERS = ("gcc", "clang", "cc")
 
 
 class Backend:
@@ -68,6 +71,11 @@ class Backend:
         if config.train.gradient_checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         if config.train.compile:
+            if not any(map(shutil.which, _COMPILERS)):
+                raise ConfigError(
+                    f"train.compile=true: torch.compile needs a C compiler ({' or '.join(_COMPILERS)}); there is none "
+                    "on the PATH of this node; install one there, or set train.compile=false"
+                )
             # DDP's buckets would cut every block in pieces; as a block is small, reduction overlaps backward anyway.
             torch._dynamo.config.optimize_ddp = False
             # Beyond it torch goes on uncompiled: encoders and decoders, in training and evaluation, of any batch.
