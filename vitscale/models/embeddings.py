@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitscale.config.model_rules import pair
 from vitscale.errors import DataError
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.positions import Positioned, interpolate_positions
+
+
+class _Projection(nn.Conv2d):
+    """A convolution without overlap: of patches that are cut out already, a matrix product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of images as a convolution; of patches [n, patches, channels * height * width]: [n, patches, width]."""
+        return super().forward(x) if x.ndim == 4 else F.linear(x, self.weight.flatten(1), self.bias)
 
 
 class ViTPatchEmbeddings(nn.Module):
@@ -18,19 +27,25 @@ class ViTPatchEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         patch = pair(config.patch_size)
-        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch, stride=patch)
+        self.projection = _Projection(config.num_channels, config.hidden_size, kernel_size=patch, stride=patch)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """`ids_keep` [n, kept]: of these patches alone."""
         channels = self.config.num_channels
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             raise DataError(
                 f"pixel_values of shape {tuple(pixel_values.shape)}: must be [n, {channels}, height, width]; "
                 "num_channels of the config is what the model was made for"
             )
-        self.config.grid_of(*pixel_values.shape[2:])  # else the convolution would leave out what is no whole patch
+        # No patch is cut short: the convolution would leave it out.
+        rows, columns = self.config.grid_of(*pixel_values.shape[2:])
         # Pixels stay in float32 for the losses' sake; here they become what the weights are.
         pixel_values = pixel_values.to(self.projection.weight.dtype)
-        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+        if ids_keep is None:
+            return self.projection(pixel_values).flatten(2).transpose(1, 2)
+        patches = pixel_values.unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).permute(0, 2, 4, 1, 3, 5)
+        image = torch.arange(len(patches), device=patches.device)[:, None]
+        return self.projection(patches[image, ids_keep // columns, ids_keep % columns].flatten(2))
 
 
 class ViTEmbeddings(Positioned):
@@ -63,16 +78,18 @@ class ViTEmbeddings(Positioned):
         interpolate_pos_encoding: bool = False,
     ) -> Tensor:
         """[n, tokens, width]; `bool_masked_pos` [n, patches] puts the mask token there (SimMIM),
-        `ids_keep` [n, kept] keeps only these patches (MAE)."""
-        x = self.patch_embeddings(pixel_values).to(self.patch_embeddings.projection.weight.dtype)
+        `ids_keep` [n, kept] keeps only these patches (MAE), of which it then speaks."""
+        x = self.patch_embeddings(pixel_values, ids_keep).to(self.patch_embeddings.projection.weight.dtype)
         if bool_masked_pos is not None:
             x = self._hidden(x, bool_masked_pos)
         positions = self._positions(pixel_values, interpolate_pos_encoding)
         if positions is not None:
             positions = positions.to(x.dtype)
-            x = x + positions[:, self.positions_prefix :]
-        if ids_keep is not None:
-            x = torch.gather(x, 1, ids_keep[..., None].expand(-1, -1, x.shape[-1]))
+            of_patches = positions[:, self.positions_prefix :]
+            if ids_keep is not None:
+                places = ids_keep[..., None].expand(-1, -1, x.shape[-1])
+                of_patches = torch.gather(of_patches.expand(len(x), -1, -1), 1, places)
+            x = x + of_patches
         front = []
         if self.cls_token is not None:
             front.append(self.cls_token if positions is None else self.cls_token + positions[:, :1])

@@ -25,6 +25,7 @@ def blocks(config: ViTConfig, tokens: int) -> int:
 
 
 def encoder(config: ViTConfig, patches: int | None = None) -> int:
-    """ViTModel without its pooler: embeds every patch, runs the blocks over `patches` of them (None: all)."""
-    tokens = config.num_prefix_tokens + (config.num_patches if patches is None else patches)
-    return linear(config.num_patches, config.patch_values, config.hidden_size) + blocks(config, tokens)
+    """ViTModel without its pooler, of so many patches (None: all)."""
+    patches = config.num_patches if patches is None else patches
+    embedding = linear(patches, config.patch_values, config.hidden_size)
+    return embedding + blocks(config, config.num_prefix_tokens + patches)
