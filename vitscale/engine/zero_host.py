@@ -49,9 +49,13 @@ class _Buckets:
         self._optimizer = optimizer
         self._waiting: list[tuple[Any, int]] = []  # parameters and their groups, of the next bucket
         self._elements = 0
-        self._kept: list[tuple[Tensor, int]] = []  # those of a reduced bucket whose gradients this rank keeps
+        self._kept: list[
+            tuple[Any, ...]
+        ] = []  # of a reduced bucket: what _keep was called with
         self._add_one = optimizer.reduce_independent_p_g_buckets_and_remove_grads
         self._keep_one = optimizer.copy_grads_in_partition
+        # Not there before 0.19.8, nor was the group that is asked for.
+        self._is_kept_apart = getattr(optimizer, "_use_compact_grad_partition_buffer", lambda *_: False)
         self._end_backward = optimizer.independent_gradient_partition_epilogue
         optimizer.reduce_independent_p_g_buckets_and_remove_grads = self._add
         optimizer.copy_grads_in_partition = self._keep
@@ -97,17 +101,17 @@ class _Buckets:
         if optimizer.overlap_comm:
             bucket.index = 1 - bucket.index
 
-    def _keep(self, param: Tensor, group: int) -> None:
+    def _keep(self, param: Tensor, *group: int) -> None:
         """The gradient of a parameter is reduced, and lies where the next bucket will."""
-        if self._optimizer._use_compact_grad_partition_buffer(group):
-            self._keep_one(param, group)
+        if self._is_kept_apart(*group):
+            self._keep_one(param, *group)
         else:
-            self._kept.append((param, group))
+            self._kept.append((param, *group))
 
-    def _keep_all(self, kept: Sequence[tuple[Tensor, int]]) -> None:
+    def _keep_all(self, kept: Sequence[tuple[Any, ...]]) -> None:
         optimizer = self._optimizer
         self._keep_one(*kept[0])  # makes the memory for all
-        gradients = [optimizer.get_gradient_for_reduction(param) for param, _ in kept[1:]]
+        gradients = [optimizer.get_gradient_for_reduction(param) for param, *_ in kept[1:]]
         start = optimizer.grads_in_partition_offset
         optimizer.grads_in_partition_offset += sum(each.numel() for each in gradients)
         _move(gradients, optimizer.grads_in_partition[start : optimizer.grads_in_partition_offset])
