@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from vitscale.config.model_rules import pair
@@ -20,6 +21,7 @@ from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 LOSS, RATE = "#1f5fa8", "#b4551e"
 GOOD, BAD = "#2e7d32", "#c62828"
 SHOWN = 12  # images in the figure of reconstructions
+EDGE = "#c8c8c8"
 HIDDEN = (0.56, 0.66, 0.77)  # a blue that neither a grey image nor most photographs have
 
 
@@ -130,20 +132,15 @@ def draw_neighbours(features: Features, path: Path, title: str = "", queries: in
     similarity = unit[:queries] @ unit.T
     similarity[np.arange(queries), np.arange(queries)] = -np.inf
     nearest = np.argsort(-similarity, axis=1)[:, :neighbours]
-    figure = Figure(figsize=(1.2 * queries + 1.2, 1.2 * (neighbours + 1) + 0.7), layout="constrained")
-    grid = figure.subplots(neighbours + 1, queries, squeeze=False)
+    grid = _Grid(["image", "nearest", *[""] * (neighbours - 1)], queries)
     for query in range(queries):
-        _show(grid[0, query], features.images[query])
+        grid.show(0, query, features.images[query])
         for place, other in enumerate(nearest[query], start=1):
-            _show(grid[place, query], features.images[other])
-            if features.labels[query] >= 0 and features.labels[other] >= 0:
-                agrees = features.labels[query] == features.labels[other]
-                grid[place, query].spines[:].set(edgecolor=GOOD if agrees else BAD, linewidth=2.5)
-    grid[0, 0].set_ylabel("image", fontsize=10)
-    grid[1, 0].set_ylabel("nearest", fontsize=10)
+            labels = features.labels[[query, other]]
+            frame = None if labels.min() < 0 else GOOD if labels[0] == labels[1] else BAD
+            grid.show(place, query, features.images[other], frame)
     labelled = "; green: of the same label, red: of another" if (features.labels >= 0).any() else ""
-    figure.suptitle(f"{title}\nnearest among {len(unit)} held-out images{labelled}", x=0.01, ha="left", fontsize=10)
-    _save(figure, path)
+    grid.save(path, f"{title}\nnearest among {len(unit)} held-out images{labelled}")
 
 
 def draw_patches(features: Features, path: Path, title: str = "") -> None:
@@ -156,16 +153,11 @@ def draw_patches(features: Features, path: Path, title: str = "") -> None:
     low, high = np.percentile(components, [2, 98], axis=0)
     colours = np.zeros((len(flat), 3))
     colours[:, : components.shape[1]] = ((components - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
-    figure = Figure(figsize=(1.2 * count + 1.2, 1.2 * 2 + 0.7), layout="constrained")
-    grid = figure.subplots(2, count, squeeze=False)
+    grid = _Grid(["image", "patches"], count)
     for column in range(count):
-        _show(grid[0, column], features.images[column])
-        _show(grid[1, column], colours.reshape(count, rows, columns, 3)[column])
-    grid[0, 0].set_ylabel("image", fontsize=10)
-    grid[1, 0].set_ylabel("patches", fontsize=10)
-    heading = f"{title}\nfeatures of patches: three principal components as red, green, blue"
-    figure.suptitle(heading, x=0.01, ha="left", fontsize=10)
-    _save(figure, path)
+        grid.show(0, column, features.images[column])
+        grid.show(1, column, colours.reshape(count, rows, columns, 3)[column])
+    grid.save(path, f"{title}\nfeatures of patches: three principal components as red, green, blue")
 
 
 def confusion_figure(matrix: np.ndarray, names: Sequence[str]) -> Figure:
@@ -195,16 +187,11 @@ def _channels_last(images: Tensor) -> np.ndarray:
 def draw_reconstructions(panels: Reconstructions, path: Path, title: str = "") -> None:
     """A PNG of one column an image: original, masked, reconstruction below each other."""
     rows = {"original": panels.original, "masked": panels.masked, "reconstruction": panels.reconstruction}
-    count = len(panels.original)
-    figure = Figure(figsize=(1.2 * count + 1.2, 1.2 * len(rows) + 0.7), layout="constrained")
-    grid = figure.subplots(len(rows), count, squeeze=False)
-    for axes_row, (name, images) in zip(grid, rows.items(), strict=True):
-        for axes, image in zip(axes_row, images, strict=True):
-            _show(axes, image)
-        axes_row[0].set_ylabel(name, fontsize=10)
-    heading = "\n".join(line for line in (title, panels.note, _channel_note(panels.original)) if line)
-    figure.suptitle(heading, x=0.01, ha="left", fontsize=10)
-    _save(figure, path)
+    grid = _Grid(list(rows), len(panels.original))
+    for row, images in enumerate(rows.values()):
+        for column, image in enumerate(images):
+            grid.show(row, column, image)
+    grid.save(path, "\n".join(line for line in (title, panels.note, _channel_note(panels.original)) if line))
 
 
 def draw_sheet(panels: Mapping[str, Sequence[np.ndarray]], captions: Sequence[str], path: Path, title: str) -> None:
@@ -236,14 +223,44 @@ def draw_sheet(panels: Mapping[str, Sequence[np.ndarray]], captions: Sequence[st
     _save(figure, path)
 
 
+class _Grid:
+    """Images in named rows, and columns; all on one Axes: with one for each they would take twice as long to draw."""
+
+    def __init__(self, rows: Sequence[str], columns: int) -> None:
+        self._figure = Figure(figsize=(1.2 * columns + 1.2, 1.2 * len(rows) + 0.7), layout="constrained")
+        self._axes = self._figure.subplots()
+        self._axes.set(xlim=(0, columns), ylim=(len(rows), 0), xticks=[])
+        self._axes.set_yticks([row + 0.5 for row in range(len(rows))], rows, rotation=90, va="center", fontsize=10)
+        self._axes.tick_params(length=0)
+        self._axes.spines[:].set_visible(False)
+
+    def show(self, row: int, column: int, image: np.ndarray, frame: str | None = None) -> None:
+        """An image [h, w, c] in the middle of its cell, in a thin frame or one of this colour."""
+        height, width = (0.94 * side / max(image.shape[:2]) for side in image.shape[:2])
+        left, top = column + (1 - width) / 2, row + (1 - height) / 2
+        _draw(self._axes, image, extent=(left, left + width, top + height, top))
+        line = 2.5 if frame else 0.8
+        self._axes.add_patch(Rectangle((left, top), width, height, fill=False, color=frame or EDGE, linewidth=line))
+
+    def save(self, path: Path, title: str) -> None:
+        self._figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+        _save(self._figure, path)
+
+
 def _show(axes: Axes, image: np.ndarray) -> None:
-    """One image [h, w, c]: in colour with 3 channels, else its first channel in grey; HIDDEN where it is NaN."""
-    colours = image if image.shape[2] == 3 else image[..., :1].repeat(3, axis=2)
-    small = max(image.shape[:2]) < 64  # its pixels are to be seen as they are
-    axes.imshow(np.where(np.isnan(colours), HIDDEN, colours), interpolation="nearest" if small else "antialiased")
+    """One image [h, w, c] on Axes of its own."""
+    _draw(axes, image)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.spines[:].set_edgecolor("#c8c8c8")
+    axes.spines[:].set_edgecolor(EDGE)
+
+
+def _draw(axes: Axes, image: np.ndarray, **options: Any) -> None:
+    """In colour with 3 channels, else the first channel in grey; HIDDEN where it is NaN."""
+    colours = image if image.shape[2] == 3 else image[..., :1].repeat(3, axis=2)
+    small = max(image.shape[:2]) < 64  # its pixels are to be seen as they are
+    shown = np.where(np.isnan(colours), HIDDEN, colours)
+    axes.imshow(shown, interpolation="nearest" if small else "antialiased", **options)
 
 
 def _channel_note(images: np.ndarray) -> str:
