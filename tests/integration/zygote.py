@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import io
 import json
 import os
 import signal
@@ -23,6 +24,16 @@ from typing import Any
 
 from tests.forked import be, be_command
 
+# What a run imports only when it gets there: accelerate's optional parts and what they import, the compiler that
+# DeepSpeed loads.
+IMPORTED = (
+    "accelerate",
+    "deepspeed.runtime.zero.muon.original_muon",
+    "torch.distributed.fsdp",
+    "transformers.integrations",
+    "distutils.ccompiler",
+    "vitscale.run.pretrain",
+)
 # What survivors of a failed rank have to leave by themselves, before TERM and before KILL (torchrun: 0 and 30).
 TERM_SECONDS, KILL_SECONDS = 5, 30
 
@@ -149,16 +160,24 @@ def _wait(pids: list[int]) -> list[int]:
     return [codes[pid] for pid in pids]
 
 
+def _draw() -> None:
+    """A figure with a logarithmic axis, as in a run's report: fonts and the grammar of formulas are read once."""
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    figure.subplots().set_yscale("log")
+    for form in ("svg", "png"):
+        figure.savefig(io.BytesIO(), format=form)
+
+
 def serve() -> None:
     """Answer requests until stdin ends."""
     from vitscale import world
 
     world.enter()
-    # What a run imports only when it gets there: accelerate's optional parts, and the compiler that DeepSpeed loads.
-    muon = "deepspeed.runtime.zero.muon.original_muon"
-    for module in ("accelerate", muon, "torch.distributed.fsdp", "vitscale.run.pretrain"):
+    for module in IMPORTED:
         importlib.import_module(module)
-
+    _draw()
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     gc.freeze()  # ZeRO-3 collects garbage at each start, which else looks at all that was imported
