@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
-from tests.integration.worlds import ROOT, Launcher, losses, rows
+from tests.integration.test_surroundings import KUBEFLOW
+from tests.integration.worlds import Launcher, losses, rows
 from vitscale.run_folder import BAD_INPUT
 
 
@@ -121,24 +118,17 @@ def test_second_run_in_one_folder(launcher: Launcher, config: Path, tmp_path: Pa
     launcher.run(["pretrain", str(config), "train.steps=2"])
 
 
-def test_ranks_that_see_different_folders(config: Path, tmp_path: Path) -> None:
+def test_ranks_that_see_different_folders(launcher: Launcher, config: Path, tmp_path: Path) -> None:
     """Two nodes with one config and one relative run.dir, which is not on a file system that they share."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, "-m", "vitscale.cli", "pretrain", str(config), "run.dir=runs"]
-    ranks = []
-    for rank in range(2):
-        node = tmp_path / f"node{rank}"
+    nodes = [tmp_path / f"node{rank}" for rank in range(2)]
+    for node in nodes:
         node.mkdir()
-        own = environment | {"RANK": str(rank), "GROUP_RANK": str(rank)}
-        ranks.append(subprocess.Popen(command, cwd=node, env=own, stderr=subprocess.PIPE, text=True))
-    said = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [BAD_INPUT, BAD_INPUT], said
-    assert all("another run folder (held by nobody)" in text or "on one shared folder" in text for text in said)
+    argv = ["pretrain", str(config), "run.dir=runs"]
+    world = launcher.request(2, argv=argv, environment=KUBEFLOW, folders=[str(node) for node in nodes])
+    assert world.wait() == [BAD_INPUT, BAD_INPUT], world.output()
+    for rank in range(2):
+        said = Path(f"{world.log}.{rank}").read_text()
+        assert "another run folder (held by nobody)" in said or "on one shared folder" in said, said
 
 
 def test_too_few_samples(launcher: Launcher, config: Path, tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
 """Ranks that start in a second: a process imports torch and deepspeed once and forks every world from there.
 
-`python -m tests.integration.zygote` reads a JSON line a world from stdin, {"ranks", "argv", "log",
-"kill", "nan", "flip", "environment"}, forks the ranks, each of which runs `vitscale ARGV` as it would under torchrun,
-and answers with their process ids at once and their exit codes at the end. "environment": what else than
-torchrun's variables there is, null for one that is not there. With {"call": {"module", "function", "arguments"},
-"results"} for argv each rank calls a function and leaves what it returns as JSON. Real processes, real gloo;
-only the import (7 s a launch) is shared.
+`python -m tests.integration.zygote` reads a JSON line a world from stdin, {"ranks", "argv", "log", "kill", "nan",
+"flip", "environment", "folders"}, forks the ranks, each of which runs `vitscale ARGV` as it would under torchrun, and
+answers with their process ids at once and their exit codes at the end. "environment": what else than torchrun's
+variables there is, null for one that is not there. "folders": the one that each rank starts in. With {"call":
+{"module", "function", "arguments"}, "results"} for argv each rank calls a function and leaves what it returns as JSON.
+Real processes, real gloo; only the import (7 s a launch) is shared.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ def _be_rank(rank: int, port: int, request: dict[str, Any]) -> None:
     os.environ.update({name: value for name, value in changed.items() if value is not None})
     for name in [name for name in changed if changed[name] is None]:
         del os.environ[name]
+    if "folders" in request:
+        os.chdir(request["folders"][rank])
     log = os.open(f"{request['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
