@@ -25,7 +25,7 @@ from typing import Any
 from tests.forked import be, be_command
 
 # What a run imports only when it gets there: accelerate's optional parts and what they import, the compiler that
-# DeepSpeed loads.
+# DeepSpeed loads, sklearn.
 IMPORTED = (
     "accelerate",
     "deepspeed.runtime.zero.muon.original_muon",
@@ -33,6 +33,7 @@ IMPORTED = (
     "transformers.integrations",
     "distutils.ccompiler",
     "vitscale.run.pretrain",
+    "vitscale.evaluation.metrics",
 )
 # What survivors of a failed rank have to leave by themselves, before TERM and before KILL (torchrun: 0 and 30).
 TERM_SECONDS, KILL_SECONDS = 5, 30

@@ -22,7 +22,6 @@ from vitscale.data.order import SampleOrder, SequentialOrder
 from vitscale.data.subset import Subset, SubsetOrder
 from vitscale.engine.whole import Evaluable
 from vitscale.errors import DataError
-from vitscale.evaluation.metrics import by_class, by_label, scores_of
 from vitscale.world import World
 
 CHUNK = 64  # images of a forward whose loss is not split by image
@@ -131,6 +130,9 @@ class Validation:
         if not len(labels):
             return counts, {}
         names = self._config.model.id2label or tuple(map(str, range(logits.shape[1])))
+        # Not at the top: sklearn is a second of every start, and only what validates by labels needs it.
+        from vitscale.evaluation.metrics import by_class, by_label, scores_of
+
         tables = {"single_label_classification": by_class, "multi_label_classification": by_label}
         details = tables[kind](logits, labels, list(names)) if kind in tables else {}
         return scores_of(kind, logits, labels) | counts, details
