@@ -49,9 +49,7 @@ class _Buckets:
         self._optimizer = optimizer
         self._waiting: list[tuple[Any, int]] = []  # parameters and their groups, of the next bucket
         self._elements = 0
-        self._kept: list[
-            tuple[Any, ...]
-        ] = []  # of a reduced bucket: what _keep was called with
+        self._kept: list[tuple[Any, ...]] = []  # of a reduced bucket: what _keep was called with
         self._add_one = optimizer.reduce_independent_p_g_buckets_and_remove_grads
         self._keep_one = optimizer.copy_grads_in_partition
         # Not there before 0.19.8, nor was the group that is asked for.
