@@ -392,14 +392,8 @@ def _check_parallel(config: RunConfig, world: World) -> None:
 
 def _check_cuda_graphs(config: RunConfig) -> None:
     """A graph reads weights at one place, and runs a block once in each direction with a gradient."""
-    problem = (
-        "parallel.zero_stage=3, which fetches weights anew each step: take stage 0, 1 or 2"
-        if config.parallel.zero_stage == 3
-        else "train.gradient_checkpointing=true, which runs a block twice: leave one of the two out"
-        if config.train.gradient_checkpointing
-        else f"train.freeze={config.train.freeze}, which leaves blocks without a gradient: leave one of the two out"
-        if config.train.freeze
-        else None
-    )
-    if problem:
-        raise ConfigError(f"train.cuda_graphs=true: cannot be beside {problem}")
+    stage, train = config.parallel.zero_stage, config.train
+    values = {"train.gradient_checkpointing": train.gradient_checkpointing, "train.freeze": train.freeze}
+    for key, value in {"parallel.zero_stage": stage if stage == 3 else 0, **values}.items():
+        if value:
+            raise ConfigError(f"train.cuda_graphs=true: cannot be beside {key}={value}; change one of the two")
