@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from threading import Lock
 from urllib.parse import parse_qsl, urlsplit
 
 from vitscale.errors import ConfigError
 from vitscale.files.cache import LruCache
 from vitscale.files.disk_cache import DiskCache
+from vitscale.files.http import HttpFiles
+from vitscale.files.objects import ObjectFiles
 from vitscale.files.retry import PATIENCE_S
 from vitscale.files.store import FileStat, LocalFiles, Paths, Store, is_remote
 
-HTTP: tuple[str, ...] = ("http", "https")
-OBJECTS: tuple[str, ...] = ("s3", "gs", "az")
-REMOTE = HTTP + OBJECTS
+REMOTE = ("http", "https", "s3", "gs", "az")
 _PIECE = 4 << 20  # bytes of one request
 _KEPT_BYTES = 256 << 20  # of pieces in memory
 _SECRET = re.compile(r"sig|token|secret|password|credential|key|auth", re.IGNORECASE)
@@ -28,28 +27,16 @@ class Stores:
     ) -> None:
         """cache: a folder of this node for remote files; None: they are read by ranges, and little of them is kept."""
         self._settings = (cache, cache_bytes, patience_s)
+        near = (lambda store: Pieces(store)) if cache is None else lambda store: DiskCache(store, cache, cache_bytes)
+        http, objects = near(HttpFiles(patience_s)), near(ObjectFiles(patience_s))
         self._stores: dict[str, Store] = {"": LocalFiles(patience_s)}
-        self._making = Lock()
+        self._stores |= {scheme: http if scheme.startswith("http") else objects for scheme in REMOTE}
 
     def __reduce__(self) -> tuple[type[Stores], tuple[str | None, int | None, float]]:
         return type(self), self._settings
 
     def _of(self, path: str) -> Store:
-        scheme = path.partition("://")[0].lower() if is_remote(path) else ""
-        with self._making:
-            if scheme not in self._stores:
-                schemes = HTTP if scheme in HTTP else OBJECTS
-                self._stores |= dict.fromkeys(schemes, self._remote(schemes))
-            return self._stores[scheme]
-
-    def _remote(self, schemes: tuple[str, ...]) -> Store:
-        """Made once it is asked: what reads local shards alone need not import it, a sixth of a reader's start."""
-        from vitscale.files.http import HttpFiles
-        from vitscale.files.objects import ObjectFiles
-
-        cache, cache_bytes, patience_s = self._settings
-        far: Store = HttpFiles(patience_s) if schemes is HTTP else ObjectFiles(patience_s)
-        return Pieces(far) if cache is None else DiskCache(far, cache, cache_bytes)
+        return self._stores[path.partition("://")[0].lower() if is_remote(path) else ""]
 
     def list(self, pattern: str) -> Paths:
         return self._of(pattern).list(pattern)
