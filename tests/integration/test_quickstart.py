@@ -45,9 +45,6 @@ class QuickStart:
     def python(self, *arguments: str | Path, code: int = 0) -> str:
         return self.call(sys.executable, "-m", *arguments, code=code)
 
-    def pretrain(self, steps: int) -> str:
-        return self.call("bash", ROOT / "launch" / "torchrun.sh", *self.pretrain_argv(steps))
-
     def pretrain_argv(self, steps: int) -> list[str]:
         overrides = [f"data.train={self.data}/train/*.tar", f"evaluation.test={self.data}/test/*.tar"]
         overrides += [f"run.dir={self.run.parent}", f"train.steps={steps}", "log.every_steps=1"]
@@ -55,12 +52,12 @@ class QuickStart:
 
 
 @pytest.fixture(scope="module")
-def quickstart(tmp_path_factory: pytest.TempPathFactory) -> QuickStart:
+def quickstart(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> QuickStart:
     """A run of 6 steps, evaluated."""
     started = QuickStart(tmp_path_factory.mktemp("quickstart"))
     assert "1,437" in started.python("vitscale.prepare.digits", started.data)
-    started.pretrain(6)
-    table = started.python("vitscale.cli", "evaluate", started.run)
+    started.call("bash", ROOT / "launch" / "torchrun.sh", *started.pretrain_argv(6))
+    table = launcher.run(["evaluate", str(started.run)])
     for name in FEATURES:
         assert sum(line.startswith(name) for line in table.splitlines()) == 1, table
     return started
@@ -132,7 +129,7 @@ def test_mlflow_has_it_all(quickstart: QuickStart) -> None:
 
 def test_same_command_is_done_and_more_steps_go_on(quickstart: QuickStart, launcher: Launcher) -> None:
     before = {name: (quickstart.run / name).read_bytes() for name in ("metrics.jsonl", "summary.json")}
-    assert "done: step 6 of 6" in quickstart.pretrain(6)
+    assert "done: step 6 of 6" in launcher.run(quickstart.pretrain_argv(6), ranks=2)
     assert {name: (quickstart.run / name).read_bytes() for name in before} == before
 
     output = launcher.run(quickstart.pretrain_argv(8), ranks=2)

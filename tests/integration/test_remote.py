@@ -85,28 +85,29 @@ def test_s3_with_every_fault_at_once_gives_the_local_trace(
     s3: str,
     shards: Path,
     local: dict[int, list[str]],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Transfers are cut and refused, a reader is killed, the ranks are 2, then 1, then 4."""
     client = boto3.client("s3", endpoint_url=s3, region_name="us-east-1")
     for path in shards.glob("*.tar"):
         client.upload_file(str(path), "images", f"set/{path.name}")
     argv = ["pretrain", str(config), "data.train=s3://images/set/*.tar", "checkpoint.every_steps=4"]
-    run = tmp_path / "runs" / "run"
     with running(Proxy(s3)) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        own = Launcher(tmp_path)  # one that has the environment of now
-        try:
-            own.run([*argv, f"data.cache={tmp_path}/cache", f"train.steps={STEPS // 3}"], ranks=2)
-            world = own.start([*argv, f"train.steps={2 * STEPS // 3}"], ranks=1)
-            killed = kill_reader(world)
-            assert world.wait() == [DONE], world.output()
-            own.run([*argv, f"train.steps={STEPS}"], ranks=4)
-        finally:
-            own.close()
+        found = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+
+        def start(ranks: int, steps: int, *keys: str) -> World:
+            words = [*argv, f"train.steps={steps}", *keys]
+            return launcher.request(ranks, argv=words, environment=found | {"AWS_ENDPOINT_URL": proxy.url})
+
+        world = start(2, STEPS // 3, f"data.cache={tmp_path}/cache")
+        assert world.wait() == [DONE] * 2, world.output()
+        interrupted = start(1, 2 * STEPS // 3)
+        killed = kill_reader(interrupted)
+        assert interrupted.wait() == [DONE], interrupted.output()
+        world = start(4, STEPS)
+        assert world.wait() == [DONE] * 4, world.output()
         assert proxy.faults > 4
-    assert trace(run) == local
-    assert "the reader process died (signal 9) and is started again" in world.output(), killed
+    assert trace(tmp_path / "runs" / "run") == local
+    assert "the reader process died (signal 9) and is started again" in interrupted.output(), killed
 
 
 def kill_reader(world: World) -> int:
