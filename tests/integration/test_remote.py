@@ -127,7 +127,7 @@ def kill_reader(world: World) -> int:
 def test_storage_that_stays_away_requeues(
     launcher: Launcher, config: Path, tmp_path: Path, web: Web, shards: Path
 ) -> None:
-    argv = ["pretrain", str(config), f"data.train={pattern(web, shards)}", "data.patience_s=1", "train.steps=300"]
+    argv = ["pretrain", str(config), f"data.train={pattern(web, shards)}", "data.patience_s=5", "train.steps=100000"]
     world = launcher.start([*argv, f"data.index={web.url}/d/index.json"], ranks=2)
     run, deadline = tmp_path / "runs" / "run", time.monotonic() + 120
     while not ((run / "metrics.jsonl").exists() and len(rows(run)) > 2):
