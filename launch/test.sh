@@ -19,4 +19,16 @@ fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check vitscale tests
 "$PYTHON" -m mypy
-"$PYTHON" -m pytest "$@"
+if [ $# -gt 0 ] && [ "$*" != --full ]; then
+    exec "$PYTHON" -m pytest "$@"
+fi
+# All of them: two halves side by side, as each waits for other processes half of its time.
+"$PYTHON" -m pytest -p no:cacheprovider tests/integration "$@" >"$VENV/integration.log" 2>&1 &
+integration=$!
+trap 'kill $integration 2>/dev/null || true' EXIT
+code=0
+"$PYTHON" -m pytest --ignore=tests/integration "$@" || code=$?
+wait $integration || code=$?
+say "tests/integration:"
+cat "$VENV/integration.log"
+exit $code
