@@ -134,6 +134,6 @@ def test_storage_that_stays_away_requeues(
         assert time.monotonic() < deadline, world.output()
         time.sleep(0.1)
     for name in web.files:
-        web.faults[name] = [faults.status(503)] * 100_000
+        web.faults[name] = [faults.status(503, Retry_After="1")] * 100_000  # told when, patience alone counts
     assert world.wait() == [STOPPED] * 2, world.output()
     assert "its storage failed" in world.output()
