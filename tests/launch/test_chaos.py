@@ -1,4 +1,4 @@
-"""What `vitscale chaos` compares and counts; the trials themselves are in tests/integration/test_chaos.py."""
+"""What `vitscale chaos` compares and counts, and a trial of it; all kinds by the command itself (docs/faults.md)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from vitscale.errors import ConfigError
-from vitscale.launch.chaos import KINDS, Outcome, as_table, goodput, run_trials
-from vitscale.launch.trials import STEPS, Ground, differences, newest_checkpoint
+from vitscale.launch.chaos import KINDS, Outcome, as_table, chaos, goodput, run_trials
+from vitscale.launch.trials import SAVED_EVERY, STEPS, Ground, differences, newest_checkpoint
 from vitscale.run_folder import RunFolder
 
 
@@ -84,3 +84,12 @@ def test_an_unknown_kind() -> None:
     with pytest.raises(ConfigError, match="--kinds 'fire': must be of 'rank killed'"):
         run_trials(["fire"], None, 0)
     assert len(KINDS) == 11
+
+
+@pytest.mark.parametrize("kind", ["killed in a save", pytest.param("rank hangs", marks=pytest.mark.full)])
+def test_runs_that_are_broken_end_as_one_that_was_not(tmp_path: Path, kind: str) -> None:
+    said: list[str] = []
+    outcomes = chaos(tmp_path, [kind], 1, seed=0, say=said.append)
+    assert [(each.passed, each.faults) for each in outcomes.values()] == [(1, 1)], said
+    assert all(0 <= lost <= 2 * SAVED_EVERY for each in outcomes.values() for lost in each.lost_steps)
+    assert all(len(each.back_s) == 1 for each in outcomes.values())
