@@ -9,8 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import nn
 
+from vitscale.checkpoint.store import SoleRank
 from vitscale.config.load import config_of
 from vitscale.config.schema import Checkpoint, Data, Guard, Log, Run, RunConfig, Source
 from vitscale.engine import digest
@@ -43,7 +46,7 @@ def test_rows_are_logged_and_synced_before_their_checkpoint(tmp_path: Path, monk
     """And on several ranks what they hold is compared before it is saved."""
     events: list[str] = []
     monkeypatch.setattr(digest, "compare", lambda step, tensors, ranks: events.append(f"compare {step}"))
-    records: Any = SimpleNamespace(log=lambda row: events.append("log"), sync=lambda: events.append("sync"))
+    records: Any = SimpleNamespace(log=lambda row: events.append("log"), sync=lambda: events.append("sync"), say=None)
     saves: Any = SimpleNamespace(
         failures=0,
         due=every_n_steps(3),
@@ -52,8 +55,8 @@ def test_rows_are_logged_and_synced_before_their_checkpoint(tmp_path: Path, monk
     )
     guard, checkpoint = Guard(digest_every_steps=4), Checkpoint(every_steps=3)
     config = make_config(tmp_path, log=Log(every_steps=2), checkpoint=checkpoint, guard=guard)
-    session: Any = SimpleNamespace(config=config, held_out=None, probed=None, ranks=None)
-    engine: Any = SimpleNamespace(replicated=lambda: [])
+    session: Any = SimpleNamespace(config=config, held_out=None, probed=None, ranks=SoleRank())
+    engine: Any = SimpleNamespace(replicated=lambda: [], module=nn.Identity(), device=torch.device("cpu"))
     for ranks, compares in ((1, {}), (2, {"digest": [4]})):
         tasks = Job(config, World(world_size=ranks)).tasks(session, engine, records, Meters(), saves)
         for task in tasks:

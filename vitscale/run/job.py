@@ -23,6 +23,7 @@ from vitscale.engine.compile_cache import keep_compiled, load_compiled
 from vitscale.engine.engine import Engine
 from vitscale.engine.guard import Diverged
 from vitscale.engine.loop import PeriodicTask, TrainingLoop, TrainState, every_n_steps
+from vitscale.engine.pace import Pace, SlowRanks
 from vitscale.engine.preempt import StopRequest
 from vitscale.engine.records import Records
 from vitscale.evaluation.figures import draw_curves
@@ -145,11 +146,16 @@ class Job:
         A row is logged before its checkpoint is saved, or a kill between them would lose the row.
         """
         config, scoring, probes = session.config, Scoring(session), Probes(session)
+        several = self.world.world_size > 1
+        paces = SlowRanks(Pace(engine.module, engine.device), session.ranks, records.say) if several else None
 
         def log(state: TrainState, row: dict[str, Any]) -> None:
             self.require_lease()
+            measured = meters.read()
+            if paces is not None:
+                measured |= paces.columns(measured.get("data_share", 0.0))
             # A row that waited for this start has figures of its own.
-            records.log({"save_failures": saves.failures} | meters.read() | row)
+            records.log({"save_failures": saves.failures} | measured | row)
             fault_point("row")
 
         def compare(state: TrainState, row: dict[str, Any]) -> None:
@@ -170,7 +176,7 @@ class Job:
             return saves.due(step) or scoring.is_best(step)
 
         logs = every_n_steps(config.log.every_steps)
-        every = config.guard.digest_every_steps if self.world.world_size > 1 else None
+        every = config.guard.digest_every_steps if several else None
         compares = every_n_steps(every or 1)
         return (
             *([PeriodicTask("validation", scoring.due, partial(scoring.run, engine))] if scoring.is_wanted else []),
