@@ -10,7 +10,9 @@ import errno
 import os
 import signal
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from vitscale.errors import LaunchError
 
@@ -48,19 +50,21 @@ class Fault:
     times: int = 0  # that it did
 
 
-_armed: list[Fault] = []
+at_point: Callable[[str], None] | None = None  # what happens at each point, given its name
 
 
 def arm(text: str, rank: int) -> None:
     """Take the faults of this rank from what VITSCALE_FAULT says. LaunchError for what is none."""
+    global at_point
     faults = [_fault(each) for each in text.split(";") if each.strip()]
-    _armed[:] = [fault for fault in faults if fault.rank in (None, rank)]
+    own = [fault for fault in faults if fault.rank in (None, rank)]
+    at_point = partial(_cause, own) if own else None
 
 
 def fault_point(name: str) -> None:
     """Here a run can be made to fail."""
-    if _armed:
-        _reached(name)
+    if at_point is not None:
+        at_point(name)
 
 
 def _fault(text: str) -> Fault:
@@ -77,8 +81,8 @@ def _fault(text: str) -> Fault:
     return fault
 
 
-def _reached(name: str) -> None:
-    for fault in _armed:
+def _cause(faults: Sequence[Fault], name: str) -> None:
+    for fault in faults:
         if fault.point != name:
             continue
         fault.times += 1

@@ -155,7 +155,8 @@ def enter(on_ranks: bool = False) -> World:
     for name in left:
         del os.environ[name]
     os.environ |= told
-    arm(os.environ.get(FAULT, ""), world.rank)
+    if FAULT in os.environ:
+        arm(os.environ[FAULT], world.rank)
     if on_ranks:
         start_heartbeat(os.environ.get(HEARTBEAT), world.rank)
     _settle_threads(world)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from vitscale.checkpoint import saving
+from vitscale import faults
 
 
 @pytest.fixture
@@ -12,7 +12,7 @@ def at_point(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """at_point(name, act): `act` is called when a save gets to that point."""
 
     def arm(name: str, act: Callable[[], None]) -> None:
-        assert name in saving.POINTS
-        monkeypatch.setattr(saving, "on_progress", lambda point: act() if point == name else None)
+        assert name in faults.POINTS
+        monkeypatch.setattr(faults, "at_point", lambda point: act() if point == name else None)
 
     return arm

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from tests.checkpoint.ranks import run_ranks
 from tests.checkpoint.test_store import save
-from vitscale.checkpoint import saving
+from vitscale import faults
 
 
 def main(root: str, step: str, keep: str, last: str) -> None:
-    saving.on_progress = lambda point: os.kill(os.getpid(), signal.SIGKILL) if point == last else None
+    faults.at_point = lambda point: os.kill(os.getpid(), signal.SIGKILL) if point == last else None
     run_ranks(2, lambda ranks: save(Path(root), int(step), int(keep), ranks=ranks))
 
 

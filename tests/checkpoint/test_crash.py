@@ -14,10 +14,11 @@ import pytest
 
 from tests.checkpoint.ranks import run_ranks
 from tests.checkpoint.test_store import assert_holds, save
-from vitscale.checkpoint.saving import POINTS
 from vitscale.checkpoint.store import SoleRank, open_newest
+from vitscale.faults import POINTS
 
-RENAMED = POINTS.index("renamed")
+OF_SAVES = [point for point in POINTS if point.startswith("save.")]
+RENAMED = OF_SAVES.index("save.renamed")
 
 
 def saver(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -39,19 +40,19 @@ def command_lines() -> Iterator[str]:
         yield " ".join(process.info["cmdline"] or ())
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", OF_SAVES)
 def test_killed_at_any_point_a_whole_checkpoint_is_newest(tmp_path, point):
     for step in (1, 2):
         run_ranks(2, lambda ranks, step=step: save(tmp_path, step, ranks=ranks))
-    step = 2 if point == "old_moved" else 3  # the old one is moved only when its step is saved again
+    step = 2 if point == "save.old_moved" else 3  # the old one is moved only when its step is saved again
     died = saver(tmp_path, step, 2, point)
     assert died.returncode == -signal.SIGKILL, died.stderr
     wait_for_writers(tmp_path)
 
-    assert_holds(open_newest(tmp_path, SoleRank(), pytest.fail), 3 if POINTS.index(point) >= RENAMED else 2)
+    assert_holds(open_newest(tmp_path, SoleRank(), pytest.fail), 3 if OF_SAVES.index(point) >= RENAMED else 2)
 
     run_ranks(2, lambda ranks: save(tmp_path, 4, 2, ranks=ranks, report=pytest.fail))
-    expected = {"step_00000004", "step_00000003" if POINTS.index(point) >= RENAMED else "step_00000002"}
-    if point == "old_moved":
+    expected = {"step_00000004", "step_00000003" if OF_SAVES.index(point) >= RENAMED else "step_00000002"}
+    if point == "save.old_moved":
         expected = {"step_00000004", "step_00000001"}
     assert {path.name for path in tmp_path.iterdir()} == expected

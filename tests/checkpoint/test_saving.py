@@ -44,7 +44,7 @@ def test_what_changes_after_the_snapshot_does_not_show(tmp_path: Path, at_point:
     """While it is written the weights change; the files are those of a save that is waited for."""
     expected = digests(save(tmp_path / "waited for", 3))
     changed = threading.Event()
-    at_point("state_begun", lambda: changed.wait(30))
+    at_point("save.state_begun", lambda: changed.wait(30))
     pieces = [Piece(p.kind, p.name, p.shape, p.start, p.values.copy()) for p in share(3, 0, 1)]
     with Saver(tmp_path / "behind", SoleRank(), Retention(3)) as saver:
         begin(saver, 3, pieces)
@@ -89,7 +89,7 @@ def test_a_save_that_fails_is_counted_and_told_and_the_next_one_succeeds(
     with Saver(tmp_path, SoleRank(), Retention(3), told.append, failures=4) as saver:
         begin(saver, 1)
         saver.wait()
-        at_point("state_begun", fault)
+        at_point("save.state_begun", fault)
         begin(saver, 2)
         saver.wait()
         assert saver.failures == 5
@@ -99,7 +99,7 @@ def test_a_save_that_fails_is_counted_and_told_and_the_next_one_succeeds(
         saver.wait()
         assert isinstance(saver.error, StorageError)
         assert saver.error.requeues
-        at_point("state_begun", lambda: None)
+        at_point("save.state_begun", lambda: None)
         begin(saver, 4)
     assert (saver.saved, saver.error, saver.failures) == ({1, 4}, None, 6)
     assert len(told) == 1
@@ -129,7 +129,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(small_disk: Path, at
         with open(small_disk / "other", "ab") as stream, pytest.raises(OSError, match="No space left"):
             stream.write(bytes(2_000_000))
 
-    at_point("state_begun", fill)
+    at_point("save.state_begun", fill)
     errors = run_ranks(2, lambda ranks: save(root, 2, ranks=ranks))
     for error in errors:
         assert isinstance(error, StorageError)
@@ -138,14 +138,14 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(small_disk: Path, at
     assert names(root) == ["step_00000001"]
     assert_holds(open_newest(root, SoleRank(), pytest.fail), 1)
     (small_disk / "other").unlink()
-    at_point("state_begun", lambda: None)
+    at_point("save.state_begun", lambda: None)
     run_ranks(2, lambda ranks: save(root, 2, ranks=ranks))
     assert_holds(open_newest(root, SoleRank(), pytest.fail), 2)
 
 
 def test_the_end_waits_for_the_save_in_flight(tmp_path: Path, at_point: AtPoint) -> None:
     """Also where training ended by an error."""
-    at_point("state_begun", lambda: time.sleep(0.2))
+    at_point("save.state_begun", lambda: time.sleep(0.2))
     saver = Saver(tmp_path, SoleRank(), Retention(3))
     begin(saver, 1)
     saver.__exit__(KeyError)

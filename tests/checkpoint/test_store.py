@@ -104,7 +104,7 @@ def test_what_cannot_be_removed_is_reported(tmp_path, at_point):
 
     said: list[str] = []
     save(tmp_path, 1, keep=1)
-    at_point("root_synced", in_the_way)
+    at_point("save.root_synced", in_the_way)
     save(tmp_path, 2, keep=1, report=said.append)
     assert "old checkpoint could not be removed" in said[0]
     assert_holds(open_newest(tmp_path, SoleRank(), pytest.fail), 2)
@@ -245,7 +245,7 @@ def test_a_write_that_fails_on_one_rank_fails_on_all(tmp_path, at_point):
         with lock:
             (tmp_path / ".tmp-step_00000002" / "state-00001.safetensors").mkdir(exist_ok=True)
 
-    at_point("state_begun", in_the_way)
+    at_point("save.state_begun", in_the_way)
     errors = run_ranks(2, lambda ranks: save(tmp_path, 2, ranks=ranks))
     for error in errors:
         assert isinstance(error, StorageError)
@@ -254,7 +254,7 @@ def test_a_write_that_fails_on_one_rank_fails_on_all(tmp_path, at_point):
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert_holds(open_newest(tmp_path, SoleRank(), pytest.fail), 1)
 
-    at_point("state_begun", lambda: None)  # the next save, with nothing in its way, succeeds
+    at_point("save.state_begun", lambda: None)  # the next save, with nothing in its way, succeeds
     run_ranks(2, lambda ranks: save(tmp_path, 3, ranks=ranks))
     assert_holds(open_newest(tmp_path, SoleRank(), pytest.fail), 3)
 
@@ -266,7 +266,7 @@ def test_a_file_that_rank_0_does_not_see(tmp_path, at_point):
         with hidden:
             (tmp_path / ".tmp-step_00000001" / "state-00001.safetensors").unlink(missing_ok=True)
 
-    at_point("agreed", hide)
+    at_point("save.agreed", hide)
     errors = run_ranks(2, lambda ranks: save(tmp_path, 1, ranks=ranks))
     assert all("a file system that all nodes share" in str(error) for error in errors)
     assert list(tmp_path.iterdir()) == []

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.integration.worlds import Launcher, losses
-from vitscale.checkpoint.saving import POINTS
+from vitscale.faults import POINTS
 from vitscale.run_folder import BAD_INPUT, STOPPED
 
+OF_SAVES = [point.removeprefix("save.") for point in POINTS if point.startswith("save.")]
 IN_CI = {("state_synced", 1), ("agreed", 0), ("manifest_written", 0), ("renamed", 0)}
 
 
@@ -33,7 +34,7 @@ def unbroken(launcher: Launcher, shards: Path, tmp_path_factory: pytest.TempPath
     ("point", "rank"),
     [
         pytest.param(point, rank, marks=[] if (point, rank) in IN_CI else pytest.mark.full)
-        for point in POINTS
+        for point in OF_SAVES
         for rank in ((0, 1) if point in ("state_begun", "state_synced", "agreed") else (0,))
         if point != "old_moved"  # only where a folder of the same step is replaced: tests/checkpoint
     ],
@@ -44,7 +45,7 @@ def test_killed_while_saving(
     """SIGKILL at a point of the second save (for retention: the fourth): the run goes on from a whole one."""
     nth = 1 if point.startswith("reti") else 2
     argv = _argv(config, "checkpoint.keep=1")
-    world = launcher.start(argv, 2, kill={"rank": rank, "point": point, "nth": nth})
+    world = launcher.start(argv, 2, kill={"rank": rank, "point": f"save.{point}", "nth": nth})
     codes = world.wait()
     assert codes[rank] == -signal.SIGKILL, world.output()
     assert codes[1 - rank] == STOPPED, "it goes on by itself where something starts it again"

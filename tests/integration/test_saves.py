@@ -36,7 +36,7 @@ def test_a_slow_save_holds_up_no_step(launcher: Launcher, config: Path, tmp_path
     argv = argv_of(config, stage, "checkpoint.keep=20")
     waited, run = tmp_path / "runs" / "waited", tmp_path / "runs" / "run"
     launcher.run([*argv, "run.name=waited", "checkpoint.asynchronous=false"], ranks)
-    slow = {"rank": ranks - 1, "point": "state_begun", "nth": 1, "until": [str(run / "metrics.jsonl"), 9]}
+    slow = {"rank": ranks - 1, "point": "save.state_begun", "nth": 1, "until": [str(run / "metrics.jsonl"), 9]}
     launcher.run(argv, ranks, kill=slow)
     assert steps(waited) == list(range(2, 21, 2))
     first, *later = steps(run)

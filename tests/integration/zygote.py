@@ -89,7 +89,7 @@ def _call(call: dict[str, Any], result: Path) -> int:
 
 def _disturb_save(point: str, nth: int, until: tuple[str, int] | None) -> None:
     """SIGKILL this rank the nth time that saving reaches a point; or hold it up until a file has so many lines."""
-    from vitscale.checkpoint import saving
+    from vitscale import faults
 
     seen = 0
 
@@ -103,7 +103,7 @@ def _disturb_save(point: str, nth: int, until: tuple[str, int] | None) -> None:
         if until is None:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    saving.on_progress = at
+    faults.at_point = at
 
 
 def _nan_pixels(calls: list[int]) -> None:

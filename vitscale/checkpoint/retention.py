@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vitscale.checkpoint.manifest import READ_ERRORS, read_manifest
 from vitscale.checkpoint.store import checkpoint_folders, folder_name
+from vitscale.faults import fault_point
 
 
 class Retention:
@@ -48,7 +49,6 @@ def retire(
     retention: Retention,
     spared: Mapping[int, str],
     report: Callable[[str], None],
-    on_progress: Callable[[str], None],
 ) -> None:
     """Remove the checkpoints that the one of `step` makes superfluous; failing to is reported, not fatal."""
     try:
@@ -67,9 +67,9 @@ def retire(
         kept = retention.kept(folders[saved:], spared)
         for folder in folders[saved:]:
             if folder not in kept:
-                on_progress("retiring")
+                fault_point("save.retiring")
                 remove(folder)
-        on_progress("retired")
+        fault_point("save.retired")
     except OSError as error:
         report(f"{root}: an old checkpoint could not be removed ({error}); remove it by hand")
 

@@ -35,27 +35,6 @@ _AFTER_AN_ERROR_S = 20.0  # less than what torchrun leaves a rank to end
 _MARGIN = 1.1  # free space that is asked for, over the bytes to write
 
 
-POINTS = (  # of a save, where a fault can be injected: see faults.py
-    "state_begun",
-    "state_synced",
-    "agreed",
-    "manifest_written",
-    "manifest_synced",
-    "old_moved",
-    "renamed",
-    "root_synced",
-    "retiring",
-    "retired",
-)
-
-
-def _at(point: str) -> None:
-    fault_point(f"save.{point}")
-
-
-on_progress: Callable[[str], None] = _at
-
-
 class Saver:
     """Saves one run's checkpoints under `root`, one at a time; every rank has one. Use it in a `with`.
 
@@ -147,7 +126,7 @@ class Saver:
         self.error, self.seconds = None, time.monotonic() - began
         self.saved.add(step)
         if self._ranks.rank == 0:
-            retire(self._root, step, self._retention, spared, self._report, on_progress)
+            retire(self._root, step, self._retention, spared, self._report)
 
     def _write(self, step: int, target: Path, temporary: Path, pieces: list[Piece], state: dict[str, Any]) -> None:
         ranks = self._ranks
@@ -156,7 +135,7 @@ class Saver:
         sizes = ranks.gather(len(header) + count)
         self._agreed(target, lambda: _prepare(self._root, temporary, sum(sizes)) if main else None)
         files = self._agreed(target, lambda: self._write_state(temporary, header, count))
-        on_progress("agreed")
+        fault_point("save.agreed")
         table = Table.of(pieces)
         digests = ranks.gather(table.digest)
         if digests.index(table.digest) < ranks.rank:
@@ -188,7 +167,7 @@ class Saver:
         process = start_helper(
             "vitscale.checkpoint.writer", arguments, [memory], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
-        on_progress("state_begun")
+        fault_point("save.state_begun")
         try:
             output, _ = process.communicate(header, timeout=self._limit_s)
         except subprocess.TimeoutExpired:
@@ -200,7 +179,7 @@ class Saver:
         told = json.loads(output)
         if "error" in told:
             raise StorageError(told["error"])
-        on_progress("state_synced")
+        fault_point("save.state_synced")
         return {"name": path.name, **told}
 
 
@@ -255,16 +234,16 @@ def _publish(temporary: Path, target: Path, manifest: dict[str, Any], tables: Se
             )
     path = temporary / MANIFEST
     path.write_text(as_text(manifest), encoding="utf-8")
-    on_progress("manifest_written")
+    fault_point("save.manifest_written")
     flush_to_disk(path)
     flush_to_disk(temporary)
-    on_progress("manifest_synced")
+    fault_point("save.manifest_synced")
     if target.exists():  # this step again: it was found broken, or was saved before
         old = target.with_name(f".old-{target.name}")
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
-        on_progress("old_moved")
+        fault_point("save.old_moved")
     temporary.rename(target)
-    on_progress("renamed")
+    fault_point("save.renamed")
     flush_to_disk(target.parent)
-    on_progress("root_synced")
+    fault_point("save.root_synced")
