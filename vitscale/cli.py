@@ -26,7 +26,6 @@ from vitscale.errors import VitscaleError
 from vitscale.export import command as export
 from vitscale.inference import command as inference
 from vitscale.inspection import command as inspection
-from vitscale.lease import FolderInUse
 from vitscale.run import checkpoint_command as checkpoints
 from vitscale.run import command as looking
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED, RunFolder, exit_code
@@ -162,10 +161,8 @@ def _save(arguments: argparse.Namespace) -> int:
     _require_running(folder, folder.save)
     before, deadline = newest(), time.monotonic() + _SAVE_PATIENCE_S
     folder.save.touch()
-    # The run takes the file away; the checkpoint is there once it is written, which may be later.
-    while (
-        (folder.save.exists() or newest() == before) and _is_running(folder, told=True) and time.monotonic() < deadline
-    ):
+    # The run takes the file away once the checkpoint of a later step than now is there.
+    while folder.save.exists() and folder.is_held(report=lambda line: None) and time.monotonic() < deadline:
         time.sleep(0.5)
     folder.save.unlink(missing_ok=True)
     if (after := newest()) == before:
@@ -179,17 +176,8 @@ def _save(arguments: argparse.Namespace) -> int:
 
 def _require_running(folder: RunFolder, request: Path) -> None:
     """VitscaleError where no run would see this file."""
-    if not _is_running(folder):
+    if not folder.is_held():
         raise VitscaleError(f"{folder.path}: no run holds this folder, so there is nothing to {request.name}")
-
-
-def _is_running(folder: RunFolder, told: bool = False) -> bool:
-    """told: whether a line has said already that another machine's run takes a while to be seen."""
-    try:
-        folder.require_free(report=(lambda line: None) if told else to_stderr)
-    except FolderInUse:
-        return True
-    return False
 
 
 def _sync(arguments: argparse.Namespace) -> int:

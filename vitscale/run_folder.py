@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vitscale.errors import LaunchError, VitscaleError, failed_storage
-from vitscale.lease import Lease, holder, require_free, take
+from vitscale.lease import FolderInUse, Lease, holder, require_free, take
 from vitscale.text import redact, to_stderr
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 3  # exit codes; STOPPED is to be requeued
@@ -136,6 +136,14 @@ class RunFolder:
         """Make the folder, and see that no run has it: FolderInUse where one still does after `patience_s`."""
         with self._writable():
             require_free(self.path, patience_s, report)
+
+    def is_held(self, report: Callable[[str], None] = to_stderr) -> bool:
+        """Whether a run has the folder now; report: is told that another machine's run takes a while to be seen."""
+        try:
+            self.require_free(report=report)
+        except FolderInUse:
+            return True
+        return False
 
     def owner(self) -> str:
         """What the process that holds the folder, or held it last, wrote of itself; no two starts write the same."""

@@ -116,7 +116,7 @@ class Stop:
     def save_requested(self) -> bool:
         return self.asked == self.save_at
 
-    def saved(self) -> None:
+    def saving(self, step: int) -> None:
         self.saves += 1
 
 

@@ -127,8 +127,16 @@ def test_files_are_seen_and_taken_away(tmp_path: Path, monkeypatch: pytest.Monke
         assert not stop.requested()
         folder.save.touch()
         assert seen(stop.save_requested)
-        stop.saved()
-        assert not folder.save.exists()
+        (folder.checkpoints / "step_00000006").mkdir(parents=True)  # of a save that was under way
+        stop.saving(7)
+        assert not stop.save_requested()
+        time.sleep(0.1)
+        assert folder.save.exists(), "its checkpoint is not there yet"
+        assert not stop.save_requested()
+        (folder.checkpoints / "step_00000007").mkdir()
+        assert seen(lambda: not folder.save.exists())
+        folder.save.touch()
+        assert seen(stop.save_requested), "the next one"
         folder.stop.touch()
         assert seen(stop.requested)
         stop.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,26 @@ def test_restarts_in_place(
     monkeypatch.setenv("RDZV_ENDPOINT", "n1:15000")
     assert main(["pretrain", str(config)]) == 2
     assert "RESTARTS=100: is for one node" in capsys.readouterr().err
+
+
+def test_a_start_that_came_second_is_refused_and_leaves_the_first_one_alone(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both had found the folder free; a torchrun says 1 for what its ranks end with."""
+    config = tmp_path / "config.yaml"
+    config.write_text(f"run: {{dir: {tmp_path}, name: r}}")
+
+    def first_begins(*_: object) -> RunFolder:
+        begin(folder, ranks=2, most_restarts=3)
+        return folder
+
+    monkeypatch.setattr(torchrun, "prepare", first_begins)
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torchrun.attempts, "ending", partial(ending, patience_s=0.0))
+    has_rank(monkeypatch, "raise SystemExit(1)")
+    with folder.locked():
+        folder.stop.touch()  # by someone, for the first one
+        assert main(["pretrain", str(config)]) == BAD_INPUT
+        assert folder.stop.exists()
+    assert main(["pretrain", str(config)]) == FAILED, "nobody has it, so the ranks broke down"

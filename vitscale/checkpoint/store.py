@@ -65,6 +65,12 @@ def checkpoint_folders(root: Path) -> list[Path]:
     return [steps[step] for step in sorted(steps, reverse=True)]
 
 
+def newest_step(root: Path) -> int:
+    """Of the checkpoints under `root`, by their names; 0 without any."""
+    folders = checkpoint_folders(root)
+    return int(folders[0].name.rpartition("_")[2]) if folders else 0
+
+
 class Checkpoint:
     """An opened checkpoint whose bytes were verified. Reading copies only what is asked for."""
 

@@ -165,7 +165,7 @@ class TrainingLoop:
                 wishes |= self._settle()
                 stops = self._run_tasks(self._row(result, lr), partial(self._is_due, wishes)) or "stop" in wishes
                 if "save" in wishes:
-                    self.stop.saved()
+                    self.stop.saving(state.step)
         return state.is_done(self.total_steps)
 
     def _is_due(self, wishes: Collection[str], task: PeriodicTask) -> bool:

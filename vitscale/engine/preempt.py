@@ -9,6 +9,7 @@ import threading
 import time
 from types import FrameType
 
+from vitscale.checkpoint.store import newest_step
 from vitscale.run_folder import INTERRUPTED, STOP_REASON, STOPPED, RunFolder
 from vitscale.text import to_stderr
 from vitscale.world import World
@@ -34,6 +35,7 @@ class StopRequest:
     def __init__(self, folder: RunFolder, world: World) -> None:
         self._folder, self._world = folder, world
         self._stop = self._save = self._training = False
+        self._saving: int | None = None  # the step of the checkpoint that someone waits for
         self._signalled = float("inf")  # when a signal first came
         self._lock = threading.Lock()
         self._reader, self._writer = socket.socketpair()
@@ -69,14 +71,14 @@ class StopRequest:
             return self._stop
 
     def save_requested(self) -> bool:
-        """Whether someone waits for a checkpoint, on rank 0; `saved` ends it."""
+        """Whether someone waits for a checkpoint, on rank 0; `saving` ends it."""
         return self._save
 
-    def saved(self) -> None:
-        """The checkpoint is there: take the file away, which is what `vitscale save` waits for."""
-        self._save = False
-        if self._world.is_main:
-            self._folder.save.unlink(missing_ok=True)
+    def saving(self, step: int) -> None:
+        """A save of this step is under way, or of a later one in its place: once it is there the file is taken away,
+        which is what `vitscale save` waits for."""
+        with self._lock:
+            self._save, self._saving = False, step
 
     def clear(self) -> None:
         """The run has stopped (or ended): take the files away, so that the next start goes on."""
@@ -98,7 +100,14 @@ class StopRequest:
         if looks and os.path.exists(self._folder.stop):
             self._request(by_person=True)
         if self._world.is_main and os.path.exists(self._folder.save):
-            self._save = True
+            self._look_after_save()
+
+    def _look_after_save(self) -> None:
+        with self._lock:
+            self._save |= self._saving is None
+            if self._saving is not None and newest_step(self._folder.checkpoints) >= self._saving:
+                self._saving = None
+                self._folder.save.unlink(missing_ok=True)
 
     def _receive(self, number: int) -> None:
         now = time.monotonic()

@@ -10,7 +10,7 @@ import socket
 from datetime import UTC, datetime
 from typing import Any
 
-from vitscale.checkpoint.store import checkpoint_folders
+from vitscale.checkpoint.store import newest_step
 from vitscale.errors import LaunchError
 from vitscale.run_folder import BAD_INPUT, FAILED, ROLLED_BACK, STOP_REASON, STOPPED, RunFolder
 from vitscale.tracking.jsonl import JsonlFile, parse_row
@@ -35,7 +35,7 @@ def begin(folder: RunFolder, ranks: int, most_restarts: int, bounded: bool = Fal
     rows = _rows(folder)
     failures = _failures_in_a_row(rows) if rows and bounded else 0
     row: Row = {"attempt": folder.attempt, "began": _now(), "host": socket.gethostname(), "ranks": ranks}
-    row |= {"job": os.environ.get("SLURM_JOB_ID"), "step": _newest_step(folder)}
+    row |= {"job": os.environ.get("SLURM_JOB_ID"), "step": newest_step(folder.checkpoints)}
     row |= {"restarts_without_progress": most_restarts}
     JsonlFile(folder.attempts).append(row)
     if failures > most_restarts:
@@ -53,13 +53,18 @@ def ending(folder: RunFolder, patience_s: float = _EXIT_PATIENCE_S) -> int:
     if record is not None:
         return int(record["code"])
     began = [row["attempt"] for row in _rows(folder) if "began" in row]
-    if folder.attempt not in began:
-        return FAILED
-    if began[-1] != folder.attempt:  # it has lost its lease, and another start has the folder
+    if folder.attempt not in began:  # refused, as another start at the same moment was quicker; else it broke down
+        return BAD_INPUT if folder.is_held() else FAILED
+    if not is_last(folder):  # it has lost its lease, and another start has the folder
         return BAD_INPUT
     reason = "the ranks were ended from outside: a signal, a limit of memory, or their node is gone"
     folder.write_exit(STOPPED, None, reason)
     return STOPPED
+
+
+def is_last(folder: RunFolder) -> bool:
+    """Whether no other attempt has begun after this one has."""
+    return [row["attempt"] for row in _rows(folder) if "began" in row][-1:] == [folder.attempt]
 
 
 def conclude(folder: RunFolder, code: int) -> int:
@@ -123,17 +128,11 @@ def _failures_in_a_row(rows: list[Row]) -> int:
     return count
 
 
-def _newest_step(folder: RunFolder) -> int:
-    """Of the checkpoints, by their names."""
-    folders = checkpoint_folders(folder.checkpoints)
-    return int(folders[0].name.rpartition("_")[2]) if folders else 0
-
-
 def _end_row(folder: RunFolder, code: int, reason: str) -> Row:
     last = JsonlFile(folder.metrics).last()
     reached = 0 if last is None else last["step"]
     row: Row = {"attempt": folder.attempt, "ended": _now(), "code": code, "reason": reason}
-    return row | {"step": _newest_step(folder), "reached": reached}
+    return row | {"step": newest_step(folder.checkpoints), "reached": reached}
 
 
 def _rows(folder: RunFolder) -> list[Row]:

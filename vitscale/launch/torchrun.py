@@ -278,7 +278,8 @@ def main(arguments: Sequence[str]) -> int:
                 break
             print(f"launch/torchrun.sh: starts the ranks again, RESTARTS={restarts}", file=sys.stderr, flush=True)
             folder.clear_exit()
-        folder.stop.unlink(missing_ok=True)  # the run has stopped, or it came too late
+        if attempts.is_last(folder):
+            folder.stop.unlink(missing_ok=True)  # the run has stopped, or it came too late
         return code
     except (VitscaleError, OSError) as raised:
         error = raised if isinstance(raised, VitscaleError) else failed_storage(raised)
