@@ -33,8 +33,8 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """The waits of minutes as hundredths of a second."""
     monkeypatch.setattr(retry, "_FIRST_WAIT_S", 0.005)
     monkeypatch.setattr(retry, "_LONGEST_WAIT_S", 0.02)
-    monkeypatch.setattr(http, "_SILENT_S", 0.3)
-    monkeypatch.setattr(http, "_SLOW_S", 0.3)
+    monkeypatch.setattr(http, "SILENT_S", 0.3)
+    monkeypatch.setattr(retry, "_SLOW_S", 0.3)
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
 
@@ -61,6 +61,7 @@ def test_connections_are_used_again_by_many_threads(web: Web) -> None:
     [
         [faults.status(503)] * 5,
         [faults.status(500), faults.status(429, Retry_After="0"), faults.status(502), faults.status(408)],
+        [faults.status(code) for code in (507, 520, 522, 524, 529, 599)],
         [faults.cut_after(0), faults.cut_after(1), faults.cut_after(70_000), faults.cut_after(12_345)],
         [faults.stall_after(1000, 2)],
         [faults.drip(2)],
@@ -70,7 +71,19 @@ def test_connections_are_used_again_by_many_threads(web: Web) -> None:
         [faults.with_headers(Content_Range="bytes 1000-200999/*")],
         [faults.status(429, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT")],
     ],
-    ids=["503", "busy", "cut", "stalled", "slow", "closed", "no ranges", "other range", "no size", "a past date"],
+    ids=[
+        "503",
+        "busy",
+        "other 5xx",
+        "cut",
+        "stalled",
+        "slow",
+        "closed",
+        "no ranges",
+        "other range",
+        "no size",
+        "a past date",
+    ],
 )
 def test_what_passes_is_got_over(web: Web, sequence: list[faults.Misbehave]) -> None:
     store, url = HttpFiles(patience_s=5), f"{web.url}/d/a.tar"
@@ -119,6 +132,8 @@ def test_patience_ends(web: Web) -> None:
         (faults.status(404), FileNotFoundError, "HTTP 404"),
         (faults.status(403), PermissionError, "may not be read"),
         (faults.status(400), OSError, "HTTP 400"),
+        (faults.status(501), OSError, "HTTP 501"),
+        (faults.status(505), OSError, "HTTP 505"),
         (faults.chunked_without_length, OSError, "tells no length"),
         (faults.with_headers(Content_Encoding="gzip"), OSError, "Content-Encoding gzip"),
         (faults.with_headers(ETag='"two"'), OSError, "written again while it was in use"),

@@ -15,7 +15,9 @@ import re
 import socket
 import time
 import urllib.request
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -23,27 +25,18 @@ from urllib.parse import urljoin, urlsplit
 import urllib3
 from urllib3.exceptions import HTTPError, NameResolutionError, SSLError
 
-from vitscale.files.retry import PATIENCE_S, Attempts, activity
+from vitscale.files.retry import PATIENCE_S, SILENT_S, Again, paced, resumed
 from vitscale.files.store import FileStat, Paths
 
-_CONNECT_S, _SILENT_S = 10.0, 30.0  # without a connection, without a byte
-_SLOWEST, _SLOW_S = 1024, 30.0  # bytes a second over so many seconds: slower is as good as stalled
+_CONNECT_S = 10.0
 _PIECE = 256 << 10  # bytes taken from a socket at once
 _MOST_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
-_BUSY = (408, 425, 429, 500, 502, 503, 504)
+_BUSY, _NEVER = (408, 425, 429), (501, 505)  # beside 5xx, and of 5xx: what a server cannot do it will not do later
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
-class _Again(Exception):
-    """An attempt that failed in a way that may pass."""
-
-    def __init__(self, why: str, after_s: float = 0.0) -> None:
-        super().__init__(why)
-        self.after_s = after_s
-
-
-class _NoHost(_Again):
+class _NoHost(Again):
     """A host whose name stands for no address."""
 
 
@@ -102,31 +95,31 @@ class HttpFiles:
 
     def _read(self, path: str, start: int, count: int, seen: _Seen) -> bytes:
         """seen: what the file was at its first answer, once there was one."""
-        data = bytearray()
-        attempts = Attempts(path, self._patience_s)
-        while len(data) < count:
-            before = len(data)
-            if seen and start + before >= seen[0].bytes:
-                break
-            try:
-                self._continue(path, start, count, data, seen)
-            except (_Again, HTTPError, OSError) as error:
-                if isinstance(error, OSError) and error.filename is not None:
-                    raise  # ours, for good
-                if isinstance(error, NameResolutionError | _NoHost) and not seen and not self._known:
-                    host = urlsplit(path).hostname
-                    raise FileNotFoundError(errno.ENOENT, f"no host of that name is known here: {host}", path) from None
-                if isinstance(error, SSLError) and "CERTIFICATE" in str(error):
-                    raise OSError(errno.EPROTO, "its certificate is not one that this machine trusts", path) from None
-                if len(data) > before:
-                    attempts.progressed()
-                attempts.failed(_reason(error), getattr(error, "after_s", 0.0))
-        return bytes(data)
 
-    def _continue(self, path: str, start: int, count: int, data: bytearray, seen: _Seen) -> None:
-        """One request for what is missing of bytes `start` to `start + count`; appends what came of it."""
-        at = start + len(data)
-        headers = {"Range": f"bytes={at}-{start + count - 1}", "Accept-Encoding": "identity"}
+        def pieces(done: int) -> Generator[bytes, None, None]:
+            try:
+                yield from self._pieces(path, start + done, start + count, seen)
+            except (HTTPError, OSError, _NoHost) as error:
+                raise self._failure(path, error, seen) from None
+
+        return b"".join(resumed(pieces, path, self._patience_s))
+
+    def _failure(self, path: str, error: Exception, seen: _Seen) -> Exception:
+        """What comes of a request that broke: Again, or an OSError for good."""
+        if isinstance(error, OSError) and error.filename is not None:
+            return error  # ours
+        if isinstance(error, NameResolutionError | _NoHost) and not seen and not self._known:
+            host = urlsplit(path).hostname
+            return FileNotFoundError(errno.ENOENT, f"no host of that name is known here: {host}", path)
+        if isinstance(error, SSLError) and "CERTIFICATE" in str(error):
+            return OSError(errno.EPROTO, "its certificate is not one that this machine trusts", path)
+        return error if isinstance(error, Again) else Again(_reason(error))
+
+    def _pieces(self, path: str, at: int, end: int, seen: _Seen) -> Iterator[bytes]:
+        """Bytes from `at` to `end`, by one request."""
+        if at >= end or (seen and at >= seen[0].bytes):
+            return
+        headers = {"Range": f"bytes={at}-{end - 1}", "Accept-Encoding": "identity"}
         if seen and seen[0].validator:
             headers["If-Range"] = seen[0].validator
         response = self._answer(path, headers)
@@ -135,20 +128,16 @@ class HttpFiles:
                 _note_end(path, response, at, seen)
                 return
             skip = _skip(path, response, at, seen)
-            began, received = time.monotonic(), 0
-            while len(data) < count:
-                piece = response.read1(_PIECE if skip else min(_PIECE, count - len(data)), decode_content=False)
-                if not piece:
-                    break
-                activity.count += 1
+            end, received = min(end, seen[0].bytes), 0
+            for piece in paced(iter(partial(response.read1, _PIECE, decode_content=False), b"")):
                 received += len(piece)
-                data += piece[skip : skip + count - len(data)]
-                skip = max(0, skip - len(piece))
-                took = time.monotonic() - began
-                if took > _SLOW_S and received < _SLOWEST * took:
-                    raise _Again(f"{received} bytes in {took:.0f} s")
-            if len(data) < count and start + len(data) < seen[0].bytes:
-                raise _Again(f"cut after {received} bytes")
+                wanted = piece[skip : skip + end - at]
+                skip, at = max(0, skip - len(piece)), at + len(wanted)
+                yield wanted
+                if at >= end:
+                    return
+            if at < end:
+                raise Again(f"cut after {received} bytes")
         finally:
             # A connection with bytes left is of no more use.
             response.release_conn() if response.length_remaining == 0 else response.close()
@@ -187,7 +176,7 @@ class HttpFiles:
         """The connections for a URL, through the proxy that the environment names for it."""
         proxy = _proxy(url)
         if proxy not in self._pools:
-            timeout = urllib3.Timeout(connect=_CONNECT_S, read=_SILENT_S)
+            timeout = urllib3.Timeout(connect=_CONNECT_S, read=SILENT_S)
             options: dict[str, Any] = {"timeout": timeout, "retries": False, "maxsize": 64}
             pool = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
             self._pools.setdefault(proxy, pool)
@@ -202,7 +191,7 @@ def _skip(path: str, response: Any, at: int, seen: _Seen) -> int:
         raise OSError(errno.EPROTO, f"is sent with Content-Encoding {encoding}, so its bytes are others", path)
     if response.status == 206:
         if found is None or int(found[1]) != at or found[3] == "*":
-            raise _Again(f"another range than asked for: {response.headers.get('Content-Range')}")
+            raise Again(f"another range than asked for: {response.headers.get('Content-Range')}")
         size = int(found[3])
     else:
         length = response.headers.get("Content-Length", "")
@@ -226,7 +215,7 @@ def _note_end(path: str, response: Any, at: int, seen: _Seen) -> None:
     """An answer that there is nothing from byte `at` on."""
     size = response.headers.get("Content-Range", "").removeprefix("bytes */")
     if not size.isdigit() or int(size) > at:
-        raise _Again(f"HTTP 416 for byte {at}")
+        raise Again(f"HTTP 416 for byte {at}")
     _note(path, int(size), response.headers, seen)
 
 
@@ -298,8 +287,8 @@ def _authorization(url: str) -> dict[str, str]:
 def _refusal(path: str, response: Any) -> Exception:
     """What an answer without the file comes to."""
     status = response.status
-    if status in _BUSY:
-        return _Again(f"HTTP {status}", _seconds(response.headers.get("Retry-After")))
+    if status in _BUSY or (status >= 500 and status not in _NEVER):
+        return Again(f"HTTP {status}", _seconds(response.headers.get("Retry-After")))
     if status in (404, 410):
         return FileNotFoundError(errno.ENOENT, f"HTTP {status}", path)
     if status in (401, 403, 407):
@@ -339,7 +328,5 @@ def _seconds(text: str | None) -> float:
 
 def _reason(error: Exception) -> str:
     """One line, without the URL that urllib3 puts into it."""
-    if isinstance(error, _Again):
-        return str(error)
     cause = getattr(error, "reason", None)
     return f"{type(error).__name__}: {cause}" if isinstance(cause, str) else type(error).__name__
