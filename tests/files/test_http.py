@@ -14,7 +14,7 @@ import pytest
 
 from tests.files import web as faults
 from tests.files.web import Web, served
-from vitscale.files import http, retry
+from vitscale.files import network, retry
 from vitscale.files.http import HttpFiles
 from vitscale.files.retry import UnavailableError, retries
 
@@ -33,7 +33,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """The waits of minutes as hundredths of a second."""
     monkeypatch.setattr(retry, "_FIRST_WAIT_S", 0.005)
     monkeypatch.setattr(retry, "_LONGEST_WAIT_S", 0.02)
-    monkeypatch.setattr(http, "SILENT_S", 0.3)
+    monkeypatch.setattr(network, "SILENT_S", 0.3)
     monkeypatch.setattr(retry, "_SLOW_S", 0.3)
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)

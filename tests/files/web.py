@@ -41,6 +41,13 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.send(data, start, end)
 
+    def do_CONNECT(self) -> None:
+        """As a proxy that connects to nobody."""
+        self.range = None
+        faults = self.server.faults.get(self.path, [])
+        if not (faults and faults.pop(0)(self, b"", 0, 0)):
+            self.answer(502)
+
     def send(self, data: bytes, start: int, end: int, **headers: str) -> None:
         """The bytes that were asked for, as a server should."""
         usual = {"ETag": ETAG, "Last-Modified": CHANGED}

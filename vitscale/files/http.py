@@ -9,12 +9,9 @@ from __future__ import annotations
 import base64
 import email.utils
 import errno
-import ipaddress
 import netrc
 import re
-import socket
 import time
-import urllib.request
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,21 +20,29 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import urllib3
-from urllib3.exceptions import HTTPError, NameResolutionError, SSLError
+from urllib3.exceptions import HTTPError, ProxyError, SSLError
 
-from vitscale.files.retry import PATIENCE_S, SILENT_S, Again, paced, resumed
+from vitscale.errors import ConfigError
+from vitscale.files.network import (
+    Barred,
+    NoHost,
+    Proxy,
+    connections,
+    host_of,
+    is_address,
+    is_no_name,
+    proxy_of,
+    refused_tunnel,
+    require_allowed,
+)
+from vitscale.files.retry import PATIENCE_S, Again, paced, resumed
 from vitscale.files.store import FileStat, Paths
 
-_CONNECT_S = 10.0
 _PIECE = 256 << 10  # bytes taken from a socket at once
 _MOST_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _BUSY, _NEVER = (408, 425, 429), (501, 505)  # beside 5xx, and of 5xx: what a server cannot do it will not do later
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
-
-
-class _NoHost(Again):
-    """A host whose name stands for no address."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,9 @@ class HttpFiles:
     def __init__(self, patience_s: float = PATIENCE_S) -> None:
         self._patience_s = patience_s
         self._known: dict[str, _Known] = {}
-        self._pools: dict[str, urllib3.PoolManager] = {}
+        self._pools: dict[
+            tuple[Proxy | None, bool], urllib3.PoolManager
+        ] = {}  # by proxy, and whether a redirect led there
         self._reachable: set[tuple[str, str]] = set()  # (host that was named, host that it leads to)
 
     def __reduce__(self) -> tuple[type[HttpFiles], tuple[float]]:
@@ -99,21 +106,24 @@ class HttpFiles:
         def pieces(done: int) -> Generator[bytes, None, None]:
             try:
                 yield from self._pieces(path, start + done, start + count, seen)
-            except (HTTPError, OSError, _NoHost) as error:
-                raise self._failure(path, error, seen) from None
+            except (HTTPError, OSError, Again) as error:
+                raise self._failure(path, error) from None
 
         return b"".join(resumed(pieces, path, self._patience_s))
 
-    def _failure(self, path: str, error: Exception, seen: _Seen) -> Exception:
+    def _failure(self, path: str, error: Exception) -> Exception:
         """What comes of a request that broke: Again, or an OSError for good."""
         if isinstance(error, OSError) and error.filename is not None:
             return error  # ours
-        if isinstance(error, NameResolutionError | _NoHost) and not seen and not self._known:
-            host = urlsplit(path).hostname
-            return FileNotFoundError(errno.ENOENT, f"no host of that name is known here: {host}", path)
+        if isinstance(error, NoHost) and error.unknown:
+            why = f"no host of that name is known here: {host_of(path)}"
+            error.at_last = FileNotFoundError(errno.ENOENT, why, path)
         if isinstance(error, SSLError) and "CERTIFICATE" in str(error):
             return OSError(errno.EPROTO, "its certificate is not one that this machine trusts", path)
-        return error if isinstance(error, Again) else Again(_reason(error))
+        again = error if isinstance(error, Again) else Again(_reason(error))
+        if self._known:
+            again.at_last = None  # it was there
+        return again
 
     def _pieces(self, path: str, at: int, end: int, seen: _Seen) -> Iterator[bytes]:
         """Bytes from `at` to `end`, by one request."""
@@ -146,9 +156,7 @@ class HttpFiles:
         """The response of status 200, 206 or 416 (no such range), behind redirects."""
         url = path
         for _ in range(_MOST_REDIRECTS + 1):
-            self._require_reachable(path, url)
-            own = headers | (_authorization(url) if _host(url) == _host(path) else {})
-            response = self._pool(url).request("GET", url, headers=own, redirect=False, preload_content=False)
+            response = self._asked(path, url, headers)
             if response.status in (200, 206, 416):
                 return response
             try:
@@ -160,27 +168,56 @@ class HttpFiles:
                 response.close()
         raise OSError(errno.ELOOP, f"is redirected more than {_MOST_REDIRECTS} times", path)
 
-    def _require_reachable(self, path: str, url: str) -> None:
-        """OSError for a redirect to another scheme, and for addresses that no data set lies at."""
-        scheme, host, asked = urlsplit(url).scheme, _host(url), _host(path)
+    def _asked(self, path: str, url: str, headers: dict[str, str]) -> Any:
+        """The response of `url`, to which `path` leads. OSError for another scheme, and where no data set lies."""
+        scheme, host, asked, proxy = urlsplit(url).scheme, host_of(url), host_of(path), proxy_of(url)
         if scheme != urlsplit(path).scheme:
             raise OSError(errno.EPERM, f"is redirected to {scheme}:, another scheme; name that URL", path)
-        if (asked, host) in self._reachable or (_proxy(url) and not _is_address(host)):  # a proxy resolves names
-            return
-        for address in _addresses(host, path):
-            if _is_of_link(address) or (host != asked and (address.is_loopback or address.is_unspecified)):
-                raise OSError(errno.EPERM, f"leads to {host} ({address}), where no data is read from", path)
-        self._reachable.add((asked, host))
+        own = headers | (_authorization(url) if host == asked else {})
+        try:
+            if (asked, host) not in self._reachable and (proxy is None or is_address(host)):
+                require_allowed(host, host != asked)
+                self._reachable.add((asked, host))
+            pool = self._pool(proxy, host != asked)
+            response = pool.request("GET", url, headers=own, redirect=False, preload_content=False)
+        except Barred as error:
+            raise OSError(errno.EPERM, f"leads to {error}, where no data is read from", path) from None
+        except HTTPError as error:
+            raise (_of_proxy(path, proxy, error) or error) from None
+        if proxy is not None and response.status == 407:
+            response.close()
+            raise _asked_for_password(path, proxy)
+        return response
 
-    def _pool(self, url: str) -> urllib3.PoolManager:
-        """The connections for a URL, through the proxy that the environment names for it."""
-        proxy = _proxy(url)
-        if proxy not in self._pools:
-            timeout = urllib3.Timeout(connect=_CONNECT_S, read=SILENT_S)
-            options: dict[str, Any] = {"timeout": timeout, "retries": False, "maxsize": 64}
-            pool = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
-            self._pools.setdefault(proxy, pool)
-        return self._pools[proxy]
+    def _pool(self, proxy: Proxy | None, redirected: bool) -> urllib3.PoolManager:
+        key = proxy, redirected
+        if key not in self._pools:
+            self._pools.setdefault(key, connections(proxy, redirected))
+        return self._pools[key]
+
+
+def _of_proxy(path: str, proxy: Proxy | None, error: HTTPError) -> Exception | None:
+    """What an error comes to that is a proxy's, not the server's."""
+    if proxy is None:
+        return None
+    status = refused_tunnel(error)
+    if status == 407:
+        return _asked_for_password(path, proxy)
+    if status is not None and not _may_pass(status):
+        return PermissionError(errno.EACCES, f"{proxy} does not connect to its server: HTTP {status}", path)
+    if status is None and not isinstance(error, ProxyError):
+        return None
+    cause = error.original_error if isinstance(error, ProxyError) else error
+    again = Again(f"{proxy}: {f'HTTP {status}' if status else type(cause).__name__}")
+    if is_no_name(cause.__cause__):
+        again.at_last = ConfigError(f"{path}: no host of that name is known here: {proxy}; correct {proxy.variable}")
+    return again
+
+
+def _asked_for_password(path: str, proxy: Proxy) -> OSError:
+    what = "another user and password" if proxy.user else "a user and password"
+    way = f"put them into {proxy.variable} (http://user:password@host:port)"
+    return PermissionError(errno.EACCES, f"{proxy} asks for {what} (HTTP 407): {way}", path)
 
 
 def _skip(path: str, response: Any, at: int, seen: _Seen) -> int:
@@ -219,22 +256,6 @@ def _note_end(path: str, response: Any, at: int, seen: _Seen) -> None:
     _note(path, int(size), response.headers, seen)
 
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-_TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")  # of IPv4 addresses, RFC 6052
-_CLOUD = ipaddress.ip_address("fd00:ec2::254")  # where a cloud's machine asks for its own secrets
-
-
-def _host(url: str) -> str:
-    return urlsplit(url).hostname or ""
-
-
-def _proxy(url: str) -> str:
-    """The proxy that the environment names for a URL; empty: none."""
-    if urllib.request.proxy_bypass(_host(url)):
-        return ""
-    return urllib.request.getproxies().get(urlsplit(url).scheme, "")
-
-
 def _joined(path: str, url: str, target: str) -> str:
     """Where `url` redirects to. OSError for what is no URL."""
     try:
@@ -245,38 +266,10 @@ def _joined(path: str, url: str, target: str) -> str:
     return joined
 
 
-def _addresses(host: str, path: str) -> list[Address]:
-    """What a host's name stands for, IPv4 addresses in the dress of IPv6 as themselves."""
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except (socket.gaierror, UnicodeError) as error:
-        raise _NoHost(f"{host}: {getattr(error, 'strerror', None) or 'no name of a host'}") from None
-    return [_plain(ipaddress.ip_address(str(each[4][0]).partition("%")[0])) for each in found]
-
-
-def _plain(address: Address) -> Address:
-    if isinstance(address, ipaddress.IPv4Address):
-        return address
-    translated = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in _TRANSLATED else None
-    return address.ipv4_mapped or address.sixtofour or translated or address
-
-
-def _is_of_link(address: Address) -> bool:
-    return address.is_link_local or address == _CLOUD
-
-
-def _is_address(host: str) -> bool:
-    try:
-        socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)
-    except (socket.gaierror, UnicodeError):
-        return False
-    return True
-
-
 def _authorization(url: str) -> dict[str, str]:
     """For a host that ~/.netrc names; its `default` is for none."""
     try:
-        found = netrc.netrc().hosts.get(_host(url))
+        found = netrc.netrc().hosts.get(host_of(url))
     except (OSError, netrc.NetrcParseError):
         return {}
     if not found:
@@ -284,14 +277,18 @@ def _authorization(url: str) -> dict[str, str]:
     return {"Authorization": "Basic " + base64.b64encode(f"{found[0]}:{found[2]}".encode()).decode()}
 
 
+def _may_pass(status: int) -> bool:
+    return status in _BUSY or (status >= 500 and status not in _NEVER)
+
+
 def _refusal(path: str, response: Any) -> Exception:
     """What an answer without the file comes to."""
     status = response.status
-    if status in _BUSY or (status >= 500 and status not in _NEVER):
+    if _may_pass(status):
         return Again(f"HTTP {status}", _seconds(response.headers.get("Retry-After")))
     if status in (404, 410):
         return FileNotFoundError(errno.ENOENT, f"HTTP {status}", path)
-    if status in (401, 403, 407):
+    if status in (401, 403):
         return PermissionError(
             errno.EACCES, f"HTTP {status}: may not be read; credentials are taken from ~/.netrc", path
         )
