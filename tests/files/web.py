@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import urllib3
 
@@ -20,7 +21,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Web
 
     def do_GET(self) -> None:
-        web, name = self.server, self.path.partition("?")[0]
+        web, name = self.server, unquote(self.path.partition("?")[0])
         self.range = self.headers.get("Range")
         with web.lock:
             web.requests.append((name, self.range))
@@ -63,7 +64,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(body) if length is None else length))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -72,8 +74,8 @@ class Handler(BaseHTTPRequestHandler):
 class Web(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, handler: type[Handler] = Handler) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
         self.files: dict[str, bytes] = {}
         self.faults: dict[str, list[Misbehave]] = {}  # of a file's next requests, in order
         self.requests: list[tuple[str, str | None]] = []  # (path, Range)

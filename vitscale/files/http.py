@@ -35,13 +35,12 @@ from vitscale.files.network import (
     refused_tunnel,
     require_allowed,
 )
-from vitscale.files.retry import PATIENCE_S, Again, paced, resumed
+from vitscale.files.retry import PATIENCE_S, Again, may_pass, paced, resumed
 from vitscale.files.store import FileStat, Paths
 
 _PIECE = 256 << 10  # bytes taken from a socket at once
 _MOST_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
-_BUSY, _NEVER = (408, 425, 429), (501, 505)  # beside 5xx, and of 5xx: what a server cannot do it will not do later
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
@@ -203,7 +202,7 @@ def _of_proxy(path: str, proxy: Proxy | None, error: HTTPError) -> Exception | N
     status = refused_tunnel(error)
     if status == 407:
         return _asked_for_password(path, proxy)
-    if status is not None and not _may_pass(status):
+    if status is not None and not may_pass(status):
         return PermissionError(errno.EACCES, f"{proxy} does not connect to its server: HTTP {status}", path)
     if status is None and not isinstance(error, ProxyError):
         return None
@@ -277,14 +276,10 @@ def _authorization(url: str) -> dict[str, str]:
     return {"Authorization": "Basic " + base64.b64encode(f"{found[0]}:{found[2]}".encode()).decode()}
 
 
-def _may_pass(status: int) -> bool:
-    return status in _BUSY or (status >= 500 and status not in _NEVER)
-
-
 def _refusal(path: str, response: Any) -> Exception:
     """What an answer without the file comes to."""
     status = response.status
-    if _may_pass(status):
+    if may_pass(status):
         return Again(f"HTTP {status}", _seconds(response.headers.get("Retry-After")))
     if status in (404, 410):
         return FileNotFoundError(errno.ENOENT, f"HTTP {status}", path)

@@ -23,6 +23,7 @@ _SLICE_S = 0.25  # of a pause
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 30.0
 SILENT_S = 30.0  # a server may send no byte for so long
 _SLOWEST, _SLOW_S = 1024, 30.0  # bytes a second over so many seconds: slower is as good as stalled
+_BUSY, _NEVER = (408, 425, 429), (501, 505)  # HTTP, beside 5xx, and of 5xx: what a server cannot do now or later
 
 
 class Again(Exception):
@@ -124,6 +125,11 @@ class Attempts:
         while (left := ends - time.monotonic()) > 0:
             activity.count += 1  # who waits for storage does not hang
             time.sleep(min(left, _SLICE_S))
+
+
+def may_pass(status: int) -> bool:
+    """Whether a server that answers so may answer otherwise later."""
+    return status in _BUSY or (status >= 500 and status not in _NEVER)
 
 
 def with_retries(
