@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,4 +140,14 @@ def test_passwords_in_urls_are_refused_and_not_shown(url: str) -> None:
     with pytest.raises(ConfigError, match=r"has .* in it, which config.yaml would keep") as error:
         require_no_secret(url, "data.train")
     assert not any(secret in str(error.value) for secret in ("pw", "=12", "=2"))
-    require_no_secret("https://host/a.tar?version=3", "data.train")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_secret"),
+    [(name, True) for name in ("sig", "X-Amz-Signature", "AWSAccessKeyId", "Key-Pair-Id", "access_token", "apikey")]
+    + [(name, True) for name in ("X-Goog-Credential", "x.auth", "clientSecret", "PASSWORD", "token2")]
+    + [(name, False) for name in ("design", "version", "author", "monkey", "keyframe", "tokenizer", "signal", "se")],
+)
+def test_a_secret_is_known_by_whole_words_of_its_name(name: str, is_secret: bool) -> None:
+    with pytest.raises(ConfigError, match=name) if is_secret else contextlib.nullcontext():
+        require_no_secret(f"https://host/a.tar?v=1&{name}=3", "data.train")

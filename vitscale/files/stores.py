@@ -16,7 +16,12 @@ from vitscale.files.store import FileStat, LocalFiles, Paths, Store, is_remote
 REMOTE = ("http", "https", "s3", "gs", "az")
 _PIECE = 4 << 20  # bytes of one request
 _KEPT_BYTES = 256 << 20  # of pieces in memory
-_SECRET = re.compile(r"sig|token|secret|password|credential|key|auth", re.IGNORECASE)
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of a name such as X-Amz-Signature, AWSAccessKeyId, api_key
+_SECRET = re.compile(
+    r"(api|access|auth|client|private|sas|secret|session)?(auth|authorization|credentials?|key|passwd|password|pwd|"
+    r"secret|sig|signature|token)",
+    re.IGNORECASE,
+)
 
 
 class Stores:
@@ -101,7 +106,8 @@ def require_no_secret(url: str, key: str) -> None:
     if not is_url:
         scheme = url.partition(":")[0]
         raise ConfigError(f"{key}={scheme}:...: is no URL: after {scheme}:// come a host (or bucket) and a path")
-    secret = next((name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if _SECRET.search(name)), None)
+    names = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
+    secret = next((name for name in names if any(map(_SECRET.fullmatch, _WORD.findall(name)))), None)
     if parts.username is not None or parts.password is not None or secret is not None:
         what = f"the query's {secret}" if secret else "a user or password"
         shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
