@@ -23,6 +23,7 @@ import urllib3
 from urllib3.exceptions import HTTPError, ProxyError, SSLError
 
 from vitscale.errors import ConfigError
+from vitscale.files.cache import LruCache
 from vitscale.files.network import (
     Barred,
     NoHost,
@@ -37,8 +38,10 @@ from vitscale.files.network import (
 )
 from vitscale.files.retry import PATIENCE_S, Again, may_pass, paced, resumed
 from vitscale.files.store import FileStat, Paths
+from vitscale.files.stream import WINDOW, Stream
 
 _PIECE = 256 << 10  # bytes taken from a socket at once
+_STREAMS = 64  # that are open at once
 _MOST_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
@@ -51,6 +54,7 @@ class _Known:
     bytes: int
     modified: int  # nanoseconds, 0 where it does not say
     validator: str | None  # a strong ETag, or the time of the last change: If-Range
+    ranges: bool  # whether it sent the part that was asked for; else all of it
 
 
 _Seen = list[_Known]  # empty, or what a file was at its first answer
@@ -64,16 +68,18 @@ class HttpFiles:
     address of this machine unless the URL itself names it; what is of the link alone is never read.
     """
 
-    def __init__(self, patience_s: float = PATIENCE_S) -> None:
-        self._patience_s = patience_s
+    def __init__(self, patience_s: float = PATIENCE_S, cached: bool = False) -> None:
+        """cached: each file is read once from its front to its end, not here and there."""
+        self._patience_s, self._cached = patience_s, cached
+        self._streams = LruCache[str, Stream](self._stream, _STREAMS, lambda _: 1)
         self._known: dict[str, _Known] = {}
         self._pools: dict[
             tuple[Proxy | None, bool], urllib3.PoolManager
         ] = {}  # by proxy, and whether a redirect led there
         self._reachable: set[tuple[str, str]] = set()  # (host that was named, host that it leads to)
 
-    def __reduce__(self) -> tuple[type[HttpFiles], tuple[float]]:
-        return type(self), (self._patience_s,)  # connections do not travel
+    def __reduce__(self) -> tuple[type[HttpFiles], tuple[float, bool]]:
+        return type(self), (self._patience_s, self._cached)  # connections do not travel
 
     def list(self, pattern: str) -> Paths:
         raise OSError(errno.ENOTSUP, "HTTP servers do not list files: name them with a brace range", pattern)
@@ -83,10 +89,13 @@ class HttpFiles:
         seen: _Seen = []
         self._read(path, 0, 1, seen)
         self._known[path] = known = seen[0]
+        self._streams.forget(path)
         return FileStat(known.bytes, known.modified or _version(known.validator))
 
     def read(self, path: str, start: int, count: int) -> bytes:
         known = self._known.get(path)
+        if known is not None and not known.ranges:
+            return self._streams.get(path).read(start, count)
         seen = [] if known is None else [known]
         data = self._read(path, start, count, seen)
         for first in seen:
@@ -99,16 +108,23 @@ class HttpFiles:
     def fetch(self, path: str, sha256: str | None) -> None:
         """See Store.fetch: it has no place for it."""
 
+    def _stream(self, path: str) -> Stream:
+        known = self._known[path]
+        return Stream(lambda at: self._transfer(path, at, known.bytes, [known]), known.bytes)
+
     def _read(self, path: str, start: int, count: int, seen: _Seen) -> bytes:
-        """seen: what the file was at its first answer, once there was one."""
+        return b"".join(self._transfer(path, start, start + count, seen))
+
+    def _transfer(self, path: str, start: int, end: int, seen: _Seen) -> Generator[bytes, None, None]:
+        """Bytes as they come. seen: what the file was at its first answer, once there was one."""
 
         def pieces(done: int) -> Generator[bytes, None, None]:
             try:
-                yield from self._pieces(path, start + done, start + count, seen)
+                yield from self._pieces(path, start + done, end, seen, may_skip=self._cached or done > 0)
             except (HTTPError, OSError, Again) as error:
                 raise self._failure(path, error) from None
 
-        return b"".join(resumed(pieces, path, self._patience_s))
+        return resumed(pieces, path, self._patience_s)
 
     def _failure(self, path: str, error: Exception) -> Exception:
         """What comes of a request that broke: Again, or an OSError for good."""
@@ -124,8 +140,8 @@ class HttpFiles:
             again.at_last = None  # it was there
         return again
 
-    def _pieces(self, path: str, at: int, end: int, seen: _Seen) -> Iterator[bytes]:
-        """Bytes from `at` to `end`, by one request."""
+    def _pieces(self, path: str, at: int, end: int, seen: _Seen, may_skip: bool) -> Iterator[bytes]:
+        """Bytes from `at` to `end`, by one request. may_skip: also where much comes before them that nobody wants."""
         if at >= end or (seen and at >= seen[0].bytes):
             return
         headers = {"Range": f"bytes={at}-{end - 1}", "Accept-Encoding": "identity"}
@@ -137,12 +153,18 @@ class HttpFiles:
                 _note_end(path, response, at, seen)
                 return
             skip = _skip(path, response, at, seen)
+            if skip > WINDOW and not may_skip and not seen[0].ranges:
+                raise ConfigError(
+                    f"{path}: its server sends whole files alone (no ranges), so all before byte {at} again for each "
+                    "part; set data.cache=FOLDER, into which it comes once, in one stream"
+                )
             end, received = min(end, seen[0].bytes), 0
             for piece in paced(iter(partial(response.read1, _PIECE, decode_content=False), b"")):
                 received += len(piece)
                 wanted = piece[skip : skip + end - at]
                 skip, at = max(0, skip - len(piece)), at + len(wanted)
-                yield wanted
+                if wanted:
+                    yield wanted
                 if at >= end:
                     return
             if at < end:
@@ -234,13 +256,13 @@ def _skip(path: str, response: Any, at: int, seen: _Seen) -> int:
         if not length.isdigit():
             raise OSError(errno.EPROTO, "its server tells no length", path)
         size = int(length)
-    _note(path, size, response.headers, seen)
+    _note(path, size, response.headers, seen, ranges=response.status == 206)
     return at if response.status == 200 else 0
 
 
-def _note(path: str, size: int, headers: Any, seen: _Seen) -> None:
+def _note(path: str, size: int, headers: Any, seen: _Seen, ranges: bool = True) -> None:
     """What a file is, told by its first answer; all others must say the same."""
-    known = _Known(size, _time(headers.get("Last-Modified")), _validator(headers))
+    known = _Known(size, _time(headers.get("Last-Modified")), _validator(headers), ranges)
     if not seen:
         seen.append(known)
     if (known.bytes, known.validator) != (seen[0].bytes, seen[0].validator):
