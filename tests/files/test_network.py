@@ -64,10 +64,25 @@ def test_a_name_that_nobody_knows_is_an_error_after_a_few_attempts(monkeypatch: 
 
 
 def test_a_name_that_was_known_may_come_back(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = HttpFiles(patience_s=60)
-    store.stat(f"{web.url}/d/a.tar")
-    answers(monkeypatch, "data.example", [socket.EAI_NONAME] * 6 + ["127.0.0.1"])
-    assert store.stat(f"http://data.example:{web.server_port}/d/a.tar").bytes == len(DATA)
+    here, gone = "127.0.0.1", socket.EAI_NONAME
+    left = answers(monkeypatch, "data.example", [here, here, *[gone] * 6, here])
+    store, url = HttpFiles(patience_s=60), f"http://data.example:{web.server_port}/d/a.tar"
+    store.stat(url)
+    web.faults["/d/a.tar"] = [faults.hang_up]
+    assert store.read(url, 5, 100) == DATA[5:105]
+    assert left == [here]
+
+
+def test_a_host_that_redirects_to_one_that_is_gone_for_a_while(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are of one data set; where the first was read from before, it is no mistyped name."""
+    store, url = HttpFiles(patience_s=60), f"{web.url}/d/a.tar"
+    store.stat(url)
+    answers(monkeypatch, "cdn.example", [socket.EAI_NONAME])
+    web.faults["/d/a.tar"] = [faults.redirected_to("http://cdn.example/a.tar")] * 6
+    assert store.read(url, 5, 100) == DATA[5:105]
+    web.faults["/d/a.tar"] = [faults.redirected_to("http://cdn.example/a.tar")] * 4
+    with pytest.raises(FileNotFoundError, match=r"no host of that name is known here: cdn\.example"):
+        HttpFiles(patience_s=60).stat(url)
 
 
 @pytest.mark.parametrize("here", ["127.0.0.1", "::ffff:127.0.0.1"])

@@ -41,7 +41,7 @@ from vitscale.files.store import FileStat, Paths
 from vitscale.files.stream import WINDOW, Stream
 
 _PIECE = 256 << 10  # bytes taken from a socket at once
-_STREAMS = 64  # that are open at once
+_STREAMS = 32  # that are open at once
 _MOST_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
@@ -131,12 +131,12 @@ class HttpFiles:
         if isinstance(error, OSError) and error.filename is not None:
             return error  # ours
         if isinstance(error, NoHost) and error.unknown:
-            why = f"no host of that name is known here: {host_of(path)}"
+            why = f"no host of that name is known here: {error.host}"
             error.at_last = FileNotFoundError(errno.ENOENT, why, path)
         if isinstance(error, SSLError) and "CERTIFICATE" in str(error):
             return OSError(errno.EPROTO, "its certificate is not one that this machine trusts", path)
         again = error if isinstance(error, Again) else Again(_reason(error))
-        if self._known:
+        if again.at_last is not None and any(host_of(known) == host_of(path) for known in self._known):
             again.at_last = None  # it was there
         return again
 

@@ -36,7 +36,7 @@ class NoHost(Again):
     def __init__(self, host: str, error: OSError | UnicodeError) -> None:
         why = error.strerror if isinstance(error, OSError) else "no name of a host"
         super().__init__(f"{host}: {why}")
-        self.unknown = is_no_name(error)
+        self.host, self.unknown = host, is_no_name(error)
 
 
 def is_no_name(error: BaseException | None) -> bool:
