@@ -12,6 +12,7 @@ from tests.files import web as faults
 from tests.files.buckets import ENVIRONMENTS, cloud, refusal
 from tests.files.test_http import DATA, fast
 from tests.files.web import Web
+from vitscale.data.index import ShardIndex
 from vitscale.errors import ConfigError, InfrastructureError
 from vitscale.files import objects
 from vitscale.files.objects import ObjectFiles
@@ -172,6 +173,13 @@ def test_what_does_not_pass_is_an_error_at_once(
         {"stat": store.stat, "read": lambda path: store.read(path, 0, 10), "list": store.list}[call](path)
     assert not isinstance(error.value, UnavailableError)
     assert int(retries) == before
+
+
+@pytest.mark.parametrize(("code", "kind"), [("PermanentRedirect", ConfigError), (CLOCK[:20], InfrastructureError)])
+def test_an_index_that_cannot_be_had_is_not_a_wrong_index(s3: Web, code: str, kind: type[Exception]) -> None:
+    s3.faults["/images/d/index.json"] = [refusal(403, code)] * 2
+    with pytest.raises(kind, match=code):
+        ShardIndex.load("s3://images/d/index.json", Stores())
 
 
 @pytest.mark.parametrize(

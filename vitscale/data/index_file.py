@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vitscale.errors import DataError
+from vitscale.errors import ConfigError, DataError, InfrastructureError
 from vitscale.files.retry import unreadable
 from vitscale.files.store import Store, absolute, is_remote, read_pieces
 
@@ -40,6 +40,8 @@ def read_rows(store: Store, path: str) -> Iterator[Rows]:
             yield _rows(entries, os.path.dirname(path))
     except OSError as error:
         raise unreadable(f"data.index={path}", error) from None
+    except (ConfigError, InfrastructureError):  # ValueErrors too, but not for what is in the file
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(
             f"data.index={path}: is no index as `vitscale index` makes it: {type(error).__name__}: {error}"
