@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.data.makers import write_shards
+from tests.files.buckets import cloud, refusal
 from vitscale.config.schema import Checkpoint, Data, RunConfig
 from vitscale.data.index import build_index
 from vitscale.errors import LaunchError, StorageError
@@ -83,6 +84,19 @@ def test_what_a_rank_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert data.startswith(f"cannot read data.train: {paths[1]}: No such file")
     assert write.startswith(f"cannot write to {folder}: ")
     assert "SIGTERM" in signals
+
+
+@pytest.mark.parametrize(("code", "may_pass"), [("RequestTimeTooSkewed", True), ("ExpiredToken", False)])
+def test_what_is_wrong_with_one_node_alone_is_told_by_its_ranks(code: str, may_pass: bool) -> None:
+    pytest.importorskip("obstore")
+    with cloud("s3") as web:
+        web.files["/images/a.tar"] = b"x" * 1000
+        web.faults["/images/a.tar"] = [refusal(403, code)] * 2
+        problem = preflight.data_problem("s3://images/a.tar", 1000, RunConfig())
+        assert problem is not None
+        assert problem.text.startswith(f"cannot read data.train: s3://images/a.tar: {code}: ")
+        assert problem.may_pass == may_pass
+        assert preflight.data_problem("s3://images/a.tar", 1000, RunConfig()) is None
 
 
 def test_versions_and_a_digest_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

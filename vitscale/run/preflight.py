@@ -16,7 +16,7 @@ import vitscale
 from vitscale.config.schema import RunConfig
 from vitscale.data.index import ShardIndex
 from vitscale.engine.ranks import ProcessRanks
-from vitscale.errors import LaunchError, StorageError, failed_storage
+from vitscale.errors import LaunchError, StorageError, VitscaleError, failed_storage
 from vitscale.files.atomic import flush_to_disk
 from vitscale.files.retry import UnavailableError
 from vitscale.files.store import is_remote
@@ -120,6 +120,8 @@ def data_problem(path: str, size: int, config: RunConfig) -> Problem | None:
     except OSError as error:
         way = "let every node mount it and every rank read it"
         return Problem(f"cannot read data.train: {path}: {error.strerror or error}; {way}", _may_pass(error))
+    except VitscaleError as error:  # of this node's clock, credentials, names: the others do not have it
+        return Problem(f"cannot read data.train: {error}", error.requeues)
     if seen != size or (header and len(header) < min(size, _HEADER)):
         return Problem(f"sees another file than rank 0 at {path}: {seen} bytes, not {size}; mount the same storage")
     return None
