@@ -73,9 +73,7 @@ class HttpFiles:
         self._patience_s, self._cached = patience_s, cached
         self._streams = LruCache[str, Stream](self._stream, _STREAMS, lambda _: 1)
         self._known: dict[str, _Known] = {}
-        self._pools: dict[
-            tuple[Proxy | None, bool], urllib3.PoolManager
-        ] = {}  # by proxy, and whether a redirect led there
+        self._pools: dict[tuple[Proxy | None, bool], urllib3.PoolManager] = {}  # bool: of where redirects lead
         self._reachable: set[tuple[str, str]] = set()  # (host that was named, host that it leads to)
 
     def __reduce__(self) -> tuple[type[HttpFiles], tuple[float, bool]]:

@@ -239,7 +239,7 @@ def _refusal_for_good(path: str, text: str, status: int | None, why: str) -> Exc
     if status == 407:
         way = "put a user and a password into http_proxy or https_proxy, whichever names it"
         return PermissionError(errno.EACCES, f"the proxy asks for a user and password (HTTP 407): {way}", path)
-    if "invalid peer certificate" in text:
+    if "InvalidCertificate" in text:
         return OSError(errno.EPROTO, "its certificate is not one that this machine trusts", path)
     if "non-partial response" in text:
         return OSError(errno.EPROTO, "its server ignores ranges", path)
@@ -268,6 +268,8 @@ def _status(error: Exception) -> int | None:
 
 
 def _reason(error: Exception) -> str:
-    """The first line, without what follows it of URLs and bodies."""
+    """The first line, without what follows it of URLs and bodies, and what the system said."""
     text = re.sub(r"https?://\S+", "its server", str(error).strip())
-    return text.partition("\n")[0][:200] or type(error).__name__
+    system = f" ({found[1]})" if (found := re.search(r'message: "([^"]+)"', text)) else ""
+    line = re.sub(r"^Generic \w+ error: |Error performing [A-Z]+ its server in \S+ - ", "", text.partition("\n")[0])
+    return f"{line[:200] or type(error).__name__}{system}"
