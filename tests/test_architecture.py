@@ -26,7 +26,8 @@ COMMON: Column = (
     {"errors", "text"}, {"faults", "heartbeat", "lease"}, {"world", "rng", "run_folder"}, {"files"}, {"config"},
 )  # fmt: skip
 TRAINING: Column = (
-    {"data", "augment", "models", "checkpoint", "tracking"}, {"prepare"}, {"engine", "launch"}, {"evaluation"}, {"run"},
+    {"data", "augment", "models", "checkpoint", "tracking"}, {"prepare"}, {"engine", "launch"}, {"evaluation"},
+    {"planning"}, {"run"},
 )  # fmt: skip
 SERVING: Column = ({"interop"}, {"inference", "conversion"}, {"inspection", "export"})
 TOP: Column = ({"bench"}, {"cli"}, {"__main__"})
@@ -60,6 +61,7 @@ COMMANDS = (
     "export.command",
     "run.command",
     "run.checkpoint_command",
+    "planning.command",
 )
 LIGHT = (*WITHOUT_TORCH, *COMMANDS, "rng", "cli", "")
 HEAVY = ("torch", "deepspeed", "accelerate", "mlflow", "transformers", "sklearn", "matplotlib")

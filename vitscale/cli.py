@@ -26,6 +26,7 @@ from vitscale.errors import VitscaleError
 from vitscale.export import command as export
 from vitscale.inference import command as inference
 from vitscale.inspection import command as inspection
+from vitscale.planning import command as planning
 from vitscale.run import checkpoint_command as checkpoints
 from vitscale.run import command as looking
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED, RunFolder, exit_code
@@ -270,14 +271,14 @@ def _parser() -> argparse.ArgumentParser:
         ("sync", _sync, "send what MLflow has missed"),
     ):
         verb(name, run, text).add_argument("run", metavar="RUN_FOLDER")
-    for module in (looking, checkpoints, conversion, inference, inspection):
+    for module in (looking, planning, checkpoints, conversion, inference, inspection):
         module.register(verb)
     export.register(verb, _export_run)
     added = verb("chaos", _chaos, "break runs on purpose and see whether they end as an unbroken one does")
     _takes_kinds(added)
     added = verb("bench", _bench, "measure this project beside its peers")
     added.add_argument(
-        "what", choices=("data", "augment", "step", "model", "checkpoint", "startup", "exchange", "zero")
+        "what", choices=("data", "augment", "step", "model", "checkpoint", "startup", "exchange", "zero", "memory")
     )
     added.add_argument("rest", nargs=argparse.REMAINDER, help="options of that benchmark (--help lists them)")
     return parser

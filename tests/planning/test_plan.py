@@ -1,0 +1,120 @@
+"""`vitscale plan`: its figures against those of a GPU, its JSON, what it recommends and refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vitscale.bench.peers import run_config
+from vitscale.cli import main
+from vitscale.config.schema import RunConfig, Train
+from vitscale.errors import ConfigError
+from vitscale.planning.gpus import GPUS, gpu_of
+from vitscale.planning.plan import Cluster, Planner, plan
+from vitscale.run_folder import BAD_INPUT, DONE
+
+RECIPE = Path(__file__).parents[2] / "configs" / "pretrain_vit_b_mae.yaml"
+# Images/s of vitscale's compiled steps on one H200, stage d of the GPU suite (docs/measurements.md).
+MEASURED = {
+    ("mae", "B", 256): 4311, ("mae", "L", 128): 1303, ("mae", "H", 64): 493,
+    ("classification", "B", 256): 3397, ("classification", "L", 128): 1123, ("classification", "H", 64): 401,
+}  # fmt: skip
+
+
+def planner_of(objective: str, preset: str, batch: int, gpus: int = 1, **train: Any) -> Planner:
+    keys = {"precision": "bf16", "compile": True, "micro_batch": batch, "global_batch": batch * gpus, "steps": 1000}
+    config = replace(run_config(preset, objective), train=Train(**keys | train))
+    return Planner(config, Cluster(GPUS["h200"], gpus))
+
+
+@pytest.mark.parametrize(
+    ("objective", "preset", "batch"),
+    [key if key[1] == "B" else pytest.param(*key, marks=pytest.mark.full) for key in MEASURED],
+)
+def test_the_steps_of_one_h200(objective: str, preset: str, batch: int) -> None:
+    planner = planner_of(objective, preset, batch)
+    estimated = planner.estimate(planner.config).images_per_second
+    assert estimated == pytest.approx(MEASURED[objective, preset, batch], rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def planner() -> Planner:
+    return planner_of("mae", "Ti", 64, gpus=8)
+
+
+def test_a_plan_adds_up(planner: Planner) -> None:
+    found = plan(planner, image_kb=100.0)
+    rate, memory, step = found["images_per_second"], found["memory"], found["step_seconds"]
+    parts = ("weights", "masters", "gradients", "moments", "ema", "buckets", "activations", "inputs", "slack")
+    assert sum(memory[name] for name in parts) == memory["total_bytes"]
+    assert rate == pytest.approx(8 * 64 / step["total"])
+    assert found["run"]["hours"] == pytest.approx(1000 * step["total"] / 3600)
+    assert found["run"]["gpu_hours"] == pytest.approx(8 * found["run"]["hours"])
+    assert found["loader"]["bytes_per_second_a_node"] == pytest.approx(rate * 100e3)
+    save = found["checkpoint"]
+    assert save["bytes"] == 12 * found["parameters"]
+    between = save["hours_between_failures"] * 3600
+    assert save["young_daly_seconds"] == pytest.approx(math.sqrt(2 * save["save_seconds"] * between))
+    assert save["most_available_seconds"] > save["young_daly_seconds"]
+    assert 0 < found["mfu"] < 1
+
+
+def test_what_is_recommended_fits_and_is_no_slower(planner: Planner) -> None:
+    now, fastest = planner.estimate(planner.config), planner.fastest()
+    assert fastest is not None
+    assert fastest.fits
+    assert fastest.images_per_second >= 0.98 * now.images_per_second
+    small = Planner(planner.config, replace(planner.cluster, gpu=replace(GPUS["h200"], memory_gb=2.0)))
+    tight = small.fastest()
+    assert tight is not None
+    assert tight.memory.total_bytes <= 2e9
+    assert tight.config.train.micro_batch < 64 or tight.config.train.gradient_checkpointing
+    none = Planner(planner.config, replace(planner.cluster, gpu=replace(GPUS["h200"], memory_gb=0.5)))
+    assert none.fastest() is None
+
+
+def test_more_of_a_share_needs_less_of_a_gpu(planner: Planner) -> None:
+    def total(stage: int) -> int:
+        parallel = replace(planner.config.parallel, zero_stage=stage)
+        return planner.estimate(replace(planner.config, parallel=parallel)).memory.total_bytes
+
+    assert total(0) > total(1) >= total(2)
+
+
+def test_epochs_need_the_number_of_images(planner: Planner) -> None:
+    config: RunConfig = replace(planner.config, train=replace(planner.config.train, steps=None, epochs=2.0))
+    by_epochs = Planner(config, planner.cluster)
+    assert plan(by_epochs)["run"] == {"steps": None}
+    assert plan(by_epochs, images=512 * 7 + 3)["run"]["steps"] == 14
+    with pytest.raises(ConfigError, match=r"--images 100: must be train.global_batch=512 or more"):
+        plan(by_epochs, images=100)
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", str(RECIPE), "model.preset=Ti", "--gpu", "H100", "--gpus", "16", "--images", "1281167"]
+    words += ["--price", "2.5", "data.train=nowhere/*.tar"]
+    assert main([*words, "--json"]) == DONE
+    found = json.loads(capsys.readouterr().out)
+    assert found["memory"]["total_bytes"] > 0
+    assert found["images_per_second"] > 0
+    assert found["run"]["cost"] == pytest.approx(2.5 * found["run"]["gpu_hours"])
+    assert main([*words, "--explain"]) == DONE
+    text = capsys.readouterr().out
+    assert "16 x H100 SXM, 2 node(s)" in text
+    assert "fastest that fits: parallel.zero_stage=" in text
+    assert main([*words, "train.global_batch=65536", "train.micro_batch=4096"]) == BAD_INPUT
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "says"), [("h20", "must be one of a100, h100"), ("rtx4090", ""), ("A100", "")])
+def test_gpus_by_name(name: str, says: str) -> None:
+    if not says:
+        assert gpu_of(name) in GPUS.values()
+        return
+    with pytest.raises(ConfigError, match=says):
+        gpu_of(name)
