@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,13 @@ import pytest
 
 from tests.files import web as faults
 from tests.files.web import Web, served
-from vitscale.errors import ConfigError, DataError
+from vitscale.errors import ConfigError, DataError, StorageError
 from vitscale.files import disk_cache, retry
 from vitscale.files.disk_cache import DiskCache
 from vitscale.files.http import HttpFiles
 from vitscale.files.store import sha256_of
+from vitscale.files.stores import Stores
+from vitscale.world import host
 
 DATA = {f"/{name}.tar": np.random.default_rng(seed).bytes(100_000) for seed, name in enumerate("abc")}
 
@@ -229,3 +232,82 @@ def test_a_server_that_tells_an_etag_alone(web: Web, tmp_path: Path) -> None:
     web.files["/a.tar"] = other
     web.faults["/a.tar"] = [faults.with_headers(Last_Modified="", ETag='"two"')] * 30
     assert cache(tmp_path).read(f"{web.url}/a.tar", 0, 10) == other[:10]
+
+
+NO_BYTES = Path("/proc/self/mem")  # a real file that gives EIO, read or written: nothing is mapped at its first byte
+
+
+def test_bytes_that_the_disk_does_not_give_are_downloaded_again(
+    web: Web, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store, url = cache(tmp_path), f"{web.url}/a.tar"
+    store.fetch(url, None)
+    file = next(_data_of(tmp_path, url))
+    file.unlink()
+    file.symlink_to(NO_BYTES)
+    with ThreadPoolExecutor(8) as pool:  # all of them meet the fault
+        parts = list(pool.map(lambda at: store.read(url, at, 1000), range(0, 100_000, 1000)))
+    assert b"".join(parts) == DATA["/a.tar"]
+    assert file.read_bytes() == DATA["/a.tar"]
+    assert not file.is_symlink()
+    assert whole(web) == 2
+    assert capfd.readouterr().err == ""
+
+
+def test_a_disk_that_goes_on_failing_is_done_without(
+    web: Web, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store, url = Stores(str(tmp_path / "cache"), patience_s=0.3), f"{web.url}/a.tar"
+    store.fetch(url, None)
+    file = next(_data_of(tmp_path, url))
+    file.unlink()
+    file.symlink_to(NO_BYTES)
+    file.with_suffix(".part").symlink_to(NO_BYTES)  # what is downloaded cannot be written either
+    for name in ("a", "b"):
+        with ThreadPoolExecutor(8) as pool:
+            parts = list(pool.map(partial(store.read, f"{web.url}/{name}.tar", count=1000), range(0, 100_000, 1000)))
+        assert b"".join(parts) == DATA[f"/{name}.tar"]
+    store.fetch(f"{web.url}/c.tar", None)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"warning: data.cache={tmp_path}/cache: the disk of {host()} fails (Input/output error)")
+    web.faults["/c.tar"] = [faults.status(503)] * 1000
+    with pytest.raises(StorageError, match=rf"data.cache=.*: the disk of {host()} fails .*/c\.tar cannot be read"):
+        store.read(f"{web.url}/c.tar", 0, 9)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+def test_a_disk_that_was_made_read_only_is_done_without(
+    web: Web, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    if os.system(f"mount -t tmpfs tmpfs {folder} 2>/dev/null") != 0:
+        pytest.skip("cannot mount a file system here")
+    try:
+        store = cache(tmp_path)
+        store.fetch(f"{web.url}/a.tar", None)
+        assert os.system(f"mount -o remount,ro {folder}") == 0
+        for name in ("a", "b"):
+            assert store.read(f"{web.url}/{name}.tar", 0, 100_000) == DATA[f"/{name}.tar"]
+        assert "fails (Read-only file system)" in capfd.readouterr().err
+    finally:
+        os.system(f"umount -l {folder}")
+
+
+def test_a_file_that_is_read_is_not_the_one_used_longest_ago(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = cache(tmp_path, 250_000)
+    old = time.time() - 7200
+    for name in ("a", "b"):
+        store.read(f"{web.url}/{name}.tar", 0, 9)
+        os.utime(next(_data_of(tmp_path, f"{web.url}/{name}.tar")), (old, old))
+        old += 3600  # b was opened later
+    store.read(f"{web.url}/a.tar", 0, 9)
+    file = next(_data_of(tmp_path, f"{web.url}/a.tar"))
+    assert file.stat().st_mtime < time.time() - 7000, "not again within the minute"
+    monkeypatch.setattr(disk_cache, "_TOUCHED_EVERY_S", 0.0)
+    store.read(f"{web.url}/a.tar", 0, 9)
+    store.read(f"{web.url}/c.tar", 0, 9)
+    assert file.exists()
+    assert list(_data_of(tmp_path, f"{web.url}/b.tar")) == []

@@ -3,6 +3,9 @@
 FOLDER/HASH.data is a whole file: it got its name once all bytes were on disk and held against the sha256 that is known.
 HASH.json says what it is. Who downloads or throws out holds the lock of HASH.lock, or of cache.lock; the kernel frees
 them when a process ends, however it ends. What an ended process left half done is HASH.part, and begun again.
+
+A disk may fail where a network does not: a file that it does not give is downloaded again, and where that fails too,
+this process reads without the cache from then on.
 """
 
 from __future__ import annotations
@@ -12,23 +15,31 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import TypeVar
 
-from vitscale.errors import ConfigError, DataError
+from vitscale.errors import TRANSIENT, ConfigError, DataError, StorageError
 from vitscale.files.atomic import flush_to_disk, write_atomically
-from vitscale.files.retry import activity
+from vitscale.files.retry import UnavailableError, activity
 from vitscale.files.store import FileStat, Paths, Store, sha256_of
+from vitscale.text import to_stderr
+from vitscale.world import host
 
 _PIECE = 8 << 20  # bytes of one request
 _REQUESTS = 4  # of one download, at once
 _LEFT_FREE = 0.05  # of the disk, where data.cache_bytes does not say how much may be used
 _POLL_S = 0.05
+_TOUCHED_EVERY_S = 60.0  # a file that is read: its time says when it was used, to within this
+# What a disk gives that fails: a bad sector, a device that is gone, a file system that is damaged or was made read-only
+# by that. What else the kernel refuses, the config can mend.
+_FAILING = TRANSIENT | {errno.EROFS, errno.EUCLEAN, errno.EBADMSG, errno.ENODEV, errno.ENXIO}
 File = TypeVar("File")
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -36,14 +47,19 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 class DiskCache:
     """A Store of what another store has, read from this node's disk. For many threads, processes and jobs at once."""
 
-    def __init__(self, store: Store, folder: str, most_bytes: int | None) -> None:
-        """most_bytes: of all files together; None: as much as the disk has, but for a twentieth."""
+    def __init__(self, store: Store, folder: str, most_bytes: int | None, ranges: Store | None = None) -> None:
+        """most_bytes: of all files together; None: as much as the disk has, but for a twentieth. ranges: how the store
+        is read where the disk fails."""
         self._store, self._folder, self._most_bytes = store, Path(folder), most_bytes
+        self._ranges = ranges or store
         self._stats: dict[str, FileStat] = {}
-        self._opened: set[str] = set()  # local paths that this process has looked at
+        self._opened: dict[str, float] = {}  # local path that this process has looked at -> when it last said so there
+        self._suspects: dict[str, float] = {}  # local path at which the disk has failed -> when it was good after that
+        self._failure = ""  # of the disk, for good
+        self._failing = Lock()
 
-    def __reduce__(self) -> tuple[type[DiskCache], tuple[Store, str, int | None]]:
-        return type(self), (self._store, str(self._folder), self._most_bytes)
+    def __reduce__(self) -> tuple[type[DiskCache], tuple[Store, str, int | None, Store]]:
+        return type(self), (self._store, str(self._folder), self._most_bytes, self._ranges)
 
     def list(self, pattern: str) -> Paths:
         return self._store.list(pattern)
@@ -56,25 +72,30 @@ class DiskCache:
         self._store.write(path, data)
 
     def read(self, path: str, start: int, count: int) -> bytes:
-        while True:
-            local = self._here(path, None)
+        while (local := self._here(path, None)) is not None:
+            began = time.monotonic()
             try:
+                self._touch(local, began)
                 return _read(local, start, count)
             except FileNotFoundError:  # thrown out by another process just now
-                self._opened.discard(local)
+                self._opened.pop(local, None)
+            except OSError as error:
+                self._failed(local, error, again=self._suspects.get(local, math.inf) <= began)
+        return self._without(path, start, count)
 
     def fetch(self, path: str, sha256: str | None) -> None:
         """See Store.fetch. What was read here before may have been thrown out since."""
         self._here(path, sha256, anew=True)
 
-    def _here(self, path: str, sha256: str | None, anew: bool = False) -> str:
-        """The file on this node's disk, downloaded where it is not there. anew: looked for again, and used by that."""
+    def _here(self, path: str, sha256: str | None, anew: bool = False) -> str | None:
+        """The file on this node's disk, downloaded where it is not there; None where the disk has failed for good.
+        anew: looked for again, and used by that."""
         stat = self._stats.get(path) or self.stat(path)
         name = hashlib.blake2b(f"{path} {stat.bytes} {stat.modified}".encode(), digest_size=16).hexdigest()
         local = str(self._folder / f"{name}.data")
         if anew:
-            self._opened.discard(local)
-        while local not in self._opened:
+            self._opened.pop(local, None)
+        while local not in self._opened and not self._failure:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 with _locked(self._folder / f"{name}.lock"):
@@ -82,28 +103,62 @@ class DiskCache:
                         self._make_room(stat.bytes, path)
                         self._download(path, stat, sha256, local)
                     os.utime(local)  # the one used last is thrown out last
-                self._opened.add(local)
+                self._opened[local] = time.monotonic()
+                if local in self._suspects:
+                    self._suspects[local] = self._opened[local]
             except OSError as error:
                 if error.filename == path:
                     raise  # the other store's
                 if not isinstance(error, FileNotFoundError):  # else thrown out by another process just now
-                    raise self._broken(error) from None
-        return local
+                    self._failed(local, error, again=local in self._suspects)
+        return None if self._failure else local
+
+    def _touch(self, local: str, now: float) -> None:
+        """Keep a file that is read for hours from looking old."""
+        if now - self._opened.get(local, now) >= _TOUCHED_EVERY_S:
+            self._opened[local] = now
+            os.utime(local)
+
+    def _failed(self, local: str, error: OSError, again: bool) -> None:
+        """The disk has failed at a file: have its bytes looked at, or, where it has failed again since, do without the
+        disk. ConfigError for what is no failure of a disk."""
+        if error.errno not in _FAILING:
+            raise self._unusable(error) from None
+        with self._failing:  # one warning, whatever the threads
+            self._opened.pop(local, None)
+            self._suspects.setdefault(local, math.inf)
+            if again and not self._failure:
+                self._failure = f"data.cache={self._folder}: the disk of {host()} fails ({error.strerror})"
+                to_stderr(f"warning: {self._failure}: this process reads by ranges, without it; have that disk seen to")
+
+    def _without(self, path: str, start: int, count: int) -> bytes:
+        try:
+            return self._ranges.read(path, start, count)
+        except UnavailableError as error:
+            raise StorageError(
+                f"{self._failure}, and {path} cannot be read without it: {error.strerror}; start the run again once "
+                "its storage answers, or on other nodes"
+            ) from None
 
     def _is_good(self, local: str, stat: FileStat, sha256: str | None) -> bool:
-        """Whether the file is there and whole. After a start of the machine its bytes are read once more."""
+        """Whether the file is there and whole. After a start of the machine, and where the disk has failed at it, its
+        bytes are read once more."""
         try:
             if os.stat(local).st_size != stat.bytes:
                 return False
             about = json.loads(_about(local).read_text(encoding="utf-8"))
             if sha256 not in (None, about["sha256"]):
                 return False
-            if about["boot"] != _boot():
+            if about["boot"] != _boot() or local in self._suspects:
                 if sha256_of(local) != about["sha256"]:
                     return False
                 write_atomically(_about(local), json.dumps(about | {"boot": _boot()}))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return False
+        except OSError as error:
+            if error.errno not in _FAILING:
+                raise
+            return False  # another file in its place gets other sectors
         return True
 
     def _download(self, path: str, stat: FileStat, sha256: str | None, local: str) -> None:
@@ -184,7 +239,7 @@ class DiskCache:
     def _files(self) -> Sequence[Path]:
         return [path for path in self._folder.glob("*.data") if path.exists()]
 
-    def _broken(self, error: OSError) -> Exception:
+    def _unusable(self, error: OSError) -> ConfigError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             way_out = "its disk is full, and nothing in it is of this cache: make room, name another folder"
         else:

@@ -32,8 +32,11 @@ class Stores:
     ) -> None:
         """cache: a folder of this node for remote files; None: they are read by ranges, and little of them is kept."""
         self._settings = (cache, cache_bytes, patience_s)
-        near = (lambda store: Pieces(store)) if cache is None else lambda store: DiskCache(store, cache, cache_bytes)
-        http, objects = near(HttpFiles(patience_s, cached=cache is not None)), near(ObjectFiles(patience_s))
+        http: Store = Pieces(HttpFiles(patience_s))
+        objects: Store = Pieces(ObjectFiles(patience_s))
+        if cache is not None:
+            http = DiskCache(HttpFiles(patience_s, cached=True), cache, cache_bytes, http)
+            objects = DiskCache(ObjectFiles(patience_s), cache, cache_bytes, objects)
         self._stores: dict[str, Store] = {"": LocalFiles(patience_s)}
         self._stores |= {scheme: http if scheme.startswith("http") else objects for scheme in REMOTE}
 
