@@ -63,6 +63,7 @@ def test_a_node_downloads_what_the_real_cache_downloads(
 
     clock, utime = iter(range(10**6)), os.utime  # the kernel's own clock stands still for milliseconds
     monkeypatch.setattr(disk_cache.os, "utime", lambda path: utime(path, ns=(moment := next(clock), moment)))
+    monkeypatch.setattr(disk_cache, "_TOUCHED_EVERY_S", 0.0)
     monkeypatch.setattr(shards_module, "_FETCHING", 1)
     ranks = []
     for _ in range(2):

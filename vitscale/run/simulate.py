@@ -202,14 +202,13 @@ class _Node:
         return int(self._fleet.index.samples[shard])
 
     def _read(self, rank: int, shard: int) -> None:
-        """As DiskCache._here: a file is used when a process fetches it, and when it is read after it was thrown out."""
-        if shard in self._opened[rank] and shard in self._used:
-            return
+        """As DiskCache.read: a file is used whenever it is read (there it says so once a minute, which comes to the
+        same), and asked for when a process fetches it, or reads it after it was thrown out."""
         self._clock += 1
-        self.asked += 1
-        if shard in self._used:
-            self.there += 1
-        else:
+        is_asked = shard not in self._opened[rank] or shard not in self._used
+        self.asked += is_asked
+        self.there += is_asked and shard in self._used
+        if shard not in self._used:
             self._download(shard)
         self._used[shard] = self._clock
         self._opened[rank].add(shard)
