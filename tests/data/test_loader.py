@@ -456,6 +456,26 @@ def test_a_reader_that_hangs_says_where_it_stands(index: ShardIndex, capfd: pyte
     assert 'File "' in capfd.readouterr().err, "the stacks of its threads"
 
 
+def test_a_reader_that_no_kill_ends_is_left_behind(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As one in state D, in which the kernel holds a signal back: here it is the kill that does not reach it."""
+    monkeypatch.setattr("vitscale.data.loader._LEAVING_S", 0.3)
+    batches = loader(index, micro=16)
+    kept(batches)
+    process = batches._process
+    os.kill(process.pid, signal.SIGSTOP)
+    kill, process.kill = process.kill, lambda: None  # type: ignore[method-assign]
+    try:
+        started = time.monotonic()
+        batches.close()
+        assert time.monotonic() - started < 5
+        assert f"the reader process {process.pid} was killed and waits" in capfd.readouterr().err
+    finally:
+        kill()
+        process.wait()
+
+
 def test_the_reader_ignores_what_stops_a_run(index: ShardIndex) -> None:
     expected = rows(take(6, index, micro=16))
     with loader(index, micro=16) as batches:

@@ -33,7 +33,7 @@ from vitscale.world import World, start_helper
 _BATCHES_AHEAD = 64  # time to scan a shard on a slow file system before its first sample is due
 _STARTING_S = 60.0  # for a reader to be there
 _REMEMBERED = 64  # batches: a memory that is four times what all of them needed is made smaller
-_LEAVING_S = 5.0  # for a reader to leave by itself
+_LEAVING_S = 5.0  # for a reader to leave by itself, and, once killed, to be gone
 _MOST_RESTARTS = 3  # of a reader that dies, without a batch between them
 # The reader has its own threads, and takes and frees an image's memory thousands of times a second: glibc is not
 # to give each back to the kernel (measured: 30% of simplejpeg's time).
@@ -249,7 +249,11 @@ class Loader:
             self._process.wait(_LEAVING_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            try:
+                self._process.wait(_LEAVING_S)
+            except subprocess.TimeoutExpired:  # the kernel ends it once its storage answers: no reason to wait here
+                where = f"rank {self._plan.rank}: the reader process {self._process.pid}"
+                to_stderr(f"{where} was killed and waits in the kernel for its storage (state D); it is left behind")
         os.close(self._results)
 
     def _reader_process(self, results: int) -> subprocess.Popen[bytes]:
