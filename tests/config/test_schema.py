@@ -53,6 +53,7 @@ REFUSED = [
     (schema.Data, "data.max_pixels", [0], [1]),
     (schema.Data, "data.threads", [0], [1, None]),
     (schema.Data, "data.prefetch", [1], [2]),
+    (schema.Data, "data.patience_s", [-1.0, 0.0, 0.5, 1e30], [1.0, 1e6]),
     (Augmentation, "augment.crop_scale", [(0.0, 1.0), (0.5, 0.4), (0.5, 1.1)], [(1.0, 1.0)]),
     (Augmentation, "augment.crop_ratio", [(0.0, 1.0), (2.0, 1.0)], [(1.0, 1.0)]),
     (Augmentation, "augment.flip", [-0.1, 1.1], [0.0, 1.0]),

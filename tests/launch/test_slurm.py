@@ -114,7 +114,7 @@ def test_storage_that_is_away_at_the_start_requeues(
     config.write_text(f"{{run: {{dir: {tmp_path}}}, train: {{global_batch: 8, micro_batch: 2, steps: 3}}}}")
     with served() as web:
         web.files["/a.tar"], web.faults["/a.tar"] = b"x", [status(503)] * 1000
-        words = ["pretrain", str(config), f"data.train={web.url}/a.tar", "data.patience_s=0.1"]
+        words = ["pretrain", str(config), f"data.train={web.url}/a.tar", "data.patience_s=1"]
         assert torchrun.main(words) == 3
         assert "HTTP 503" in capfd.readouterr().err
         assert main(["prepare", *words]) == 0

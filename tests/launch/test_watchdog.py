@@ -147,4 +147,4 @@ def test_those_who_wait_speak_late_but_before_gloo() -> None:
     assert limits.of_phase("step", behind=True) == limits.of_phase("tracking", behind=False) == 60
     assert limits.of_phase("step", behind=False) == limits.of_phase("exchange", behind=True) == 540
     assert limits.of_phase("data", behind=True) == 360
-    assert Limits.of(config("data.patience_s=0")).of_phase("data", behind=True) is None
+    assert Limits.of(config("data.patience_s=7")).of_phase("data", behind=True) == 67

@@ -31,7 +31,7 @@ def config(tmp_path: Path) -> RunConfig:
         run=Run(dir=str(tmp_path / "runs")),
         model=Model(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16,
                     patch_size=4),
-        data=Data(train=(Source(f"{tmp_path / SHARDS}/*.tar"),), patience_s=0.0),
+        data=Data(train=(Source(f"{tmp_path / SHARDS}/*.tar"),), patience_s=1.0),
         train=Train(global_batch=8, micro_batch=8, steps=1),
     )  # fmt: skip
 

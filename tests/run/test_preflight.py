@@ -61,7 +61,7 @@ def test_what_a_rank_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     write_shards(tmp_path, [2, 2])
     paths = [tmp_path / "s000.tar", tmp_path / "s001.tar"]
     index, folder = build_index([str(path) for path in paths]), tmp_path / "run" / "checkpoints"
-    config = RunConfig(data=Data(patience_s=0.0))
+    config = RunConfig(data=Data(patience_s=1.0))
 
     def found(rank: int) -> list[str]:
         return [problem.text for problem in preflight.problems(config, World(rank, 4), folder, index)]

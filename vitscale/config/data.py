@@ -61,7 +61,8 @@ class Data:
     # A folder of each node's own disk for shards at URLs; null: of these what is needed is read, by ranges.
     cache: str | None = None
     cache_bytes: int | None = None  # of that folder at most; null: as much as its disk has, but for a twentieth
-    patience_s: float = 300.0  # how long storage that fails (time-outs, 5xx, EIO, ESTALE) is tried again
+    # How long storage that fails (time-outs, 5xx, EIO, ESTALE) is tried again, and a reader may give no sign of life.
+    patience_s: float = 300.0
 
     def __post_init__(self) -> None:
         require(self.lanes is None or self.lanes > 0, "data.lanes", self.lanes, "above 0 or null")
@@ -82,7 +83,8 @@ class Data:
         require(self.prefetch >= 2, "data.prefetch", self.prefetch, "2 or more")
         most = self.cache_bytes
         require(most is None or most > 0, "data.cache_bytes", most, "above 0 or null")
-        require(self.patience_s >= 0, "data.patience_s", self.patience_s, "0 or more")
+        # Readers show four times a second that they live; 1e6 s are eleven days, for who wants to wait for ever.
+        require(1 <= self.patience_s <= 1e6, "data.patience_s", self.patience_s, "in 1 to 1000000 (seconds)")
 
     @property
     def label_extension(self) -> str:

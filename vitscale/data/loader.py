@@ -205,7 +205,7 @@ class Loader:
         """Take the reader's next message. One that died is started again at the same place; StorageError where it gives
         no sign of life for data.patience_s, InfrastructureError where it dies again and again."""
         limit = self._patience_s if self._lives else max(self._patience_s, _STARTING_S)
-        if not select.select([self._results], [], [], limit or None)[0]:
+        if not select.select([self._results], [], [], limit)[0]:
             raise self._stuck()
         try:
             message = receive(self._results)

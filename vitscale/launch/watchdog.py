@@ -35,7 +35,7 @@ class Limits:
 
     patience_s: float
     timeout_s: float
-    data_s: float  # in which the rank itself ends with a line about its storage; 0: it waits for ever
+    data_s: float  # in which the rank itself ends with a line about its storage
 
     @staticmethod
     def of(config: RunConfig) -> Limits:
@@ -43,7 +43,7 @@ class Limits:
 
     def of_phase(self, phase: str, behind: bool) -> float | None:
         """For a rank in `phase`; None: without limit. behind: another rank of the node is further."""
-        if phase in ("start", "end") or (phase == "data" and self.data_s == 0):
+        if phase in ("start", "end"):
             return None  # compiling, the first step, the model's export: others that wait end by parallel.timeout_s
         if phase == "data":
             return self.data_s + self.patience_s
