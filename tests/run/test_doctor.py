@@ -13,11 +13,13 @@ import pytest
 
 from tests.data.makers import write_shards
 from vitscale.config.schema import Data, Model, Run, RunConfig, Source, Tracking, Train
+from vitscale.data.index import store_of, unused_cache
 from vitscale.engine.links import Links
 from vitscale.launch import slurm
 from vitscale.run import doctor
 from vitscale.run.doctor import Finding
-from vitscale.run_folder import BAD_INPUT, DONE
+from vitscale.run.training_data import training_index
+from vitscale.run_folder import BAD_INPUT, DONE, RunFolder
 from vitscale.world import World
 
 SHARDS = "shards"
@@ -103,6 +105,20 @@ def test_a_shard_that_is_no_tar(config: RunConfig, tmp_path: Path, capsys: pytes
     code = doctor.doctor(config, World())
     assert code == BAD_INPUT
     assert f"{tmp_path}/{SHARDS}/a.tar: is no tar file that can be read" in capsys.readouterr().out
+
+
+def test_a_cache_that_is_not_used_is_told(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    with_cache = replace(config, data=replace(config.data, cache="/local/cache"))
+    assert doctor.doctor(with_cache, World()) == DONE
+    line = "data.cache=/local/cache: is for shards at URLs, and not used for the shards of data.train"
+    assert line in capsys.readouterr().out
+    for some, lines in ((config, 0), (with_cache, 1)):  # at a start
+        training_index(some, RunFolder.at(some.run.dir, "run"), store_of(some.data))
+        assert capsys.readouterr().err.count(line) == lines
+    some = unused_cache(with_cache.data, ["a.tar", "s3://b/c.tar"])
+    assert some is not None
+    assert "not used for 1 of the 2 shards" in some
+    assert unused_cache(with_cache.data, ["s3://b/c.tar"]) is None
 
 
 def test_ranks_that_differ_have_lines_of_their_own() -> None:

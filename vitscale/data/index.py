@@ -167,6 +167,18 @@ def store_of(data: Data) -> Stores:
     return Stores(data.cache, data.cache_bytes, data.patience_s)
 
 
+def unused_cache(data: Data, paths: Sequence[str]) -> str | None:
+    """A line where data.cache holds none, or not all, of a run's shards, which who set it may not know."""
+    local = sum(not is_remote(path) for path in paths)
+    if data.cache is None or not local:
+        return None
+    those = "the shards" if local == len(paths) else f"{local} of the {len(paths)} shards"
+    return (
+        f"data.cache={data.cache}: is for shards at URLs, and not used for {those} of data.train, which are paths: "
+        "they are read where they lie, also on a network file system"
+    )
+
+
 def open_index(
     sources: tuple[Source, ...],
     index_path: str | None,

@@ -16,7 +16,7 @@ import urllib3
 
 from vitscale.config.check import check_config
 from vitscale.config.schema import RunConfig
-from vitscale.data.index import store_of
+from vitscale.data.index import store_of, unused_cache
 from vitscale.data.index_builder import IndexBuilder
 from vitscale.data.patterns import expand
 from vitscale.engine.links import LARGE_BYTES, Links, measure_links
@@ -148,6 +148,8 @@ def _of_data(config: RunConfig, world: World, shards: list[Shard]) -> Iterator[t
             tarfile.TarInfo.frombuf(store.read(names[0], 0, 512), "utf-8", "surrogateescape")
         except (OSError, tarfile.HeaderError) as error:
             yield "FAILED", f"{names[0]}: is no tar file that can be read ({error}); name shards by data.train"
+    if line := unused_cache(data, names):
+        yield "warning", line
     yield "ok", f"images are decoded by {choose_decoder(data.decode)}"
 
 

@@ -11,11 +11,12 @@ from vitscale.config.schema import RunConfig
 from vitscale.data.crop import training_crop
 from vitscale.data.derived_order import SkippingOrder
 from vitscale.data.handover import taken_over
-from vitscale.data.index import ShardIndex, open_index, require_images, require_labels
+from vitscale.data.index import ShardIndex, open_index, require_images, require_labels, unused_cache
 from vitscale.data.labels import LabelReader
 from vitscale.data.loader import Loader
 from vitscale.data.mixture import training_order
 from vitscale.data.order import SampleOrder
+from vitscale.data.parallel import report
 from vitscale.data.subset import Subset, SubsetOrder, split
 from vitscale.errors import ConfigError
 from vitscale.files.stores import Stores
@@ -33,6 +34,8 @@ def training_index(config: RunConfig, folder: RunFolder, store: Stores, supervis
     index = index or open_index(
         data.train, data.index, folder.path, label=data.label_extension, image=data.image, store=store
     )
+    if line := unused_cache(data, index.paths):
+        report(line)
     require_images(index, data.label_extension)
     if config.objective.needs_labels:
         require_labels(index, data.label_extension)
