@@ -244,10 +244,10 @@ def test_one_pattern_as_it_was_written(write: Any, text: str) -> None:
 def test_a_path_may_start_at_home(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     path = write("data: {index: ~/i.json, validation: [~/v.tar, {pattern: ~/w.tar}]}")
-    overrides = ["run.dir=~/runs", "data.train=~/{0,1}.tar", "model.init_from=~/m", "run.name=~"]
+    overrides = ["run.dir=~/runs", "data.train=~/{0,1}.tar", "model.init_from=~/m", "run.name=~", "data.cache=~/c"]
     config = load_config(path, [*overrides, "evaluation.test=a~.tar"])
     assert (config.run.dir, config.run.name, config.model.init_from) == ("/home/me/runs", "~", "/home/me/m")
-    assert config.data.index == "/home/me/i.json"
+    assert (config.data.index, config.data.cache) == ("/home/me/i.json", "/home/me/c")
     assert config.data.train == (Source("/home/me/{0,1}.tar"),)
     assert config.data.validation == (Source("/home/me/v.tar"), Source("/home/me/w.tar"))
     assert config.evaluation.test == (Source("a~.tar"),)

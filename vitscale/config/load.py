@@ -32,7 +32,8 @@ _RECORDS = {
     Source: "a list of patterns or {pattern, weight, repeat}",
     Step: "a list of names or {name, probability, low, high}",
 }
-_PATHS = ("run.dir", "data.index", "model.init_from", "checkpoint.resume_from")  # beside the patterns of a Source
+# Beside the patterns of a Source.
+_PATHS = ("run.dir", "data.index", "data.cache", "model.init_from", "checkpoint.resume_from")
 # What can only be meant as a list or a mapping, not as a pattern such as [0-9].tar or {a,b}.tar.
 _LISTED = re.compile(r"\s*(\[([^\]]*,|.*\]\s*$)|\{.*: )", re.DOTALL)
 _NO_YAML = (ValueError, RecursionError, yaml.YAMLError)  # bytes that are no text; [[[[[...
