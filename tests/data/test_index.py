@@ -18,7 +18,7 @@ from vitscale.config.schema import Source
 from vitscale.data import index_builder
 from vitscale.data.index import ShardIndex, build_index, open_index, require_labels
 from vitscale.data.patterns import expand
-from vitscale.errors import DataError
+from vitscale.errors import ConfigError, DataError
 from vitscale.files.store import FileStat, LocalFiles
 
 
@@ -70,6 +70,25 @@ def test_names_that_look_like_patterns_are_names(folder: Path, tmp_path: Path, m
     assert expand((Source("y.tar"), Source("./x*.tar"))) == [f"{odd}/y.tar", f"{odd}/./x[1].tar"]
 
 
+def test_paths_that_look_like_urls_are_paths_where_they_are_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, tmp_path / "scan:2024")
+    for number in range(2):
+        shutil.copy(folder / "s000.tar", f"set:{number}.tar")
+    names = [f"{tmp_path}/scan:2024/s{number:03d}.tar" for number in range(3)]
+    for pattern in ("scan:2024/*.tar", "scan:2024/s{000..002}.tar"):
+        assert expand([Source(pattern)]) == names
+    for pattern in ("set:{0..1}.tar", "set:*.tar"):
+        assert expand([Source(pattern)]) == [f"{tmp_path}/set:0.tar", f"{tmp_path}/set:1.tar"]
+    assert expand([Source("set:1.tar")]) == [f"{tmp_path}/set:1.tar"]
+    with pytest.raises(DataError, match=r"scan:2024/none\.tar: no such file"):
+        opened(Path("scan:2024"), "none.tar")
+    with pytest.raises(DataError, match="scan: is not read"):
+        expand([Source("scan:2025/*.tar")])
+
+
 @pytest.mark.parametrize(
     "pattern, word",
     [
@@ -99,7 +118,13 @@ def test_a_shard_twice_and_no_shard_are_refused(folder: Path) -> None:
     with pytest.raises(DataError, match="twice"):
         open_index((Source(f"{folder}/*.tar"), Source(f"{folder}/../shards/s001.tar")), None, folder)
     with pytest.raises(DataError, match=r"data.train is empty"):
-        expand([])
+        open_index((), None, folder)
+    with pytest.raises(DataError, match=r"evaluation.test='ftp://a/b.tar': ftp: is not read"):
+        open_index((Source("ftp://a/b.tar"),), None, folder, key="evaluation.test")
+    with pytest.raises(ConfigError, match=r"evaluation.test=http://a/b.tar: has a user or password"):
+        open_index((Source("http://me:word@a/b.tar"),), None, folder, key="evaluation.test")
+    with pytest.raises(DataError, match=r"s001.tar: is named twice by evaluation.test"):
+        open_index((Source(f"{folder}/{{s001,s001}}.tar"),), None, folder, key="evaluation.test")
 
 
 def test_the_scan_is_kept_beside_the_shards_and_taken_while_fresh(folder: Path) -> None:

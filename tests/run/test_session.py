@@ -13,11 +13,11 @@ import pytest
 from tests.data.makers import write_shards
 from vitscale.config.check import lanes
 from vitscale.config.load import dump_config
-from vitscale.config.schema import Data, RunConfig, Train
+from vitscale.config.schema import Data, Evaluation, RunConfig, Source, Train
 from vitscale.data.index import ShardIndex, build_index
 from vitscale.data.order import Order
 from vitscale.engine.loop import TrainState
-from vitscale.errors import CheckpointError, LaunchError
+from vitscale.errors import CheckpointError, DataError, LaunchError
 from vitscale.run import session, start
 from vitscale.run.preflight import RankReport
 from vitscale.run.session import Session
@@ -170,6 +170,18 @@ def test_changed_keys_are_reported_once_each(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "config.yaml").write_text("model: {no_such_key: 1}\n")
     start.say_changed_keys(make_session(tmp_path))
     assert "config: the one of the last start cannot be compared: " in capsys.readouterr().out
+
+
+def test_shards_that_are_not_there_are_told_with_their_key(tmp_path: Path) -> None:
+    write_shards(tmp_path, [4, 4])
+    shards, folder = build_index([f"{tmp_path}/s000.tar"]), RunFolder(tmp_path / "run")
+    none = (Source(f"{tmp_path}/none-*.tar"),)
+    for key, changed in (
+        ("data.validation", replace(CONFIG, data=replace(CONFIG.data, validation=none))),
+        ("evaluation.test", replace(CONFIG, evaluation=Evaluation(test=none, every_steps=1))),
+    ):
+        with pytest.raises(DataError, match=rf"^{key}='.*/none-\*\.tar': no such file"):
+            session._other_data(changed, folder, shards, None)
 
 
 def test_a_shard_on_both_sides_is_told_whatever_it_is_called(

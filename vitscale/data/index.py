@@ -187,8 +187,9 @@ def open_index(
     label: str = "cls",
     image: str | None = None,
     store: Store | None = None,
+    key: str = "data.train",
 ) -> ShardIndex:
-    """The index of the shards that `sources` name. Each is asked for its size and time once.
+    """The index of the shards that `sources`, the value of `key`, name. Each is asked for its size and time once.
 
     From the file `index_path` (data.index) if given; else from index.json beside the shards where its rows are
     not stale, and the rest by a scan, kept beside the shards or, where that cannot be written, in the folder
@@ -196,8 +197,8 @@ def open_index(
     (None: see scan_shard). DataError names the pattern, the shard or the file at fault.
     """
     store = store or Stores()
-    parts = [expand([source], store) for source in sources] or [expand((), store)]
-    builder = IndexBuilder([path for part in parts for path in part], store)
+    parts = [expand([source], store, key) for source in sources] or [expand((), store, key)]
+    builder = IndexBuilder([path for part in parts for path in part], store, key)
     fallbacks: tuple[str, ...] = (os.path.abspath(cache),)
     if index_path is not None:
         builder.take_from_file(index_path)

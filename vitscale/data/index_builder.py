@@ -31,8 +31,8 @@ _SLOW_S = 100e-6  # of one stat: from here on several threads are faster, below 
 class IndexBuilder:
     """An index whose shards' paths, sizes and times are known, while their samples are counted."""
 
-    def __init__(self, paths: Sequence[str], store: Store) -> None:
-        """DataError for a shard that is not there, and for one that is named twice."""
+    def __init__(self, paths: Sequence[str], store: Store, key: str = "the pattern") -> None:
+        """key: what names the shards. DataError for a shard that is not there, and for one that is named twice."""
         self.paths, self.store = paths, store
         self.folders = sorted({path[: path.rfind("/") + 1] for path in paths})  # "" or with a slash at the end
         self._first: dict[str, str] = {}  # folder with its links resolved -> as it is written first
@@ -41,7 +41,7 @@ class IndexBuilder:
         self._places = dict(zip(map(self._canonical, paths) if aliases else paths, range(len(paths)), strict=True))
         if len(self._places) < len(paths):
             twice = next(path for i, path in enumerate(paths) if self._places[self._canonical(path)] != i)
-            raise DataError(f"{twice}: is named twice by data.train; name each shard once")
+            raise DataError(f"{twice}: is named twice by {key}; name each shard once")
         self.bytes, self.modified = stat_all(store, paths)
         self.samples = np.zeros(len(paths), dtype=np.int64)  # 0: not known yet
         self.sha256 = np.full(len(paths), None, dtype=object)

@@ -130,8 +130,8 @@ def _of_data(config: RunConfig, world: World, shards: list[Shard]) -> Iterator[t
     """Fills `shards`."""
     data = config.data
     store = store_of(data)
-    names = expand(data.train, store)
-    builder = IndexBuilder(names, store)
+    names = expand(data.train, store, "data.train")
+    builder = IndexBuilder(names, store, "data.train")
     places = (rank % len(names) for rank in range(world.world_size))
     shards += [Shard(names[place], int(builder.bytes[place])) for place in places]
     if data.index is not None:

@@ -187,7 +187,8 @@ def _open(subject: Subject, results: RunFolder) -> dict[str, Side | None]:
         out = results.path / f"{PACKED}-{name}"
         pack_folder(sources, out, config.model.id2label or classes_of(trained))
         shards = packed_sources(sources, out)
-        index = open_index(shards, indexed, results.path, label=label, image=data.image, store=store)
+        key = "data.train" if sources is data.train else f"evaluation.{name}"
+        index = open_index(shards, indexed, results.path, label=label, image=data.image, store=store, key=key)
         if _is_labelled(config):
             require_labels(index, label)
         return index

@@ -19,6 +19,7 @@ from vitscale.errors import CheckpointError, ConfigError, DataError
 from vitscale.evaluation.validation import HeldOut
 from vitscale.files.classes import class_names
 from vitscale.files.model_folder import CONFIG, PROCESSOR, read_json
+from vitscale.files.retry import PATIENCE_S
 from vitscale.files.sources import locate
 from vitscale.files.store import is_remote
 from vitscale.files.stores import Stores
@@ -142,8 +143,10 @@ def _classes(written: Flat) -> list[str] | None:
         return folders
     if any(is_image_folder(source.pattern) for source in sources):
         return None
-    store = Stores(written.get("data.cache"), written.get("data.cache_bytes"))
-    return class_names(expand(sources, store), store, one_meaning=True)
+    store = Stores(
+        written.get("data.cache"), written.get("data.cache_bytes"), written.get("data.patience_s", PATIENCE_S)
+    )
+    return class_names(expand(sources, store, "data.train"), store, one_meaning=True)
 
 
 class Finetune(Job):

@@ -133,18 +133,21 @@ def _other_data(config: RunConfig, folder: RunFolder, index: ShardIndex, look_at
     evaluation = config.evaluation
     probes = bool(evaluation.test) and (evaluation.every_steps or evaluation.every_epochs) is not None
 
-    def opened(sources: tuple[Source, ...], needs_labels: bool = True) -> ShardIndex | None:
+    def opened(key: str, sources: tuple[Source, ...], needs_labels: bool = True) -> ShardIndex | None:
         if not sources:
             return None
-        other = open_index(sources, None, folder.path, label=label, image=data.image, store=index.store)
+        other = open_index(sources, None, folder.path, label=label, image=data.image, store=index.store, key=key)
         if needs_labels:
             require_labels(other, label)
         return other
 
     if probes and not evaluation.train:
         require_labels(index, label)
-    validation = opened(data.validation, config.objective.needs_labels)
-    train, test = (opened(sources) if probes else None for sources in (evaluation.train, evaluation.test))
+    validation = opened("data.validation", data.validation, config.objective.needs_labels)
+    train, test = (
+        opened(f"evaluation.{name}", sources) if probes else None
+        for name, sources in (("train", evaluation.train), ("test", evaluation.test))
+    )
     own = index.class_names
     named = named_classes(config, own)
     if validation is not None:
