@@ -317,3 +317,10 @@ def test_names_in_a_shard_do_not_reach_the_terminal_as_they_are(
     opened(write_tar(tmp_path / "s.tar", members).parent)
     told = r"s.tar: 1 members belong to no sample, as \x1b[2J\n/.hidden: they are passed over"
     assert capsys.readouterr().err == f"{tmp_path}/{told}\n"
+
+
+def test_further_images_of_a_sample_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tar(tmp_path / "s.tar", [("a.jpg", photo(0)), ("a.mask.jpg", photo(1)), ("b.jpg", photo(2))])
+    opened(tmp_path)
+    told = "s.tar: 1 further images in samples that have one, as a.mask.jpg: they are passed over; data.image names the"
+    assert told in capsys.readouterr().err

@@ -222,6 +222,17 @@ def test_what_belongs_to_no_sample_is_passed_over_and_counted(tmp_path: Path) ->
     assert table.image_of(1) is None
 
 
+def test_further_images_of_a_sample_are_passed_over_and_counted(tmp_path: Path) -> None:
+    members = [("1.cls", b"3"), ("1.jpg", JPEG), ("1.mask.png", JPEG), ("2.webp", JPEG), ("2.cls", b"4"), ("x.md", b"")]
+    path = str(write_tar(tmp_path / "a.tar", [*members, ("1.jpeg", JPEG), ("2.txt", b"a cat")]))
+    table = scan_shard(path, label="cls")
+    assert (table.keys, table.further, table.further_example) == (["1", "2"], 2, "1.mask.png")
+    assert table.image_of(0) == table.members(0)["jpg"]
+    chosen = scan_shard(path, label="cls", image="mask.png")
+    assert (chosen.further, chosen.image_of(0)) == (0, table.members(0)["mask.png"])
+    assert scan_shard(path, label="mask.png").further == 1, "the label is no further image"
+
+
 def test_content_tells_what_is_an_image(tmp_path: Path) -> None:
     members = [
         ("1.jfif", JPEG), ("2.jpg_large", JPEG), ("3.input.png", PNG), ("3.txt", b"x"), ("4.img", b"none"),

@@ -148,6 +148,9 @@ class Sidecar:
         if scanned.passed_over:
             what = f"{scanned.passed_over} members belong to no sample, as {scanned.example}"
             _report_few(f"{path}: {what}: they are passed over")
+        if scanned.further:
+            what = f"{scanned.further} further images in samples that have one, as {scanned.further_example}"
+            _report_few(f"{path}: {what}: they are passed over; data.image names the extension of those that are meant")
         made = tables.make_table(scanned, stat, self.label, self.image)
         return replace(made, sha256=passing.sha256()) if with_sha256 else made
 

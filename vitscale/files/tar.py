@@ -45,6 +45,8 @@ class OffsetTable:
     image: np.ndarray  # int64 [samples], which member is the image; -1: none
     passed_over: int = 0  # members that belong to no sample
     example: str = ""  # the name of one of these
+    further: int = 0  # images of samples that have one before them, where no extension says which is meant
+    further_example: str = ""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -70,9 +72,10 @@ def scan_shard(
 ) -> OffsetTable:
     """Read all headers of a tar file, each once. DataError when it is not whole, not a tar, or holds no sample.
 
-    Members of one key are a sample, wherever they lie, if one is an image or a label. label: the extension of the
-    members whose bytes are wanted with their headers; stat: what the store says of the file, where it is known; image:
-    the extension of the images (default: of IMAGE_KINDS, else what their content says).
+    Members of one key are a sample, wherever they lie, if one is an image or a label; of several images the first is
+    meant. label: the extension of the members whose bytes are wanted with their headers; stat: what the store says of
+    the file, where it is known; image: the extension of the images (default: of IMAGE_KINDS, else what their content
+    says).
     """
     store = store or LocalFiles()
     try:
@@ -141,11 +144,15 @@ class _Scan:
         if len(image):
             ranked = np.minimum.reduceat(score[order] * len(order) + np.arange(len(order)), first[:-1])
             image = np.where(ranked < _NO_IMAGE * len(order), ranked % len(order), -1)
+        further = (score[order] < _NO_IMAGE) & (kind[order] != label)
+        further[image[image >= 0]] = False
+        keys = [key for key, stays in zip(keys, good.tolist(), strict=True) if stays]
+        second = [f"{keys[sample[at]]}.{kinds[kind[order[at]]]}" for at in np.flatnonzero(further)[:1]]
         labels = {int(number[self.sample[member]]): text for member, text in self.labels.items()
                   if good[self.sample[member]]}  # fmt: skip
         return OffsetTable(
-            [key for key, stays in zip(keys, good.tolist(), strict=True) if stays], first, kinds,
-            kind[order].astype(np.int32), offsets[order], sizes[order], labels, image, passed_over, example,
+            keys, first, kinds, kind[order].astype(np.int32), offsets[order], sizes[order], labels, image, passed_over,
+            example, int(further.sum()), "".join(second),
         )  # fmt: skip
 
     def _image_score(self, kind: np.ndarray, kinds: list[str]) -> np.ndarray:
