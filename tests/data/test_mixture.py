@@ -158,6 +158,9 @@ def test_the_config_decides(tmp_path: Path) -> None:
     assert (order.batches_per_epoch, order.epoch(5)) == (2, 2)
     _, order = opened(f"data.train=['{a}']", "data.epoch_samples=16")
     assert (order.batches_per_epoch, order.epoch(5)) == (2, 2)
+    for sources in (f"data.train=['{a}']", f"data.train=['{a}', {{pattern: '{b}', repeat: 3}}]"):
+        _, short = opened(sources, "data.epoch_samples=3")  # whole batches: one
+        assert (short.batches_per_epoch, short.epoch(5)) == (1, 5)
     plain = opened(f"data.train=['{a}']")[1]
     for batch in (0, 7, 30):
         assert order.refs(batch, 0, 8).ids.tolist() == plain.refs(batch, 0, 8).ids.tolist(), "nothing but its name"

@@ -232,7 +232,7 @@ class Order:
         self._views = Views(self._share, repeats)
         self.block = self._passes.block
         self._batches = self._passes.lane_length // self._views.run * self._views.run * repeats // self._share
-        self.batches_per_epoch = epoch_samples // global_batch if epoch_samples else self._batches
+        self.batches_per_epoch = max(1, epoch_samples // global_batch) if epoch_samples else self._batches
 
     def epoch(self, batch: int) -> int:
         """Which epoch a batch is of."""
