@@ -147,6 +147,37 @@ def test_the_verb_needs_no_shards(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "data.train is empty" in capsys.readouterr().err
 
 
+def test_a_mixture_by_an_index_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [*(f"s3://b/web/{shard}.tar" for shard in range(30)), *(f"s3://b/ours/{kind}/0.tar" for kind in "xy")]
+    rows = [{"name": name, "samples": 50 + place, "bytes": 5000} for place, name in enumerate([*names, "s3://b/c.tar"])]
+    (tmp_path / "index.json").write_text(json.dumps({"format": "vitscale-index-1", "shards": rows}))
+    (tmp_path / "run.yaml").write_text("train: {global_batch: 64, micro_batch: 4, steps: 9}\n")
+    index = ShardIndex.load(tmp_path / "index.json")
+    mixed = (Source("s3://b/ours/**/*.tar", weight=1), Source("s3://b/web/{0..29}.tar", weight=3))
+    chosen = index.by_sources(mixed)
+    assert (chosen.sources, list(chosen.paths)) == ((2, 30), [*names[30:], *names[:30]])
+    assert chosen.samples.tolist() == [80, 81, *range(50, 80)]
+    shares = "{pattern: 's3://b/ours/*/*.tar', repeat: 4}"
+    command = ["simulate", str(tmp_path / "run.yaml"), f"data.index={tmp_path}/index.json", "--nodes", "2"]
+    assert main([*command, f"data.train=['s3://b/web/*.tar', {shares}]"]) == 0
+    assert "in 32 shards" in capsys.readouterr().out
+    assert main([*command, f"data.train=['s3://b/web/{{0..30}}.tar', {shares}]"]) == 2
+    assert "data.index: has no row for s3://b/web/30.tar" in capsys.readouterr().err
+    assert main([*command, f"data.train=['s3://b/**/*.tar', {shares}]"]) == 2
+    assert "s3://b/ours/x/0.tar: is named twice by data.train" in capsys.readouterr().err
+    assert main([*command, f"data.train=['s3://b/none/*.tar', {shares}]"]) == 2
+    assert "data.train='s3://b/none/*.tar': no such file" in capsys.readouterr().err
+
+
+def test_relative_and_odd_names_are_found_in_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"name": f"{name}.tar", "samples": 5, "bytes": 5000} for name in ("a/0", "a/1", "b[1]/0", "b[1]/1")]
+    (tmp_path / "index.json").write_text(json.dumps({"format": "vitscale-index-1", "shards": rows}))
+    (tmp_path / "b[1]").mkdir()  # as it would be where a run is
+    index = ShardIndex.load("index.json").by_sources((Source("b[1]/*.tar"), Source(f"{tmp_path}/a/{{0,1}}.tar")))
+    assert (index.sources, list(index.paths)) == ((2, 2), ["b[1]/0.tar", "b[1]/1.tar", "a/0.tar", "a/1.tar"])
+
+
 def test_a_perfect_shuffle_is_as_far_as_it_should_be() -> None:
     counts = np.array([30] * 20 + [7] * 10)
     ids = np.repeat(np.arange(30), counts)

@@ -19,7 +19,7 @@ from vitscale.config.schema import Data, Source
 from vitscale.data.index_builder import IndexBuilder, stat_all
 from vitscale.data.index_file import Rows, read_rows, write_rows
 from vitscale.data.parallel import Report, report
-from vitscale.data.patterns import expand
+from vitscale.data.patterns import expand, expand_among
 from vitscale.data.sidecar import Shard, Sidecar, count_samples
 from vitscale.data.table import SampleTable
 from vitscale.errors import DataError
@@ -69,6 +69,26 @@ class ShardIndex:
     @property
     def rows(self) -> Rows:
         return Rows(self.paths, self.samples, self.bytes, self.sha256, self.modified)
+
+    def by_sources(self, sources: Sequence[Source]) -> ShardIndex:
+        """The shards that the entries of data.train name, in their order, told by their paths: they need not be there.
+        DataError for one that the index does not have, or that is named twice."""
+        places = {absolute(path): place for place, path in enumerate(self.paths)}
+        parts = [expand_among(source, list(places), "data.train") for source in sources]
+        chosen: dict[str, int] = {}
+        for path in (absolute(path) for part in parts for path in part):
+            if path not in places:
+                raise DataError(
+                    f"data.index: has no row for {path}; make it again of all patterns with `vitscale index`"
+                )
+            if path in chosen:
+                raise DataError(f"{path}: is named twice by data.train; name each shard once")
+            chosen[path] = places[path]
+        at = list(chosen.values())
+        paths, sha256 = [self.paths[place] for place in at], [self.sha256[place] for place in at]
+        rows = Rows(paths, self.samples[at], self.bytes[at], sha256, self.modified[at])
+        index = ShardIndex.of(rows, self.store, self.fallback_folders, self.image)
+        return replace(index, sources=tuple(len(part) for part in parts))
 
     @cached_property
     def class_names(self) -> list[str] | None:

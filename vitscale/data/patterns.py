@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import braceexpand
@@ -14,7 +15,7 @@ import braceexpand
 from vitscale.config.schema import Source
 from vitscale.errors import DataError
 from vitscale.files.retry import unreadable
-from vitscale.files.store import Store, is_remote, split_existing
+from vitscale.files.store import LocalFiles, Paths, Store, absolute, is_remote, split_existing
 from vitscale.files.stores import REMOTE, Stores, require_no_secret
 
 _MOST_SHARDS = 10_000_000
@@ -37,6 +38,32 @@ def expand(sources: Iterable[Source], store: Store | None = None, key: str = "sh
     if not paths:
         raise DataError(f"{key} is empty: give a pattern of shards, say {key}=/data/train-{{0000..0099}}.tar")
     return paths
+
+
+def expand_among(source: Source, paths: Sequence[str], key: str) -> list[str]:
+    """As `expand`, of absolute paths that are known, whether or not they are there."""
+    return expand([source], _Known(paths), key)
+
+
+class _Known(LocalFiles):
+    """Lists files by their paths alone."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        super().__init__()
+        self._paths = [path.split("/") for path in paths]
+
+    def list(self, pattern: str) -> Paths:
+        parts = absolute(pattern).split("/")
+        return sorted("/".join(path) for path in self._paths if _matches(path, parts))
+
+
+def _matches(path: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Folder by folder; ** stands for any number of them."""
+    if not pattern or not path:
+        return not pattern and not path
+    if pattern[0] == "**":
+        return any(_matches(path[start:], pattern[1:]) for start in range(len(path)))
+    return fnmatch.fnmatchcase(path[0], pattern[0]) and _matches(path[1:], pattern[1:])
 
 
 def _expand(pattern: str, store: Store, key: str) -> list[str]:

@@ -90,7 +90,7 @@ def simulate(config: RunConfig, index: ShardIndex, nodes: int, gpus: int, steps:
     check_config(config, World(world_size=nodes * gpus))
     mixed = is_mixture(config.data.train)
     if mixed and not index.sources:
-        raise ConfigError("data.index does not tell the sources of data.train apart: leave it out, to have them listed")
+        index = index.by_sources(config.data.train)  # an index file does not tell them apart
     fleet = Fleet(config, index, order_over(config, index, None), nodes, gpus)
     steps = min(steps, 2 * fleet.order.batches_per_epoch)  # the second shows what the cache still has of the first
     at_once = _working_sets(fleet)
