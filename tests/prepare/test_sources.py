@@ -19,8 +19,10 @@ from tests.files.web import served
 from tests.prepare.test_pack import contents
 from vitscale.config.schema import Source
 from vitscale.data.index import ShardIndex
+from vitscale.data.labels import LabelReader
 from vitscale.errors import DataError
 from vitscale.files.classes import class_names
+from vitscale.files.header import BadSample
 from vitscale.prepare.image_folder import classes_of, pack_folder
 from vitscale.prepare.pack import pack
 from vitscale.prepare.sources import Columns
@@ -251,6 +253,42 @@ def test_parquet_as_a_list_of_paths(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(DataError, match=r"bad\.parquet: cannot be read"):
         packed(tmp_path / "bad.parquet", tmp_path / "y")
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("form", ["bytes", "paths", "saved"])
+def test_lists_of_numbers_are_labels(photos: Path, tmp_path: Path, form: str, fixed: bool) -> None:
+    """fixed: in Arrow's type for lists of one length, of which pyarrow reads no row without a list."""
+    vectors = [[0.25, -3.0], [1.0, 0.0], [0.5, None], [None, None] if fixed else None, [float("nan"), 1.0], [0.0, 1.0]]
+    kind = arrow.list_(arrow.float64(), 2 if fixed else -1)
+    names = [f"part{number % 2}/{number}.jpg" for number in range(6)]
+    images = names if form == "paths" else [{"bytes": photo(number), "path": names[number]} for number in range(6)]
+    rows, said = arrow.table({"image": images, "labels": arrow.array(vectors, kind)}), list[str]()
+    if form == "saved":
+        source = save_to_disk(photos / "set", rows, features={"image": {"_type": "Image"}})
+    else:
+        source = photos / "list.parquet"
+        parquet.write_table(rows, source)
+    found = labels(packed(source, tmp_path / "out", said))
+    assert found == {
+        "part0/0": "0.25 -3.0", "part1/1": "1.0 0.0", "part0/2": "0.5 nan", "part0/4": "nan 1.0", "part1/5": "0.0 1.0"
+    }  # fmt: skip
+    assert "labels are those of labels; 1 of 6 images have none" in said
+    assert "warning: of 2 images labels lacks a number: a run takes them for bad samples" in said
+    regression = LabelReader(required=True, num_labels=2, kind="regression")
+    assert regression.read(found["part0/0"].encode()) == (0.25, -3.0)
+    with pytest.raises(BadSample, match="must be finite"):
+        regression.read(found["part0/4"].encode())
+    several = LabelReader(required=True, num_labels=2, kind="multi_label_classification")
+    assert several.read(found["part1/5"].encode()) == (0.0, 1.0)
+
+
+def test_lists_of_several_lengths_are_told(tmp_path: Path) -> None:
+    said: list[str] = []
+    rows = {"image": [photo(0), photo(1), photo(2)], "label": [[3, 7], [1], []]}
+    parquet.write_table(arrow.table(rows), tmp_path / "a.parquet")
+    assert sorted(labels(packed(tmp_path / "a.parquet", tmp_path / "out", said)).values()) == ["1", "3 7"]
+    assert any(line.startswith("warning: label has lists of 1, 2 numbers") for line in said)
 
 
 def save_to_disk(folder: Path, *tables: arrow.Table, features: Any = FEATURES) -> Path:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def from_parquet(paths: Sequence[Path], classes: Sequence[str] | None, columns: 
                 origin = TableRow(str(path), group, row, layout.image)
                 samples.append(PackedSample(key, origin, size, texts[place], f"{path.name} {group}"))
                 place += 1
-    return Found(samples, found, label_notes(texts, layout.labels, found))
+    return Found(samples, found, [*label_notes(texts, layout.labels, found), *_vector_notes(cells, layout)])
 
 
 def saved_splits(folder: Path) -> list[str]:
@@ -148,7 +149,7 @@ def from_saved(folder: Path, classes: Sequence[str] | None, columns: Columns) ->
             key = keys.of_path(name) if name else keys.of_row(path.name, row)
             origin = TableRow(str(path), -1, row, layout.image)
             samples.append(PackedSample(key, origin, size or 0, texts[len(samples)]))
-    return Found(samples, names, label_notes(texts, layout.labels, names))
+    return Found(samples, names, [*label_notes(texts, layout.labels, names), *_vector_notes(cells, layout)])
 
 
 def _of_paths(paths: Sequence[Path], tables: Sequence[Any], layout: _Layout, classes: Sequence[str] | None) -> Found:
@@ -159,7 +160,9 @@ def _of_paths(paths: Sequence[Path], tables: Sequence[Any], layout: _Layout, cla
     if "" in names:
         raise DataError(f"{as_text(paths[0])}: row {names.index('')} has no path in {layout.image}; take it out")
     cells = [row for table in tables for row in _cells(table, layout)]
-    return from_paths(paths[0], names, cells, layout.labels, classes)
+    found = from_paths(paths[0], names, cells, layout.labels, classes)
+    found.notes += _vector_notes(cells, layout)
+    return found
 
 
 def _layout(schema: Any, source: str, columns: Columns, features: Any = None) -> _Layout:
@@ -229,7 +232,36 @@ def _paths(table: Any, layout: _Layout) -> list[str | None]:
 
 def _cells(table: Any, layout: _Layout) -> list[list[object]]:
     columns = [table.column(name).to_pylist() for name in layout.labels]
+    if layout.names is None:
+        columns = [[_vector(cell) for cell in column] for column in columns]
     return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in range(len(table))]
+
+
+def _vector(cell: Any) -> Any:
+    """A list of numbers with each in its place: where one is missing, nan, with which no run takes it for a label."""
+    if not isinstance(cell, list):
+        return cell
+    known = [each for each in cell if each is not None and each == each]
+    if not known or not isinstance(known[0], Number):
+        return known
+    return ["nan" if each is None or each != each else each for each in cell]
+
+
+def _vector_notes(cells: Sequence[Sequence[Any]], layout: _Layout) -> list[str]:
+    """What people should know of labels that are lists of numbers."""
+    if layout.names is not None or len(layout.labels) != 1:
+        return []
+    (name,), lists = layout.labels, [row[0] for row in cells if isinstance(row[0], list)]
+    vectors = [each for each in lists if any(isinstance(number, Number) for number in each)]
+    notes, sizes = [], sorted({len(each) for each in vectors})
+    if len(sizes) > 1:
+        notes.append(
+            f"warning: {name} has lists of {listed(sizes)} numbers, and a run takes as many of each image "
+            "(model.num_labels): of several classes an image write 0 or 1 for each class"
+        )
+    if lacking := sum("nan" in each for each in vectors):
+        notes.append(f"warning: of {lacking} images {name} lacks a number: a run takes them for bad samples")
+    return notes
 
 
 def _labels(
