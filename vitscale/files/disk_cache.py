@@ -54,7 +54,8 @@ class DiskCache:
         self._ranges = ranges or store
         self._stats: dict[str, FileStat] = {}
         self._opened: dict[str, float] = {}  # local path that this process has looked at -> when it last said so there
-        self._suspects: dict[str, float] = {}  # local path at which the disk has failed -> when it was good after that
+        # Local path at which the disk has failed -> when its bytes were good again; infinite: not yet.
+        self._suspects: dict[str, float] = {}
         self._failure = ""  # of the disk, for good
         self._failing = Lock()
 
@@ -149,7 +150,7 @@ class DiskCache:
             about = json.loads(_about(local).read_text(encoding="utf-8"))
             if sha256 not in (None, about["sha256"]):
                 return False
-            if about["boot"] != _boot() or local in self._suspects:
+            if about["boot"] != _boot() or self._suspects.get(local) == math.inf:
                 if sha256_of(local) != about["sha256"]:
                     return False
                 write_atomically(_about(local), json.dumps(about | {"boot": _boot()}))
