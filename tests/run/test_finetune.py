@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.files.web import served, status
 from tests.inference.conftest import save
+from vitscale.config.schema import Source
 from vitscale.conversion.convert import convert
-from vitscale.errors import ConfigError
+from vitscale.errors import ConfigError, StorageError
+from vitscale.files import retry
 from vitscale.models.vit import ViTModel
 from vitscale.run.finetune import complete
 
@@ -44,3 +47,13 @@ def test_a_file_of_weights_says_its_sizes_and_the_config_the_rest(tmp_path: Path
         complete(written)
     keys = complete(written | {"model.num_attention_heads": 2, "model.image_size": 64})
     assert (keys["model.hidden_size"], keys["model.image_size"]) == (load_model(folder).config.hidden_size, 32)
+
+
+def test_classes_at_a_server_are_waited_for_as_long_as_its_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "_LONGEST_WAIT_S", 0.02)
+    with served() as web:
+        web.files["/d/classes.json"], web.faults["/d/classes.json"] = b"[]", [status(503)] * 500
+        written = {"data.train": (Source(f"{web.url}/d/a.tar"),), "data.patience_s": 0.1}
+        with pytest.raises(StorageError, match=r"/d/classes\.json: its storage failed"):
+            complete(written)
+        assert web.faults["/d/classes.json"], "before it answered"
