@@ -102,7 +102,7 @@ def test_paths_that_look_like_urls_are_paths_where_they_are_there(
         ("FOLDER/s{000..002.tar", "Unbalanced"),
         (
             "FOLDER",
-            "is a folder; name the shards in it, say data.train='FOLDER/*.tar' (of a folder of images, `",
+            "is a folder; name the shards in it, say 'FOLDER/*.tar' (of a folder of images, `",
         ),
         ("FOLDER/", "'FOLDER/*.tar'"),
     ],

@@ -88,8 +88,8 @@ def _expand(pattern: str, store: Store, key: str) -> list[str]:
     if os.path.isdir(local):
         folder = local.rstrip("/")
         raise DataError(
-            f"{said}: is a folder; name the shards in it, say {key}='{folder}/*.tar' (of a folder of images, `vitscale "
-            f"pack {folder} NEW_FOLDER` makes shards)"
+            f"{said}: is a folder; name the shards in it, say '{folder}/*.tar' (of a folder of images, `vitscale pack "
+            f"{folder} NEW_FOLDER` makes shards)"
         )
     folder, rest = split_existing(local)
     names = _braces(rest, said)
