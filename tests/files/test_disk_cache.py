@@ -19,7 +19,7 @@ import pytest
 from tests.files import web as faults
 from tests.files.web import Web, served
 from vitscale.errors import ConfigError, DataError, StorageError
-from vitscale.files import disk_cache, retry
+from vitscale.files import disk_cache, http, retry, stores, stream
 from vitscale.files.disk_cache import DiskCache
 from vitscale.files.http import HttpFiles
 from vitscale.files.store import sha256_of
@@ -276,6 +276,22 @@ def test_a_disk_that_goes_on_failing_is_done_without(
     web.faults["/c.tar"] = [faults.status(503)] * 1000
     with pytest.raises(StorageError, match=rf"data.cache=.*: the disk of {host()} fails .*/c\.tar cannot be read"):
         store.read(f"{web.url}/c.tar", 0, 9)
+
+
+def test_where_a_server_knows_no_ranges_the_node_is_named(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (stream, http):
+        monkeypatch.setattr(module, "WINDOW", 20_000)
+    monkeypatch.setattr(stores, "_PIECE", 10_000)
+    store, url = Stores(str(tmp_path / "cache")), f"{web.url}/a.tar"
+    web.faults["/a.tar"] = [faults.whole_without_ranges] * 1000
+    store.fetch(url, None)
+    file = next(_data_of(tmp_path, url))
+    file.unlink()
+    file.with_suffix(".part").symlink_to(NO_BYTES)
+    with pytest.raises(StorageError, match=rf"the disk of {host()} fails .* whole files alone .*; start the run again"):
+        store.read(url, 90_000, 9)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")

@@ -133,12 +133,14 @@ class DiskCache:
                 to_stderr(f"warning: {self._failure}: this process reads by ranges, without it; have that disk seen to")
 
     def _without(self, path: str, start: int, count: int) -> bytes:
+        """By ranges. StorageError where the storage fails too, or its config says that this cannot be."""
         try:
             return self._ranges.read(path, start, count)
-        except UnavailableError as error:
+        except (UnavailableError, ConfigError) as error:
+            why = error.strerror if isinstance(error, UnavailableError) else str(error)
             raise StorageError(
-                f"{self._failure}, and {path} cannot be read without it: {error.strerror}; start the run again once "
-                "its storage answers, or on other nodes"
+                f"{self._failure}, and {path} cannot be read without it: {why}; start the run again without that node, "
+                "or once the storage answers"
             ) from None
 
     def _is_good(self, local: str, stat: FileStat, sha256: str | None) -> bool:
