@@ -432,6 +432,20 @@ def test_larger_images_are_made_smaller_and_the_others_left(tmp_path: Path) -> N
     assert abs(turned - np.rot90(wanted, -1)).mean() < 3, "as it is to be seen"
 
 
+def test_the_first_picture_of_two_in_one_jpeg_is_made_smaller(tmp_path: Path) -> None:
+    """Which Pillow calls MPO: telephones put a depth map or a second view behind a photograph."""
+    first, second = (Image.fromarray(pixels(number, 200, 300)) for number in range(2))
+    both = encoded(first, "MPO", save_all=True, append_images=[second], quality=95)
+    assert Image.open(io.BytesIO(both)).format == "MPO"
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(both)
+    (members,) = packed(tmp_path / "photos", tmp_path / "out", short_side=50).values()
+    small = Image.open(io.BytesIO(members["jpg"]))
+    assert (small.format, small.size) == ("JPEG", (75, 50))
+    wanted = np.asarray(first.resize((75, 50), Image.Resampling.BICUBIC), dtype=float)
+    assert abs(np.asarray(small, dtype=float) - wanted).mean() < 3
+
+
 def test_an_image_that_is_named_twice_stays_on_one_side(photos: Path, tmp_path: Path) -> None:
     names = sorted(str(path.relative_to(photos)) for path in photos.rglob("*.jpg"))
     listed = write_list(photos / "twice.csv", "path,label", *(f"{name},{label}" for label in (0, 1) for name in names))

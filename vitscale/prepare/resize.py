@@ -6,11 +6,11 @@ import io
 
 from PIL import Image, ImageOps
 
-from vitscale.files.header import BadSample, read_header
+from vitscale.files.header import FORMATS, read_header
 
 _MOST_PIXELS = 1_000_000_000
 _JPEG_QUALITY = 95
-_FORMATS = {"JPEG": ("jpg", "JPEG"), "WEBP": ("webp", "WEBP")}  # what has lost bits stays so; all else is PNG
+_KEPT = {"JPEG": ("jpg", "JPEG"), "WEBP": ("webp", "WEBP")}  # what has lost bits stays so; all else is PNG
 _AS_IT_IS = ("RGB", "RGBA", "L", "LA", "CMYK", "I;16", "F", "I")  # modes whose pixels can be averaged
 
 
@@ -24,18 +24,19 @@ def resized(data: bytes, kind: str, short_side: int) -> tuple[str, bytes]:
         header = read_header(data, _MOST_PIXELS)
         if min(header.height, header.width) <= short_side:
             return kind, data
-        return _resized(data, kind, short_side)
-    except BadSample:
-        return kind, data
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):  # of a damaged file
+        return _resized(data, kind, header.kind, short_side)
+    except MemoryError:
+        raise
+    except Exception:  # BadSample; and Pillow's decoders raise nearly anything on damaged files
         return kind, data
 
 
-def _resized(data: bytes, kind: str, short_side: int) -> tuple[str, bytes]:
-    image = Image.open(io.BytesIO(data))
+def _resized(data: bytes, kind: str, form: str, short_side: int) -> tuple[str, bytes]:
+    """form: JPEG, also where Pillow calls it MPO: a telephone's picture with a further one behind it."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
     scale = short_side / min(image.size)
     size = tuple(max(short_side, round(edge * scale)) for edge in image.size)
-    new_kind, form = _FORMATS.get(image.format or "", ("png", "PNG"))
+    new_kind, form = _KEPT.get(form, ("png", "PNG"))
     profile = image.info.get("icc_profile")
     image.draft(None, size)  # type: ignore[arg-type]  # a JPEG is decoded at the smallest DCT scale that covers it
     whole = ImageOps.exif_transpose(image)
