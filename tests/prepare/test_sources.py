@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from vitscale.errors import DataError
 from vitscale.files.classes import class_names
 from vitscale.files.header import BadSample
 from vitscale.prepare.image_folder import classes_of, pack_folder
-from vitscale.prepare.pack import pack
+from vitscale.prepare.pack import find, pack
 from vitscale.prepare.sources import Columns
 
 Samples = dict[str, dict[str, bytes]]
@@ -382,6 +383,24 @@ def test_shards_of_a_server_packed_again(workers: int, tmp_path: Path) -> None:
         index = pack(f"{web.url}/old{{0..1}}.tar", tmp_path / "out", shard_samples=3, workers=workers)[""]
     assert index.samples.tolist() == [3, 3, 2]
     assert contents(index.paths) == {name[:2]: {"jpg": data} for name, data in (*members[0], *members[1])}
+
+
+def test_shards_are_looked_at_side_by_side(tmp_path: Path) -> None:
+    """The server answers a read of headers only once another shard is read too."""
+    pair = threading.Barrier(2, timeout=20)
+
+    def wait(*_: Any) -> bool:
+        pair.wait()
+        return False
+
+    with served() as web:
+        for shard in range(8):
+            path = write_tar(tmp_path / f"{shard}.tar", [(f"{shard}.jpg", photo(shard))])
+            web.files[f"/{shard}.tar"] = path.read_bytes()
+            web.faults[f"/{shard}.tar"] = [lambda *_: False, wait]  # for its size, then for its headers
+        found = find(f"{web.url}/{{0..7}}.tar")
+    assert not pair.broken
+    assert [sample.key for sample in found.samples] == list("01234567")
 
 
 # ---- smaller

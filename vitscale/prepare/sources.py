@@ -1,4 +1,4 @@
-"""What `vitscale pack` makes shards of: a folder of images, a list of them, or shards; see also pack_tables.py."""
+"""What `vitscale pack` makes shards of: a folder of images, a list of them, or shards; see also tables.py."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from functools import lru_cache
 from pathlib import Path
 from stat import S_ISREG
 
+from vitscale.data.index_builder import stat_all
+from vitscale.data.parallel import on_shards
+from vitscale.data.sidecar import Shard
 from vitscale.errors import DataError
 from vitscale.files.classes import class_names
 from vitscale.files.folder import LeftOut, class_folders, images_in, walk
 from vitscale.files.header import FORMATS
 from vitscale.files.retry import unreadable
+from vitscale.files.store import FileStat
 from vitscale.files.stores import Stores
-from vitscale.files.tar import scan_shard
+from vitscale.files.tar import OffsetTable, scan_shard
+from vitscale.prepare.progress import Progress, in_order, looked_at
 from vitscale.prepare.writer import ImageFile, Members, PackedSample
 from vitscale.text import as_text, did_you_mean, listed
 
@@ -74,7 +79,7 @@ def from_folder(folder: Path, classes: Sequence[str] | None) -> Found:
     """The images of one folder a class, or of a flat folder, without labels."""
     left_out, keys = LeftOut(), Keys()
     folders, loose = class_folders(folder, left_out), images_in(folder, left_out)
-    inside = {each: list(walk(each, left_out)) for each in folders}
+    inside = _walked(folders, left_out)
     if loose and not any(inside.values()):  # such as OUT within it
         folders = []
     if not folders and not loose:
@@ -96,12 +101,45 @@ def from_folder(folder: Path, classes: Sequence[str] | None) -> Found:
     labels = {name: str(label) for label, name in enumerate(names)}
     images: list[tuple[Path, str | None]] = [(path, None) for path in loose]
     images += [(path, labels[as_text(each.name)]) for each in folders for path in inside[each]]
+    sizes = looked_at(_size, [str(path) for path, _ in images], "pack: sizes", "images")
     samples = []
-    for path, label in images:
-        key = keys.of_path(str(path.relative_to(folder)))
-        samples.append(PackedSample(key, ImageFile(str(path)), path.stat().st_size, label))
+    for (path, label), size in zip(images, sizes, strict=True):
+        if size is None:
+            raise DataError(f"{as_text(path)}: went away while its folder was looked at; start again")
+        samples.append(PackedSample(keys.of_path(str(path.relative_to(folder))), ImageFile(str(path)), size, label))
     notes = [f"{as_text(folder)}: left out: {left_out}"] if str(left_out) else []
     return Found(samples, names if folders else (), notes)
+
+
+def _walked(folders: Sequence[Path], left_out: LeftOut) -> dict[Path, list[Path]]:
+    """The images below each folder."""
+
+    def below(some: Sequence[Path]) -> tuple[list[Path], LeftOut]:
+        found, own = [], LeftOut()
+        for path in walk(some[0], own):
+            found.append(path)
+            progress.add()
+        return found, own
+
+    inside = {}
+    with Progress("pack: looking", "images so far") as progress:
+        for folder, (found, own) in zip(folders, in_order(below, folders, part=1), strict=True):
+            inside[folder] = found
+            left_out.files.update(own.files)
+            left_out.folders.update(own.folders)
+            left_out.bad += own.bad
+    return inside
+
+
+def _size(path: str) -> int | None:
+    """The bytes of a file; None where there is none."""
+    try:
+        stat = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    except OSError as error:
+        raise unreadable(as_text(path), error) from None
+    return stat.st_size if S_ISREG(stat.st_mode) else None
 
 
 def _but(left_out: LeftOut) -> str:
@@ -171,25 +209,21 @@ def from_paths(
     classes: Sequence[str] | None,
 ) -> Found:
     """The images at paths that a list has, relative to its folder; cells: of each one's columns with `labels`."""
-    keys, samples, missing = Keys(), [], []
     texts, names = numbered(cells, labels, classes, str(path))
-    for relative, label in zip(paths, texts, strict=True):
-        place = os.path.join(path.parent, os.path.expanduser(relative))
-        try:
-            stat = os.stat(place)
-        except (OSError, ValueError):
-            stat = None
-        if stat is None or not S_ISREG(stat.st_mode):
-            missing.append(place)
-            continue
-        samples.append(PackedSample(keys.of_path(relative), ImageFile(place), stat.st_size, label))
-    if missing:
+    places = [os.path.join(path.parent, os.path.expanduser(relative)) for relative in paths]
+    sizes = looked_at(_size, places, "pack: sizes", "images")
+    if missing := [place for place, size in zip(places, sizes, strict=True) if size is None]:
         is_url = "://" in missing[0]
         way = "URLs are not downloaded; img2dataset makes shards of them" if is_url else _RELATIVE
         raise DataError(
             f"{as_text(path)}: of its {len(paths)} images {len(missing)} are not there, the first as "
             f"{as_text(missing[0])}; {way}"
         )
+    keys = Keys()
+    samples = [
+        PackedSample(keys.of_path(relative), ImageFile(place), size or 0, label)
+        for relative, place, size, label in zip(paths, places, sizes, texts, strict=True)
+    ]
     return Found(samples, names, [*label_notes(texts, labels, names), *_twice(paths)])
 
 
@@ -326,8 +360,9 @@ def _store_of(process: int) -> Stores:
 def from_shards(paths: Sequence[str], classes: Sequence[str] | None) -> Found:
     """The samples of shards, all their members kept."""
     keys, samples, passed_over = Keys(), [], 0
-    for path in paths:
-        table = scan_shard(path, shard_store())
+    stats = stat_all(shard_store(), paths).T.tolist()
+    shards = [Shard(path, FileStat(*stat)) for path, stat in zip(paths, stats, strict=True)]
+    for path, table in zip(paths, on_shards(_scanned, shards, "pack: looking"), strict=True):
         passed_over += table.passed_over
         for place, key in enumerate(table.keys):
             members, image = table.members(place), table.image_of(place)
@@ -337,3 +372,7 @@ def from_shards(paths: Sequence[str], classes: Sequence[str] | None) -> Found:
             samples.append(PackedSample(keys.once(key), origin, size))
     notes = [f"{passed_over} members that belong to no sample are left out"] if passed_over else []
     return Found(samples, classes or class_names(paths, shard_store(), one_meaning=True) or (), notes)
+
+
+def _scanned(shard: Shard) -> OffsetTable:
+    return scan_shard(shard.path, shard_store(), stat=shard.stat)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,17 +16,15 @@ from vitscale.config.schema import Data
 from vitscale.data.labels import LabelReader
 from vitscale.data.shards import RawSample
 from vitscale.files.header import BadSample, Header
+from vitscale.prepare.progress import Progress, in_order
 from vitscale.prepare.samples import Samples, WholeImages, chosen
-from vitscale.text import aligned, duration, printable, to_stderr
+from vitscale.text import aligned, printable
 
 _PART = 16  # samples that a thread takes at once
 _EXAMPLES = 20  # broken samples that are named
 _SHOWN = 10  # of them, and of the classes, on the terminal
-_REPORT_EVERY_S = 10.0
 _PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 _BANDS = {"P": 3, "PA": 4}  # of images that keep a palette
-Part = TypeVar("Part")
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -71,31 +66,13 @@ class Tally:
 def count(samples: Samples, data: Data, images: int | None, seed: int, threads: int) -> Tally:
     """Of all samples, or of so many `images` of them, the same ones each time; the same for any number of threads."""
     numbers, found = chosen(samples.total, images, seed), Tally()
-    parts = (numbers[start : start + _PART] for start in range(0, len(numbers), _PART))
     labels = LabelReader(required=True, names=tuple(samples.class_names or ()), path=data.label_path)
     look = partial(_look, samples, WholeImages(data), labels)
-    started = reported = time.monotonic()
-    for tally in _in_order(look, parts, threads):
-        found += tally
-        now = time.monotonic()
-        if now - reported >= _REPORT_EVERY_S:
-            reported, done = now, found.looked_at
-            left = (now - started) * (len(numbers) / done - 1)
-            to_stderr(f"stats: {done:,} of {len(numbers):,} samples, {duration(left)} left")
+    with Progress("stats", "samples", len(numbers)) as progress:
+        for tally in in_order(look, numbers, _PART, threads):
+            found += tally
+            progress.add(tally.looked_at)
     return found
-
-
-def _in_order(work: Callable[[Part], Result], parts: Iterable[Part], threads: int) -> Iterator[Result]:
-    """work(part) in threads, in the order of the parts; few results wait."""
-    with ThreadPoolExecutor(threads, thread_name_prefix="stats") as pool:
-        rest = iter(parts)
-        waiting: deque[Future[Result]] = deque(pool.submit(work, part) for part in itertools.islice(rest, 4 * threads))
-        try:
-            while waiting:
-                yield waiting.popleft().result()
-                waiting.extend(pool.submit(work, part) for part in itertools.islice(rest, 1))
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _look(samples: Samples, images: WholeImages, labels: LabelReader, numbers: Sequence[int]) -> Tally:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vitscale.errors import DataError
+from vitscale.prepare.progress import looked_at
 from vitscale.prepare.sources import (
     LABELS,
     PATHS,
@@ -89,16 +90,17 @@ def from_parquet(paths: Sequence[Path], classes: Sequence[str] | None, columns: 
     with _errors_of(paths[0]):
         layout = _layout(parquet.read_schema(paths[0]), str(paths[0]), columns)
     wanted = [*([layout.image_path] if layout.image_path else []), *layout.labels]
-    tables, samples, sizes = [], [], []
-    for path in paths:
+
+    def read(path: Path) -> tuple[Any, list[tuple[int, int]]]:
         with _errors_of(path), parquet.ParquetFile(path) as file:
             if missing := {layout.image, *layout.labels} - set(file.schema_arrow.names):
                 raise DataError(f"{as_text(path)}: has no column {listed(sorted(missing))}, which {paths[0]} has")
-            tables.append(file.read(columns=wanted, use_threads=False))
-            sizes.append(_row_groups(file.metadata, layout.image_bytes))
+            return file.read(columns=wanted, use_threads=False), _row_groups(file.metadata, layout.image_bytes)
+
+    tables, sizes = zip(*looked_at(read, paths, "pack: looking", "files"), strict=True)
     if not layout.image_bytes:
         return _of_paths(paths, tables, layout, classes)
-    keys, place = Keys(), 0
+    keys, samples, place = Keys(), [], 0
     names = [name for table in tables for name in _paths(table, layout)]
     cells = [row for table in tables for row in _cells(table, layout)]
     texts, found = _labels(cells, layout, classes, str(paths[0]))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.context import BaseContext
@@ -21,11 +21,11 @@ from vitscale.errors import DataError
 from vitscale.files.atomic import replaced
 from vitscale.files.header import IMAGE_KINDS, image_kind
 from vitscale.files.store import is_remote, sha256_of
+from vitscale.prepare.progress import Progress
 from vitscale.prepare.resize import resized
-from vitscale.text import TerminalLine, as_text, duration
+from vitscale.text import as_text
 from vitscale.world import World
 
-_REPORT_EVERY_S = 10.0
 Members = dict[str, bytes]  # by their extensions
 
 
@@ -98,16 +98,12 @@ def write_shards(
         draft.unlink(missing_ok=True)
     work = [(path, shard, short_side) for path, shard in zip(paths, shards, strict=True)]
     workers = min(workers or World().cores_per_rank, len(shards))
-    progress = _Progress(shards)
-    if workers == 1:
-        digests = [progress.add(shard, _write_shard(shard)) for shard in work]
-    else:
-        _tar_writer(io.BytesIO())  # imports webdataset before the fork, once
-        with ProcessPoolExecutor(workers, _context(shards[0][0]), leave_with_parent) as pool:
-            futures = {pool.submit(_write_shard, shard): shard for shard in work}
-            digests = _collected(futures, progress, pool)
-    progress.close()
-    index = build_index([str(path) for path in paths], digests)
+    digests: dict[Path, str] = {}
+    with Progress("pack", "images", sum(map(len, shards))) as progress, closing(_written(work, workers)) as written:
+        for (path, shard, _), digest in written:
+            digests[path] = digest
+            progress.add(len(shard))
+    index = build_index([str(path) for path in paths], [digests[path] for path in paths])
     wrong = [path for path, count, shard in zip(paths, index.samples, shards, strict=True) if count != len(shard)]
     assert not wrong, f"{wrong} do not hold what was written"
     index.save(out / "index.json")
@@ -117,17 +113,21 @@ def write_shards(
 _Work = tuple[Path, Sequence[PackedSample], int | None]
 
 
-def _collected(futures: dict[Future[str], _Work], progress: _Progress, pool: ProcessPoolExecutor) -> list[str]:
-    """What the processes return, in the order of their work; the first error ends all."""
-    try:
-        for future in as_completed(futures):
-            progress.add(futures[future], future.result())
-    except BrokenProcessPool:
-        raise DataError("a process was killed, by want of memory maybe; fewer --workers go on from here") from None
-    except BaseException:
-        pool.shutdown(cancel_futures=True)
-        raise
-    return [future.result() for future in futures]
+def _written(work: Sequence[_Work], workers: int) -> Generator[tuple[_Work, str]]:
+    """Each shard with its sha256, once it is there; the first error ends all."""
+    if workers == 1:
+        yield from ((shard, _write_shard(shard)) for shard in work)
+        return
+    _tar_writer(io.BytesIO())  # imports webdataset before the fork, once
+    with ProcessPoolExecutor(workers, _context(work[0][1][0]), leave_with_parent) as pool:
+        futures = {pool.submit(_write_shard, shard): shard for shard in work}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool:
+            raise DataError("a process was killed, by want of memory maybe; fewer --workers go on from here") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _context(sample: PackedSample) -> BaseContext:
@@ -161,30 +161,6 @@ def _members(sample: PackedSample, short_side: int | None) -> dict[str, str | by
             members[new_kind] = data
     label = {} if sample.label is None else {"cls": sample.label.encode()}
     return {"__key__": sample.key, **members, **label}
-
-
-class _Progress(TerminalLine):
-    """How far the shards are: rewritten on a terminal, else a line every few seconds."""
-
-    def __init__(self, shards: Sequence[Sequence[PackedSample]]) -> None:
-        super().__init__()
-        self._shards, self._images = len(shards), sum(map(len, shards))
-        self._done, self._done_images = 0, 0
-        self._began = self._said = time.monotonic()
-
-    def add(self, work: _Work, digest: str) -> str:
-        self._done += 1
-        self._done_images += len(work[1])
-        now = time.monotonic()
-        left = duration((now - self._began) * (self._images / self._done_images - 1))
-        images = f"{self._done_images:,} of {self._images:,} images"
-        text = f"{self._done:,} of {self._shards:,} shards, {images}, {left} left"
-        if self._in_place:
-            self.rewrite(text)
-        elif now - self._said >= _REPORT_EVERY_S:
-            self._said = now
-            self.say(text)
-        return digest
 
 
 class _Hashed(io.RawIOBase):
