@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
-from tests.data.makers import photo
+from tests.data.makers import encoded, photo
+from tests.prepare.test_pack import contents
 from vitscale.data.index import ShardIndex
 from vitscale.errors import DataError
 from vitscale.prepare.pack import pack
@@ -93,6 +97,43 @@ def test_a_disk_without_room_is_told_before_the_first_byte(tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"the shards need 13194\.1 GB, its disk has .* GB free; make room"):
         pack(tmp_path / "images", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_without_room_for_what_is_made_smaller_is_told_by_the_first_shards(tmp_path: Path) -> None:
+    """What they come to is not known before; and what is done stays."""
+    (tmp_path / "images").mkdir()
+    for number in range(9):
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(photo(number, 200, 300))
+    options = {"shard_samples": 1, "short_side": 190, "workers": 1}
+    pack(tmp_path / "images", tmp_path / "all", **options)
+    last = ShardIndex.load(tmp_path / "all" / "index.json").paths[-1]
+    (name,) = contents((last,))
+    os.truncate(tmp_path / "images" / f"{name}.jpg", 1 << 42)  # sparse: takes no room itself
+    with pytest.raises(DataError, match=r"the shards need .* GB, its disk has .* GB free; make room .*--resize"):
+        pack(tmp_path / "images", tmp_path / "out", **options)
+    assert list(shards(tmp_path / "out")) == ["shard-000000.tar"]
+
+
+def test_a_full_disk_says_how_to_go_on(tmp_path: Path) -> None:
+    """A real one, of 1 MB, in a namespace of its own: the first shard does not fit."""
+    disk, folder = tmp_path / "disk", tmp_path / "images"
+    namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size=1m none {disk}"
+    for each in (disk, folder):
+        each.mkdir()
+    if shutil.which("unshare") is None or subprocess.run([*namespace, mount], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    for number in range(40):
+        (folder / f"{number}.jpg").write_bytes(encoded(noise, quality=95))
+    pack_it = shlex.join([*COMMAND, str(folder), f"{disk}/out", "--resize", "290", "--workers", "2"])
+    script = f"{mount}; {pack_it}; echo $?; ls -A {disk}/out; mount -o remount,size=64m {disk}; {pack_it}; echo $?"
+    done = subprocess.run([*namespace, script], capture_output=True, text=True)
+    assert done.stderr.splitlines() == [
+        f"vitscale: error: {disk}/out/shard-000000.tar: cannot be written: No space left on device; make room (the "
+        "same command then goes on), or name a folder on another disk"
+    ]
+    assert done.stdout.splitlines() == ["2", ".packing", f"{disk}/out: 40 images in 1 shards", "0"], "no draft is left"
 
 
 def test_a_file_that_went_away_is_named(tmp_path: Path) -> None:

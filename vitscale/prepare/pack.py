@@ -20,11 +20,11 @@ from vitscale.files.atomic import write_atomically
 from vitscale.files.classes import CLASSES
 from vitscale.prepare import tables as pack_tables
 from vitscale.prepare.sources import Columns, Found, from_folder, from_list, from_shards, shard_store, splits_error
-from vitscale.prepare.writer import PackedSample, write_shards
+from vitscale.prepare.writer import MAKE_ROOM, PackedSample, write_shards
 
 _PLAN, _DONE = ".packing", ".packed"  # in OUT until all is there, and then: a digest of what is packed
 _FURTHER = re.compile(r"(~\d+)+$")  # of the keys of further images of a name: they stay on its side of a split
-_OVERHEAD = 3 << 10  # bytes of a sample in a tar beside its members': headers, padding, the label
+_SURE = 0.9  # of an estimate of what shards will take
 _Splits = dict[str, list[list[PackedSample]]]  # by their names: shards
 Report = Callable[[str], None]
 
@@ -71,14 +71,16 @@ def pack(
         raise DataError(f"{out}: lies in {source}, whose folders are looked through; name a folder beside it")
     for note in found.notes:
         report(note)
+    needed = sum(sample.room for sample in found.samples)
     if short_side is None:
-        _require_room(out, shards)
+        _require_room(out, needed)
     with _claimed(out, plan):
         if found.classes:
             write_atomically(out / CLASSES, json.dumps(list(found.classes), ensure_ascii=False, indent=1) + "\n")
         indexes = {}
         for name, each in shards.items():
-            indexes[name] = write_shards(each, out / name, name or "shard", workers, short_side)
+            indexes[name] = write_shards(each, out / name, name or "shard", workers, short_side,
+                                         lambda share: _require_room(out, needed * share * _SURE))  # fmt: skip
             report(f"{out / name}: {indexes[name].total} images in {len(each)} shards")
     if found.classes:
         count = len(found.classes)
@@ -180,17 +182,25 @@ def _digest(shards: _Splits, classes: Sequence[str], short_side: int | None) -> 
     return digest.hexdigest()
 
 
-def _require_room(out: Path, shards: _Splits) -> None:
-    """DataError where the disk has no room for what is to be written."""
-    needed = sum(sample.bytes + _OVERHEAD for each in shards.values() for shard in each for sample in shard)
-    there = sum(path.stat().st_size for path in out.rglob("*.tar")) if out.exists() else 0
+def _require_room(out: Path, needed: float) -> None:
+    """DataError where the disk has no room for shards of `needed` bytes, of which some may be there."""
+    more = needed - _bytes_of_shards(out)
     above = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(above).free
-    if needed - there > free:
+    if more > free:
         raise DataError(
-            f"{out}: the shards need {(needed - there) / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; make "
-            "room, name a folder on another disk, or make the images smaller (--resize)"
+            f"{out}: the shards need {more / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; {MAKE_ROOM}, or make "
+            "the images smaller (--resize)"
         )
+
+
+def _bytes_of_shards(out: Path) -> int:
+    """Of those that are done or begun."""
+    total = 0
+    for path in out.rglob("*.tar*"):
+        with contextlib.suppress(FileNotFoundError):  # a draft gets its name
+            total += path.stat().st_size
+    return total
 
 
 def _split(samples: list[PackedSample], held_out: float, seed: int) -> dict[str, list[PackedSample]]:

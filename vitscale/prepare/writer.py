@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -26,6 +27,8 @@ from vitscale.prepare.resize import resized
 from vitscale.text import as_text
 from vitscale.world import World
 
+_OVERHEAD = 3 << 10  # bytes of a sample in a tar beside its members': headers, padding, the label
+MAKE_ROOM = "make room (the same command then goes on), or name a folder on another disk"
 Members = dict[str, bytes]  # by their extensions
 
 
@@ -80,6 +83,11 @@ class PackedSample:
     label: str | None = None
     group: str = ""  # samples of one group are read together, in their order; "": it is read for itself
 
+    @property
+    def room(self) -> int:
+        """Bytes that it takes in a shard, unless it is made smaller."""
+        return self.bytes + _OVERHEAD
+
 
 def write_shards(
     shards: Sequence[Sequence[PackedSample]],
@@ -87,10 +95,12 @@ def write_shards(
     name: str,
     workers: int | None = None,
     short_side: int | None = None,
+    check: Callable[[float], None] = lambda share: None,
 ) -> ShardIndex:
     """Write out/NAME-000000.tar and so on, and their index.json with sha256. Shards that are there already are kept.
 
-    short_side: see resize.py. stderr gets a line of how far it is.
+    short_side: see resize.py. check: called after 1, 2, 4, 8, ... shards with what they take on the disk as a share of
+    their samples' `room`; it may raise. stderr gets a line of how far it is.
     """
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{name}-{number:06d}.tar" for number in range(len(shards))]
@@ -99,10 +109,15 @@ def write_shards(
     work = [(path, shard, short_side) for path, shard in zip(paths, shards, strict=True)]
     workers = min(workers or World().cores_per_rank, len(shards))
     digests: dict[Path, str] = {}
+    taken = planned = 0
     with Progress("pack", "images", sum(map(len, shards))) as progress, closing(_written(work, workers)) as written:
         for (path, shard, _), digest in written:
             digests[path] = digest
             progress.add(len(shard))
+            taken += path.stat().st_size
+            planned += sum(sample.room for sample in shard)
+            if len(digests).bit_count() == 1:
+                check(taken / planned)
     index = build_index([str(path) for path in paths], [digests[path] for path in paths])
     wrong = [path for path, count, shard in zip(paths, index.samples, shards, strict=True) if count != len(shard)]
     assert not wrong, f"{wrong} do not hold what was written"
@@ -147,6 +162,8 @@ def _write_shard(work: _Work) -> str:
                 for sample in samples:
                     writer.write(_members(sample, short_side))
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(f"{path}: cannot be written: {error.strerror}; {MAKE_ROOM}") from None
         raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
     return hashed.digest.hexdigest()
 
