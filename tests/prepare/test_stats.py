@@ -118,6 +118,21 @@ def test_the_verb_prints_lines_for_a_config(tmp_path: Path, capsys: pytest.Captu
     assert "holds neither shards" in capsys.readouterr().err
 
 
+def test_several_patterns_are_one_set(
+    mixed: tuple[str, list[bytes]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pattern, _ = mixed
+    said = []
+    for data in ([pattern], [f"{tmp_path}/s0.tar", f"{tmp_path}/s{{1..1}}.tar"]):
+        assert main(["stats", *data, "data.max_pixels=100000", "run.seed=3"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert said[0].startswith("47 samples in 2 shards")
+    assert "1 too_large" in said[0]
+    assert main(["stats", "data.max_pixels=100000"]) == 2
+    assert "is a key, and no data are named" in capsys.readouterr().err
+
+
 def test_a_set_without_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tar(tmp_path / "s.tar", [("a.jpg", b"none"), ("b.cls", b"1")])
     assert main(["stats", str(tmp_path / "s.tar")]) == 0

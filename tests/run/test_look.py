@@ -112,6 +112,9 @@ def test_the_verb(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["look", shards, "--images", "3", "--out", str(out)]) == 0
     with Image.open(out) as picture:
         assert picture.format == "PNG"
+    both = [f"{Path(shards).parent}/s{number:03d}.tar" for number in range(2)]
+    assert main(["look", *both, "run.seed=0", "--images", "3", "--out", str(tmp_path / "both.png")]) == 0
+    assert (tmp_path / "both.png").read_bytes() == out.read_bytes(), "several patterns are one set"
     config = tmp_path / "run.yaml"
     config.write_text(f"data:\n  train: {shards}\n")
     assert main(["look", str(config), *SMALL, "--step", "2", "--images", "3", "--out", str(tmp_path / "2.png")]) == 0
@@ -126,3 +129,5 @@ def test_the_verb(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
         capsys.readouterr()
         assert main(["look", shards, *wrong]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+    assert main(["look", str(config), shards, "--out", str(out)]) == 2
+    assert "a config stands alone" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,20 +18,21 @@ from vitscale.text import above_zero
 if TYPE_CHECKING:
     from vitscale.config.schema import RunConfig
 
-_DATA = "shards, as data.train names them, or a folder of images"
+_DATA = "shards, as data.train names them (several patterns too), or a folder of images"
+_KEY = re.compile(r"\w+(\.\w+)+=")  # as a word among names of files begins; a file's can be written ./a.b=c
 _MOST_SHOWN = 256
 
 
 def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the verbs."""
     added = verb("stats", _stats, "what a data set holds: mean and deviation, sizes, formats, labels, broken images")
-    added.add_argument("data", metavar="DATA", help=_DATA)
+    added.add_argument("data", metavar="DATA", nargs="+", help=_DATA)
     _takes_keys(added, "data.label=json.class")
     added.add_argument("--images", type=above_zero, metavar="N", help="of so many samples (default: all)")
     added.add_argument("--out", metavar="stats.json", help="all of it, for programs")
 
     added = verb("look", _look, "samples of DATA, or the very images of a step of a run, as one picture")
-    added.add_argument("source", metavar="DATA|CONFIG.yaml", help=f"{_DATA}; or a run's config")
+    added.add_argument("source", metavar="DATA|CONFIG.yaml", nargs="+", help=f"{_DATA}; or a run's config")
     _takes_keys(added, "augment.preset=deit3")
     added.add_argument("--step", type=above_zero, metavar="T", help="of CONFIG, as in metrics.jsonl (default: 1)")
     added.add_argument(
@@ -66,7 +68,7 @@ def _stats(arguments: argparse.Namespace) -> int:
 
     if arguments.out is not None and not Path(arguments.out).absolute().parent.is_dir():
         raise ConfigError(f"--out {arguments.out}: must be a file in a folder that is there")
-    config = _config_of_data(arguments.data, arguments.overrides)
+    config = _config_of_data(*_split(arguments.data, arguments.overrides))
     with tempfile.TemporaryDirectory() as scratch:
         samples = open_samples(config.data, Path(scratch))
         threads = config.data.threads or arguments.world.cores_per_rank
@@ -84,7 +86,8 @@ def _look(arguments: argparse.Namespace) -> int:
     from vitscale.config.load import load_config
     from vitscale.run.look import images_of_step, raw_samples
 
-    source, out, keys = arguments.source, Path(arguments.out), arguments.overrides
+    (source, *more), keys = _split(arguments.source, arguments.overrides)
+    out = Path(arguments.out)
     if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {out}: must be a .png in a folder that is there")
     if arguments.images > _MOST_SHOWN:
@@ -94,9 +97,11 @@ def _look(arguments: argparse.Namespace) -> int:
     if not source.endswith((".yaml", ".yml")):
         if arguments.step or arguments.finetune:
             raise ConfigError(f"{source}: is no config (.yaml), and --step and --finetune are for one; leave them out")
-        raw_samples(_config_of_data(source, keys), arguments.images).draw(out)
+        raw_samples(_config_of_data([source, *more], keys), arguments.images).draw(out)
         print(out)
         return DONE
+    if more:
+        raise ConfigError(f"{more[0]}: a config stands alone; name its data by data.train='...'")
     if arguments.finetune:
         from vitscale.run.finetune import Finetune, complete
 
@@ -135,9 +140,17 @@ def _replay(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _config_of_data(data: str, overrides: list[str]) -> RunConfig:
+def _split(words: list[str], overrides: list[str]) -> tuple[list[str], list[str]]:
+    """What of a command line's words names data, one at least, and which are keys: argparse has put them together."""
+    data = [word for word in words if not _KEY.match(word)]
+    if not data:
+        raise ConfigError(f"{words[0]}: is a key, and no data are named; name shards or a folder of images before it")
+    return data, [*(word for word in words if _KEY.match(word)), *overrides]
+
+
+def _config_of_data(data: list[str], overrides: list[str]) -> RunConfig:
     """The defaults, for the data that the command line names."""
     from vitscale.config.load import config_of
     from vitscale.config.schema import Source
 
-    return config_of({"data.train": (Source(os.path.expanduser(data)),)}, overrides)
+    return config_of({"data.train": tuple(Source(os.path.expanduser(each)) for each in data)}, overrides)
