@@ -23,11 +23,14 @@ def is_image_folder(pattern: str) -> bool:
     return folder.is_dir() and not any(folder.glob("*.tar"))
 
 
+def folder_of(sources: tuple[Source, ...]) -> Path | None:
+    """The folder of images that stands in the place of shards; None for anything else."""
+    return Path(sources[0].pattern) if len(sources) == 1 and is_image_folder(sources[0].pattern) else None
+
+
 def packed_sources(sources: tuple[Source, ...], out: Path) -> tuple[Source, ...]:
     """The shards that stand, or will stand, for a folder of images; other sources as they are."""
-    if len(sources) == 1 and is_image_folder(sources[0].pattern):
-        return (Source(f"{out}/*.tar"),)
-    return sources
+    return sources if folder_of(sources) is None else (Source(f"{out}/*.tar"),)
 
 
 def pack_folder(sources: tuple[Source, ...], out: Path, classes: Sequence[str] | None = None) -> None:
@@ -35,10 +38,10 @@ def pack_folder(sources: tuple[Source, ...], out: Path, classes: Sequence[str] |
 
     classes: their names by label, where these are not the folder's own.
     """
-    if sources == packed_sources(sources, out):
+    folder, made_of = folder_of(sources), out / _MADE_OF
+    if folder is None:
         return
-    folder, made_of = sources[0].pattern, out / _MADE_OF
-    names = _digest(Path(folder))
+    names = _digest(folder)
     if (out / "index.json").exists():
         if made_of.exists() and made_of.read_text(encoding="ascii") != names:
             raise DataError(
@@ -61,6 +64,5 @@ def _digest(folder: Path) -> str:
 
 def classes_of(sources: tuple[Source, ...]) -> list[str] | None:
     """The classes of a folder of images; None for anything else."""
-    if len(sources) == 1 and is_image_folder(sources[0].pattern):
-        return [as_text(path.name) for path in class_folders(Path(sources[0].pattern), LeftOut())] or None
-    return None
+    folder = folder_of(sources)
+    return None if folder is None else [as_text(path.name) for path in class_folders(folder, LeftOut())] or None

@@ -18,8 +18,9 @@ from vitscale.data.patterns import expand
 from vitscale.errors import DataError
 from vitscale.files.atomic import write_atomically
 from vitscale.files.classes import CLASSES
-from vitscale.prepare import tables as pack_tables
-from vitscale.prepare.sources import Columns, Found, from_folder, from_list, from_shards, shard_store, splits_error
+from vitscale.prepare.shards import from_shards, shard_store
+from vitscale.prepare.sources import Columns, Found, from_folder, from_list, splits_error
+from vitscale.prepare.tables import from_parquet, from_saved, saved_splits
 from vitscale.prepare.writer import MAKE_ROOM, PackedSample, write_shards
 
 _PLAN, _DONE = ".packing", ".packed"  # in OUT until all is there, and then: a digest of what is packed
@@ -105,9 +106,9 @@ def find(source: str, classes: Sequence[str] | None = None, columns: Columns | N
         if not (path / "state.json").exists():
             _require_no_columns(source, columns)
         if (path / "dataset_dict.json").exists():
-            raise splits_error(source, pack_tables.saved_splits(path))
+            raise splits_error(source, saved_splits(path))
         if (path / "state.json").exists():
-            return pack_tables.from_saved(path, classes, columns)
+            return from_saved(path, classes, columns)
         return from_folder(path, classes)
     paths = [str(path)] if path.exists() else expand([Source(source)], shard_store())
     kinds = {os.path.splitext(each)[1].lower() for each in paths}
@@ -117,7 +118,7 @@ def find(source: str, classes: Sequence[str] | None = None, columns: Columns | N
     if missing := [each for each in paths if not os.path.exists(each)]:
         raise DataError(f"{missing[0]}: no such folder or file; name a folder of images, a list, a data set or shards")
     if kinds == {".parquet"}:
-        return pack_tables.from_parquet([Path(each) for each in paths], classes, columns)
+        return from_parquet([Path(each) for each in paths], classes, columns)
     if kinds in ({".csv"}, {".tsv"}) and len(paths) == 1:
         return from_list(Path(paths[0]), classes, columns)
     raise DataError(
@@ -208,9 +209,8 @@ def _split(samples: list[PackedSample], held_out: float, seed: int) -> dict[str,
         return {"": samples}
     splits: dict[str, list[PackedSample]] = {"train": [], "test": []}
     for sample in samples:
-        splits["test" if _draw(_FURTHER.sub("", sample.key), "split", seed) < held_out * 2**64 else "train"].append(
-            sample
-        )
+        is_test = _draw(_FURTHER.sub("", sample.key), "split", seed) < held_out * 2**64
+        splits["test" if is_test else "train"].append(sample)
     if empty := [name for name, chosen in splits.items() if not chosen]:
         raise DataError(f"held_out={held_out}: of {len(samples)} images none falls into {empty[0]}/; change it")
     return splits

@@ -17,7 +17,7 @@ from vitscale.files.decode import Decoder, Job, choose_decoder
 from vitscale.files.folder import LeftOut, class_folders, walk
 from vitscale.files.header import FORMATS, Header
 from vitscale.files.retry import unreadable
-from vitscale.prepare.image_folder import is_image_folder
+from vitscale.prepare.image_folder import folder_of
 from vitscale.text import as_text
 
 
@@ -33,8 +33,8 @@ class Samples:
 
 def open_samples(data: Data, scratch: Path) -> Samples:
     """What data.train names. scratch: for index and tables of shards whose own folder cannot be written."""
-    if len(data.train) == 1 and is_image_folder(data.train[0].pattern):
-        return _of_folder(Path(data.train[0].pattern))
+    if (folder := folder_of(data.train)) is not None:
+        return _of_folder(folder)
     label = data.label_extension
     index = open_index(data.train, data.index, scratch, label=label, image=data.image, store=store_of(data))
     shards = Shards(index, label, 4 * int(index.samples.max()))

@@ -1,4 +1,4 @@
-"""What `vitscale pack` makes shards of: a folder of images, a list of them, or shards; see also tables.py."""
+"""What `vitscale pack` makes shards of: a folder of images, or a list of them; see also tables.py and shards.py."""
 
 from __future__ import annotations
 
@@ -7,23 +7,15 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from stat import S_ISREG
 
-from vitscale.data.index_builder import stat_all
-from vitscale.data.parallel import on_shards
-from vitscale.data.sidecar import Shard
 from vitscale.errors import DataError
-from vitscale.files.classes import class_names
 from vitscale.files.folder import LeftOut, class_folders, images_in, walk
 from vitscale.files.header import FORMATS
 from vitscale.files.retry import unreadable
-from vitscale.files.store import FileStat
-from vitscale.files.stores import Stores
-from vitscale.files.tar import OffsetTable, scan_shard
 from vitscale.prepare.progress import Progress, in_order, looked_at
-from vitscale.prepare.writer import ImageFile, Members, PackedSample
+from vitscale.prepare.writer import ImageFile, PackedSample
 from vitscale.text import as_text, did_you_mean, listed
 
 # Names of columns, in lower case and without _ or blanks.
@@ -77,7 +69,7 @@ class Keys:
 
 def from_folder(folder: Path, classes: Sequence[str] | None) -> Found:
     """The images of one folder a class, or of a flat folder, without labels."""
-    left_out, keys = LeftOut(), Keys()
+    left_out = LeftOut()
     folders, loose = class_folders(folder, left_out), images_in(folder, left_out)
     inside = _walked(folders, left_out)
     if loose and not any(inside.values()):  # such as OUT within it
@@ -101,12 +93,10 @@ def from_folder(folder: Path, classes: Sequence[str] | None) -> Found:
     labels = {name: str(label) for label, name in enumerate(names)}
     images: list[tuple[Path, str | None]] = [(path, None) for path in loose]
     images += [(path, labels[as_text(each.name)]) for each in folders for path in inside[each]]
-    sizes = looked_at(_size, [str(path) for path, _ in images], "pack: sizes", "images")
-    samples = []
-    for (path, label), size in zip(images, sizes, strict=True):
-        if size is None:
-            raise DataError(f"{as_text(path)}: went away while its folder was looked at; start again")
-        samples.append(PackedSample(keys.of_path(str(path.relative_to(folder))), ImageFile(str(path)), size, label))
+    relative = [str(path.relative_to(folder)) for path, _ in images]
+    samples, gone = _of_files(relative, [str(path) for path, _ in images], [label for _, label in images])
+    if gone:
+        raise DataError(f"{as_text(gone[0])}: went away while its folder was looked at; start again")
     notes = [f"{as_text(folder)}: left out: {left_out}"] if str(left_out) else []
     return Found(samples, names if folders else (), notes)
 
@@ -129,6 +119,19 @@ def _walked(folders: Sequence[Path], left_out: LeftOut) -> dict[Path, list[Path]
             left_out.folders.update(own.folders)
             left_out.bad += own.bad
     return inside
+
+
+def _of_files(
+    names: Sequence[str], paths: Sequence[str], labels: Sequence[str | None]
+) -> tuple[list[PackedSample], list[str]]:
+    """Images by the names that their keys come of; and which of the paths are no files."""
+    sizes = looked_at(_size, paths, "pack: sizes", "images")
+    keys = Keys()
+    samples = [
+        PackedSample(keys.of_path(name), ImageFile(path), size or 0, label)
+        for name, path, size, label in zip(names, paths, sizes, labels, strict=True)
+    ]
+    return samples, [path for path, size in zip(paths, sizes, strict=True) if size is None]
 
 
 def _size(path: str) -> int | None:
@@ -211,19 +214,14 @@ def from_paths(
     """The images at paths that a list has, relative to its folder; cells: of each one's columns with `labels`."""
     texts, names = numbered(cells, labels, classes, str(path))
     places = [os.path.join(path.parent, os.path.expanduser(relative)) for relative in paths]
-    sizes = looked_at(_size, places, "pack: sizes", "images")
-    if missing := [place for place, size in zip(places, sizes, strict=True) if size is None]:
+    samples, missing = _of_files(paths, places, texts)
+    if missing:
         is_url = "://" in missing[0]
         way = "URLs are not downloaded; img2dataset makes shards of them" if is_url else _RELATIVE
         raise DataError(
             f"{as_text(path)}: of its {len(paths)} images {len(missing)} are not there, the first as "
             f"{as_text(missing[0])}; {way}"
         )
-    keys = Keys()
-    samples = [
-        PackedSample(keys.of_path(relative), ImageFile(place), size or 0, label)
-        for relative, place, size, label in zip(paths, places, sizes, texts, strict=True)
-    ]
     return Found(samples, names, [*label_notes(texts, labels, names), *_twice(paths)])
 
 
@@ -324,55 +322,3 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-@dataclass(frozen=True, slots=True)
-class TarMembers:
-    """The members of a sample in a shard."""
-
-    path: str
-    image: str  # the extension of its image; "": it has none
-    members: tuple[tuple[str, int, int], ...]  # extension, offset, bytes
-
-    def read(self) -> tuple[str, Members]:
-        store = shard_store()
-        found = {}
-        for extension, offset, size in self.members:
-            try:
-                found[extension] = store.read(self.path, offset, size)
-            except OSError as error:
-                raise unreadable(self.path, error, f" at byte {offset}") from None
-            if len(found[extension]) != size:
-                raise DataError(f"{self.path}: was cut while it was read")
-        return self.image, found
-
-
-def shard_store() -> Stores:
-    """What reads shards in this process; connections are not shared with one that is forked."""
-    return _store_of(os.getpid())
-
-
-@lru_cache(maxsize=1)
-def _store_of(process: int) -> Stores:
-    return Stores()
-
-
-def from_shards(paths: Sequence[str], classes: Sequence[str] | None) -> Found:
-    """The samples of shards, all their members kept."""
-    keys, samples, passed_over = Keys(), [], 0
-    stats = stat_all(shard_store(), paths).T.tolist()
-    shards = [Shard(path, FileStat(*stat)) for path, stat in zip(paths, stats, strict=True)]
-    for path, table in zip(paths, on_shards(_scanned, shards, "pack: looking"), strict=True):
-        passed_over += table.passed_over
-        for place, key in enumerate(table.keys):
-            members, image = table.members(place), table.image_of(place)
-            name = next((extension for extension, at in members.items() if at == image), "")
-            size = sum(size for _, size in members.values())
-            origin = TarMembers(path, name, tuple((extension, *at) for extension, at in members.items()))
-            samples.append(PackedSample(keys.once(key), origin, size))
-    notes = [f"{passed_over} members that belong to no sample are left out"] if passed_over else []
-    return Found(samples, classes or class_names(paths, shard_store(), one_meaning=True) or (), notes)
-
-
-def _scanned(shard: Shard) -> OffsetTable:
-    return scan_shard(shard.path, shard_store(), stat=shard.stat)
