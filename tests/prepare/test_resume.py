@@ -129,7 +129,7 @@ def test_a_full_disk_says_how_to_go_on(tmp_path: Path) -> None:
     pack_it = shlex.join([*COMMAND, str(folder), f"{disk}/out", "--resize", "290", "--workers", "2"])
     script = f"{mount}; {pack_it}; echo $?; ls -A {disk}/out; mount -o remount,size=64m {disk}; {pack_it}; echo $?"
     done = subprocess.run([*namespace, script], capture_output=True, text=True)
-    assert done.stderr.splitlines() == [
+    assert [line for line in done.stderr.splitlines() if not line.startswith("pack: ")] == [
         f"vitscale: error: {disk}/out/shard-000000.tar: cannot be written: No space left on device; make room (the "
         "same command then goes on), or name a folder on another disk"
     ]
