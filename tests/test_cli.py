@@ -24,7 +24,19 @@ from vitscale.run_folder import BAD_INPUT, DONE, RunFolder
 pytestmark = pytest.mark.usefixtures("environment")
 
 VERBS = ("pretrain", "finetune", "doctor", "config", "pack", "index", "evaluate", "report", "stop", "save", "sync")
-VERBS += ("stats", "look", "simulate", "replay", "checkpoint", "convert", "predict", "features", "inspect", "export")
+VERBS += (
+    "stats",
+    "look",
+    "simulate",
+    "replay",
+    "plan",
+    "checkpoint",
+    "convert",
+    "predict",
+    "features",
+    "inspect",
+    "export",
+)
 VERBS += ("chaos", "bench")
 MODEL = """\
 model: {hidden_size: 8, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 16, image_size: 8,
