@@ -77,10 +77,15 @@ class Planner:
     def estimate(self, config: RunConfig) -> Estimate:
         world, gpu = self.cluster.world(), self.cluster.gpu
         step = self.activations(config).of(config.train.micro_batch)
-        network = self.cluster.network_gb_s * 1e9
         needed = memory(config, world, self.parameters, step)
-        took = step_seconds(config, world, gpu, self.parameters, self.flops, step, network)
-        return Estimate(config, needed, took, needed.total_bytes <= gpu.memory)
+        return Estimate(config, needed, self._seconds(config, self.cluster), needed.total_bytes <= gpu.memory)
+
+    def _seconds(self, config: RunConfig, cluster: Cluster) -> StepSeconds:
+        # By what a step at stage 0 makes, of which the constants are: that bf16 weights move less no GPU has shown yet.
+        whole = replace(config, parallel=replace(config.parallel, zero_stage=0))
+        step = self.activations(whole).of(config.train.micro_batch)
+        network = cluster.network_gb_s * 1e9
+        return step_seconds(config, cluster.world(), cluster.gpu, self.parameters, self.flops, step, network)
 
     def activations(self, config: RunConfig) -> Activations:
         """By what decides them: stages 1 to 3 are alike, and the batch is no part of them."""
@@ -135,11 +140,7 @@ class Planner:
             if not left and images:
                 micro = math.gcd(images, self.config.train.micro_batch)
                 config = replace(self.config, train=replace(self.config.train, micro_batch=micro))
-                step = self.activations(config).of(micro)
-                took = step_seconds(
-                    config, cluster.world(), cluster.gpu, self.parameters, self.flops, step, cluster.network_gb_s * 1e9
-                )
-                points.append((cluster.gpus, config.train.global_batch / took.total))
+                points.append((cluster.gpus, config.train.global_batch / self._seconds(config, cluster).total))
             nodes *= 2
         return points
 

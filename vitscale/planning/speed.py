@@ -1,4 +1,4 @@
-"""How long a step takes on a GPU: a roofline whose three constants come from one card's steps.
+"""How long a step takes on a GPU: a roofline whose constants come from one card's steps.
 
 A GPU's time is that of the matrix products at the measured rate, that of moving what a step makes, and that of the
 optimizer's state; it is no shorter than what the host needs to start the kernels. docs/measurements.md has how far the
@@ -18,6 +18,7 @@ from vitscale.world import World
 # Fitted to ViT-B, L and H on one H200, MAE and classification, compiled blocks (docs/measurements.md).
 _PASSES = 3.2  # over each byte that a step makes, fused operations taken into account
 _HOST_S, _HOST_GRAPHS_S = 3.1e-3, 1.85e-3  # of a block, forward and backward; by train.cuda_graphs
+_HOST_STAGE_3 = 2.4  # times DDP's, by `vitscale bench zero` on a CPU
 _EAGER = 1.3  # eager against compiled blocks, on the GPU and on the host
 _OPTIMIZER_BYTES = 28  # a parameter: weight, gradient and two moments read, three of them written
 _FP32 = 1 / 15  # of bf16's rate: fp32 is not TF32 here
@@ -69,6 +70,7 @@ def step_seconds(
     traffic = forwards * eager * _PASSES * step.made / gpu.bandwidth
     optimizer = _OPTIMIZER_BYTES * (count / ranks if stage else count) / gpu.bandwidth
     host = forwards * blocks * again * eager * (_HOST_GRAPHS_S if train.cuda_graphs else _HOST_S)
+    host *= _HOST_STAGE_3 if stage == 3 else 1.0
     link = gpu.link_gb_s * 1e9 * _LINK_SHARE
     if ranks > world.local_world_size:
         link = min(link, network * _LINK_SHARE)  # a node's GPUs have a ring each, which share its adapters
