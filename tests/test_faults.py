@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import vitscale
 from vitscale.errors import LaunchError
@@ -24,7 +25,7 @@ def disarmed():
 
 def test_every_point_is_somewhere() -> None:
     text = "".join(path.read_text() for path in Path(vitscale.__file__).parent.rglob("*.py"))
-    found = re.findall(r'fault_point\("([\w.]+)"\)', text)
+    found = re.findall(r'fault_point\("([\w.]+)"[,)]', text)
     assert sorted(found) == sorted(POINTS)
 
 
@@ -45,6 +46,30 @@ def test_an_error_at_the_second_time_on_one_rank() -> None:
     fault_point("row")
 
 
+def test_numbers_are_spoilt_for_some_times() -> None:
+    arm("point=batch action=nan nth=2 times=2; point=batch action=scale:10 nth=4", 0)
+    sums = []
+    for _ in range(5):
+        pixels, others = torch.ones(2, 3), torch.ones(2)
+        fault_point("batch", lambda: [pixels, others])  # noqa: B023 - called at once
+        sums.append(float(pixels.sum()))
+        assert float(others.sum()) == 2
+    assert [value for value in sums if value == value] == [6, 60, 6]
+    assert [value == value for value in sums] == [True, False, False, True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_bit_is_flipped(dtype: torch.dtype) -> None:
+    tensors = [torch.full((2, 2), value, dtype=dtype, requires_grad=True) for value in (1.5, -0.25)]
+    before = [each.detach().clone() for each in tensors]
+    arm("point=step action=flip:3 rank=1", 1)
+    fault_point("step", lambda: tensors)
+    assert torch.equal(tensors[0], before[0])
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    changed = tensors[1].detach().view(bits) ^ before[1].view(bits)
+    assert [bin(int(each) & 0xFFFFFFFF).count("1") for each in changed.flatten()] == [1, 0, 0, 0]
+
+
 def test_a_signal() -> None:
     program = "from vitscale.faults import arm, fault_point; arm('point=joined action=kill', 0); fault_point('joined')"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
@@ -53,7 +78,9 @@ def test_a_signal() -> None:
 @pytest.mark.parametrize(
     "text",
     ["kill", "point=nowhere action=kill", "point=row action=explode", "point=row action=raise:ENOTHING",
-     "point=row action=sleep:x", "point=row action=kill nth=x", "point=row action=kill when=now"],
+     "point=row action=sleep:x", "point=row action=kill nth=x", "point=row action=kill when=now",
+     "point=row action=nan", "point=batch action=scale", "point=batch action=scale:x", "point=step action=flip",
+     "point=step action=flip:-1", "point=row action=kill:9", "point=batch action=nan times=x"],
 )  # fmt: skip
 def test_what_is_no_fault(text: str) -> None:
     with pytest.raises(LaunchError, match="must be point=NAME"):

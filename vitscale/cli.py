@@ -211,7 +211,7 @@ def _chaos(arguments: argparse.Namespace) -> int:
     from vitscale.launch.chaos import run_trials
 
     out, figures = (None if path is None else Path(path) for path in (arguments.out, arguments.json))
-    return run_trials(arguments.kinds, arguments.trials, arguments.seed, out, figures)
+    return run_trials(arguments.kinds, arguments.trials, arguments.kills, arguments.seed, out, figures)
 
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
@@ -289,6 +289,8 @@ def _takes_kinds(added: argparse.ArgumentParser) -> None:
     added.add_argument(
         "--trials", type=inference.above_zero, metavar="N", help="of all kinds in turns (default: one each)"
     )
+    text = "then go on with those that kill at any moment until there are so many kills (default: none)"
+    added.add_argument("--kills", type=int, default=0, metavar="N", help=text)
     added.add_argument("--seed", type=int, default=0, metavar="S", help="of the moments (default: 0)")
     added.add_argument("--kinds", nargs="+", metavar="KIND", help="of faults, say 'rank killed' (default: all)")
     added.add_argument("--out", metavar="FOLDER", help="for runs and logs, which are kept (default: a temporary one)")

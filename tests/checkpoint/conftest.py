@@ -13,6 +13,6 @@ def at_point(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def arm(name: str, act: Callable[[], None]) -> None:
         assert name in faults.POINTS
-        monkeypatch.setattr(faults, "at_point", lambda point: act() if point == name else None)
+        monkeypatch.setattr(faults, "at_point", lambda point, _: act() if point == name else None)
 
     return arm

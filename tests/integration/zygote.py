@@ -93,7 +93,7 @@ def _disturb_save(point: str, nth: int, until: tuple[str, int] | None) -> None:
 
     seen = 0
 
-    def at(reached: str) -> None:
+    def at(reached: str, _: object) -> None:
         nonlocal seen
         seen += reached == point
         if reached != point or seen != nth:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from vitscale.errors import ConfigError
-from vitscale.launch.chaos import KINDS, Outcome, as_table, chaos, goodput, run_trials
-from vitscale.launch.trials import SAVED_EVERY, STEPS, Ground, differences, newest_checkpoint
+from vitscale.launch.breaking import KINDS
+from vitscale.launch.chaos import Outcome, as_table, chaos, goodput, planned, run_trials
+from vitscale.launch.trials import SAVED_EVERY, STEPS, Ground, differences, half_written, newest_checkpoint
 from vitscale.run_folder import RunFolder
 
 
@@ -43,28 +44,34 @@ def spoil(path: Path, old: str, new: str) -> None:
 
 def test_an_equal_run(ground: Ground, tmp_path: Path) -> None:
     run = made(tmp_path / "run")
-    assert differences(ground, run, same_world=True) == []
+    assert differences(ground.unbroken, run, same_world=True) == []
     assert newest_checkpoint(run) == STEPS
+    assert ground.like(run) == ground.unbroken
+
+
+def test_a_checkpoint_without_a_manifest_is_half_written(tmp_path: Path) -> None:
+    (fault,) = half_written(made(tmp_path / "run"))
+    assert "manifest.json" in fault
 
 
 def test_every_difference_is_found(ground: Ground, tmp_path: Path) -> None:
     run = made(tmp_path / "run")
     spoil(run.metrics, '"loss": 0.25}', '"loss": 0.2500000001}')
-    assert differences(ground, run, same_world=True) == ["the loss differs from step 4 on"]
-    assert differences(ground, run, same_world=False) == []
+    assert differences(ground.unbroken, run, same_world=True) == ["the loss differs from step 4 on"]
+    assert differences(ground.unbroken, run, same_world=False) == []
     spoil(run.metrics, '"loss": 0.2500000001}', '"loss": 0.2501}')
-    assert differences(ground, run, same_world=False) == ["the loss differs from step 4 on"]
+    assert differences(ground.unbroken, run, same_world=False) == ["the loss differs from step 4 on"]
 
     lines = run.metrics.read_text().splitlines(keepends=True)
     run.metrics.write_text("".join([*lines[:3], *lines[4:]]))
-    assert "steps are missing or twice in metrics.jsonl" in differences(ground, run, same_world=True)
+    assert "steps are missing or twice in metrics.jsonl" in differences(ground.unbroken, run, same_world=True)
     run.metrics.write_text("".join([*lines, lines[-1]]))
-    assert "steps are missing or twice in metrics.jsonl" in differences(ground, run, same_world=True)
+    assert "steps are missing or twice in metrics.jsonl" in differences(ground.unbroken, run, same_world=True)
 
     spoil(run.path / "trace.jsonl", '"a/7"', '"a/8"')
     (run.model / "model.safetensors").write_bytes(b"others")
     (run.checkpoints / ".tmp-step_00000001").mkdir()
-    found = differences(ground, run, same_world=True)
+    found = differences(ground.unbroken, run, same_world=True)
     assert found[-3:] == [
         "other samples were trained on (trace.jsonl)",
         "the final weights differ",
@@ -80,16 +87,33 @@ def test_what_the_trials_came_to() -> None:
     assert goodput({"reader killed": Outcome(1, 1, 1)}) is None
 
 
+def test_outcomes_add_up() -> None:
+    outcome = Outcome(1, 1, 2, [1.0], [4], [10.0])
+    outcome.add(Outcome(1, 0, 3, [2.0], [], [20.0], ["late"]))
+    assert outcome == Outcome(2, 1, 5, [1.0, 2.0], [4], [10.0, 20.0], ["late"])
+
+
 def test_an_unknown_kind() -> None:
     with pytest.raises(ConfigError, match="--kinds 'fire': must be of 'rank killed'"):
-        run_trials(["fire"], None, 0)
-    assert len(KINDS) == 11
+        run_trials(["fire"], None, 0, 0)
 
 
-@pytest.mark.parametrize("kind", ["killed in a save", pytest.param("rank hangs", marks=pytest.mark.full)])
+def test_kinds_come_in_turns_and_then_kills() -> None:
+    assert planned(["rank hangs", "all killed"], 3) == [("rank hangs", 2), ("all killed", 2), ("rank hangs", 0)]
+    kills = KINDS["all killed"].faults
+    plan = planned(["rank hangs", "all killed", "checkpoint damaged"], 3, 3 * kills)
+    assert [name for name, _ in plan[3:]] == ["all killed"] * 2  # and one of the damaged
+    assert [stage for _, stage in plan[3:]] == [2, 0]
+    assert planned(["rank hangs"], 1, 100) == [("rank hangs", 2)]
+
+
+LONG = ("rank hangs", "asked twice", "bit flipped", "gradients not finite", "MLflow down")
+
+
+@pytest.mark.parametrize("kind", ["killed in a save", *(pytest.param(kind, marks=pytest.mark.full) for kind in LONG)])
 def test_runs_that_are_broken_end_as_one_that_was_not(tmp_path: Path, kind: str) -> None:
     said: list[str] = []
-    outcomes = chaos(tmp_path, [kind], 1, seed=0, say=said.append)
-    assert [(each.passed, each.faults) for each in outcomes.values()] == [(1, 1)], said
-    assert all(0 <= lost <= 2 * SAVED_EVERY for each in outcomes.values() for lost in each.lost_steps)
-    assert all(len(each.back_s) == 1 for each in outcomes.values())
+    (outcome,) = chaos(tmp_path, planned([kind], 1), seed=0, say=said.append).values()
+    assert (outcome.passed, outcome.faults) == (1, KINDS[kind].faults), said
+    assert all(0 <= lost <= 3 * SAVED_EVERY for lost in outcome.lost_steps)
+    assert len(outcome.back_s) == len(outcome.detect_s)

@@ -160,13 +160,17 @@ class TrainingLoop:
             state.samples += batch
             state.epoch = consumed[0].epoch
             self._tell(result, consumed)
-            fault_point("step")
+            fault_point("step", self._common)
             if wishes or state.is_done(self.total_steps) or any(task.due(state.step) for task in self.tasks):
                 wishes |= self._settle()
                 stops = self._run_tasks(self._row(result, lr), partial(self._is_due, wishes)) or "stop" in wishes
                 if "save" in wishes:
                     self.stop.saving(state.step)
         return state.is_done(self.total_steps)
+
+    def _common(self) -> Iterator[Any]:
+        """The tensors that all ranks hold the same bits of, for a fault point."""
+        return (tensor for _, tensor in self.engine.replicated())
 
     def _is_due(self, wishes: Collection[str], task: PeriodicTask) -> bool:
         return (task.at_stop and bool(wishes)) or self.state.is_done(self.total_steps) or task.due(self.state.step)
@@ -203,6 +207,7 @@ class TrainingLoop:
                 consumed.append(
                     Consumed(micro_batch.names, micro_batch.replaced, micro_batch.epoch, micro_batch.retries)
                 )
+                fault_point("batch", micro_batch.inputs.values)
                 yield micro_batch.inputs
                 del micro_batch  # its backward is queued: nothing of it is needed while the next one is prepared
                 self.feed.run_ahead()

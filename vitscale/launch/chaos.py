@@ -1,9 +1,10 @@
 """`vitscale chaos`: runs are broken on purpose, one after the other, and compared with a run that was not.
 
-Each trial is a real run of two ranks by launch/torchrun.py on shards made here, broken once or several times at moments
-drawn from the seed and started again each time by the same command. It passes if it ends as the unbroken run did: the
-final weights' digest, the loss of each step bit by bit (where all starts had the same ranks), the samples of each step,
-no step missing or twice, only exit codes that are documented for the fault, no process and no draft left.
+Each trial is a real run of two ranks by launch/torchrun.py on shards made here, broken once or several times (see
+breaking.py) at moments drawn from the seed and started again each time by the same command. It passes if it ends as the
+unbroken run did: the final weights' digest, the loss of each step bit by bit (where all starts had the same ranks), the
+samples of each step, no step missing or twice, only exit codes and reasons that are documented for the fault, every
+checkpoint whole, no process and no draft left.
 """
 
 from __future__ import annotations
@@ -13,43 +14,36 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from random import Random
 
-from vitscale.errors import ConfigError
+from vitscale.errors import ConfigError, LaunchError
 from vitscale.files.atomic import write_atomically
-from vitscale.launch.trials import RANKS, SAVED_EVERY, STEPS, Ground, Start, TrialFailed, differences, newest_checkpoint
-from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED, RunFolder
-from vitscale.text import aligned, listed
+from vitscale.launch.breaking import KINDS, Kind, moment
+from vitscale.launch.mlflow_server import MlflowServer
+from vitscale.launch.torchrun import interruptible
+from vitscale.launch.trials import (
+    RANKS,
+    STEPS,
+    Ground,
+    Start,
+    TrialFailed,
+    differences,
+    half_written,
+    newest_checkpoint,
+)
+from vitscale.run_folder import DONE, FAILED, RunFolder
+from vitscale.text import aligned, duration, listed
+from vitscale.tracking.jsonl import JsonlFile
 
 _STAGES = (2, 0, 3, 1)  # of the trials, in turns
 _STARTING_S = 12.0  # within so long of its start a process is killed that has not begun to train
-_AT_START = 0.3  # of the faults that may come at any time
+_AT_START = 0.5  # of the faults that may come at any time: a run here starts for as long as it trains
+_AT_ONCE_S = 5.0
 _BETWEEN_FAILURES_H, _SAVE_EVERY_MIN = 3.0, 10.0  # for the goodput
-_KILLED = -9
-_WRITING = (
-    "state_begun",
-    "state_synced",
-    "manifest_written",
-    "manifest_synced",
-)  # points of a save, as files are written
-_KILLING = (*_WRITING, "agreed", "renamed", "retiring")
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A fault and what must come of it."""
-
-    breaks: Callable[[Start, Random], float]  # waits for its moment, does it; when, by the monotonic clock
-    codes: tuple[int, ...] = (STOPPED,)  # that a broken start may end with; DONE: the run goes on through it
-    faults: int = 1  # in a trial
-    point: Callable[[Random], str] = lambda draw: ""  # for VITSCALE_FAULT
-    after: Callable[[RunFolder, Random], None] = lambda run, draw: None  # what is done before the next start
-    ranks: Callable[[Random], int] = lambda draw: RANKS  # of the next start
-    loses: bool = True  # steps, to the last checkpoint at most
 
 
 @dataclass
@@ -64,182 +58,132 @@ class Outcome:
     back_s: list[float] = field(default_factory=list)  # from a fault to the next new step
     problems: list[str] = field(default_factory=list)
 
-
-# ---- the faults
-
-
-def _moment(start: Start, draw: Random, anywhere: bool = False) -> None:
-    """Wait for a random moment in training, or (`anywhere`) now and then one while it starts."""
-    begun, began = start.step(), time.monotonic()
-    step = min(begun + draw.randint(1, SAVED_EVERY + 3), STEPS - SAVED_EVERY)
-    ends = began + draw.uniform(0, _STARTING_S) if anywhere and draw.random() < _AT_START else float("inf")
-    start.until(lambda: start.step() >= step or time.monotonic() > ends, f"step {step}")
-    time.sleep(draw.uniform(0, 0.05))
+    def add(self, other: Outcome) -> None:
+        """Take those of another trial."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
 
 
-def _kill_one(start: Start, draw: Random) -> float:
-    _moment(start, draw, anywhere=True)
-    ranks = start.members()
-    draw.choice(ranks or [start.process]).kill()  # type: ignore[attr-defined]
-    return time.monotonic()
+@dataclass
+class Trial:
+    """A run that is broken as its kind says."""
 
+    ground: Ground
+    name: str
+    kind: Kind
+    draw: Random
+    outcome: Outcome = field(default_factory=lambda: Outcome(1))
+    _same_world: bool = True
+    _broken: list[float] = field(default_factory=list)  # when, where no new step has come since then
+    _highest: int = 0  # step so far
 
-def _kill_all(start: Start, draw: Random) -> float:
-    _moment(start, draw, anywhere=True)
-    for process in start.left():
-        process.kill()
-    return time.monotonic()
-
-
-def _await_death(start: Start, draw: Random) -> float:
-    """Of the rank that VITSCALE_FAULT kills."""
-    start.until(lambda: len(start.members()) == RANKS, "the ranks")
-    start.until(lambda: len(start.members()) < RANKS, "the fault")
-    return time.monotonic()
-
-
-def _ask(start: Start, draw: Random) -> float:
-    _moment(start, draw)
-    rank = draw.choice(start.members())
-    ways: list[Callable[[], object]] = [
-        start.process.terminate,
-        lambda: start.process.send_signal(2),
-        rank.terminate,
-        start.run.stop.touch,
-    ]
-    draw.choice(ways)()
-    return time.monotonic()
-
-
-def _stop_one(start: Start, draw: Random) -> float:
-    _moment(start, draw)
-    draw.choice(start.members()).suspend()
-    return time.monotonic()
-
-
-def _stop_reader(start: Start, draw: Random) -> float:
-    _moment(start, draw)
-    draw.choice(start.members("vitscale.data.reader")).suspend()
-    return time.monotonic()
-
-
-def _kill_reader(start: Start, draw: Random) -> float:
-    _moment(start, draw)
-    draw.choice(start.members("vitscale.data.reader")).kill()
-    return time.monotonic()
-
-
-def _start_another(start: Start, draw: Random) -> float:
-    """A second start of the same run, which must be refused."""
-    _moment(start, draw)
-    with Start(start.ground, start.name) as second:
-        code = second.wait()
-    if code != BAD_INPUT:
-        raise TrialFailed(f"the second start of a run ended with {code}, not {BAD_INPUT}")
-    return time.monotonic()
-
-
-def _damage(run: RunFolder, draw: Random) -> None:
-    """Flip a bit of a file of the newest checkpoint, cut it, empty it or take it away."""
-    folders = sorted(run.checkpoints.glob("step_*"))
-    if len(folders) < 2:
-        return
-    file = draw.choice(sorted(folders[-1].iterdir()))
-    content = bytearray(file.read_bytes())
-    way = draw.choice(("flip", "cut", "empty", "remove"))
-    if way == "flip":
-        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-        file.write_bytes(content)
-    elif way == "cut":
-        file.write_bytes(content[: draw.randrange(len(content))])
-    elif way == "empty":
-        file.write_bytes(b"")
-    else:
-        file.unlink()
-
-
-def _in_save(action: str, points: Sequence[str]) -> Callable[[Random], str]:
-    def point(draw: Random) -> str:
-        name = draw.choice(points)
-        rank = draw.randrange(RANKS) if name.startswith("state") else 0
-        return f"point=save.{name} action={action} rank={rank} nth={draw.randint(1, 2)}"
-
-    return point
-
-
-KINDS = {
-    "rank killed": Kind(_kill_one, faults=3),
-    "all killed": Kind(_kill_all, (_KILLED,), faults=3),
-    "killed in a save": Kind(_await_death, point=_in_save("kill", _KILLING)),
-    "asked to stop": Kind(_ask, faults=2, loses=False),
-    "disk full in a save": Kind(
-        lambda start, draw: time.monotonic(), (DONE,), point=_in_save("raise:ENOSPC", _WRITING)
-    ),
-    "checkpoint damaged": Kind(_kill_all, (_KILLED,), after=_damage),
-    "rank hangs": Kind(_stop_one),
-    "reader hangs": Kind(_stop_reader),
-    "reader killed": Kind(_kill_reader, (DONE,)),
-    "other rank counts": Kind(_kill_all, (_KILLED,), faults=3, ranks=lambda draw: draw.choice((1, 2, 4))),
-    "started twice": Kind(_start_another, (DONE,)),
-}
-
-
-# ---- trials
-
-
-def _trial(ground: Ground, name: str, kind: Kind, draw: Random, outcome: Outcome) -> list[str]:
-    """What went wrong in a trial."""
-    run, problems = RunFolder.at(str(ground.folder), name), []
-    same_world, ranks, broken_at, highest = True, RANKS, 0.0, 0
-    for fault in itertools.count(1):
-        breaks = fault <= kind.faults
-        with Start(ground, name, kind.point(draw) if breaks else "", ranks) as start:
-            if broken_at:
-                start.until(partial(_is_beyond, start, highest), "the next new step")
-                outcome.back_s.append(time.monotonic() - broken_at)
-            if breaks:
-                broken_at = kind.breaks(start, draw)
-                outcome.faults += 1
-            code = start.wait()
-            problems += [f"left: process {each.pid}" for each in start.stays()]
-            highest = start.step()
-        if code == DONE and (DONE in kind.codes or not breaks):
-            break
-        if not breaks or code not in kind.codes:
-            return [*problems, f"ended with code {code}: {start.last_lines()}"]
-        outcome.detect_s.append(time.monotonic() - broken_at)
-        outcome.lost_steps.append(highest - newest_checkpoint(run))
-        if not kind.loses and outcome.lost_steps[-1]:
-            problems.append(f"{outcome.lost_steps[-1]} steps were lost")
-        kind.after(run, draw)
-        ranks = kind.ranks(draw)
-        same_world = same_world and ranks == RANKS
-    return problems + differences(ground, run, same_world)
-
-
-def _is_beyond(start: Start, step: int) -> bool:
-    return start.step() > step
-
-
-def chaos(folder: Path, kinds: Sequence[str], trials: int, seed: int, say: Callable[[str], None]) -> dict[str, Outcome]:
-    """Run trials of these kinds in turns, in `folder`; what they came to, by kind."""
-    outcomes = {name: Outcome() for name in kinds}
-    grounds = {stage: Ground(folder, stage) for stage in _STAGES}
-    ready: set[int] = set()
-    for number in range(trials):
-        name, stage = kinds[number % len(kinds)], _STAGES[number // len(kinds) % len(_STAGES)]
-        if stage not in ready:
-            grounds[stage].prepare()
-            ready.add(stage)
-        outcome, run = outcomes[name], f"{number}-{name.replace(' ', '-')}"
-        outcome.trials += 1
+    def run(self) -> Outcome:
+        """All of it."""
         try:
-            problems = _trial(grounds[stage], run, KINDS[name], Random(f"{seed} {number} {name}"), outcome)
-        except TrialFailed as error:
-            problems = [str(error)]
-        outcome.passed += not problems
-        outcome.problems += [f"{run}: {problem}" for problem in problems]
-        say(f"{number + 1} of {trials}: {name}, ZeRO {stage}: {'passed' if not problems else listed(problems)}")
+            with ExitStack() as stack:
+                server = None
+                if self.kind.tracked:
+                    server = stack.enter_context(MlflowServer(self.ground.folder / f"{self.name}-mlflow"))
+                self._start_until_done(server)
+                self._add(differences(self.ground.like(self._folder), self._folder, self._same_world))
+                if server is not None:
+                    self._add(server.differences(self._folder))
+        except (TrialFailed, LaunchError, OSError) as error:
+            self._add([str(error)])
+        self.outcome.passed = int(not self.outcome.problems)
+        return self.outcome
+
+    @property
+    def _folder(self) -> RunFolder:
+        return RunFolder.at(str(self.ground.folder), self.name)
+
+    def _add(self, problems: Iterable[str]) -> None:
+        self.outcome.problems += [f"{self.name}: {problem}" for problem in problems]
+
+    def _start_until_done(self, server: MlflowServer | None) -> None:
+        kind, draw, began = self.kind, self.draw, 0
+        for fault in itertools.count(1):
+            breaks, ranks = fault <= kind.faults, kind.ranks(draw)
+            self._same_world &= ranks == RANKS
+            with Start(self.ground, self.name, kind.point(draw) if breaks else "", ranks, server) as start:
+                early = self._meddle(start, breaks)
+                code = start.wait()
+                ended = time.monotonic()
+                self._add(f"left: process {each.pid}" for each in start.stays())
+                reached = start.step()
+                self._highest = max(self._highest, reached)
+            self._add(half_written(self._folder))
+            if code == DONE and (DONE in kind.codes or not breaks):
+                return
+            entered, began = self._began() > began, self._began()
+            if not breaks or not (code in kind.codes or (code == FAILED and not entered)):
+                raise TrialFailed(f"ended with code {code}: {start.last_lines()}")
+            lost = 0 if early else reached - newest_checkpoint(self._folder)
+            self._judge_end(start, ended - self._broken[-1], lost)
+            kind.after(self._folder, draw)
+
+    def _meddle(self, start: Start, breaks: bool) -> bool:
+        """Wait for the first new step, and break the start; whether it was broken before that."""
+        kind, draw, began = self.kind, self.draw, time.monotonic()
+        early = breaks and kind.anywhere and draw.random() < _AT_START
+        ends = began + draw.uniform(0, _STARTING_S) if early else float("inf")
+        if self._highest < STEPS:  # else it was broken while its last checkpoint was written
+            start.until(lambda: start.step() > self._highest or time.monotonic() > ends, "the next new step")
+        if start.step() > self._highest:
+            self.outcome.back_s += [time.monotonic() - broken for broken in self._broken]
+            self._broken.clear()
+        if breaks:
+            if kind.anywhere and not early:
+                moment(start, draw)
+            self._broken.append(kind.breaks(start, draw))
+            self.outcome.faults += 1
+        return early
+
+    def _judge_end(self, start: Start, seconds: float, lost: int) -> None:
+        """Of a start that was broken, and ended so long after that."""
+        outcome, reason = self.outcome, str((self._folder.read_exit() or {"reason": ""})["reason"])
+        outcome.detect_s.append(seconds)
+        outcome.lost_steps.append(lost)
+        if self.kind.at_once and seconds > _AT_ONCE_S:
+            self._add([f"it took {seconds:.1f} s to leave at once"])
+        if lost and not self.kind.loses:
+            self._add([f"{lost} steps were lost"])
+        self._add(f"exit.json says {reason!r}, without {words!r}" for words in start.expected if words not in reason)
+
+    def _began(self) -> int:
+        """How many of its starts had ranks that entered the run."""
+        path = self._folder.attempts
+        return sum("began" in row for row in JsonlFile(path).rows()) if path.exists() else 0
+
+
+def planned(kinds: Sequence[str], trials: int, kills: int = 0) -> list[tuple[str, int]]:
+    """The kind and the ZeRO stage of each trial: these kinds in turns, then those that kill at any moment until there
+    are so many kills."""
+    plan = [(kinds[number % len(kinds)], _STAGES[number // len(kinds) % len(_STAGES)]) for number in range(trials)]
+    killing = [name for name in kinds if KINDS[name].anywhere and KINDS[name].faults > 1]
+    stages = itertools.cycle(_STAGES)
+    while killing and sum(KINDS[name].faults for name, _ in plan if KINDS[name].anywhere) < kills:
+        stage = next(stages)
+        plan += [(name, stage) for name in killing]
+    return plan
+
+
+def chaos(folder: Path, plan: Sequence[tuple[str, int]], seed: int, say: Callable[[str], None]) -> dict[str, Outcome]:
+    """Run these trials in `folder`; what they came to, by kind. Ctrl-C ends it with the trials before."""
+    outcomes = {name: Outcome() for name, _ in plan}
+    grounds: dict[int, Ground] = {}
+    try:
+        for number, (name, stage) in enumerate(plan):
+            if stage not in grounds:
+                grounds[stage] = Ground(folder, stage)
+                grounds[stage].prepare()
+            run, draw = f"{number}-{name.replace(' ', '-')}", Random(f"{seed} {number} {name}")
+            came_to = Trial(grounds[stage], run, KINDS[name], draw).run()
+            outcomes[name].add(came_to)
+            told = listed(came_to.problems) if came_to.problems else "passed"
+            say(f"{number + 1} of {len(plan)}: {name}, ZeRO {stage}: {told}")
+    except KeyboardInterrupt:
+        say("interrupted; of the trials that have ended:")
     return outcomes
 
 
@@ -266,18 +210,23 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def run_trials(
-    kinds: Sequence[str] | None, trials: int | None, seed: int, out: Path | None = None, figures: Path | None = None
+    kinds: Sequence[str] | None,
+    trials: int | None,
+    kills: int,
+    seed: int,
+    out: Path | None = None,
+    figures: Path | None = None,
 ) -> int:
     """The verb: print a line a trial and a table; DONE if all have passed. ConfigError for an unknown kind."""
     kinds = list(KINDS) if kinds is None else kinds
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise ConfigError(f"--kinds {unknown[0]!r}: must be of {', '.join(map(repr, KINDS))}")
-    count = len(kinds) if trials is None else trials
-    with tempfile.TemporaryDirectory(prefix="vitscale-chaos-") as scratch:
+    plan, began = planned(kinds, len(kinds) if trials is None else trials, kills), time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="vitscale-chaos-") as scratch, interruptible():
         folder = (out or Path(scratch)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        outcomes = chaos(folder, kinds, count, seed, lambda line: print(line, flush=True))
+        outcomes = chaos(folder, plan, seed, lambda line: print(line, flush=True))
     print(as_table(outcomes))
     share = goodput(outcomes)
     if share is not None:
@@ -288,5 +237,6 @@ def run_trials(
     if figures is not None:
         write_atomically(figures, json.dumps({name: asdict(each) for name, each in outcomes.items()}, indent=1) + "\n")
     passed = sum(each.passed for each in outcomes.values())
-    print(f"passed {passed} of {count}")
-    return DONE if passed == count else FAILED
+    killed = sum(each.faults for name, each in outcomes.items() if KINDS[name].anywhere)
+    print(f"passed {passed} of {len(plan)} in {duration(time.monotonic() - began)}, with {killed} random kills")
+    return DONE if passed == len(plan) else FAILED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,13 +17,15 @@ from typing import Any
 
 import psutil
 
+from vitscale.checkpoint.store import checkpoint_folders, faults_of
+from vitscale.launch.mlflow_server import MlflowServer
 from vitscale.prepare.digits import write_digits
 from vitscale.run_folder import RunFolder
 from vitscale.tracking.jsonl import JsonlFile
 
 STEPS, SAVED_EVERY, RANKS = 160, 20, 2
 _MARK = "VITSCALE_CHAOS"  # in the environment of all that a start starts
-_POLL_S = 0.02
+_POLL_S = 0.05
 _PATIENCE_S = 170.0  # for anything that a trial waits for
 _LEAVING_S = 5.0
 _ALMOST = 1e-5  # relative, of losses of other rank counts
@@ -32,11 +35,12 @@ model: {{hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, intermed
          patch_size: 4, drop_path_rate: 0.1}}
 objective:
   mae: {{decoder_hidden_size: 32, decoder_num_hidden_layers: 1, decoder_num_attention_heads: 2,
-         decoder_intermediate_size: 64}}
+         decoder_intermediate_size: 64, norm_pix_loss: false}}
 data: {{train: ["{shards}"], lanes: 4, window: 64, threads: 1}}
 optimizer: {{lr: 1.0e-3, lr_batch: null, warmup: 0.1}}
-train: {{global_batch: 64, micro_batch: 16, steps: {steps}}}
-parallel: {{zero_stage: {stage}, timeout_s: 60, patience_s: 10}}
+train: {{global_batch: 64, micro_batch: 16, steps: {steps}, max_skipped_steps: 3}}
+parallel: {{zero_stage: {stage}, timeout_s: 60, patience_s: 10, restarts_without_progress: 50}}
+guard: {{rollback: true, rollback_steps: {every}}}
 checkpoint: {{every_steps: {every}, keep: 2}}
 tracking: {{mlflow: false}}
 log: {{every_steps: 1, trace: true}}
@@ -68,7 +72,21 @@ class Ground:
         shards = self.folder / "digits" / "train" / "*.tar"
         text = _CONFIG.format(folder=self.folder, shards=shards, steps=STEPS, every=SAVED_EVERY, stage=self.stage)
         self.config.write_text(text, encoding="utf-8")
-        with Start(self, self.unbroken.path.name) as start:
+        self._run(self.unbroken)
+
+    def like(self, run: RunFolder) -> RunFolder:
+        """The run to which `run` is to come out equal: the unbroken one, or where it has gone back before batches and
+        left them out, one that never saw them."""
+        if not run.rollbacks():
+            return self.unbroken
+        never = RunFolder.at(str(self.folder), f"{run.path.name}-unbroken")
+        never.path.mkdir()
+        shutil.copy(run.rollback_record, never.path)
+        self._run(never)
+        return never
+
+    def _run(self, run: RunFolder) -> None:
+        with Start(self, run.path.name) as start:
             if start.wait() != 0:
                 raise TrialFailed(f"the unbroken run failed: {start.last_lines()}")
 
@@ -81,7 +99,8 @@ class Start:
     name: str
     fault: str = ""  # for VITSCALE_FAULT
     ranks: int = RANKS
-    overrides: Sequence[str] = ()
+    server: MlflowServer | None = None  # that it sends its metrics to
+    expected: list[str] = field(default_factory=list)  # words of its exit.json, by whoever breaks it
     _mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __enter__(self) -> Start:
@@ -90,11 +109,11 @@ class Start:
         self.run = RunFolder.at(str(self.ground.folder), self.name)
         self._log = self.ground.folder / f"{self.name}.log"
         command = [sys.executable, "-m", "vitscale.launch.torchrun", "pretrain", str(self.ground.config)]
+        command += [f"run.name={self.name}"]
+        if self.server is not None:
+            command += ["tracking.mlflow=true", f"tracking.mlflow_uri={self.server.uri}", "tracking.log_model=false"]
         with open(self._log, "ab") as log:
-            self.process = subprocess.Popen(
-                [*command, f"run.name={self.name}", *self.overrides], env=environment, stdout=log, stderr=log,
-                start_new_session=True,
-            )  # fmt: skip
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -125,13 +144,13 @@ class Start:
         rows = JsonlFile(self.run.metrics).rows()
         return int(rows[-1]["step"]) if rows else 0
 
-    def until(self, condition: Callable[[], bool], what: str) -> None:
+    def until(self, condition: Callable[[], bool], what: str, poll_s: float = _POLL_S) -> None:
         """Wait for it; TrialFailed where it does not come, or the start ends before."""
         ends = time.monotonic() + _PATIENCE_S
         while not condition():
             if time.monotonic() > ends or self.process.poll() is not None:
                 raise TrialFailed(f"{what} did not come: {self.last_lines()}")
-            time.sleep(_POLL_S)
+            time.sleep(poll_s)
 
     def wait(self) -> int:
         """Its exit code. TrialFailed where it does not end."""
@@ -144,21 +163,26 @@ class Start:
         return " | ".join(self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:])
 
 
-def differences(ground: Ground, run: RunFolder, same_world: bool) -> list[str]:
-    """How a run that was meddled with differs from the unbroken one; nothing, if all is well."""
+def differences(unbroken: RunFolder, run: RunFolder, same_world: bool) -> list[str]:
+    """How a run that was meddled with differs from one that was not; nothing, if all is well."""
     found = []
-    mine, theirs = (JsonlFile(each.metrics).rows() for each in (run, ground.unbroken))
+    mine, theirs = (JsonlFile(each.metrics).rows() for each in (run, unbroken))
     if [row["step"] for row in mine] != list(range(1, STEPS + 1)):
         found.append("steps are missing or twice in metrics.jsonl")
     apart = [row["step"] for row, other in zip(mine, theirs, strict=False) if not _alike(row, other, same_world)]
     if apart:
         found.append(f"the loss differs from step {apart[0]} on")
-    if _samples(run) != _samples(ground.unbroken):
+    if _samples(run) != _samples(unbroken):
         found.append("other samples were trained on (trace.jsonl)")
-    if same_world and _digest(run) != _digest(ground.unbroken):
+    if same_world and _digest(run) != _digest(unbroken):
         found.append("the final weights differ")
     drafts = [path.name for path in run.checkpoints.iterdir() if path.name.startswith(".")]
     return found + [f"left in checkpoints: {name}" for name in drafts]
+
+
+def half_written(run: RunFolder) -> list[str]:
+    """What is wrong with checkpoints that are there by their names."""
+    return [fault for folder in checkpoint_folders(run.checkpoints) for fault in faults_of(folder)]
 
 
 def newest_checkpoint(run: RunFolder) -> int:
