@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -238,23 +237,17 @@ _MANY = 4  # ranks, of which one can be told from the others
 
 
 def _await_end(*expected: str) -> Callable[[Start, Random], float]:
-    """Of a start that ends by what VITSCALE_FAULT does, and says so; the moment is that of its last row."""
+    """Of a start that ends by the numbers that VITSCALE_FAULT spoils, and says so; when they were spoilt."""
 
     def wait(start: Start, draw: Random) -> float:
-        start.expected = [*expected, *(f"{found} on" for found in _rank(start.fault))]
-        last, at = 0, time.monotonic()
-        while start.process.poll() is None:
-            if (step := start.step()) > last:
-                last, at = step, time.monotonic()
-            time.sleep(0.05)
-        return at
+        keys = dict(word.split("=", 1) for word in start.fault.split())
+        step = int(keys["nth"]) if keys["point"] == "step" else int(keys["nth"]) // _BATCHES + 1
+        start.until(lambda: start.step() >= step, f"step {step}")
+        told = [f"rank {keys['rank']} on"] if keys["point"] == "step" else []  # what is not finite comes to all
+        start.expected = [*expected, *told]
+        return time.monotonic()
 
     return wait
-
-
-def _rank(fault: str) -> list[str]:
-    """The rank that a flipped bit must be told of; what is not finite comes to all."""
-    return [f"rank {number}" for number in re.findall(r"action=flip:\d+ rank=(\d+)", fault)]
 
 
 KINDS = {

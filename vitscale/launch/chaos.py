@@ -159,7 +159,8 @@ class Trial:
 def planned(kinds: Sequence[str], trials: int, kills: int = 0) -> list[tuple[str, int]]:
     """The kind and the ZeRO stage of each trial: these kinds in turns, then those that kill at any moment until there
     are so many kills."""
-    plan = [(kinds[number % len(kinds)], _STAGES[number // len(kinds) % len(_STAGES)]) for number in range(trials)]
+    turns = [divmod(number, len(kinds)) for number in range(trials)]
+    plan = [(kinds[place], _STAGES[(turn + place) % len(_STAGES)]) for turn, place in turns]
     killing = [name for name in kinds if KINDS[name].anywhere and KINDS[name].faults > 1]
     stages = itertools.cycle(_STAGES)
     while killing and sum(KINDS[name].faults for name, _ in plan if KINDS[name].anywhere) < kills:
