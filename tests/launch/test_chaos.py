@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from vitscale.launch.breaking import KINDS
 from vitscale.launch.chaos import Outcome, as_table, chaos, goodput, planned, run_trials
 from vitscale.launch.trials import SAVED_EVERY, STEPS, Ground, differences, half_written, newest_checkpoint
 from vitscale.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[2]
 
 
 def made(path: Path) -> RunFolder:
@@ -105,6 +108,20 @@ def test_kinds_come_in_turns_and_then_kills() -> None:
     assert [name for name, _ in plan[3:]] == ["all killed"] * 2  # and one of the damaged
     assert [stage for _, stage in plan[3:]] == [2, 0]
     assert planned(["rank hangs"], 1, 100) == [("rank hangs", 2)]
+
+
+def test_the_docs_have_all_kinds_and_name_what_is_there() -> None:
+    text = (ROOT / "docs" / "faults.md").read_text()
+    kinds = re.search(r"\| kind \| what is done \|\n\|---\|---\|\n((?:\|.*\n)+)", text)
+    assert kinds is not None
+    assert {name for row in kinds[1].splitlines() for name in row.split(" | ")[0].strip("| ").split(", ")} == set(KINDS)
+    tried = text[text.index("## What was tried") :]
+    assert set(re.findall(r'"([^"]+)"', tried)) <= set(KINDS)
+    folder = ""
+    for path in re.findall(r"((?:\w+/)?test_\w+\.py)", tried):
+        folder = path.rpartition("/")[0] or folder  # as of the file before, where none is named
+        assert any((ROOT / "tests" / each).exists() for each in (path, f"{folder}/{path}")), path
+    assert len(re.findall(r"^\| ", tried, re.MULTILINE)) == 1 + 27
 
 
 LONG = ("rank hangs", "asked twice", "bit flipped", "gradients not finite", "MLflow down")
