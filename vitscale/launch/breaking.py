@@ -22,6 +22,7 @@ _WRITING = (
     "manifest_written",
     "manifest_synced",
 )  # points of a save, as files are written
+_SAVE_FAILED = "training goes on, and the next save is tried as usual"
 _KILLING = (*_WRITING, "agreed", "renamed", "retiring")
 
 
@@ -37,6 +38,7 @@ class Kind:
     ranks: Callable[[Random], int] = lambda draw: RANKS  # of a start
     loses: bool = True  # steps, to the last checkpoint at most
     at_once: bool = False  # the start ends in a moment
+    told: str = ""  # words of what the run prints, by which the fault is known to have come
     tracked: bool = False  # by a real MLflow server: `start.server`
     anywhere: bool = False  # also while a run starts: whoever calls `breaks` waits for the moment
 
@@ -61,6 +63,13 @@ def _kill_all(start: Start, draw: Random) -> float:
     for process in start.left():
         process.kill()
     return time.monotonic()
+
+
+def _kill_behind_two(start: Start, draw: Random) -> float:
+    """All, once there are two checkpoints: the newest is to be damaged."""
+    start.until(lambda: len(list(start.run.checkpoints.glob("step_*"))) == 2, "two checkpoints")
+    moment(start, draw)
+    return _kill_all(start, draw)
 
 
 def _await_death(start: Start, draw: Random) -> float:
@@ -184,10 +193,8 @@ def _without_mlflow(start: Start, draw: Random) -> float:
 
 def _damage(run: RunFolder, draw: Random) -> None:
     """Flip a bit of a file of the newest checkpoint, cut it, empty it or take it away."""
-    folders = sorted(run.checkpoints.glob("step_*"))
-    if len(folders) < 2:
-        return
-    file = draw.choice(sorted(folders[-1].iterdir()))
+    newest = max(run.checkpoints.glob("step_*"))
+    file = draw.choice(sorted(newest.iterdir()))
     content = bytearray(file.read_bytes())
     way = draw.choice(("flip", "cut", "empty", "remove"))
     if way == "flip":
@@ -258,18 +265,18 @@ KINDS = {
     "asked twice": Kind(_ask_twice, (INTERRUPTED,), faults=2, at_once=True),
     "asked to save": Kind(_ask_to_save, (DONE,)),
     "disk full in a save": Kind(
-        lambda start, draw: time.monotonic(), (DONE,), point=_in_save("raise:ENOSPC", _WRITING)
+        lambda start, draw: time.monotonic(), (DONE,), point=_in_save("raise:ENOSPC", _WRITING), told=_SAVE_FAILED
     ),
-    "writer killed": Kind(_kill_writer, (DONE,)),
+    "writer killed": Kind(_kill_writer, (DONE,), told=_SAVE_FAILED),
     "writer hangs": Kind(_stop_writer),
-    "checkpoint damaged": Kind(_kill_all, (KILLED,), after=_damage, anywhere=True),
+    "checkpoint damaged": Kind(_kill_behind_two, (KILLED,), after=_damage, told="is not usable"),
     "rank hangs": Kind(_stop("vitscale.cli")),
     "reader hangs": Kind(_stop("vitscale.data.reader")),
-    "reader killed": Kind(_kill_reader, (DONE,)),
+    "reader killed": Kind(_kill_reader, (DONE,), told="is started again"),
     "other rank counts": Kind(
         _kill_all, (KILLED,), faults=3, ranks=lambda draw: draw.choice((1, 2, 4)), anywhere=True
     ),
-    "started twice": Kind(_start_another, (DONE,)),
+    "started twice": Kind(_start_another, (DONE,), told="in use by"),
     "gradients not finite": Kind(_await_end(ROLLED_BACK, "the gradient was not finite"), point=_not_finite),
     "spike of the loss": Kind(_await_end(ROLLED_BACK, "the loss is"), point=_spike),
     "bit flipped": Kind(

@@ -85,6 +85,8 @@ class Trial:
                 if self.kind.tracked:
                     server = stack.enter_context(MlflowServer(self.ground.folder / f"{self.name}-mlflow"))
                 self._start_until_done(server)
+                if self.kind.told not in self.ground.log(self.name).read_text("utf-8", "replace"):
+                    self._add([f"it never printed {self.kind.told!r}"])
                 self._add(differences(self.ground.like(self._folder), self._folder, self._same_world))
                 if server is not None:
                     self._add(server.differences(self._folder))

@@ -66,6 +66,10 @@ class Ground:
     def unbroken(self) -> RunFolder:
         return RunFolder.at(str(self.folder), f"unbroken{self.stage}")
 
+    def log(self, name: str) -> Path:
+        """What all starts of a run have printed."""
+        return self.folder / f"{name}.log"
+
     def prepare(self) -> None:
         """Make shards and config, and run the run that no trial meddles with."""
         write_digits(self.folder / "digits")
@@ -107,7 +111,7 @@ class Start:
         environment = {**os.environ, "NPROC_PER_NODE": str(self.ranks), "OMP_NUM_THREADS": "1", _MARK: self._mark}
         environment |= {"VITSCALE_FAULT": self.fault} if self.fault else {}
         self.run = RunFolder.at(str(self.ground.folder), self.name)
-        self._log = self.ground.folder / f"{self.name}.log"
+        self._log = self.ground.log(self.name)
         command = [sys.executable, "-m", "vitscale.launch.torchrun", "pretrain", str(self.ground.config)]
         command += [f"run.name={self.name}"]
         if self.server is not None:
