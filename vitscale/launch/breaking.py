@@ -10,7 +10,7 @@ from random import Random
 
 import psutil
 
-from vitscale.launch.trials import RANKS, SAVED_EVERY, STEPS, Start, TrialFailed, newest_checkpoint
+from vitscale.launch.trials import RANKS, SAVED_EVERY, STEPS, Start, TrialFailed, kill, newest_checkpoint
 from vitscale.run_folder import BAD_INPUT, DONE, INTERRUPTED, ROLLED_BACK, STOP_REASON, STOPPED, RunFolder
 
 KILLED = -9
@@ -60,14 +60,13 @@ def _kill_one(start: Start, draw: Random) -> float:
 
 
 def _kill_all(start: Start, draw: Random) -> float:
-    for process in start.left():
-        process.kill()
+    kill(start.left())
     return time.monotonic()
 
 
 def _kill_behind_two(start: Start, draw: Random) -> float:
     """All, once there are two checkpoints: the newest is to be damaged."""
-    start.until(lambda: len(list(start.run.checkpoints.glob("step_*"))) == 2, "two checkpoints")
+    start.until(lambda: len(list(start.run.checkpoints.glob("step_*"))) >= 2, "two checkpoints")
     moment(start, draw)
     return _kill_all(start, draw)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,7 @@ class Start:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self.left():
-            process.kill()
+        kill(self.left())
         self.process.kill()
         self.process.wait()
 
@@ -187,6 +187,13 @@ def differences(unbroken: RunFolder, run: RunFolder, same_world: bool) -> list[s
 def half_written(run: RunFolder) -> list[str]:
     """What is wrong with checkpoints that are there by their names."""
     return [fault for folder in checkpoint_folders(run.checkpoints) for fault in faults_of(folder)]
+
+
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """SIGKILL for those that have not ended meanwhile, as some do with the first."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def newest_checkpoint(run: RunFolder) -> int:
