@@ -239,7 +239,8 @@ def run_trials(
         )
     if figures is not None:
         write_atomically(figures, json.dumps({name: asdict(each) for name, each in outcomes.items()}, indent=1) + "\n")
-    passed = sum(each.passed for each in outcomes.values())
+    passed, ended = (sum(getattr(each, name) for each in outcomes.values()) for name in ("passed", "trials"))
     killed = sum(each.faults for name, each in outcomes.items() if KINDS[name].anywhere)
-    print(f"passed {passed} of {len(plan)} in {duration(time.monotonic() - began)}, with {killed} random kills")
+    left = f" ({len(plan)} were to be)" if ended < len(plan) else ""
+    print(f"passed {passed} of {ended}{left} in {duration(time.monotonic() - began)}, with {killed} random kills")
     return DONE if passed == len(plan) else FAILED
