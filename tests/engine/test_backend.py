@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -113,3 +115,18 @@ def test_without_a_compiler_compiling_is_refused(monkeypatch: pytest.MonkeyPatch
             backend.wrap(new_model(compiled, 0), compiled)
     finally:
         backend.close()
+
+
+def test_a_start_without_tracking_does_not_import_mlflow() -> None:
+    """DeepSpeed's autotuner would, where it is installed; afterwards it can be imported as ever."""
+    program = (
+        "import sys; from vitscale import world; from vitscale.engine.backend import Backend; "
+        "from vitscale.config.schema import Parallel, RunConfig; "
+        "Backend(RunConfig(parallel=Parallel(zero_stage=1)), world.enter()); "
+        "assert 'deepspeed' in sys.modules and 'mlflow' not in sys.modules; import mlflow"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import resource
 import shutil
+import sys
 import warnings
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -134,7 +136,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _make_accelerator(config: RunConfig, world: World) -> Any:
-    import deepspeed
+    with _without("mlflow"):  # of DeepSpeed's autotuner, which nobody uses here: more than a second of a start
+        import deepspeed
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
@@ -156,6 +159,19 @@ def _make_accelerator(config: RunConfig, world: World) -> Any:
     return Accelerator(
         kwargs_handlers=[group], deepspeed_plugin=plugin, gradient_accumulation_steps=accumulation(config, world)
     )
+
+
+@contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Within it an import of this module fails at once, unless it was imported before."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def _collectives(world: World) -> str:
