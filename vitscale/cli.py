@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import importlib
 import os
 import re
 import sys
@@ -204,7 +203,9 @@ def _export_run(source: Path, out: Path | None) -> Path:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    return importlib.import_module(f"vitscale.bench.{arguments.what}").main(arguments.rest)
+    from vitscale.bench.all import run
+
+    return run(arguments.what, arguments.rest)
 
 
 def _chaos(arguments: argparse.Namespace) -> int:
@@ -277,10 +278,11 @@ def _parser() -> argparse.ArgumentParser:
     added = verb("chaos", _chaos, "break runs on purpose and see whether they end as an unbroken one does")
     _takes_kinds(added)
     added = verb("bench", _bench, "measure this project beside its peers")
+    benches = ("data", "augment", "step", "model", "checkpoint", "startup", "exchange", "zero", "memory", "all")
+    added.add_argument("what", choices=benches)
     added.add_argument(
-        "what", choices=("data", "augment", "step", "model", "checkpoint", "startup", "exchange", "zero", "memory")
+        "rest", nargs=argparse.REMAINDER, help="options of that benchmark (--help lists them); --json FILE"
     )
-    added.add_argument("rest", nargs=argparse.REMAINDER, help="options of that benchmark (--help lists them)")
     return parser
 
 

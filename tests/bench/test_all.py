@@ -1,0 +1,52 @@
+"""`vitscale bench all`, and a benchmark's JSON as a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vitscale.bench import all as benches
+from vitscale.bench.all import run
+from vitscale.cli import main
+from vitscale.run_folder import BAD_INPUT
+
+
+def test_the_json_is_a_file_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "figures.json"
+    assert run("startup", ["--shards", "10", "--rounds", "1", "--json", str(out)]) == 0
+    printed = capfd.readouterr().out.splitlines()
+    assert json.loads(out.read_text()) == json.loads(printed[-1])
+    assert len(printed) > 1
+    assert main(["bench", "startup", "--shards", "10", "--json", str(tmp_path / "nowhere" / "x.json")]) == BAD_INPUT
+
+
+def test_all_of_them_and_what_failed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    brief = {"startup": ["--shards", "10", "--rounds", "1"], "exchange": ["--ranks", "0"]}
+    monkeypatch.setattr(benches, "BRIEF", brief)
+    assert run("all", []) == 1
+    printed = capfd.readouterr().out.splitlines()
+    result = json.loads(printed[-1])
+    assert result["results"]["startup"]["shards"] == 10
+    assert "must be a whole number above 0" in result["failed"]["exchange"]
+    assert result["seconds"].keys() == brief.keys()
+    assert "launch/gpu_suite.sh" in printed[-2]
+
+
+def test_every_benchmark_is_in_it() -> None:
+    """But for those that are of another one, and what they share."""
+    shared = {
+        "__init__",
+        "all",
+        "data_peers",
+        "joins",
+        "laps",
+        "measuring",
+        "peers",
+        "photographs",
+        "rounds",
+        "storage",
+    }
+    files = {path.stem for path in Path(benches.__file__).parent.glob("*.py")}
+    assert files - shared == benches.BRIEF.keys()
