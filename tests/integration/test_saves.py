@@ -35,7 +35,9 @@ def test_a_slow_save_holds_up_no_step(launcher: Launcher, config: Path, tmp_path
     """The others that were due in its time become one, after it; it is the same bytes as one that is waited for."""
     argv = argv_of(config, stage, "checkpoint.keep=20")
     waited, run = tmp_path / "runs" / "waited", tmp_path / "runs" / "run"
-    launcher.run([*argv, "run.name=waited", "checkpoint.asynchronous=false"], ranks)
+    notice = ["checkpoint.asynchronous=false", "checkpoint.notice_s=0.001"]
+    output = launcher.run([*argv, "run.name=waited", *notice], ranks)
+    assert output.count("more than checkpoint.notice_s=0.001") == 1, "a save takes longer: told once, by rank 0"
     slow = {"rank": ranks - 1, "point": "save.state_begun", "nth": 1, "until": [str(run / "metrics.jsonl"), 9]}
     launcher.run(argv, ranks, kill=slow)
     assert steps(waited) == list(range(2, 21, 2))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ from vitscale.launch.torchrun import (
     read_layout,
     whole_number,
 )
-from vitscale.run_folder import RunFolder
+from vitscale.run_folder import STOPPED, RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIABLES = ("NPROC_PER_NODE", "NNODES", "RDZV_ENDPOINT", "RDZV_ID", "OMP_NUM_THREADS", "SLURM_JOB_ID", "RANK")
@@ -134,6 +136,24 @@ def test_one_rank_for_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     os.environ["NPROC_PER_NODE"] = "4"
     with pytest.raises(LaunchError, match=r"NPROC_PER_NODE=4: this node shows 3 GPUs"):
         ranks_per_node()
+
+
+@pytest.mark.parametrize("number", torchrun.STOP_SIGNALS)
+def test_a_signal_before_there_are_ranks(
+    number: signal.Signals, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While shards are counted, say: there is nothing to save, and the same command starts again."""
+
+    def busy(*_: object) -> RunFolder:
+        os.kill(os.getpid(), number)
+        time.sleep(30)
+        raise AssertionError("nobody heard it")
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(torchrun, "prepare", busy)
+    assert main(["pretrain", str(config)]) == STOPPED
+    assert "stopped before there were ranks" in capsys.readouterr().err
+    assert signal.getsignal(number) is before
 
 
 def test_prepare_clears_what_an_earlier_start_left(config: Path, tmp_path: Path) -> None:
