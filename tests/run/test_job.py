@@ -15,11 +15,12 @@ from torch import nn
 
 from vitscale.checkpoint.store import SoleRank
 from vitscale.config.load import config_of
-from vitscale.config.schema import Checkpoint, Data, Guard, Log, Run, RunConfig, Source
+from vitscale.config.schema import Checkpoint, Data, Guard, Log, Model, Run, RunConfig, Source, Train
 from vitscale.engine import digest
 from vitscale.engine.loop import TrainState, every_n_steps
 from vitscale.errors import ConfigError, StorageError
 from vitscale.lease import FolderInUse, FolderLost
+from vitscale.run import pretrain as jobs
 from vitscale.run.job import Job
 from vitscale.run.pretrain import pretrain, run_locked
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED
@@ -98,6 +99,23 @@ def test_the_first_rank_that_fails_says_why(tmp_path: Path) -> None:
     assert later.reported, "nothing is printed"
     assert run_locked(Ending(tmp_path, ConnectionError("closed"), rank=1, world_size=2)) == BAD_INPUT
     assert failed.read_exit()["reason"] == "model.x=1: must be 2"
+
+
+@pytest.mark.parametrize(("gpu_bytes", "says"), [(10**10, "this fits"), (10**8, "no ZeRO stage fits"), (None, "")])
+def test_a_gpu_that_is_too_small_is_told_with_what_would_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu_bytes: int | None, says: str
+) -> None:
+    """gpu_bytes: None where it cannot be asked; the error is told nevertheless."""
+    if gpu_bytes is not None:
+        monkeypatch.setattr(jobs, "gpu_memory", lambda: gpu_bytes)
+    job = Ending(tmp_path, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    model = Model(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32)
+    job.config = dataclasses.replace(job.config, model=model, train=Train(steps=9, micro_batch=32))
+    with pytest.raises(ConfigError, match=rf"train.micro_batch=32: does not fit.*{says}"):
+        run_locked(job)
+    exit_record = job.folder.read_exit()
+    assert exit_record is not None
+    assert exit_record["code"] == BAD_INPUT
 
 
 def test_a_crash_is_raised_with_its_traceback(tmp_path: Path) -> None:

@@ -135,6 +135,11 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def gpu_memory() -> int:
+    """Bytes of this rank's GPU."""
+    return torch.cuda.mem_get_info()[1]
+
+
 def _make_accelerator(config: RunConfig, world: World) -> Any:
     with _without("mlflow"):  # of DeepSpeed's autotuner, which nobody uses here: more than a second of a start
         import deepspeed

@@ -110,11 +110,8 @@ def _step(step: dict[str, Any]) -> str:
 def _fastest(best: dict[str, Any] | None) -> str:
     if best is None:
         return "nothing fits, not with ZeRO 3 and gradient checkpointing: larger GPUs, or parallel.offload_optimizer"
-    keys = (
-        f"parallel.zero_stage={best['zero_stage']} train.micro_batch={best['micro_batch']} "
-        f"train.gradient_checkpointing={str(best['gradient_checkpointing']).lower()}"
-    )
-    return f"fastest that fits: {keys}: {best['images_per_second']:,.0f} images/s, {_gb(best['total_bytes'])} a GPU"
+    rate, size = f"{best['images_per_second']:,.0f} images/s", _gb(best["total_bytes"])
+    return f"fastest that fits: {best['keys']}: {rate}, {size} a GPU"
 
 
 def _checkpoints(save: dict[str, Any]) -> str:

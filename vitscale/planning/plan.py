@@ -14,7 +14,7 @@ from vitscale.config.check import accumulation, check_config
 from vitscale.config.schema import RunConfig
 from vitscale.errors import ConfigError
 from vitscale.models.auto import build_model
-from vitscale.planning.gpus import Gpu
+from vitscale.planning.gpus import GPUS, Gpu
 from vitscale.planning.memory import Activations, Memory, activations, memory
 from vitscale.planning.speed import StepSeconds, step_seconds
 from vitscale.world import World
@@ -168,7 +168,8 @@ def plan(planner: Planner, images: int | None = None, image_kb: float = 110.0) -
         "images_per_second": rate,
         "mfu": rate * planner.flops / (cluster.gpus * gpu.flops),
         "fastest": None if fastest is None else _settings(fastest.config, world)
-        | {"images_per_second": fastest.images_per_second, "total_bytes": fastest.memory.total_bytes},
+        | {"images_per_second": fastest.images_per_second, "total_bytes": fastest.memory.total_bytes}
+        | {"keys": as_keys(_settings(fastest.config, world))},
         "run": _run(planner, rate, images),
         "loader": {
             "cores_a_node": rate / cluster.nodes * image_kb * _CORE_S_A_KB,
@@ -224,3 +225,20 @@ def _checkpoint(planner: Planner, now: Estimate) -> dict[str, Any]:
         "seconds_lost_a_failure": lost,
         "goodput": between_s / (between_s + lost),
     }
+
+
+def advice(config: RunConfig, world: World, gpu_bytes: int) -> str:
+    """What to set where a step of this config did not fit into so much memory of each GPU, as the end of a sentence."""
+    gpu = replace(GPUS["h100"], memory_gb=gpu_bytes / 1e9)  # whose speed decides between what fits
+    best = Planner(config, Cluster(gpu, world.world_size, world.local_world_size)).fastest()
+    if best is None:
+        return "by `vitscale plan` no ZeRO stage fits, not with gradient checkpointing either: take larger or more GPUs"
+    return f"by `vitscale plan` this fits, and is the fastest: {as_keys(_settings(best.config, world))}"
+
+
+def as_keys(settings: dict[str, Any]) -> str:
+    """Settings as words of the command line."""
+    return (
+        f"parallel.zero_stage={settings['zero_stage']} train.micro_batch={settings['micro_batch']} "
+        f"train.gradient_checkpointing={str(settings['gradient_checkpointing']).lower()}"
+    )
