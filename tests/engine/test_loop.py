@@ -21,7 +21,15 @@ from vitscale.engine.loop import PeriodicTask, TrainingLoop, TrainState, every_n
 from vitscale.engine.ranks import ProcessRanks
 from vitscale.engine.schedule import lr_at
 from vitscale.errors import DataError
+from vitscale.files import retry
 from vitscale.tracking.meters import Meters
+
+
+@pytest.fixture(autouse=True)
+def no_retries_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop counts all that its process has made; here other tests' are in it."""
+    monkeypatch.setattr(retry, "retries", retry._Count())
+
 
 CAUSES = ("undecodable", "label")
 
