@@ -214,14 +214,27 @@ def test_a_cache_smaller_than_what_many_threads_read(web: Web, tmp_path: Path) -
 def test_what_a_killed_process_left_behind_goes_with_the_next_download(web: Web, tmp_path: Path) -> None:
     store, folder = cache(tmp_path, 250_000), tmp_path / "cache"
     folder.mkdir()
-    (folder / "0123.part").write_bytes(bytes(100_000))
-    (folder / "4567.lock").touch()
+    (folder / f"{'0123' * 8}.part").write_bytes(bytes(100_000))
+    (folder / f"{'4567' * 8}.lock").touch()
     for name in "abc":
         store.read(f"{web.url}/{name}.tar", 0, 10)
     held = sorted(path.suffix for path in folder.iterdir() if path.name != "cache.lock")
     assert held == [".data"] * 2 + [".json"] * 2 + [".lock"] * 3, "the third one's goes with the next download"
-    assert not (folder / "0123.part").exists()
-    assert not (folder / "4567.lock").exists()
+    assert not (folder / f"{'0123' * 8}.part").exists()
+    assert not (folder / f"{'4567' * 8}.lock").exists()
+
+
+def test_what_others_keep_in_the_folder_stays(web: Web, tmp_path: Path) -> None:
+    store, folder = cache(tmp_path, 150_000), tmp_path / "cache"
+    folder.mkdir()
+    theirs = [folder / name for name in ("scan.data", "scan.json", "film.part", "browser.lock")]
+    for path in theirs:
+        path.write_bytes(bytes(100_000))
+        os.utime(path, (1, 1))
+    for name in "abc":
+        store.read(f"{web.url}/{name}.tar", 0, 10)
+    assert all(path.exists() for path in theirs)
+    assert len(set(folder.glob("*.data"))) == 2, "theirs, and the last of ours"
 
 
 def test_a_server_that_tells_an_etag_alone(web: Web, tmp_path: Path) -> None:

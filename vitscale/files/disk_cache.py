@@ -37,6 +37,7 @@ _REQUESTS = 4  # of one download, at once
 _LEFT_FREE = 0.05  # of the disk, where data.cache_bytes does not say how much may be used
 _POLL_S = 0.05
 _TOUCHED_EVERY_S = 60.0  # a file that is read: its time says when it was used, to within this
+_OURS = "[0-9a-f]" * 32  # names of files: a user's own may lie beside them, as data.cache may be any folder
 # What a disk gives that fails: a bad sector, a device that is gone, a file system that is damaged or was made read-only
 # by that. What else the kernel refuses, the config can mend.
 _FAILING = TRANSIENT | {errno.EROFS, errno.EUCLEAN, errno.EBADMSG, errno.ENODEV, errno.ENXIO}
@@ -226,9 +227,9 @@ class DiskCache:
 
     def _remove_left_over(self) -> None:
         """Drafts of processes that were killed, and locks of files that are gone, unless somebody holds them now."""
-        for path in [*self._folder.glob("*.part"), *self._folder.glob("*.lock")]:
+        for path in [*self._folder.glob(f"{_OURS}.part"), *self._folder.glob(f"{_OURS}.lock")]:
             lock = path.with_suffix(".lock")
-            if path.suffix == ".lock" and (path.name == "cache.lock" or path.with_suffix(".data").exists()):
+            if path.suffix == ".lock" and path.with_suffix(".data").exists():
                 continue
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
@@ -240,7 +241,7 @@ class DiskCache:
                 os.close(descriptor)
 
     def _files(self) -> Sequence[Path]:
-        return [path for path in self._folder.glob("*.data") if path.exists()]
+        return [path for path in self._folder.glob(f"{_OURS}.data") if path.exists()]
 
     def _unusable(self, error: OSError) -> ConfigError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
