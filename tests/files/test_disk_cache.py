@@ -189,6 +189,11 @@ def test_a_full_disk_makes_the_cache_smaller_or_is_a_line(web: Web, tmp_path: Pa
         for name in ("a", "b", "c"):
             assert store.read(f"{web.url}/{name}.tar", 0, 100_000) == DATA[f"/{name}.tar"]
         assert 1 <= len(list(small.glob("*.data"))) <= 2
+        for _ in range(5):  # more downloads at once than there is room for
+            for path in small.glob("*"):
+                path.unlink()
+            with ThreadPoolExecutor(3) as pool:
+                list(pool.map(lambda name: store.fetch(f"{web.url}/{name}.tar", None), "abc"))
         for path in small.glob("*"):
             path.unlink()
         (small / "somebodys").write_bytes(b"x" * 200_000)

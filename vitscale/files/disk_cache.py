@@ -26,7 +26,7 @@ from threading import Lock
 from typing import TypeVar
 
 from vitscale.errors import TRANSIENT, ConfigError, DataError, StorageError
-from vitscale.files.atomic import flush_to_disk, write_atomically
+from vitscale.files.atomic import flush_to_disk, replaced, write_atomically
 from vitscale.files.retry import UnavailableError, activity
 from vitscale.files.store import FileStat, Paths, Store, sha256_of
 from vitscale.text import to_stderr
@@ -38,6 +38,7 @@ _LEFT_FREE = 0.05  # of the disk, where data.cache_bytes does not say how much m
 _POLL_S = 0.05
 _TOUCHED_EVERY_S = 60.0  # a file that is read: its time says when it was used, to within this
 _OURS = "[0-9a-f]" * 32  # names of files: a user's own may lie beside them, as data.cache may be any folder
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What a disk gives that fails: a bad sector, a device that is gone, a file system that is damaged or was made read-only
 # by that. What else the kernel refuses, the config can mend.
 _FAILING = TRANSIENT | {errno.EROFS, errno.EUCLEAN, errno.EBADMSG, errno.ENODEV, errno.ENXIO}
@@ -97,13 +98,15 @@ class DiskCache:
         local = str(self._folder / f"{name}.data")
         if anew:
             self._opened.pop(local, None)
+        crowded = False  # by other downloads, on a full disk: one after the other, then
         while local not in self._opened and not self._failure:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                with _locked(self._folder / f"{name}.lock"):
+                turn = _locked(self._folder / "turn.lock") if crowded else contextlib.nullcontext()
+                with turn, _locked(self._folder / f"{name}.lock"):
                     if not self._is_good(local, stat, sha256):
                         self._make_room(stat.bytes, path)
-                        self._download(path, stat, sha256, local)
+                        self._download(path, stat, sha256, local, crowded)
                     os.utime(local)  # the one used last is thrown out last
                 self._opened[local] = time.monotonic()
                 if local in self._suspects:
@@ -111,7 +114,9 @@ class DiskCache:
             except OSError as error:
                 if error.filename == path:
                     raise  # the other store's
-                if not isinstance(error, FileNotFoundError):  # else thrown out by another process just now
+                if error.errno in _FULL and not crowded:
+                    crowded = True
+                elif not isinstance(error, FileNotFoundError):  # else thrown out by another process just now
                     self._failed(local, error, again=local in self._suspects)
         return None if self._failure else local
 
@@ -165,7 +170,7 @@ class DiskCache:
             return False  # another file in its place gets other sectors
         return True
 
-    def _download(self, path: str, stat: FileStat, sha256: str | None, local: str) -> None:
+    def _download(self, path: str, stat: FileStat, sha256: str | None, local: str, has_turn: bool) -> None:
         """By several requests at once, in order onto the disk. DataError where the bytes are not those of the index."""
         draft, digest = Path(local).with_suffix(".part"), hashlib.sha256()
         starts = range(0, stat.bytes, _PIECE)
@@ -177,7 +182,7 @@ class DiskCache:
                 if number + _REQUESTS < len(starts):
                     asked.append(pool.submit(self._store.read, path, starts[number + _REQUESTS], _PIECE))
                 digest.update(piece)
-                self._write(stream.fileno(), piece, path)
+                self._write(stream.fileno(), piece, draft, has_turn)
         size = draft.stat().st_size
         if size != stat.bytes or sha256 not in (None, digest.hexdigest()):
             draft.unlink()
@@ -187,17 +192,29 @@ class DiskCache:
             raise DataError(f"{path}: {what}: it was written again or came damaged; make a new index (vitscale index)")
         flush_to_disk(draft)
         about = {"of": path, "sha256": digest.hexdigest(), "boot": _boot()}
-        write_atomically(_about(local), json.dumps(about))
+        with replaced(_about(local)) as draft_about, open(draft_about, "wb") as stream:
+            self._write(stream.fileno(), json.dumps(about).encode(), draft, has_turn)
         os.replace(draft, local)
 
-    def _write(self, descriptor: int, piece: bytes, path: str) -> None:
-        view = memoryview(piece)
+    def _write(self, descriptor: int, piece: bytes, draft: Path, has_turn: bool) -> None:
+        """draft: what gives way on a full disk; has_turn: what others download ends, or gives way, before it does."""
+        view, alone = memoryview(piece), False
         while view:
             try:
-                view = view[os.write(descriptor, view) :]
+                view, alone = view[os.write(descriptor, view) :], False
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._throw_out(len(view)):
-                    raise OSError(error.errno, error.strerror, str(self._folder)) from None
+                if error.errno in _FULL:
+                    self._remove_left_over()
+                    others = any(path != draft for path in self._folder.glob(f"{_OURS}.part"))
+                    if self._throw_out(len(view)):
+                        continue
+                    if has_turn and (others or not alone):
+                        alone = not others  # asked once more: the last one may have given way just now
+                        activity.count += 1
+                        time.sleep(_POLL_S)
+                        continue
+                    draft.unlink()
+                raise OSError(error.errno, error.strerror, str(self._folder)) from None
 
     def _make_room(self, size: int, path: str) -> None:
         self._remove_left_over()
@@ -244,7 +261,7 @@ class DiskCache:
         return [path for path in self._folder.glob(f"{_OURS}.data") if path.exists()]
 
     def _unusable(self, error: OSError) -> ConfigError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             way_out = "its disk is full, and nothing in it is of this cache: make room, name another folder"
         else:
             way_out = f"cannot be used ({error.strerror}): name a folder of this node that can be written"
