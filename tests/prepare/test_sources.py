@@ -425,6 +425,7 @@ def test_larger_images_are_made_smaller_and_the_others_left(tmp_path: Path) -> N
         "palette.gif": encoded(Image.fromarray(gradient).convert("P"), "GIF"),
         "film.webp": encoded(gradient, "WEBP"),
         "cmyk.jpg": encoded(Image.fromarray(gradient).convert("CMYK")),
+        "print.tif": encoded(Image.fromarray(gradient).convert("CMYK"), "TIFF", icc_profile=b"of inks"),
         "broken.jpg": encoded(gradient)[:2000],
         "thin.png": encoded(pixels(2, 51, 5100), "PNG"),
     }
@@ -440,7 +441,7 @@ def test_larger_images_are_made_smaller_and_the_others_left(tmp_path: Path) -> N
         "small": ("jpg", (32, 24)), "exact": ("png", (70, 50)), "large": ("jpeg", (75, 50)),
         "turned": ("jpg", (50, 75)), "grey": ("png", (75, 50)), "alpha": ("png", (50, 100)),
         "deep": ("png", (56, 50)), "palette": ("png", (75, 50)), "film": ("webp", (75, 50)),
-        "cmyk": ("jpg", (75, 50)), "thin": ("png", (5000, 50)),
+        "cmyk": ("jpg", (75, 50)), "thin": ("png", (5000, 50)), "print": ("png", (75, 50)),
     }  # fmt: skip
     assert np.asarray(Image.open(io.BytesIO(samples["deep"]["png"]))).max() == 40000
     assert Image.open(io.BytesIO(samples["alpha"]["png"])).mode == "RGBA"

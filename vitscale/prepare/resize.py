@@ -38,10 +38,13 @@ def _resized(data: bytes, kind: str, form: str, short_side: int) -> tuple[str, b
     size = tuple(max(short_side, round(edge * scale)) for edge in image.size)
     new_kind, form = _KEPT.get(form, ("png", "PNG"))
     profile = image.info.get("icc_profile")
+    in_inks = image.mode == "CMYK" and form != "JPEG"  # which PNG does not know
     image.draft(None, size)  # type: ignore[arg-type]  # a JPEG is decoded at the smallest DCT scale that covers it
     whole = ImageOps.exif_transpose(image)
     size = size if (whole.width < whole.height) == (size[0] < size[1]) else size[::-1]
-    if whole.mode not in _AS_IT_IS:
+    if in_inks:
+        whole, profile = whole.convert("RGB"), None
+    elif whole.mode not in _AS_IT_IS:
         whole = whole.convert("RGBA" if whole.has_transparency_data else "L" if whole.mode == "1" else "RGB")
     stream = io.BytesIO()
     small = whole.resize(size, Image.Resampling.BICUBIC)  # type: ignore[arg-type]
