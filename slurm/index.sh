@@ -9,7 +9,7 @@
 
 # Count and hash shards by many tasks; the last one to end writes the index. From the repository's root:
 #   OUT=/shards/index.json sbatch [--array=1-64] slurm/index.sh '/shards/train-{000000..099999}.tar' [--label txt ...]
-# Tasks that failed can be submitted again, or all of them: what was read once is not read again.
+# After tasks that failed, submit it again, with as many tasks as you like: what was read once is not read again.
 # From elsewhere, VITSCALE_HOME names the root; VITSCALE_SITE_ENV a file to source first.
 
 home=${VITSCALE_HOME:-$SLURM_SUBMIT_DIR}
@@ -25,5 +25,9 @@ if [ -n "${VITSCALE_SITE_ENV:-}" ]; then
     . "$VITSCALE_SITE_ENV" || fail "VITSCALE_SITE_ENV=$VITSCALE_SITE_ENV: cannot be sourced"
 fi
 use_python
-number=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / ${SLURM_ARRAY_TASK_STEP:-1} + 1))
+step=${SLURM_ARRAY_TASK_STEP:-1}
+number=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / step + 1))
+if [ $(((SLURM_ARRAY_TASK_MAX - SLURM_ARRAY_TASK_MIN) / step + 1)) -ne "$SLURM_ARRAY_TASK_COUNT" ]; then
+    fail "--array has gaps, so that nobody reads some shards: submit --array=1-$SLURM_ARRAY_TASK_COUNT" 2
+fi
 exec "$PYTHON" -m vitscale.cli index --out "$OUT" --part "$number/$SLURM_ARRAY_TASK_COUNT" "$@"

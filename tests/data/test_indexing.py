@@ -290,7 +290,8 @@ def test_the_script_of_an_array(folder: Path, whole: bytes) -> None:
     """As Slurm runs it, with the numbers that it gives to tasks of --array=10-14:2."""
     root, out = Path(__file__).resolve().parents[2], folder.parent / "index.json"
     script, venv = root / "slurm" / "index.sh", {"VITSCALE_VENV": sys.prefix, "VITSCALE_HOME": str(root)}
-    numbers = {"SLURM_ARRAY_TASK_MIN": "10", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_STEP": "2"}
+    numbers = {f"SLURM_ARRAY_TASK_{name}": number
+               for name, number in {"MIN": "10", "MAX": "14", "COUNT": "3", "STEP": "2"}.items()}  # fmt: skip
 
     def task(number: int, **more: str) -> subprocess.CompletedProcess[str]:
         environment = os.environ | venv | numbers | {"SLURM_ARRAY_TASK_ID": str(number)} | more
@@ -299,6 +300,10 @@ def test_the_script_of_an_array(folder: Path, whole: bytes) -> None:
     refused = task(10)
     assert (refused.returncode, refused.stdout) == (BAD_INPUT, "")
     assert "OUT=" in refused.stderr
+    refused = task(10, OUT=str(out), SLURM_ARRAY_TASK_COUNT="2", SLURM_ARRAY_TASK_STEP="1")  # --array=10,14
+    assert (refused.returncode, refused.stdout) == (BAD_INPUT, "")
+    assert "--array has gaps" in refused.stderr
+    assert "--array=1-2" in refused.stderr
     ended = [task(number, OUT=str(out)) for number in (14, 10, 12)]
     assert [each.returncode for each in ended] == [DONE] * 3, ended
     assert "parts that are missing, or of shards that changed since: 1, 2 of 3" in ended[0].stdout
