@@ -73,10 +73,26 @@ def test_what_was_killed_goes_on(folder: Path, tmp_path: Path) -> None:
     assert {path.name for path in out.rglob(".*")} == {".packed"}
     said: list[str] = []
     again = pack(folder, out, workers=2, report=said.append, **options)
-    assert said == [f"{out}: holds these shards already"]
+    assert said == [f"{out}: holds these shards already, by the names and sizes of their images"]
     assert again["test"].digest == ours.digest
     with pytest.raises(DataError, match="holds shards of other images or by other options"):
         pack(folder, out, workers=1, **{**options, "short_side": 64})
+
+
+def test_shards_that_were_taken_away_are_written_again(folder: Path, tmp_path: Path) -> None:
+    out, options = tmp_path / "out", {"shard_samples": 100, "held_out": 0.2, "workers": 1}
+    pack(folder, out, **options)
+    written = shards(out)
+    (out / "train" / "train-000000.tar").unlink()
+    pack(folder, out, **options)
+    assert shards(out) == written
+    subprocess.run(f"rm -r {out}/*", shell=True, check=True)
+    assert [path.name for path in out.iterdir()] == [".packed"], "a shell's * means nothing hidden"
+    pack(folder, out, **options)
+    assert shards(out) == written
+    subprocess.run(f"rm -r {out}/*", shell=True, check=True)
+    pack(folder, out, **{**options, "held_out": 0.5})
+    assert shards(out) != written
 
 
 def test_two_at_once_do_not_meet(folder: Path, tmp_path: Path) -> None:

@@ -16,10 +16,9 @@ import numpy as np
 from PIL import Image
 
 from vitscale import rng
-from vitscale.data.index import ShardIndex
-from vitscale.errors import DataError, VitscaleError
+from vitscale.errors import VitscaleError
 from vitscale.files.classes import CLASSES
-from vitscale.prepare.pack import require_new
+from vitscale.prepare.pack import is_whole, require_new
 from vitscale.prepare.writer import ImageBytes, PackedSample, write_shards
 
 TEST_IMAGES = 360
@@ -31,7 +30,7 @@ def write_digits(out: Path) -> bool:
 
     OUT appears whole or not at all, so that an interrupted start can simply be started again.
     """
-    if all(_is_whole(out / split) for split in ("train", "test")):
+    if all(is_whole(out / split) for split in ("train", "test")):
         return False
     require_new(out)
     partial = out.with_name(f".{out.name}.partial")
@@ -43,15 +42,6 @@ def write_digits(out: Path) -> bool:
     (partial / CLASSES).write_text(json.dumps([str(digit) for digit in range(10)]) + "\n")
     partial.rename(out)
     return True
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        index = ShardIndex.load(folder / "index.json")
-    except DataError:
-        return False
-    sizes = [Path(path).stat().st_size if Path(path).exists() else -1 for path in index.paths]
-    return sizes == index.bytes.tolist()
 
 
 def _samples() -> list[PackedSample]:

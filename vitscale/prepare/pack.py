@@ -64,8 +64,8 @@ def pack(
               for name, chosen in _split(found.samples, held_out, seed).items()}  # fmt: skip
     shards = {name: _cut(chosen, shard_samples, shard_bytes) for name, chosen in splits.items()}
     plan = _digest(shards, found.classes, short_side)
-    if (out / _DONE).exists() and (out / _DONE).read_text(encoding="ascii") == plan:
-        report(f"{out}: holds these shards already")
+    if _is_done(out, plan, list(shards)):
+        report(f"{out}: holds these shards already, by the names and sizes of their images")
         return {name: ShardIndex.load(out / name / "index.json") for name in shards}
     require_new(out, begun=True)
     if found.classes and Path(source).is_dir() and Path(source).resolve() in out.resolve().parents:
@@ -133,9 +133,11 @@ def _require_no_columns(source: str, columns: Columns) -> None:
 
 
 def require_new(out: Path, begun: bool = False) -> None:
-    """DataError where a folder has something in it, other than what a call before has `begun`."""
+    """DataError where a folder has something in it, other than what a call before has `begun`, or `rm OUT/*` left."""
     try:
         names = {path.name for path in out.iterdir()}
+        if names == {_DONE}:
+            return
     except FileNotFoundError:
         return
     except OSError:
@@ -143,6 +145,26 @@ def require_new(out: Path, begun: bool = False) -> None:
     if names and not (begun and _PLAN in names):
         held = "holds shards of other images or by other options" if _DONE in names else "is not an empty folder"
         raise DataError(f"{out}: exists and {held}; name a new one or empty it")
+
+
+def _is_done(out: Path, plan: str, splits: Sequence[str]) -> bool:
+    """Whether an earlier call has made these shards and all are there. Where some were taken away, they are begun."""
+    if not (out / _DONE).exists() or (out / _DONE).read_text(encoding="ascii") != plan:
+        return False
+    if all(is_whole(out / name) for name in splits):
+        return True
+    (out / _DONE).rename(out / _PLAN)
+    return False
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder has all shards of its index.json."""
+    try:
+        index = ShardIndex.load(folder / "index.json")
+    except DataError:
+        return False
+    sizes = [Path(path).stat().st_size if Path(path).exists() else -1 for path in index.paths]
+    return sizes == index.bytes.tolist()
 
 
 @contextlib.contextmanager
