@@ -244,6 +244,9 @@ def test_content_tells_what_is_an_image(tmp_path: Path) -> None:
     assert images == [JPEG, JPEG, PNG, None, b"a bad one", JPEG]
     named = scan_shard(str(path), image="mask.png")
     assert [key for i, key in enumerate(named.keys) if named.image_of(i)] == ["5"]
+    unlabelled = write_tar(tmp_path / "b.tar", [("1.jpg", JPEG), ("1.mask.png", PNG)])
+    with pytest.raises(DataError, match=r"no member has the extension data\.image='msk' \(it has jpg, mask\.png\)"):
+        scan_shard(str(unlabelled), image="msk")
 
 
 def test_pax_size_counts(tmp_path: Path) -> None:

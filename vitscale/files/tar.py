@@ -19,6 +19,7 @@ from vitscale.errors import DataError
 from vitscale.files.header import IMAGE_KINDS, image_kind
 from vitscale.files.retry import unreadable
 from vitscale.files.store import FileStat, LocalFiles, Readable
+from vitscale.text import listed
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
@@ -114,6 +115,11 @@ class _Scan:
         self._check_end()
         table = self._table()
         if not len(table):
+            if self.image is not None and self.image not in self.kind_of:
+                raise DataError(
+                    f"{self.path}: no member has the extension data.image={self.image!r} (it has "
+                    f"{listed(sorted(self.kind_of))}): set data.image to the extension of the images"
+                )
             names = f", as {table.example!r}" if table.example else ""
             self._fail(
                 f"holds no sample: members need a base name and an extension, and one of a sample to be an image or a "
