@@ -251,7 +251,8 @@ class DiskCache:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
                 if _try_lock(descriptor) and _is_of(descriptor, lock):
-                    path.with_suffix(".part").unlink(missing_ok=True)
+                    for draft in (path.with_suffix(".part"), *self._folder.glob(f".{path.stem}.json.*.tmp")):
+                        draft.unlink(missing_ok=True)
                     if not path.with_suffix(".data").exists():
                         lock.unlink(missing_ok=True)
             finally:
