@@ -187,8 +187,12 @@ def as_text(told: Mapping[str, Any], where: str, most_broken: float = 1.0) -> st
     looked, total, broken = told["looked_at"], told["samples"], told["broken"]
     of = "" if looked == total else f" (chosen by their hashes, of {total:,})"
     lines = [f"{looked:,} samples{of} in {where}: {told['images']:,} images, {told['bytes'] / 1e6:,.1f} MB"]
-    too_many = sum(broken.values()) > most_broken * looked
-    over = f", more than data.max_bad_fraction={most_broken:g}: a run would end" if too_many else ""
+    bad, when = sum(broken.values()), "" if sum(broken.values()) > 3 else " at the fourth that it reads"
+    over = (
+        f", more than data.max_bad_fraction={most_broken:g}: a run would end{when}"
+        if bad > most_broken * looked
+        else ""
+    )
     lines += [f"broken: {_counted(broken) or 'none'}{over}"]
     lines += [f"  {each['name']}: {each['cause']}: {each['reason']}" for each in told["examples"][:_SHOWN]]
     lines += [f"formats: {_counted(told['formats'])}", f"channels: {_counted(told['channels'], 'of ')}", _labels(told)]
