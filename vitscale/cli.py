@@ -81,7 +81,7 @@ def _pack(arguments: argparse.Namespace) -> int:
 
     pack(
         arguments.source,
-        Path(arguments.out),
+        Path(arguments.out).expanduser(),
         shard_samples=arguments.shard_samples,
         held_out=arguments.held_out,
         workers=arguments.workers,
@@ -102,7 +102,7 @@ def _index(arguments: argparse.Namespace) -> int:
     if arguments.check is None:
         if not arguments.patterns or arguments.out is None:
             arguments.parser.error("name shards and --out index.json, or --check index.json")
-        print(make_index(arguments.patterns, Path(arguments.out), part=arguments.part, **kinds))
+        print(make_index(arguments.patterns, Path(arguments.out).expanduser(), part=arguments.part, **kinds))
         return DONE
     if arguments.patterns or arguments.out or arguments.part:
         arguments.parser.error("--check index.json stands without shards, --out and --part: the index names its shards")
