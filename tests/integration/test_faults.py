@@ -55,6 +55,16 @@ def test_killed_while_saving(
     assert losses(tmp_path / "runs" / "run") == unbroken
 
 
+def test_killed_in_the_last_save(launcher: Launcher, config: Path, tmp_path: Path, unbroken: dict[int, float]) -> None:
+    """What the other one waits for then is the save, whose failure is that of the rank."""
+    argv = [*_argv(config), "checkpoint.every_steps=1000"]
+    world = launcher.start(argv, 2, kill={"rank": 1, "point": "save.state_synced", "nth": 1})
+    assert world.wait() == [STOPPED, -signal.SIGKILL], world.output()
+    assert "another rank is gone" in json.loads((tmp_path / "runs" / "run" / "exit.json").read_text())["reason"]
+    launcher.run(argv, 2)
+    assert losses(tmp_path / "runs" / "run") == unbroken
+
+
 @pytest.mark.parametrize("damage", ["flipped bit", "cut file", "torn manifest"])
 def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     launcher: Launcher, config: Path, tmp_path: Path, unbroken: dict[int, float], damage: str

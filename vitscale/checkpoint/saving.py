@@ -117,6 +117,7 @@ class Saver:
         except Exception as error:  # whatever it is, training goes on, or ends by its own failure
             reason = str(error) if isinstance(error, StorageError) else f"{target}: {_reason(error)}"
             self.error = StorageError(reason)
+            self.error.__cause__ = error
             self.failures += 1
             if self._ranks.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)  # what cannot be removed now is swept by the next save

@@ -14,9 +14,11 @@ from vitscale.checkpoint.retention import Retention
 from vitscale.checkpoint.saving import Saver
 from vitscale.config.schema import RunConfig
 from vitscale.engine.engine import Engine
+from vitscale.engine.failures import classified
 from vitscale.engine.loop import TrainState, every_n_steps
 from vitscale.engine.pinning import Pinned
 from vitscale.engine.ranks import ProcessRanks
+from vitscale.errors import InfrastructureError
 from vitscale.models.auto import model_keys
 from vitscale.run.rollback import kept_for_rollback
 from vitscale.run.session import Session, config_digest
@@ -86,14 +88,16 @@ class Saves:
     def finish(self, state: TrainState) -> None:
         """Wait until this step is saved, and save it now where it is not. A collective.
 
-        Raises StorageError, on all ranks, if it cannot be saved.
+        Raises StorageError, on all ranks, if it cannot be saved, or InfrastructureError since one of them is gone.
         """
         self._saver.wait()
         if state.step not in self._saver.saved:
             self._begin(state, required=True)
             self._saver.wait()
-        if self._saver.error is not None:
-            raise self._saver.error
+        if (error := self._saver.error) is not None:
+            cause = error.__cause__
+            lost = classified(cause, self._session.config) if isinstance(cause, Exception) else error
+            raise lost if type(lost) is InfrastructureError else error
         state.save_failures = self.failures
 
     def __enter__(self) -> Saves:
