@@ -46,6 +46,16 @@ def test_a_backend_leaves_nothing_to_the_next_one() -> None:
     assert losses == [pytest.approx(losses[0], rel=1e-6)] * 4
 
 
+def test_what_is_not_needed_is_not_imported() -> None:
+    """In a process of its own: each of them costs seconds of every start."""
+    code = "import sys, torch; from tests.engine.test_backend import config; from vitscale.world import World; " \
+           "from vitscale.bench.gpu_suite.training import Training; training = Training(config(2), World()); " \
+           "training.__enter__(); assert 'deepspeed' in sys.modules; " \
+           "print(*{'mlflow', 'torch._inductor.compile_fx', 'transformers'} & set(sys.modules))"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "", done.stdout
+
+
 def test_deterministic_algorithms_are_the_configs() -> None:
     for asked in (True, False):
         with Training(config(0, deterministic=asked), World()):

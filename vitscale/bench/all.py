@@ -27,7 +27,7 @@ BRIEF = {
     "step": ["--preset", "Ti", "--rounds", "3"],
     "model": ["--preset", "Ti", "--rounds", "3"],
     "checkpoint": ["--preset", "S", "--rounds", "2", "--large", "g"],
-    "startup": ["--shards", "20000", "--rounds", "3", "--joins", "2,4"],
+    "startup": ["--preset", "Ti", "--shards", "20000", "--rounds", "3", "--joins", "2,4"],
     "exchange": ["--ranks", "2", "4", "--rounds", "2"],
     "zero": ["--rounds", "2", "--steps", "10"],
     "memory": ["--preset", "Ti", "--batch", "8"],

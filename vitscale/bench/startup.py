@@ -1,4 +1,4 @@
-"""`vitscale bench startup`: what ranks do before the first step: the index of very many shards, and joining each other.
+"""`vitscale bench startup`: from a run's command to its first step, by part; the index of very many shards; joining.
 
 Opening an index needs the size and time of every shard, so one os.stat call a shard is its floor, to which the ratios
 refer. Memory is the process's peak over the first opening.
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vitscale.bench import launches
 from vitscale.bench.joins import measure
 from vitscale.bench.measuring import peak_memory, seconds, start_memory
 from vitscale.bench.rounds import benchmark_parser, figures, in_turns, report
@@ -35,7 +36,13 @@ def main(arguments: Sequence[str]) -> int:
     parser = benchmark_parser("startup", __doc__)
     parser.add_argument("--shards", type=above_zero, default=100_000, help="how many (default: %(default)s)")
     parser.add_argument("--joins", type=_counts, default=[], metavar="2,4,8", help="of so many ranks (default: none)")
+    parser.add_argument("--preset", default="B", help="of the run: Ti, S, B, L, H, g or G (default: %(default)s)")
+    parser.add_argument("--ranks", type=above_zero, default=2, help="of the run (default: %(default)s)")
     options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="vitscale-bench-") as folder:
+        launched = launches.measure(options.preset, options.ranks, options.rounds, Path(folder))
+    rows = launches.table(launched)
+    print(aligned(rows, right=range(1, len(rows[0]))))
     with tempfile.TemporaryDirectory(prefix="vitscale-bench-") as folder:
         paths = _make_shards(Path(folder), options.shards)
         open_shards = partial(open_index, (Source(f"{folder}/*.tar"),), None, Path(folder))
@@ -67,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
             )
     if options.joins:
         print(aligned(rows, right=(0, 2, 3, 4)))
-    report(title, {"ms": "{median_ms:.1f}"}, result | {"joins": joins})
+    report(title, {"ms": "{median_ms:.1f}"}, result | {"joins": joins, "launches": launched})
     return 0
 
 

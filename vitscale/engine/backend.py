@@ -6,6 +6,7 @@ and library defaults differ between versions, and some of them silently train so
 
 from __future__ import annotations
 
+import importlib
 import resource
 import shutil
 import sys
@@ -13,6 +14,7 @@ import warnings
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -90,7 +92,8 @@ class Backend:
         if config.parallel.zero_stage == 3:
             _fetch_by_block(model)
         model.train()
-        torch.use_deterministic_algorithms(config.train.deterministic)
+        if config.train.deterministic != torch.are_deterministic_algorithms_enabled():  # it imports the compiler
+            torch.use_deterministic_algorithms(config.train.deterministic)
         if self.device.type == "cuda":
             # fp32 is fp32; beside bf16, what is still multiplied in fp32 (the resize) may use TF32.
             torch.backends.cudnn.allow_tf32 = config.train.precision == "bf16"
@@ -141,8 +144,7 @@ def gpu_memory() -> int:
 
 
 def _make_accelerator(config: RunConfig, world: World) -> Any:
-    with _without("mlflow"):  # of DeepSpeed's autotuner, which nobody uses here: more than a second of a start
-        import deepspeed
+    deepspeed = _import_deepspeed()
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
@@ -159,11 +161,31 @@ def _make_accelerator(config: RunConfig, world: World) -> Any:
     deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS.append(ScaledAdamW)
     # A C++ op for CPU collectives that would be compiled at the first start; gloo serves as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    plugin = DeepSpeedPlugin(hf_ds_config=zero_config(config, world), zero3_init_flag=False)
+
+    class Plugin(DeepSpeedPlugin):
+        def set_deepspeed_weakref(self) -> None:
+            """Nothing: it would import transformers, and tell it of ZeRO-3, whose models are not used here."""
+
+    plugin = Plugin(hf_ds_config=zero_config(config, world), zero3_init_flag=False)
     # With cpu=True accelerate would silently give DDP instead.
     return Accelerator(
         kwargs_handlers=[group], deepspeed_plugin=plugin, gradient_accumulation_steps=accumulation(config, world)
     )
+
+
+def _import_deepspeed() -> ModuleType:
+    """Without what nobody uses here and costs seconds of a start: MLflow, for its autotuner, and torch's compiler, to
+    which it hands functions of its Muon, a module that it imports whatever the optimizer."""
+    with _without("mlflow"):
+        import deepspeed
+    from deepspeed.runtime import compiler
+
+    compile_, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile_
+    return deepspeed
 
 
 @contextmanager

@@ -18,9 +18,10 @@ def sincos_table(width: int, grid: tuple[int, int], prefix: int = 1) -> Tensor:
     weights rely on); the rows of `prefix` tokens (the cls token) are zero. `width` is a multiple of 4.
     """
     rows, columns = grid
-    frequency = 1.0 / 10000.0 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    row = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns).outer(frequency)
-    column = torch.arange(columns, dtype=torch.float64).repeat(rows).outer(frequency)
+    with torch.device("cpu"):  # for "meta" torch would import its compiler
+        frequency = 1.0 / 10000.0 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+        row = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns).outer(frequency)
+        column = torch.arange(columns, dtype=torch.float64).repeat(rows).outer(frequency)
     patches = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)
     return F.pad(patches, (0, 0, prefix, 0)).float()[None]
 
@@ -93,7 +94,9 @@ class Positioned(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.zeros(1, prefix + grid[0] * grid[1], width)))
         else:
             table = sincos_table(width, grid, prefix) if kind == "sincos" else None
-            self.register_buffer(name, table, persistent=False)
+            self.register_buffer(
+                name, table if table is None else table.to(torch.get_default_device()), persistent=False
+            )
 
     def fixed_table(self) -> Tensor | None:
         """The table computed anew, on the CPU; None where positions are learned, or none."""
