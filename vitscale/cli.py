@@ -345,7 +345,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             os._exit(code)
         return code
-    except BrokenPipeError:
+    except BrokenPipeError as error:
+        if error.errno != errno.EPIPE or arguments.run_verb in (_pretrain, _finetune):
+            raise
         return DONE  # the reader of our output has seen enough
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) or here.world_size > 1:

@@ -50,6 +50,7 @@ class LaunchError(VitscaleError):
 TRANSIENT = frozenset({
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED,
     errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.EREMOTEIO, errno.ENOTCONN,
+    errno.ESHUTDOWN, errno.ENODEV, errno.ENOLINK,
 })  # fmt: skip
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -59,5 +60,7 @@ def failed_storage(error: OSError) -> StorageError | None:
     """The error for what the storage (or the network to it) refused; None where `error` is of another kind."""
     if error.errno not in TRANSIENT | _FULL:
         return None
-    way = "make room there" if error.errno in _FULL else "start the run again once it answers"
+    way = "start the run again once it answers"
+    if error.errno in _FULL:  # a write does not say to which file
+        way = f"make room {'there' if error.filename else 'where the run has its folder and its temporary files'}"
     return StorageError(f"{error.filename or 'storage'}: {error.strerror}; {way}")

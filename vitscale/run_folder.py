@@ -178,10 +178,16 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)  # a rank may see another folder than the one that made it
         draft = self.path / f".exit.{socket.gethostname()}.{os.getpid()}"
         record = {"code": code, "step": step, "reason": redact(reason), "attempt": self.attempt}
-        draft.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        if replaces:
-            os.replace(draft, self.exit)
-            return True
+        try:
+            draft.write_text(json.dumps(record) + "\n", encoding="utf-8")
+            if replaces:
+                os.replace(draft, self.exit)
+                return True
+            return self._publish_exit(draft)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _publish_exit(self, draft: Path) -> bool:
         try:
             os.link(draft, self.exit)  # atomic, and fails where the file is there
         except FileExistsError:
@@ -192,8 +198,6 @@ class RunFolder:
                     stream.write(draft.read_text(encoding="utf-8"))
             except FileExistsError:
                 return False
-        finally:
-            draft.unlink()
         return True
 
     def read_exit(self) -> dict[str, Any] | None:

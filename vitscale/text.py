@@ -136,9 +136,21 @@ def ignore_warnings_of_pillow() -> None:
 
 
 def to_stderr(*lines: str) -> None:
-    """Each as one line, whatever names from files are in it."""
-    for line in lines:
-        print(printable(line), file=sys.stderr, flush=True)
+    """Each as one line, whatever names from files are in it; nothing from the first on that cannot be written."""
+    try:
+        for line in lines:
+            print(printable(line), file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = nowhere("w")
+
+
+def to_stdout(line: str) -> None:
+    """A line of what a run tells. The run outlives a reader who leaves, and a full disk below a log."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        sys.stdout = nowhere("w")
+        to_stderr(f"standard output cannot be written ({error.strerror}); the run goes on without it")
 
 
 class TerminalLine:

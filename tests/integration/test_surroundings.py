@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.integration.worlds import Launcher, losses
-from vitscale.run_folder import BAD_INPUT
+from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED
 
 KUBEFLOW = {"LOCAL_RANK": None, "LOCAL_WORLD_SIZE": None}  # torchrun's variables but for these: one process a pod
 
@@ -56,3 +59,21 @@ def test_the_doctor_on_two_nodes(launcher: Launcher, config: Path, tmp_path: Pat
     assert any(line.startswith("ok") and "all ranks: can be read" in line for line in lines), lines
     assert not any(line.startswith("FAILED") for line in lines)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_whose_output_nobody_reads(config: Path, tmp_path: Path) -> None:
+    """Its reader left, as `| head` does: it trains to its end."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "vitscale.cli", "pretrain", str(config), "train.steps=4", "log.every_steps=1"]
+    done = subprocess.run(command, stdout=write, stderr=write, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == DONE
+    assert json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())["steps"] == 4
+
+
+@pytest.mark.parametrize(("failure", "code"), [("EPIPE", FAILED), ("ESHUTDOWN", STOPPED), ("EROFS", STOPPED)])
+def test_a_write_that_fails_is_no_success(launcher: Launcher, config: Path, failure: str, code: int) -> None:
+    world = launcher.request(
+        1, argv=["pretrain", str(config)], environment={"VITSCALE_FAULT": f"point=row action=raise:{failure}"}
+    )
+    assert world.wait() == [code], world.output()

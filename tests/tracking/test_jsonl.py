@@ -51,6 +51,15 @@ def test_rows_of_no_file(tmp_path):
     assert JsonlFile(tmp_path / "none.jsonl").rows() == []
 
 
+@pytest.mark.parametrize("whole", [0, 2])
+def test_a_row_after_a_torn_one_is_a_line_of_its_own(tmp_path, whole):
+    file = filled(tmp_path / "attempts.jsonl", whole)
+    with open(file.path, "ab") as stream:
+        stream.write(b'{"step": 3, "lo')
+    file.append({"step": 4})
+    assert [row["step"] for row in file.rows()] == [*range(1, whole + 1), 4]
+
+
 def test_cut_back_drops_later_rows_and_the_torn_end(tmp_path):
     file = filled(tmp_path / "metrics.jsonl")
     file.append({"note": "of no step"})

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from vitscale.config.schema import RunConfig
-from vitscale.errors import ConfigError, InfrastructureError, VitscaleError, failed_storage
+from vitscale.errors import ConfigError, InfrastructureError, StorageError, VitscaleError, failed_storage
 
 # gloo has no exceptions of its own: what it says of a rank that is gone, or that does not answer.
 _LOST = re.compile(
@@ -25,6 +25,10 @@ _DEVICE = re.compile(
     re.IGNORECASE,
 )
 
+_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|can't start new thread", re.IGNORECASE)
+# What a file system gives that has become read-only after a fault, or for which a ticket has run out.
+_WITHDRAWN = frozenset({errno.EROFS, errno.EACCES, errno.EKEYEXPIRED, errno.EKEYREVOKED})
+
 
 def classified(error: Exception, config: RunConfig) -> Exception:
     """The error as a VitscaleError where it is not ours, with exit code 2 or 3; itself, with 1, where it is our bug."""
@@ -36,15 +40,24 @@ def classified(error: Exception, config: RunConfig) -> Exception:
             f"train.micro_batch={config.train.micro_batch}: does not fit into the GPU's memory ({line}); lower it, "
             "which leaves the numbers as they are, or set train.gradient_checkpointing=true"
         )
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+    if _is_of_memory(error, line):
         return InfrastructureError(
             f"the machine has no memory left ({line or 'MemoryError'}); if that comes again, lower data.prefetch or "
             "train.micro_batch, or ask the scheduler for more"
         )
     if isinstance(error, OSError):
+        if error.errno in _WITHDRAWN:
+            what = f"{error.filename or 'storage'}: {error.strerror}"
+            return StorageError(f"{what}, though it could be written before; start the run again once it can")
         return failed_storage(error) or error
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _LOST.search(line)):
         return InfrastructureError(f"another rank is gone, or has not answered for parallel.timeout_s ({line})")
     if isinstance(error, torch.AcceleratorError) and _DEVICE.search(line):
         return InfrastructureError(f"the GPU has failed ({line})")
     return error
+
+
+def _is_of_memory(error: Exception, line: str) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(line)))

@@ -28,7 +28,7 @@ from vitscale.launch.torchrun import (
     whole_number,
 )
 from vitscale.run_folder import DONE, STOP_REASON, STOPPED, RunFolder, exit_code
-from vitscale.text import redact
+from vitscale.text import redact, to_stderr, to_stdout
 
 # What Slurm says of a job that runs, or that it ends itself: it shows its reason where the state is already COMPLETING.
 _REQUEUED = ("RUNNING", "NODE_FAIL", "PREEMPTED", "TIMEOUT", "OUT_OF_MEMORY")
@@ -82,7 +82,7 @@ def node(arguments: Sequence[str]) -> int:
 def finish(folder: RunFolder) -> int:
     """Requeue the job where the run was stopped, on request or by the infrastructure; the job's exit code."""
     code = attempts.conclude(folder, attempts.ending(folder))
-    print(f"launch/slurm.sh: {describe_exit(folder)}", flush=True)
+    to_stdout(f"launch/slurm.sh: {describe_exit(folder)}")
     return requeue(code) if code == STOPPED else code
 
 
@@ -93,12 +93,14 @@ def requeue(code: int) -> int:
     try:
         state, reason = job_state(_scontrol("show", "job", job))
         if state not in _REQUEUED and reason not in _LOST:
-            print(f"launch/slurm.sh: job {job} is {state}: not requeued; the same sbatch goes on from the checkpoint")
+            to_stdout(
+                f"launch/slurm.sh: job {job} is {state}: not requeued; the same sbatch goes on from the checkpoint"
+            )
             return code
-        print(f"launch/slurm.sh: requeues job {job}; it goes on from the checkpoint", flush=True)
+        to_stdout(f"launch/slurm.sh: requeues job {job}; it goes on from the checkpoint")
         _scontrol("requeue", job)
     except LaunchError as error:  # a site may forbid it
-        print(f"launch/slurm.sh: {error}; the same sbatch goes on from the checkpoint", flush=True)
+        to_stdout(f"launch/slurm.sh: {error}; the same sbatch goes on from the checkpoint")
         return code
     return DONE
 
@@ -158,13 +160,13 @@ def main(arguments: Sequence[str]) -> int:
         error = raised if isinstance(raised, VitscaleError) else failed_storage(raised)
         if error is None:
             raise
-        print(redact(f"launch/slurm.sh: error: {error}"), file=sys.stderr, flush=True)
+        to_stderr(redact(f"launch/slurm.sh: error: {error}"))
         if not error.requeues:
             return exit_code(error)
         with contextlib.redirect_stdout(sys.stderr):  # prepare's own is the run's folder, for the shell
             return requeue(STOPPED) if step == "prepare" else STOPPED
     except KeyboardInterrupt:
-        print("launch/slurm.sh: stopped before there were ranks", file=sys.stderr, flush=True)
+        to_stderr("launch/slurm.sh: stopped before there were ranks")
         with contextlib.redirect_stdout(sys.stderr):
             return requeue(STOPPED)
 

@@ -41,7 +41,7 @@ from vitscale.launch.snapshot import keep_snapshot
 from vitscale.launch.watchdog import watch
 from vitscale.prepare.image_folder import PACKED, pack_folder, packed_sources
 from vitscale.run_folder import BAD_INPUT, DONE, INTERRUPTED, ROLLED_BACK, STOP_REASON, STOPPED, RunFolder, exit_code
-from vitscale.text import redact
+from vitscale.text import redact, to_stderr
 from vitscale.world import ATTEMPT, HEARTBEAT, World, child_environment, hide_secrets, local_device
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -180,7 +180,7 @@ def supervise(arguments: Sequence[str], layout: Layout, folder: RunFolder) -> in
             return
         asked = True
         folder.stop.touch()
-        print("stopping: the run saves a checkpoint first; once more ends it at once", file=sys.stderr, flush=True)
+        to_stderr("stopping: the run saves a checkpoint first; once more ends it at once")
 
     for number in STOP_SIGNALS:
         signal.signal(number, stop)
@@ -273,10 +273,10 @@ def main(arguments: Sequence[str]) -> int:
             folder = replace(folder, attempt=attempts.next_attempt(folder, layout.nodes))
             code = attempts.conclude(folder, supervise(arguments, layout, folder))
             if layout.ranks > 1 and code not in (DONE, INTERRUPTED):  # below what torchrun says of it
-                print(f"launch/torchrun.sh: {describe_exit(folder)}", file=sys.stderr)
+                to_stderr(f"launch/torchrun.sh: {describe_exit(folder)}")
             if code != STOPPED or folder.stop.exists() or not attempts.restarts_here(folder, restarts):
                 break
-            print(f"launch/torchrun.sh: starts the ranks again, RESTARTS={restarts}", file=sys.stderr, flush=True)
+            to_stderr(f"launch/torchrun.sh: starts the ranks again, RESTARTS={restarts}")
             folder.clear_exit()
         if attempts.is_last(folder):
             folder.stop.unlink(missing_ok=True)  # the run has stopped, or it came too late
@@ -285,10 +285,10 @@ def main(arguments: Sequence[str]) -> int:
         error = raised if isinstance(raised, VitscaleError) else failed_storage(raised)
         if error is None:
             raise
-        print(redact(f"launch/torchrun.sh: error: {error}"), file=sys.stderr)
+        to_stderr(redact(f"launch/torchrun.sh: error: {error}"))
         return exit_code(error)
     except KeyboardInterrupt:
-        print("launch/torchrun.sh: stopped before there were ranks", file=sys.stderr)
+        to_stderr("launch/torchrun.sh: stopped before there were ranks")
         return STOPPED
 
 

@@ -23,7 +23,7 @@ from vitscale.files.store import absolute
 from vitscale.run import preflight
 from vitscale.run.training_data import named_classes, order_over, sides_of, training_index
 from vitscale.run_folder import RunFolder
-from vitscale.text import listed, to_stderr
+from vitscale.text import listed, to_stderr, to_stdout
 from vitscale.tracking.startup import StartUp
 from vitscale.world import World
 
@@ -64,7 +64,7 @@ class Session:
     def say(self, line: str) -> None:
         """A line on the terminal, from rank 0."""
         if self.world.is_main:
-            print(line, flush=True)
+            to_stdout(line)
 
 
 # (config with the classes' names, index, what of it is trained on, what is validated on) -> what the job wants to know

@@ -12,7 +12,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vitscale.errors import DataError
 from vitscale.files.atomic import replaced
@@ -29,7 +29,8 @@ class JsonlFile:
     def append(self, row: dict[str, Any]) -> None:
         """Write one row as one line, handed to the kernel on return: it outlives this process's SIGKILL."""
         line = json.dumps(as_json(row), allow_nan=False, ensure_ascii=False) + "\n"
-        with open(self.path, "ab") as stream:
+        with open(self.path, "a+b") as stream:
+            _drop_torn_line(stream)
             stream.write(line.encode())
 
     def sync(self) -> None:
@@ -120,6 +121,19 @@ def as_number(value: Any) -> float | None:
     if isinstance(value, bool) or not (isinstance(value, (int, float)) or value in NOT_FINITE):
         return None
     return float(value)
+
+
+def _drop_torn_line(stream: BinaryIO) -> None:
+    """What a full disk or a power cut has left of a line, which the next one would be glued to."""
+    end = stream.seek(0, os.SEEK_END)
+    if end == 0:
+        return
+    stream.seek(-1, os.SEEK_END)
+    if stream.read(1) == b"\n":
+        return
+    stream.seek(0)
+    whole = sum(len(line) for line in stream if line.endswith(b"\n"))
+    stream.truncate(whole)
 
 
 def _lines(path: Path) -> Iterator[bytes]:
