@@ -37,7 +37,11 @@ finished
 code=$?
 run=$(cat "$answer")
 rm "$answer"
-[ -n "$run" ] || exit $code  # 0 where the job is requeued: it was asked to stop, or its storage did not answer
+if [ -z "$run" ]; then
+    # Asked to stop before it could hear that.
+    if [ -n "$asked" ] && [ $code -gt 128 ]; then exec "$PYTHON" -m vitscale.launch.slurm requeue; fi
+    exit $code  # 0 where the job is requeued: it was asked to stop, or its storage did not answer
+fi
 if [ -n "$asked" ]; then touch "$run/stop"; fi
 
 # In a session of its own, srun is not ended by a TERM for this shell. No binding: the ranks share the node's cores.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from vitscale.checkpoint.store import SoleRank
 from vitscale.cli import main
 from vitscale.config.load import dump_config, load_config
 from vitscale.data.index import ShardIndex
-from vitscale.run_folder import BAD_INPUT, DONE, RunFolder
+from vitscale.run_folder import BAD_INPUT, DONE, STOPPED, RunFolder
 
 pytestmark = pytest.mark.usefixtures("environment")
 
@@ -87,6 +89,7 @@ def test_help_of_a_verb(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str
 def test_help_and_light_verbs_import_nothing_heavy(config: Path) -> None:
     program = """
 import sys
+import time
 from vitscale.cli import main
 for argv in (["--help"], ["--version"], ["evaluate", "--help"], ["config", sys.argv[1]]):
     try:
@@ -436,3 +439,16 @@ def test_streams_that_are_closed_or_full(closed: str, said: str, tmp_path: Path)
     )
     assert (done.returncode, len(done.stderr.splitlines())) == ((1, 1) if said else (0, 0)), done.stderr
     assert said in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_is_stopped_while_it_imports(number: signal.Signals, tmp_path: Path) -> None:
+    """As by a scheduler: to be started again, and no crash."""
+    command = [sys.executable, "-m", "vitscale", "pretrain", "configs/quickstart.yaml", f"run.dir={tmp_path}"]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[1]) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> (number - 1) & 1:
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait(60) == STOPPED
+    assert not list(tmp_path.iterdir())

@@ -8,13 +8,16 @@ Verbs import what they need when they run, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -333,7 +336,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     here = world.World()
     try:
         arguments.world = here = world.enter(on_ranks=arguments.run_verb in (_pretrain, _finetune, _evaluate, _doctor))
-        code = arguments.run_verb(arguments)
+        with _stoppable() if arguments.run_verb in (_pretrain, _finetune) else contextlib.nullcontext():
+            code = arguments.run_verb(arguments)
         sys.stdout.flush()
         return code
     except VitscaleError as error:
@@ -360,6 +364,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("vitscale: interrupted", file=sys.stderr, flush=True)
         return INTERRUPTED
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Until a run listens itself, while it imports, say, TERM and USR1 end it as before its first step: at once, to be
+    started again. What is ignored stays so: a launcher's ranks do not die of USR1."""
+    heard = [each for each in (signal.SIGTERM, signal.SIGUSR1) if signal.getsignal(each) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        heard = []
+    for each in heard:
+        signal.signal(each, lambda *_: os._exit(STOPPED))
+    try:
+        yield
+    finally:
+        for each in heard:
+            signal.signal(each, signal.SIG_DFL)
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.integration.worlds import Launcher, losses, rows, trace, weights
-from vitscale.run_folder import STOPPED
+from vitscale.run_folder import BAD_INPUT, STOPPED
 
 STEPS = 20
 
@@ -32,7 +34,19 @@ def test_batches_left_out(launcher: Launcher, config: Path, tmp_path: Path) -> N
     (entry,) = json.loads((run / "rollbacks.json").read_text())
     assert (entry["step"], entry["back_to_step"], entry["skipped_batches"]) == (13, 8, [10, 11, 12])
     before = trace(run)
+    # The batch that was left out, and not the one that takes its place, though the run has not gone on yet.
+    said = launcher.run(["replay", str(run), "--step", "11", "--taken-back"])
+    assert f"(the run had a loss of {losses(run)[11]:.6g})" in said
+    assert float(re.search(r"step 11: loss (\S+),", said)[1]) == pytest.approx(losses(run)[11], rel=1e-4)
+    said = launcher.run(["replay", str(run), "--step", "11"])
+    assert "as it was then: --taken-back" in said
+    replayed = float(re.search(r"step 11: loss (\S+), gradient norm \S+\n", said)[1])
+    assert "went back from step 13 to 8" in launcher.run(
+        ["replay", str(run), "--step", "8", "--taken-back"], code=BAD_INPUT
+    )
     launcher.run(argv)
+    assert replayed == pytest.approx(losses(run)[11], rel=1e-4)
+    assert f"has {STEPS} steps" in launcher.run(["replay", str(run), "--step", "21"], code=BAD_INPUT)
 
     never = tmp_path / "runs" / "never"
     never.mkdir()

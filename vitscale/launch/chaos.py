@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from random import Random
 
+import psutil
+
 from vitscale.errors import ConfigError, LaunchError
 from vitscale.files.atomic import write_atomically
 from vitscale.launch.breaking import KINDS, Kind, moment
@@ -90,7 +92,7 @@ class Trial:
                 self._add(differences(self.ground.like(self._folder), self._folder, self._same_world))
                 if server is not None:
                     self._add(server.differences(self._folder))
-        except (TrialFailed, LaunchError, OSError) as error:
+        except (TrialFailed, LaunchError, OSError, psutil.Error) as error:
             self._add([str(error)])
         self.outcome.passed = int(not self.outcome.problems)
         return self.outcome

@@ -145,9 +145,11 @@ def _scontrol(*arguments: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """One of the three steps; its exit code."""
+    """One of the three steps, or what follows where the first was ended by a signal; its exit code."""
     step, rest = arguments[0], arguments[1:]
     try:
+        if step == "requeue":
+            return requeue(STOPPED)
         if step == "prepare":
             # Requeued after a node's death, whose lock the file server keeps until its lease ends.
             patience_s = 180.0 if restarts() else 0.0

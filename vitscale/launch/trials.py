@@ -19,12 +19,14 @@ from typing import Any
 import psutil
 
 from vitscale.checkpoint.store import checkpoint_folders, faults_of
+from vitscale.errors import VitscaleError
 from vitscale.launch.mlflow_server import MlflowServer
 from vitscale.prepare.digits import write_digits
 from vitscale.run_folder import RunFolder
 from vitscale.tracking.jsonl import JsonlFile
 
 STEPS, SAVED_EVERY, RANKS = 160, 20, 2
+_OF_THE_SHELL = ("NNODES", "RDZV_", "RESTARTS", "SLURM_", "VITSCALE_FAULT")
 _MARK = "VITSCALE_CHAOS"  # in the environment of all that a start starts
 _POLL_S = 0.05
 _PATIENCE_S = 170.0  # for anything that a trial waits for
@@ -48,7 +50,7 @@ log: {{every_steps: 1, trace: true}}
 """
 
 
-class TrialFailed(Exception):
+class TrialFailed(VitscaleError):
     """What a trial waited for did not come."""
 
 
@@ -109,7 +111,14 @@ class Start:
     _mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __enter__(self) -> Start:
-        environment = {**os.environ, "NPROC_PER_NODE": str(self.ranks), "OMP_NUM_THREADS": "1", _MARK: self._mark}
+        # Of the shell's own what would change the trial: other layouts, GPUs, restarts.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(_OF_THE_SHELL)}
+        environment |= {
+            "CUDA_VISIBLE_DEVICES": "",
+            "NPROC_PER_NODE": str(self.ranks),
+            "OMP_NUM_THREADS": "1",
+            _MARK: self._mark,
+        }
         environment |= {"VITSCALE_FAULT": self.fault} if self.fault else {}
         self.run = RunFolder.at(str(self.ground.folder), self.name)
         self._log = self.ground.log(self.name)

@@ -55,6 +55,8 @@ def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added = verb("replay", _replay, "run one step of a run again, to see where a value is not finite first")
     added.add_argument("run", metavar="RUN_FOLDER")
     added.add_argument("--step", type=above_zero, required=True, metavar="N", help="as in metrics.jsonl")
+    text = "with the batches that were left out when the run last went back"
+    added.add_argument("--taken-back", action="store_true", help=text)
 
 
 def _takes_keys(added: argparse.ArgumentParser, example: str) -> None:
@@ -136,7 +138,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
 def _replay(arguments: argparse.Namespace) -> int:
     from vitscale.run.replay import replay
 
-    print(replay(Path(arguments.run), arguments.step, arguments.world))
+    print(replay(Path(arguments.run), arguments.step, arguments.world, arguments.taken_back))
     return DONE
 
 

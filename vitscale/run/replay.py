@@ -30,15 +30,31 @@ from vitscale.tracking.startup import StartUp
 from vitscale.world import World
 
 
-def replay(path: Path, step: int, world: World) -> str:
+class _TakenBack(RunFolder):
+    """A run's folder as it was before the run last went back."""
+
+    def rollbacks(self) -> list[dict[str, Any]]:
+        return super().rollbacks()[:-1]
+
+
+def replay(path: Path, step: int, world: World, taken_back: bool = False) -> str:
     """What step `step` of the run in a folder comes to, taken again from the newest checkpoint before it.
 
     The same global batches, by accumulation, at ZeRO stage 0 and not compiled, so equal to float order. Nothing is
-    written. Raises VitscaleError where there is no such run, or no checkpoint to start from.
+    written. taken_back: with the batches that were left out when the run last went back. Raises VitscaleError where
+    there is no such run or step, or no checkpoint to start from.
     """
     folder = RunFolder(path)
     if not folder.config.exists():
         raise VitscaleError(f"{path}: is no run folder (no config.yaml in it); name the folder RUN_DIR/NAME")
+    last = folder.rollbacks()[-1] if folder.rollbacks() else None
+    if taken_back:
+        if last is None or not last["back_to_step"] < step <= last["step"]:
+            span = "never" if last is None else f"from step {last['step']} to {last['back_to_step']}"
+            raise VitscaleError(f"--step {step} --taken-back: {path} went back {span}; leave out --taken-back")
+        folder = _TakenBack(path)
+    elif last is not None and last["back_to_step"] < step <= last["step"]:
+        to_stderr(f"replay: the run once went back before step {step}; as it was then: --taken-back")
     checkpoint = _checkpoint_before(folder, step)
     config = _alone(load_config(folder.config))
     check_config(config, world)
@@ -81,7 +97,9 @@ def _replayed(job: Job, session: Session, checkpoint: Checkpoint, step: int) -> 
     engine = job.engine(session, model)
     engine.restore(checkpoint)
     state = checkpoint.state
-    recorded = {row["step"]: row["loss"] for row in JsonlFile(job.folder.metrics).rows()}
+    if step > session.total_steps:
+        raise VitscaleError(f"--step {step}: the run has {session.total_steps} steps; name one of them")
+    recorded = _losses(job.folder)
     to_stderr(f"replay: from {checkpoint.folder}, {step - checkpoint.step} step(s)")
     with (
         job.loader(session, state["samples"] + state["shift"]) as loader,
@@ -93,10 +111,21 @@ def _replayed(job: Job, session: Session, checkpoint: Checkpoint, step: int) -> 
             result = _step(engine, feed, lr, finder)
             line = f"step {number}: {_outcome(result)}"
             if number in recorded:
-                line += f" (the run had a loss of {float(recorded[number]):.6g})"
+                line += f" (the run had a loss of {recorded[number]:.6g})"
             if number < step:
                 to_stderr(line)
     return f"{line}\n{finder.told or 'every value of the forwards and every gradient is finite'}"
+
+
+def _losses(folder: RunFolder) -> dict[int, float]:
+    """By step, of the course that is taken again: the rows of the one before stay until the run goes on."""
+    last = (RunFolder(folder.path).rollbacks() or [{"back_to_step": -1, "time": 0}])[-1]
+    earlier = isinstance(folder, _TakenBack)
+    return {
+        row["step"]: float(row["loss"])
+        for row in JsonlFile(folder.metrics).rows()
+        if row["step"] <= last["back_to_step"] or (row["time"] < last["time"]) == earlier
+    }
 
 
 def _step(engine: Engine, feed: DeviceFeed[Any], lr: float, finder: Finder) -> StepResult:
