@@ -1,16 +1,24 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
 from vitscale.bench.checkpoint import BEHIND, OPEN, PUBLISH, WAITED, main, shapes_of, zero3_tables
+from vitscale.bench.checkpoint_peers import DCP, DCP_LOAD, DEEPSPEED, DEEPSPEED_LOAD, LOAD, SAVE
 from vitscale.checkpoint.fragments import join_tables
 
 
 def test_the_bench_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--preset", "Ti", "--large", "Ti", "--ranks", "3", "--rounds", "1"]) == 0
-    save, manifest = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    assert main(["--engine", "Ti", "--preset", "Ti", "--large", "Ti", "--ranks", "3", "--rounds", "1"]) == 0
+    engine, save, manifest = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    assert {DEEPSPEED, DEEPSPEED_LOAD, DCP, DCP_LOAD, SAVE, LOAD} < set(engine["contenders"])
+    assert (
+        engine["contenders"][DEEPSPEED]["bytes"]
+        > engine["contenders"][SAVE]["bytes"]
+        > 12 * sum(math.prod(shape) for shape in shapes_of("Ti").values())
+    )
     assert {BEHIND, WAITED} < set(save["contenders"])
     assert set(manifest["contenders"]) == {PUBLISH, OPEN}
     assert manifest["pieces"] == 3 * 3 * len(shapes_of("Ti"))

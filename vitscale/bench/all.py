@@ -26,7 +26,7 @@ BRIEF = {
     "augment": ["--rounds", "2", "--batch", "32"],
     "step": ["--preset", "Ti", "--rounds", "3"],
     "model": ["--preset", "Ti", "--rounds", "3"],
-    "checkpoint": ["--preset", "S", "--rounds", "2", "--large", "g"],
+    "checkpoint": ["--engine", "Ti", "--preset", "S", "--rounds", "2", "--large", "g"],
     "startup": ["--preset", "Ti", "--shards", "20000", "--rounds", "3", "--joins", "2,4"],
     "exchange": ["--ranks", "2", "4", "--rounds", "2"],
     "zero": ["--rounds", "2", "--steps", "10"],

@@ -1,12 +1,14 @@
-"""`vitscale bench checkpoint`: what a save and a resume cost, in one process, with the pieces of a ViT of any size.
+"""`vitscale bench checkpoint`: what a save and a resume cost, on one rank, for a ViT of any size.
 
-Values lie in memory; nothing is trained. First the save of one rank that holds all: seconds that training stands still,
-with and without the background, and GB/s beside the disk's own (dd, of the same bytes, to the same folder). Then the
-manifest of very many ranks under ZeRO-3: what rank 0 does to publish it, and what each rank does to open it.
+First with an engine, beside DeepSpeed's own checkpoint and torch.distributed.checkpoint. Then the pieces of a larger
+model, which lie in memory: seconds that training stands still, with and without the background, and GB/s beside the
+disk's own (dd, of the same bytes, to the same folder). Last the manifest of very many ranks under ZeRO-3: what rank 0
+does to publish it, and what each rank does to open it.
 """
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vitscale.bench import checkpoint_peers
 from vitscale.bench.measuring import seconds
 from vitscale.bench.rounds import benchmark_parser, figures, in_turns, report
 from vitscale.checkpoint.fragments import Piece, Table, copied, join_tables
@@ -38,12 +41,14 @@ Shapes = dict[str, tuple[int, ...]]
 def main(arguments: Sequence[str]) -> int:
     """Measure and print; the last line of each part is JSON."""
     parser = benchmark_parser("checkpoint", __doc__, rounds=3)
-    parser.add_argument("--preset", default="L", help="of the model that is saved (default: %(default)s)")
+    parser.add_argument("--engine", default="L", metavar="PRESET", help="of the engine (default: %(default)s)")
+    parser.add_argument("--preset", default="H", help="of the model in memory (default: %(default)s)")
     parser.add_argument("--large", nargs="*", default=["g", "G"], metavar="PRESET", help="of manifests (default: g G)")
     parser.add_argument("--ranks", type=above_zero, default=512, help="of manifests (default: %(default)s)")
     parser.add_argument("--folder", help="on the disk to be measured (default: a temporary one)")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="vitscale-bench-", dir=options.folder) as folder:
+        _with_engine(Path(folder) / "engine", options.engine, options.rounds)
         _save_and_load(Path(folder), options.preset, options.rounds)
         for preset in options.large:
             _manifest(Path(folder), preset, options.ranks, options.rounds)
@@ -71,6 +76,15 @@ def zero3_tables(shapes: Shapes, ranks: int) -> list[Table]:
         known = any(table.digest == other.digest for other in tables[-1:])
         tables.append(replace(table, tensors=None) if known else table)
     return tables
+
+
+def _with_engine(folder: Path, preset: str, rounds: int) -> None:
+    folder.mkdir()
+    contenders = checkpoint_peers.measure(preset, rounds, folder, partial(_dd, folder / "dd"))
+    result = {"bench": "engine", "preset": preset, "rounds": rounds, "contenders": contenders}
+    columns = {"ms": "{median_ms:.0f}", "bytes": "{bytes:,}", "GB/s": "{rate:.2f}"}
+    report(f"A checkpoint of a MAE ViT-{preset}'s engine, ZeRO-2, one rank, fp32", columns, result)
+    shutil.rmtree(folder)
 
 
 def _save_and_load(folder: Path, preset: str, rounds: int) -> None:
