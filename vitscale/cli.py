@@ -281,8 +281,8 @@ def _parser() -> argparse.ArgumentParser:
     added = verb("chaos", _chaos, "break runs on purpose and see whether they end as an unbroken one does")
     _takes_kinds(added)
     added = verb("bench", _bench, "measure this project beside its peers")
-    benches = ("data", "augment", "step", "model", "checkpoint", "startup", "exchange", "zero", "memory", "all")
-    added.add_argument("what", choices=benches)
+    benches = "data augment step model checkpoint startup exchange guards zero memory all"
+    added.add_argument("what", choices=benches.split())
     added.add_argument(
         "rest", nargs=argparse.REMAINDER, help="options of that benchmark (--help lists them); --json FILE"
     )

@@ -29,6 +29,7 @@ BRIEF = {
     "checkpoint": ["--engine", "Ti", "--preset", "S", "--rounds", "2", "--large", "g"],
     "startup": ["--preset", "Ti", "--shards", "20000", "--rounds", "3", "--joins", "2,4"],
     "exchange": ["--ranks", "2", "4", "--rounds", "2"],
+    "guards": ["--preset", "S", "--batch", "4", "--rounds", "3"],
     "zero": ["--rounds", "2", "--steps", "10"],
     "memory": ["--preset", "Ti", "--batch", "8"],
 }
