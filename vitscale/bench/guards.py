@@ -1,7 +1,7 @@
 """`vitscale bench guards`: what it costs a step that a run is watched: signs of life, guards, fault points, digests.
 
-Each as the training loop calls it, microseconds a step, beside a step of the engine (MAE, ZeRO stage 0, one rank, fp32 on
-a CPU, bf16 on a GPU). A digest is that of all weights and moments, divided by guard.digest_every_steps.
+Each as the training loop calls it, beside a step of the engine (MAE, ZeRO stage 0, one rank, fp32 on a CPU, bf16 on a
+GPU). A digest is that of all weights and moments, one each guard.digest_every_steps.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         inputs = batch(config, 0, device)
         step = partial(seconds, partial(engine.step, [inputs], LR), device=device)
         digest = partial(seconds, lambda: compare(1, engine.replicated(), engine.ranks), device=device)
-        every = config.guard.digest_every_steps
+        every = config.guard.digest_every_steps or 1
         step()
         works: dict[str, Callable[[], float]] = {
             STEP: step,
@@ -59,9 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         contenders = figures(in_turns(works, options.rounds), None)
     of_step = contenders[STEP]["median_ms"]
     total = sum(each["median_ms"] for name, each in contenders.items() if name != STEP)
-    print(
-        f"What a step of a MAE ViT-{options.preset}, batch {options.batch}, on {device_name(device)} pays to be watched"
-    )
+    print(f"What it costs to be watched: a MAE ViT-{options.preset}, batch {options.batch}, on {device_name(device)}")
     rows = [["", "microseconds", "of a step"]]
     for name, each in [*contenders.items(), ("all but the step", {"median_ms": total})]:
         rows.append([name, f"{each['median_ms'] * 1000:,.1f}", f"{each['median_ms'] / of_step:.4%}"])
@@ -72,7 +70,12 @@ def main(arguments: Sequence[str]) -> int:
 
 def _of_call(work: Callable[[], None]) -> float:
     """Seconds of one call."""
-    return seconds(lambda: [work() for _ in range(_CALLS)]) / _CALLS
+
+    def calls() -> None:
+        for _ in range(_CALLS):
+            work()
+
+    return seconds(calls) / _CALLS
 
 
 def _signs_of_life(micro_batches: int) -> Callable[[], None]:
