@@ -39,9 +39,11 @@ def test_every_benchmark_is_in_it() -> None:
     shared = {
         "__init__",
         "all",
+        "checkpoint_peers",
         "data_peers",
         "joins",
         "laps",
+        "launches",
         "measuring",
         "peers",
         "photographs",
