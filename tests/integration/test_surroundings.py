@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -23,9 +24,9 @@ def test_kubeflows_variables(launcher: Launcher, config: Path, tmp_path: Path, s
     world = launcher.request(2, argv=argv, environment=KUBEFLOW)
     assert world.wait() == [0, 0], world.output()
     parts = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())["startup_seconds"]
-    assert list(parts) == ["imports", "index", "joining", "agreement", "model", "weights", "engine", "first batch",
-                           "first step"]  # fmt: skip
-    assert world.output().count("start-up: ") == 1
+    assert list(parts) == ["imports", "index", "joining", "agreement", "all-reduce", "model", "weights", "engine",
+                           "first batch", "first step"]  # fmt: skip
+    assert len(re.findall(r"start-up: .*; an all-reduce of 16 MB takes \d+ ms", world.output())) == 1
     launcher.run([*argv, "run.name=torchrun"], 2)
     assert losses(tmp_path / "runs" / "run") == losses(tmp_path / "runs" / "torchrun")
 

@@ -14,6 +14,7 @@ from vitscale.engine.ranks import ProcessRanks
 from vitscale.world import World, host
 
 LARGE_BYTES = 64 << 20
+START_BYTES = 16 << 20  # at each start
 _REPEATS = 3  # of which the fastest counts
 
 
@@ -24,6 +25,11 @@ class Links:
     small: float  # one number over all ranks
     large: float  # LARGE_BYTES over all ranks
     between: tuple[tuple[str, str, float], ...]  # (host, next host, LARGE_BYTES between one rank of each)
+
+
+def first_all_reduce(device: torch.device) -> float:
+    """Seconds of an all-reduce of START_BYTES as gradients go, after one that connects the ranks. A collective."""
+    return _seconds(torch.zeros(START_BYTES // 4, device=device), None, repeats=1)
 
 
 def measure_links(ranks: ProcessRanks, world: World) -> Links:
@@ -51,10 +57,10 @@ def measure_links(ranks: ProcessRanks, world: World) -> Links:
     return Links(small, large, tuple(link for links in ranks.gather(between) for link in links))
 
 
-def _seconds(tensor: torch.Tensor, group: Any) -> float:
+def _seconds(tensor: torch.Tensor, group: Any, repeats: int = _REPEATS) -> float:
     """Of the fastest of some all-reduces, after one that connects."""
     taken = []
-    for _ in range(_REPEATS + 1):
+    for _ in range(repeats + 1):
         began = time.monotonic()
         dist.all_reduce(tensor, group=group)
         if tensor.is_cuda:

@@ -283,7 +283,7 @@ class Job:
         if not self._startup_seconds:
             of_ranks = session.ranks.gather(self._startup.seconds)
             self._startup_seconds = slowest(of_ranks)
-            session.say(as_line(of_ranks))
+            session.say(as_line(of_ranks, self._startup.note))
 
     def _records(self, session: Session, state: TrainState) -> Records:
         config, tags = session.config, {}

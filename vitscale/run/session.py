@@ -14,6 +14,7 @@ from vitscale.data.index import ShardIndex, open_index, require_labels, store_of
 from vitscale.data.order import SampleOrder
 from vitscale.data.subset import Subset, SubsetOrder
 from vitscale.engine.backend import Backend
+from vitscale.engine.links import START_BYTES, first_all_reduce
 from vitscale.engine.preempt import StopRequest
 from vitscale.engine.ranks import ProcessRanks
 from vitscale.errors import DataError
@@ -109,6 +110,10 @@ def open_session(
         held_out = HeldOut(index, sides[1])
     probed = None if test is None else (train or HeldOut(index), test)
     startup.done("agreement")
+    if world.world_size > 1:
+        seconds = first_all_reduce(backend.device)
+        startup.note = f"; an all-reduce of {START_BYTES >> 20} MB takes {seconds * 1e3:.0f} ms"
+        startup.done("all-reduce")
     return Session(
         config, world, folder, backend, stop, index, order, decoder, held_out, probed, facts, adapts, others.skipped
     )

@@ -15,6 +15,7 @@ class StartUp:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.note = ""  # for the end of its line
         self._last = time.monotonic() - (time.time() - psutil.Process().create_time())
         self._ended = False
 
@@ -36,12 +37,12 @@ def slowest(of_ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {part: round(max(seconds.get(part, 0.0) for seconds in of_ranks), 3) for part in of_ranks[0]}
 
 
-def as_line(of_ranks: Sequence[Mapping[str, float]]) -> str:
-    """Rank 0's parts, and the slowest rank where another is slower."""
+def as_line(of_ranks: Sequence[Mapping[str, float]], note: str = "") -> str:
+    """Rank 0's parts, and the slowest rank where another is slower; a note after them."""
     parts = []
     for part, seconds in of_ranks[0].items():
         rank = max(range(len(of_ranks)), key=lambda rank: of_ranks[rank].get(part, 0.0))
         longest = of_ranks[rank].get(part, 0.0)
         other = f" (rank {rank}: {longest:.1f})" if longest > seconds + _WORTH_TELLING_S else ""
         parts.append(f"{part} {seconds:.1f}{other}")
-    return f"start-up: {sum(of_ranks[0].values()):.1f} s to the end of the first step: {', '.join(parts)}"
+    return f"start-up: {sum(of_ranks[0].values()):.1f} s to the end of the first step: {', '.join(parts)}{note}"
