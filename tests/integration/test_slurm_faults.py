@@ -10,7 +10,7 @@ import pytest
 from tests.integration.test_slurm import STEPS, Submitted, slurm  # noqa: F401 - a fixture
 from tests.integration.worlds import losses
 
-pytestmark = [pytest.mark.slurm, pytest.mark.full]
+pytestmark = pytest.mark.slurm
 
 Submit = Callable[..., Submitted]
 
@@ -30,6 +30,7 @@ def assert_goes_on_to_the_end(job: Submitted) -> None:
     job.assert_whole()
 
 
+@pytest.mark.full
 def test_near_its_time_limit_three_times(submit: Submit) -> None:
     job = submit()
     for restarts in range(3):
@@ -40,6 +41,7 @@ def test_near_its_time_limit_three_times(submit: Submit) -> None:
     assert job.log.read_text().count("start:") == 4
 
 
+@pytest.mark.full
 def test_requeued_by_hand(submit: Submit) -> None:
     job = submit("checkpoint.every_steps=10")
     job.wait_for_steps(12)
@@ -61,6 +63,7 @@ def test_a_node_is_lost(submit: Submit) -> None:
             job.slurm.command("scontrol", "update", f"nodename=node{lost}", "state=resume")
 
 
+@pytest.mark.full
 def test_another_count_of_nodes(submit: Submit) -> None:
     job = submit()
     job.wait_for_steps(5)
