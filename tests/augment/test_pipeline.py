@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.engine.host_syncs import HostSyncs
 from tests.one_device import OneDevice
 from vitscale import rng
 from vitscale.augment.pipeline import Augment, upload
@@ -137,8 +138,9 @@ def test_nothing_is_read_back_from_the_device(train: bool, section: Augmentation
         setattr(batch, name, np.random.default_rng(0).integers(*range_, 6).astype(np.int32))
     batch.boxes = np.stack([0 * batch.heights, 0 * batch.widths, batch.heights, batch.widths], 1).astype(np.float32)
     augment = Augment(section, (16, 16), 3, "meta", train=train, labels=True, num_labels=10)
-    with OneDevice() as mode, Uploads() as uploads:
+    with OneDevice() as mode, Uploads() as uploads, HostSyncs() as syncs:
         given = augment(batch)
+    assert {what for *_, what in syncs.found} <= {"numpy"}, "but to fill memory of the host"
     assert mode.seen > 20
     assert uploads.count == 2
     assert {name: (value.device.type, value.dtype) for name, value in given.inputs().items()} == {

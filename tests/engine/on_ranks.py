@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +13,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from tests.engine.host_syncs import HostSyncs
 from vitscale.checkpoint.saving import save_checkpoint
 from vitscale.checkpoint.store import open_checkpoint
 from vitscale.config.schema import Model, Objective, Optimizer, Parallel, RunConfig, Train
 from vitscale.engine import backend
 from vitscale.engine.engine import Engine, Inputs, load_weights
+from vitscale.engine.loop import PeriodicTask, TrainingLoop, TrainState
+from vitscale.files.header import CAUSES
 from vitscale.models.auto import new_model
+from vitscale.tracking.meters import Meters
 from vitscale.world import World, read_world
 
 BATCH, LR, EMA_DECAY = 8, 2e-3, 0.5
@@ -144,6 +149,7 @@ def all_cases(stage: int, folder: str, **train: Any) -> dict[str, Any]:
         "plain": plain,
         "evaluated": evaluated,
         "skipped": skipped,
+        "waits": waits,
         "scaled": functools.partial(Rank.resumed, lr_scales=scales, undecayed=TOKENS),
         "frozen": functools.partial(Rank.resumed, frozen=FROZEN),
     }
@@ -193,6 +199,53 @@ def skipped(rank: Rank, folder: Path) -> dict[str, Any]:
     before = engine.snapshot()
     rank.losses(engine, 1, 2, nan_at=1)
     return {"same": _same(before, engine.snapshot())}
+
+
+def waits(rank: Rank, folder: Path) -> dict[str, Any]:
+    """What the host reads of tensors in the third and fourth step of a loop, of which the last has a row.
+
+    In the first two ZeRO-3 compares with all ranks in which order it fetches weights.
+    """
+    spy, engine = HostSyncs(), rank.engine()
+
+    def watch(state: TrainState, row: dict[str, Any]) -> None:
+        if state.step == 2:
+            spy.__enter__()
+        elif state.step == 4:
+            spy.__exit__(None, None, None)
+
+    loop = TrainingLoop(
+        engine=engine, feed=_Feed(rank), state=TrainState(), total_steps=5, config=rank.config,
+        tasks=[PeriodicTask("watch", lambda step: step in (2, 4), watch)], record=lambda *_: None, say=lambda _: None,
+        causes=CAUSES, stop=_NoStop(), meters=Meters(),  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert loop.run()
+    return {"found": [[*what, count] for what, count in sorted(spy.found.items())]}
+
+
+class _Feed:
+    """The micro-batches of steps 0, 1, ... on this rank."""
+
+    def __init__(self, rank: Rank) -> None:
+        steps = itertools.count()
+        self._inputs = itertools.chain.from_iterable(rank._micro_batches(step, nan=False) for step in steps)
+
+    def __next__(self) -> SimpleNamespace:
+        return SimpleNamespace(inputs=next(self._inputs), names=[], replaced=[], retries=0, epoch=0)
+
+    def run_ahead(self) -> None:
+        pass
+
+    def read_seconds(self) -> dict[str, float]:
+        return {}
+
+
+class _NoStop:
+    def requested(self) -> bool:
+        return False
+
+    def save_requested(self) -> bool:
+        return False
 
 
 def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:

@@ -169,6 +169,33 @@ def test_stop_and_resume_is_bit_identical(world: World, stage: int, ranks: int, 
         assert result["same"]
 
 
+# ---- what the host waits for
+
+GUARD = ("vitscale/engine/ddp.py", "_update"), ("deepspeed/runtime/utils.py", "is_invalid_grad_norm")
+AFTER_IT = {
+    ("vitscale/engine/engine.py", "read"): 2,  # of the loss and metrics, which lie before the norm on the device
+    ("vitscale/engine/loop.py", "_row"): 1,  # of the norm itself, for a row
+}
+ON_THE_CPU = {
+    ("vitscale/engine/ranks.py", "sum"), ("vitscale/engine/ranks.py", "finish"),  # what ranks tell each other
+    ("torch/optim/optimizer.py", "_get_value"),  # Adam's counts of steps, where AdamW is not fused
+}  # fmt: skip
+
+
+@everywhere
+def test_a_step_waits_for_the_guard_alone(world: World, stage: int, ranks: int, precision: str) -> None:
+    """In two steps, of which one has a row, the host asks the device twice: whether the gradient is finite. Above stage
+    0 it is DeepSpeed's step that asks."""
+    for by_rank in world(stage, ranks, precision).by_rank:
+        found = {
+            (file, function): count
+            for file, function, what, count in by_rank["waits"]["found"]
+            if (file, function) not in ON_THE_CPU
+            and not (what == "to" and file.startswith("deepspeed/"))  # its accelerator, which here is the CPU
+        }
+        assert found == {GUARD[stage > 0]: 2, **AFTER_IT}
+
+
 # ---- the moving average
 
 

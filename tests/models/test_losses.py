@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
+from tests.augment.test_pipeline import Uploads
 from tests.models.shapes import TINY, inputs, tiny
 from vitscale import rng
 from vitscale.augment.operations import Drawn, ModelInputs, RaggedBatch
@@ -24,7 +25,14 @@ from vitscale.errors import DataError
 from vitscale.models.auto import new_model
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
-from vitscale.models.losses import classification_loss, label_cross_entropy, label_metrics, masked_l1, problem_type
+from vitscale.models.losses import (
+    classification_loss,
+    label_cross_entropy,
+    label_metrics,
+    masked_l1,
+    problem_type,
+    supervised_loss,
+)
 from vitscale.models.multitask import ViTForMultitaskPreTraining
 
 N = 6
@@ -210,3 +218,14 @@ def test_masked_l1_by_hand() -> None:
     reconstruction[0, :, :2] = 100.0  # visible
     hidden = torch.tensor([[False, False, False, True]])
     assert masked_l1(pixels, reconstruction, hidden, (2, 4)).item() == pytest.approx(3.0, rel=1e-5)
+
+
+def test_class_weights_go_to_the_device_once() -> None:
+    """Not with every step: the host waits for such a copy."""
+    loss = supervised_loss(ViTConfig(num_labels=3, problem_type="single_label_classification"), None, [1.0, 2.0, 3.0])
+    logits, labels = torch.zeros(2, 3, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
+    with Uploads() as first:
+        loss(logits, labels)
+    with Uploads() as second:
+        loss(logits, labels)
+    assert (first.count, second.count) == (1, 0)

@@ -51,7 +51,7 @@ def hue(images: Tensor, value: Tensor) -> Tensor:
     )
     angle = torch.where(spread == 0, 0.0, turned / 6) + value[:, None, None]
     # Of HSV: a channel is high - spread * clamp(min(k, 4 - k), 0, 1) with k = (offset + 6 * angle) mod 6.
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
+    offsets = torch.arange(5.0, 0.0, -2.0, device=images.device).view(1, 3, 1, 1)
     k = (offsets + 6 * angle[:, None]) % 6
     return 255 * (high[:, None] - spread[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
 

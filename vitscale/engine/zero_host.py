@@ -3,7 +3,7 @@
 At stages 1 and 2 DeepSpeed (0.19.8) takes the gradients one at a time: two copies and a dozen views for each, then five
 kernels to look for what is not finite and three for the norm, while most GPUs have nothing to do ("ZeRO" in
 docs/measurements.md). Here the same copies are made for a bucket at once, in the same order, and one norm does for
-both. What is trained is the same, to the bit but for the norm's last one.
+both; the host waits for that one alone. What is trained is the same, to the bit but for the norm's last one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -20,23 +21,42 @@ def spare_the_host(optimizer: Any, stage: int, device: torch.device) -> None:
     """Change how this DeepSpeed optimizer works, unless it is offloaded, for which it has other ways."""
     if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
         return
-    _norm_at_once(optimizer)
+    _norm_at_once(optimizer, stage)
     if stage < 3:
+        _clip_unasked(optimizer)
         _Buckets(optimizer)
     if device.type == "cuda" and stage == 3:
         optimizer.reduce_and_partition_stream = _OrderedStream(device)
 
 
-def _norm_at_once(optimizer: Any) -> None:
-    """One norm of all gradients of a group, which also tells whether all are finite."""
-    norm_of = optimizer.get_grad_norm_direct
+def _norm_at_once(optimizer: Any, stage: int) -> None:
+    """One norm of all gradients of a group, which also tells whether all are finite.
 
-    def grad_norm(gradients: Iterable[Tensor], params: Sequence[Tensor], norm_type: float = 2) -> Any:
-        norms = list(torch._foreach_norm(list(gradients), norm_type, torch.float64))
-        return norm_of([torch.stack(norms)] if norms else [], params, norm_type)
+    DeepSpeed lets the host wait for the GPU in each group's, though its step asks whether the whole one is finite.
+    """
+    dtype = torch.float32 if stage < 3 else torch.float64  # as DeepSpeed sums it over ranks
+
+    def grad_norm(gradients: Iterable[Tensor], params: Sequence[Tensor], norm_type: float = 2) -> Tensor:
+        norms = torch._foreach_norm(list(gradients), norm_type, torch.float64)
+        total = torch.stack(norms).pow(norm_type).sum() if norms else torch.zeros((), device=optimizer.device)
+        total = total.to(dtype)
+        dist.all_reduce(total, group=optimizer.dp_process_group)
+        return total.pow(1 / norm_type)
 
     optimizer.get_grad_norm_direct = grad_norm
     optimizer.has_overflow = lambda partition_gradients=True: False  # a norm that is not finite skips the step too
+
+
+def _clip_unasked(optimizer: Any) -> None:
+    """Clip without asking for each group whether the norm is finite: its step has asked."""
+
+    def clip(gradients: Sequence[Tensor], norm: Tensor) -> None:
+        if optimizer.clip_grad > 0:
+            scale = 1 / ((norm + 1e-6) / optimizer.clip_grad).clamp(min=1.0)
+            for gradient in gradients:
+                gradient.mul_(scale)
+
+    optimizer.unscale_and_clip_grads = clip
 
 
 class _Buckets:

@@ -77,17 +77,19 @@ def supervised_loss(config: ViTConfig, kind: str | None, class_weights: Sequence
     weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        nonlocal weights
         if kind != "bce" and weights is None:
             return classification_loss(config, logits, labels)
         _check_classes(logits, labels)
-        own = None if weights is None else weights.to(logits.device)
+        if weights is not None:
+            weights = weights.to(logits.device)  # once: the host waits for that copy
         if kind == "bce":
             shares = labels if labels.is_floating_point() else F.one_hot(labels.long(), logits.shape[1])
             targets = (shares > 0).float() * (1 - config.label_smoothing) + config.label_smoothing / logits.shape[1]
-            return F.binary_cross_entropy_with_logits(logits.float(), targets, weight=own)
+            return F.binary_cross_entropy_with_logits(logits.float(), targets, weight=weights)
         targets = labels.float() if labels.is_floating_point() else labels.long()
         each = F.cross_entropy(
-            logits.float(), targets, weight=own, reduction="none", label_smoothing=config.label_smoothing
+            logits.float(), targets, weight=weights, reduction="none", label_smoothing=config.label_smoothing
         )
         return each.sum() / len(labels)
 
