@@ -16,6 +16,7 @@ from vitscale import heartbeat
 from vitscale.config.schema import RunConfig
 from vitscale.engine.engine import Engine, Inputs, StepResult
 from vitscale.engine.exchange import Consumed, StepDetails, StepExchange
+from vitscale.engine.garbage import Garbage
 from vitscale.engine.guard import SampleGuard, SpikeGuard, StepGuard
 from vitscale.engine.preempt import StopRequest, StopRequested
 from vitscale.engine.schedule import lr_at
@@ -140,7 +141,7 @@ class TrainingLoop:
         What the ranks tell each other of a step is on its way during the next one. All of it is there before a row
         or a checkpoint. Raises Diverged or DataError at the guards' limits, on all ranks at once.
         """
-        state, batch = self.state, self.config.train.global_batch
+        state = self.state
         self.engine.ranks.stop_requested = self.stop.requested
         if state.pending is not None and self._finish_pending(state.pending):
             return False
@@ -149,6 +150,12 @@ class TrainingLoop:
             self.startup.done("first batch")
             self.engine.warm_up(self._waiting[0].inputs)
             self.feed.read_seconds()  # the wait for the first batch is the start's
+        with Garbage() as garbage:
+            return self._train(garbage)
+
+    def _train(self, garbage: Garbage) -> bool:
+        """Take the steps; see `run`."""
+        state, batch = self.state, self.config.train.global_batch
         stops = False
         while not stops and not state.is_done(self.total_steps):
             lr = lr_at(state.step, self.total_steps, self.config)
@@ -161,11 +168,13 @@ class TrainingLoop:
             state.epoch = consumed[0].epoch
             self._tell(result, consumed)
             fault_point("step", self._common)
+            garbage.stepped()
             if wishes or state.is_done(self.total_steps) or any(task.due(state.step) for task in self.tasks):
-                wishes |= self._settle()
-                stops = self._run_tasks(self._row(result, lr), partial(self._is_due, wishes)) or "stop" in wishes
-                if "save" in wishes:
-                    self.stop.saving(state.step)
+                with garbage.between():
+                    wishes |= self._settle()
+                    stops = self._run_tasks(self._row(result, lr), partial(self._is_due, wishes)) or "stop" in wishes
+                    if "save" in wishes:
+                        self.stop.saving(state.step)
         return state.is_done(self.total_steps)
 
     def _common(self) -> Iterator[Any]:
