@@ -38,6 +38,7 @@ _NUMBERS = (
     *("ALPS_APP_PE", "FLUX_TASK_RANK", "JSM_NAMESPACE_RANK"),
 )
 _PERIOD = "cpu.cfs_period_us"
+_allowed: int | None = None  # cores that this process could use before it was pinned to some of them
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what stops a run
 FAULT = "VITSCALE_FAULT"  # see faults.py
 ATTEMPT = "VITSCALE_ATTEMPT"  # set by launch/torchrun.py for its ranks: which start of the run this is
@@ -70,7 +71,25 @@ class World:
 def _cores() -> int:
     """Cores that this process may use: by its affinity, and by the quota of its control group (a container's)."""
     quota = _quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
-    return max(1, math.ceil(min(len(os.sched_getaffinity(0)), quota)))
+    return max(1, math.ceil(min(_allowed or len(os.sched_getaffinity(0)), quota)))
+
+
+def pin(cores: Sequence[int]) -> None:
+    """Let this process run on these cores alone: all threads that it has, and what they start from now on.
+
+    `cores_per_rank` stays what it was.
+    """
+    global _allowed
+    _allowed = _allowed or len(os.sched_getaffinity(0))
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.sched_setaffinity(int(thread), cores)
+
+
+def binds_threads() -> bool:
+    """Whether the environment says on which cores OpenMP's threads are to run."""
+    bound = os.environ.get("OMP_PROC_BIND", "false").lower() != "false"
+    return bound or any(name in os.environ for name in ("OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"))
 
 
 def _quota(own: Path, mounted: Path) -> float:

@@ -233,6 +233,7 @@ class Parallel:
     zero_stage: int = 0  # 0: DDP; 1 optimizer, 2 and gradients, 3 and weights sharded over the ranks
     offload_optimizer: bool = False  # ZeRO 1 to 3: Adam's state and step on the CPU
     bucket_elements: int = 25_000_000  # gradients reduced at once; small enough to overlap backward
+    pin_cores: bool = True  # each rank of a node has cores of its own, near its GPU; not fewer than without
     timeout_s: int = 600  # a collective that takes longer ends the run
     patience_s: float | None = None  # for a rank that hangs; null: the lesser of 60 s and half of timeout_s
     restarts_without_progress: int = 3  # in a row after faults of the infrastructure, without a new checkpoint

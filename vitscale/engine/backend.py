@@ -22,6 +22,7 @@ from torch import nn
 
 from vitscale.config.check import accumulation
 from vitscale.config.schema import RunConfig
+from vitscale.engine import affinity
 from vitscale.engine.ddp import DDPEngine
 from vitscale.engine.engine import Engine
 from vitscale.engine.graphs import graph_blocks
@@ -29,6 +30,7 @@ from vitscale.engine.optim import ScaledAdamW
 from vitscale.engine.ranks import ProcessRanks, join, meeting
 from vitscale.engine.zero import ZeroEngine
 from vitscale.errors import ConfigError, LaunchError
+from vitscale.text import to_stderr
 from vitscale.world import World, forget_deepspeed
 
 _COMPILERS = ("gcc", "clang", "cc")
@@ -55,6 +57,9 @@ class Backend:
                 f"accelerate sees rank {seen[0]} of {seen[1]} (process group of {seen[2]}), the launcher gave rank "
                 f"{world.rank} of {world.world_size}: ranks would train apart; start with launch/torchrun.sh"
             )
+        pinned = affinity.pin(self.ranks, self.device) if config.parallel.pin_cores else None
+        if pinned and world.is_main:
+            to_stderr(pinned)
 
     @property
     def device(self) -> torch.device:
