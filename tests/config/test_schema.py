@@ -82,6 +82,7 @@ REFUSED = [
     (schema.Train, "train.epochs", [0.0], [0.5, None]),
     (schema.Train, "train.precision", ["fp16"], list(schema.PRECISIONS)),
     (schema.Train, "train.max_skipped_steps", [0], [1]),
+    (schema.Train, "train.gradient_checkpointing", ["none", "full"], list(schema.CHECKPOINTING)),
     (schema.Guard, "guard.spike_deviations", [0.0], [0.5]),
     (schema.Guard, "guard.digest_every_steps", [0], [1, None]),
     (schema.Guard, "guard.rollback_steps", [0], [1]),

@@ -141,12 +141,16 @@ def test_a_loss_of_ones_own_compiles() -> None:
     assert graphs() == (1, 0)
 
 
-@every_option
-def test_blocks_compile_whole(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("options", "selective"), [
+    ({}, False), (EVERY_OPTION, False), (EVERY_OPTION, True)
+], ids=["plain", "options", "selective"])  # fmt: skip
+def test_blocks_compile_whole(options: dict[str, Any], selective: bool) -> None:
     """As a run does with train.compile: every block for itself, forward and backward."""
     model = tiny(ViTForMaskedImageModeling, drop_path_rate=0.5, num_hidden_layers=2, **options)
     batch = inputs(model)
     expected = gradients(model, batch, model)
+    if selective:
+        model.gradient_checkpointing_enable(selective=True)
     model.compile_blocks(backend="aot_eager", fullgraph=True)
     found = gradients(model, batch, model)
     assert graphs()[0] > 0

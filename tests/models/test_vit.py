@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models.shapes import OPTION_SETS, TINY, TRAINABLE, inputs, tiny, tiny_keys
 from vitscale import rng
@@ -17,6 +19,7 @@ from vitscale.models.configuration import ViTConfig
 from vitscale.models.mae import ViTMAEForPreTraining
 from vitscale.models.simmim import ViTForMaskedImageModeling
 from vitscale.models.vit import ViTEncoder, ViTLayer, ViTModel, ViTPreTrainedModel, drop_path_scales
+from vitscale.planning.live import LiveBytes
 
 every_trainable = pytest.mark.parametrize("model_class", TRAINABLE, ids=lambda c: c.__name__)
 every_option = pytest.mark.parametrize("options", OPTION_SETS.values(), ids=OPTION_SETS.keys())
@@ -48,6 +51,35 @@ def test_checkpointing_changes_nothing(model_class: type[ViTPreTrainedModel], op
     again = gradients(model, batch)
     assert len(runs) == 2  # in forward, and once more in backward
     assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+@every_option
+def test_selective_checkpointing_keeps_the_products(options: dict[str, Any]) -> None:
+    """Gradients have the same bits, no product is computed twice, and less is alive between forward and backward."""
+    model = tiny(ViTMAEForPreTraining, drop_path_rate=0.3, **options)
+    plain, kept, again = (_step(model, how) for how in (None, {"selective": True}, {}))
+    assert all(torch.equal(plain.gradients[name], kept.gradients[name]) for name in plain.gradients)
+    assert kept.flops == plain.flops < again.flops
+    assert again.alive < kept.alive < plain.alive
+
+
+@dataclass
+class Step:
+    gradients: dict[str, torch.Tensor]
+    flops: int
+    alive: int  # bytes when the forward has ended
+
+
+def _step(model: ViTPreTrainedModel, how: dict[str, Any] | None) -> Step:
+    """A step with gradient checkpointing of some kind; None: without."""
+    model.gradient_checkpointing_disable()
+    if how is not None:
+        model.gradient_checkpointing_enable(**how)
+    with FlopCounterMode(display=False) as counter, LiveBytes() as live:
+        alive: list[int] = []
+        model.register_forward_hook(lambda *_: alive.append(live.live))
+        found = gradients(model, inputs(model))
+    return Step(found, counter.get_total_flops(), alive[-1])
 
 
 @every_option

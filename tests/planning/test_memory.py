@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,9 @@ DECODER = MAE(decoder_hidden_size=48, decoder_num_attention_heads=2, decoder_num
               decoder_intermediate_size=192)  # fmt: skip
 
 
-def config_of(objective: str = "mae", stage: int = 0, again: bool = False, ranks: int = 1, **train: Any) -> RunConfig:
+def config_of(
+    objective: str = "mae", stage: int = 0, again: bool | str = False, ranks: int = 1, **train: Any
+) -> RunConfig:
     kinds = {"precision": "bf16", "micro_batch": 32, "global_batch": 32 * ranks}
     return RunConfig(
         model=MODEL,
@@ -46,9 +49,10 @@ def test_bytes_are_counted_while_they_live() -> None:
         assert live.peak == 0
 
 
-@pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("objective", ["mae", "simmim", "classification", "multitask"])
-def test_blocks_and_images_add_up(objective: str, again: bool) -> None:
+@pytest.mark.parametrize(("objective", "again"), [
+    *itertools.product(("mae", "simmim", "classification", "multitask"), (False, True)), ("mae", "selective")
+])  # fmt: skip
+def test_blocks_and_images_add_up(objective: str, again: bool | str) -> None:
     """What follows from one and two blocks and two batches is what the whole model of another batch counts."""
     config = config_of(objective, again=again)
     follows = activations(config).of(24)
@@ -57,9 +61,11 @@ def test_blocks_and_images_add_up(objective: str, again: bool) -> None:
     assert follows.made == pytest.approx(counted.made, rel=0.02)
 
 
-@pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_an_engine_takes_what_was_planned(stage: int, again: bool, single_rank: None) -> None:
+@pytest.mark.parametrize(("stage", "again"), [
+    *itertools.product((0, 1, 2, 3), (False, True)), (0, "selective"), (3, "selective"),
+    *(pytest.param(stage, "selective", marks=pytest.mark.full) for stage in (1, 2)),
+])  # fmt: skip
+def test_an_engine_takes_what_was_planned(stage: int, again: bool | str, single_rank: None) -> None:
     result = compared(config_of(stage=stage, again=again), enter())
     assert 0.9 < result["ratio"] < 1.1, result
 

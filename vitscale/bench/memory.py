@@ -1,6 +1,6 @@
 """`vitscale bench memory`: what `vitscale plan` says of a step's memory, beside the memory that the step takes.
 
-By stage, with and without gradient checkpointing, each in a process of its own. On a GPU the measured figure is torch's
+By stage and kind of gradient checkpointing, each in a process of its own. On a GPU the measured figure is torch's
 own peak; on a CPU every tensor of a step is counted as long as it lives, and AdamW, which is not fused there, has its
 temporaries.
 """
@@ -22,7 +22,7 @@ from vitscale import world
 from vitscale.bench.gpu_suite.training import LR, Training, batch
 from vitscale.bench.measuring import device_name
 from vitscale.bench.peers import run_config
-from vitscale.config.schema import Parallel, RunConfig, Train
+from vitscale.config.schema import CHECKPOINTING, Parallel, RunConfig, Train
 from vitscale.inference.command import above_zero
 from vitscale.planning.live import LiveBytes
 from vitscale.planning.memory import activations, memory, parameters
@@ -43,9 +43,10 @@ def main(arguments: Sequence[str]) -> int:
     base = run_config(options.preset, options.objective)
     train = Train(global_batch=options.batch, micro_batch=options.batch, precision="bf16")
     contenders = {}
-    for stage, again in product(options.stages, (False, True)):
+    for stage, again in product(options.stages, CHECKPOINTING):
         config = replace(base, parallel=Parallel(zero_stage=stage), train=replace(train, gradient_checkpointing=again))
-        name = f"ZeRO-{stage}{', gradient checkpointing' if again else ''}"
+        kind = "selective " if again == "selective" else ""
+        name = f"ZeRO-{stage}" + (f", {kind}gradient checkpointing" if again else "")
         # What an engine leaves behind would add up.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             contenders[name] = process.submit(_compared, config).result()

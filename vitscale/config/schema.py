@@ -18,6 +18,7 @@ from vitscale.errors import ConfigError
 
 OBJECTIVES = ("mae", "simmim", "classification", "multitask")
 PRECISIONS = ("fp32", "bf16")
+CHECKPOINTING: tuple[bool | str, ...] = (False, "selective", True)  # the later, the less memory and the more time
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ class Train:
     steps: int | None = None  # one of steps and epochs; setting one clears the other
     epochs: float | None = None
     precision: str = "fp32"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | str = False  # blocks run again in backward; selective: matrix products do not
     compile: bool = False  # torch.compile of each block
     cuda_graphs: bool = False  # each block started as a whole: faster where the host is what a GPU waits for
     deterministic: bool = False  # only algorithms that give the same bits each time; on a GPU slower ones
@@ -216,6 +217,8 @@ class Train:
         require(self.steps is None or self.steps > 0, "train.steps", self.steps, "above 0")
         require(self.epochs is None or self.epochs > 0, "train.epochs", self.epochs, "above 0")
         one_of("train.precision", self.precision, PRECISIONS)
+        again = self.gradient_checkpointing
+        require(again in CHECKPOINTING, "train.gradient_checkpointing", again, "true, false or selective")
         decay = self.ema_decay
         require(decay is None or 0 < decay < 1, "train.ema_decay", decay, "in (0, 1) or null")
         require(self.freeze >= -1, "train.freeze", self.freeze, "blocks, or -1 for the whole encoder")

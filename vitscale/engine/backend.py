@@ -78,7 +78,8 @@ class Backend:
         parameter, 1 where a name is missing; undecayed: parameters without weight decay beside biases and norms.
         """
         if config.train.gradient_checkpointing:
-            model.gradient_checkpointing_enable()  # type: ignore[operator]
+            selective = config.train.gradient_checkpointing == "selective"
+            model.gradient_checkpointing_enable(selective=selective)  # type: ignore[operator]
         if config.train.compile:
             if not any(map(shutil.which, _COMPILERS)):
                 raise ConfigError(
@@ -228,8 +229,8 @@ def zero_config(config: RunConfig, world: World) -> dict[str, Any]:
         "stage3_param_persistence_threshold": 100_000,
         "sub_group_size": 1_000_000_000,
         # Keeps eager layers from saving the weights that were gathered. Compiled blocks save none, and with it torch
-        # would compile every block anew.
-        "memory_efficient_linear": not config.train.compile,
+        # would compile every block anew; nor do selective ones, and it writes over what they keep.
+        "memory_efficient_linear": not config.train.compile and config.train.gradient_checkpointing != "selective",
     }
     if config.parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": world.device == "cuda"}

@@ -7,12 +7,13 @@ patches, as the config has them.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from vitscale import rng
 from vitscale.errors import ConfigError, DataError
@@ -26,6 +27,13 @@ from vitscale.models.positions import Rotary, of_patches, rotary_positions
 from vitscale.models.pretrained_mixin import PretrainedMixin
 
 _DROP_PATH = rng.purpose_code("drop_path")
+_aten = torch.ops.aten
+# What selective checkpointing keeps: nearly all of a block's work.
+_KEPT = partial(create_selective_checkpoint_contexts, [
+    _aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten._scaled_mm.default,
+    _aten._scaled_dot_product_flash_attention.default, _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default, _aten._scaled_dot_product_flash_attention_for_cpu.default,
+])  # fmt: skip
 
 
 class SwiGLU(nn.Module):
@@ -62,6 +70,7 @@ class ViTLayer(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layer_scale_before = _layer_scale(config)
         self.layer_scale_after = _layer_scale(config)
+        self.selective = False  # keep matrix products and attention, and run the rest again in backward
 
     def forward(
         self,
@@ -72,6 +81,14 @@ class ViTLayer(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`x`: [n, tokens, width]; `branch_scale`: [n, 2], what drop path multiplies the two branches by;
         `rotary`: where the patches are."""
+        if self.selective and self.training:  # here, not around the block: what is compiled has to see it
+            inputs = (x, branch_scale, rotary, output_attentions)
+            return checkpoint(self._run, *inputs, use_reentrant=False, context_fn=_KEPT)
+        return self._run(x, branch_scale, rotary, output_attentions)
+
+    def _run(
+        self, x: Tensor, branch_scale: Tensor | None, rotary: Rotary | None, output_attentions: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
         attended, weights = self.attention(self.layernorm_before(x), rotary, output_attentions)
         x = x + _scaled(self.dropout(attended), self.layer_scale_before, branch_scale, 0)
         x = x + _scaled(self.dropout(self.mlp(self.layernorm_after(x))), self.layer_scale_after, branch_scale, 1)
@@ -215,23 +232,28 @@ class ViTPreTrainedModel(PretrainedMixin, nn.Module):
         for block in self.blocks():
             block.forward = torch.compile(block.forward, dynamic=False, **options)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Trade time for memory: blocks run again in backward instead of keeping their insides.
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, selective: bool = False
+    ) -> None:
+        """Trade time for memory: blocks run again in backward instead of keeping their insides; selective: but for
+        matrix products and attention, which are kept.
 
         Takes transformers' argument; there is one way, {"use_reentrant": False}.
         """
         if gradient_checkpointing_kwargs not in (None, {}, {"use_reentrant": False}):
             given = f"gradient_checkpointing_kwargs={gradient_checkpointing_kwargs}"
             raise ConfigError(f"{given}: must be {{'use_reentrant': False}}, or left out")
-        self._checkpoint(True)
+        self._checkpoint(whole=not selective, selective=selective)
 
     def gradient_checkpointing_disable(self) -> None:
-        self._checkpoint(False)
+        self._checkpoint(whole=False, selective=False)
 
-    def _checkpoint(self, on: bool) -> None:
+    def _checkpoint(self, whole: bool, selective: bool) -> None:
         for module in self.modules():
             if isinstance(module, ViTEncoder):
-                module.gradient_checkpointing = on
+                module.gradient_checkpointing = whole
+            elif isinstance(module, ViTLayer):
+                module.selective = selective
 
     def forward_flops(self) -> int:
         """Floating-point operations of one image's forward (see models/flops.py)."""

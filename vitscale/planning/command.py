@@ -95,7 +95,8 @@ _PARTS = (
 
 
 def _settings(of: dict[str, Any]) -> str:
-    again = ", gradient checkpointing" if of["gradient_checkpointing"] else ""
+    kind = of["gradient_checkpointing"]
+    again = f", {'selective ' if kind == 'selective' else ''}gradient checkpointing" if kind else ""
     return f"ZeRO {of['zero_stage']}, micro-batch {of['micro_batch']} x {of['accumulation']}{again}"
 
 

@@ -110,7 +110,7 @@ def _count(config: RunConfig, images: int) -> StepCount:
         with FakeTensorMode(), LiveBytes() as live:
             model = build_model(config)
             if config.train.gradient_checkpointing:
-                model.gradient_checkpointing_enable()
+                model.gradient_checkpointing_enable(selective=config.train.gradient_checkpointing == "selective")
             if bf16 and stage > 0:
                 _to_bf16(model)
             model.train()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vitscale.config.check import accumulation, check_config
-from vitscale.config.schema import RunConfig
+from vitscale.config.schema import CHECKPOINTING, RunConfig
 from vitscale.errors import ConfigError
 from vitscale.models.auto import build_model
 from vitscale.planning.gpus import GPUS, Gpu
@@ -105,11 +105,11 @@ class Planner:
             return None
         fast = 0.98 * max(each.images_per_second for each in fitting)
 
-        def rank(each: Estimate) -> tuple[int, bool, int]:
+        def rank(each: Estimate) -> tuple[int, int, int]:
             config = each.config
             return (
                 config.parallel.zero_stage,
-                config.train.gradient_checkpointing,
+                CHECKPOINTING.index(config.train.gradient_checkpointing),
                 each.memory.total_bytes,
             )
 
@@ -122,7 +122,7 @@ class Planner:
         if config.parallel.offload_optimizer:
             stages = (config.parallel.zero_stage,)
         for stage in stages:
-            for again in (False, True):
+            for again in CHECKPOINTING:
                 if again and config.train.cuda_graphs:
                     continue
                 for micro in divisors:

@@ -63,10 +63,11 @@ def step_seconds(
     forwards, images = accumulation(config, world), train.global_batch / ranks
     eager = 1.0 if train.compile else _EAGER
     again = 4 / 3 if train.gradient_checkpointing else 1.0  # `made` has it already
+    products = again if train.gradient_checkpointing is True else 1.0
     rate = gpu.flops * (1.0 if train.precision == "bf16" else _FP32)
     decoder = config.objective.mae.decoder_num_hidden_layers if config.objective.name == "mae" else 0
     blocks = config.model.num_hidden_layers + decoder
-    matrix = images * flops * again / rate
+    matrix = images * flops * products / rate
     traffic = forwards * eager * _PASSES * step.made / gpu.bandwidth
     optimizer = _OPTIMIZER_BYTES * (count / ranks if stage else count) / gpu.bandwidth
     host = forwards * blocks * again * eager * (_HOST_GRAPHS_S if train.cuda_graphs else _HOST_S)
