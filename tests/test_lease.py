@@ -141,3 +141,43 @@ def test_a_holder_that_wakes_up_too_late_writes_no_more(tmp_path: Path, monkeypa
     second.require()
     assert (tmp_path / "lock-2").read_bytes().startswith(b"00000000"), "still held"
     second.release()
+
+
+def test_a_file_that_is_not_found_for_a_moment_is_still_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS (ENOENT, ESTALE); one that stays away is a folder that was taken away."""
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+    monkeypatch.setattr(lease, "EXPIRES_S", 1.0)
+    folder, elsewhere = tmp_path / "run", tmp_path / "moved"
+    folder.mkdir()
+    taken = take(folder)
+    folder.rename(elsewhere)
+    time.sleep(0.3)
+    taken.require()
+    elsewhere.rename(folder)
+    count = (folder / "lock-1").read_bytes()[:10]
+    time.sleep(0.3)
+    taken.require()
+    assert (folder / "lock-1").read_bytes()[:10] > count
+    folder.rename(elsewhere)
+    time.sleep(1.3)
+    with pytest.raises(FolderLost, match=r"run: the folder is gone: moved, removed, "):
+        taken.require()
+    taken.release()
+
+
+def test_a_new_folder_in_the_place_of_a_moved_one_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lease has the same number."""
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+    (tmp_path / "run").mkdir()
+    first = take(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "run").mkdir()
+    content = b"0000000007\nprocess 5 on far\nfar 5 5\n"
+    (tmp_path / "run" / "lock-1").write_bytes(content)
+    time.sleep(0.3)
+    with pytest.raises(FolderLost, match="process 5 on far has taken the run"):
+        first.require()
+    first.release()
+    assert (tmp_path / "run" / "lock-1").read_bytes() == content

@@ -25,6 +25,7 @@ BEAT_S = 5.0  # between two counts
 EXPIRES_S = 60.0  # of looking at a count that stays the same
 _LOOK_S = 0.5
 _FREE = b"free      "  # in place of the count, of as many bytes
+NOBODY = "nobody"
 _GONE = (errno.ENOENT, errno.ESTALE)
 
 
@@ -33,22 +34,24 @@ class FolderInUse(LaunchError):
 
 
 class FolderLost(LaunchError):
-    """Another process has taken the folder, since this one gave no sign of life."""
+    """Another process has taken the folder, since this one gave no sign of life; or it is gone."""
 
 
 class Lease:
     """What `take` gives: a thread counts in the file until `release`."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self._path, self._descriptor, self._count = path, descriptor, 0
+    def __init__(self, path: Path, own: bytes) -> None:
+        """own: the file's content behind the count."""
+        self._path, self._own, self._count = path, own, 0
         self._lost, self._looked = False, time.monotonic()
+        self._missed: float | None = None  # since when the file is not found
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._beat_on, name="lease", daemon=True)
         self._thread.start()
 
     def require(self) -> None:
-        """FolderLost if another run has the folder now. Cheap: it looks only if the thread has not done so lately, as
-        in a process that was stopped for a while."""
+        """FolderLost if another run has the folder now, or if it is gone. Cheap: it looks only if the thread has not
+        done so lately, as in a process that was stopped for a while."""
         if time.monotonic() - self._looked > 2 * BEAT_S:
             self._beat()
         if self._lost:
@@ -57,6 +60,8 @@ class Lease:
                 f"{folder}: this process gave no sign of life for {EXPIRES_S:g} s, and {holder(folder)} has taken the "
                 "run; it ends here without writing any more"
             )
+        if self._missed is not None and self._looked - self._missed > EXPIRES_S:
+            raise folder_gone(self._path.parent)
 
     def release(self) -> None:
         """Let another have the folder."""
@@ -65,23 +70,42 @@ class Lease:
         if self._thread.is_alive():  # in a file system that hangs: the lease expires by itself
             return
         with contextlib.suppress(OSError):
-            if not self._lost:
-                os.pwrite(self._descriptor, _FREE, 0)
-            os.close(self._descriptor)
+            self._write(_FREE)
 
     def _beat_on(self) -> None:
         while not self._released.wait(BEAT_S):
             self._beat()
 
     def _beat(self) -> None:
+        now = time.monotonic()
         try:
-            os.close(os.open(self._path, os.O_RDONLY))  # not by stat, which NFS answers from what it remembers
             self._count += 1
-            os.pwrite(self._descriptor, b"%010d" % self._count, 0)  # never into the file of whoever follows
-            os.fsync(self._descriptor)
-        except OSError as error:  # any other one may pass: others look for much longer
-            self._lost |= error.errno in _GONE
-        self._looked = time.monotonic()
+            self._write(b"%010d" % self._count)
+            self._missed = None
+        except OSError as error:  # one may pass, as ESTALE on NFS does: others look for much longer
+            if error.errno in _GONE:
+                self._missed = now if self._missed is None else self._missed
+                self._lost |= self._is_followed()
+        self._looked = now
+
+    def _write(self, count: bytes) -> None:
+        """Put it in the place of the count; FileNotFoundError where the file is not there, or is another one's."""
+        # Opened each time: a look by stat NFS answers from what it remembers, and a descriptor can be stale for good.
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if os.pread(descriptor, len(_FREE) + len(self._own), len(_FREE)) != self._own:
+                raise FileNotFoundError(errno.ENOENT, "is another one's", str(self._path))
+            os.pwrite(descriptor, count, 0)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _is_followed(self) -> bool:
+        """Whether another one's lease is there: a later one, or in a new folder one of the same number."""
+        with contextlib.suppress(OSError):
+            newest, own = max(_leases(self._path.parent), default=0), int(self._path.name[5:])
+            return newest > own or (newest == own and self._path.read_bytes()[len(_FREE) :] != self._own)
+        return False
 
 
 def take(folder: Path, job: str | None = None) -> Lease:
@@ -93,16 +117,25 @@ def take(folder: Path, job: str | None = None) -> Lease:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
         except FileExistsError:  # another one was quicker
             continue
-        os.write(descriptor, f"{0:010d}\n{_myself(job)}\n{_machine()} {os.getpid()} {_started(os.getpid())}\n".encode())
+        own = f"\n{_myself(job)}\n{_machine()} {os.getpid()} {_started(os.getpid())}\n".encode()
+        os.write(descriptor, b"%010d" % 0 + own)
         os.fsync(descriptor)  # other nodes look whether they see it too
+        os.close(descriptor)
         leases = _leases(folder)
         if max(leases) == number:
             for older in set(leases) - {number}:
                 (folder / f"lock-{older}").unlink(missing_ok=True)
-            return Lease(path, descriptor)
+            return Lease(path, own)
         # While this one hesitated, others had the number, let go of it and took it away.
-        os.close(descriptor)
         path.unlink()
+
+
+def folder_gone(folder: Path) -> FolderLost:
+    """What ends a run under which its folder was taken away."""
+    return FolderLost(
+        f"{folder}: the folder is gone: moved, removed, or on storage that is no longer there; bring it back to this "
+        "place, and the same command goes on from its newest checkpoint"
+    )
 
 
 def require_free(folder: Path, patience_s: float = 0.0, report: Callable[[str], None] = to_stderr) -> None:
@@ -113,7 +146,7 @@ def require_free(folder: Path, patience_s: float = 0.0, report: Callable[[str], 
 def holder(folder: Path) -> str:
     """What the process that holds the folder, or held it last, says of itself; no two starts say the same."""
     lines = _read(folder)[1].decode().splitlines()
-    return lines[1] if len(lines) > 1 else "nobody"
+    return lines[1] if len(lines) > 1 else NOBODY
 
 
 def _await_free(folder: Path, patience_s: float, report: Callable[[str], None] = to_stderr) -> int:
@@ -147,15 +180,17 @@ def _leases(folder: Path) -> list[int]:
 
 def _read(folder: Path) -> tuple[int, bytes]:
     """Number and content of the last lease; without any, 0 and that of one that was let go of."""
+    began = time.monotonic()
     while True:
         number = max(_leases(folder), default=0) if folder.exists() else 0
         if number == 0:
             return 0, _FREE
         try:
             return number, (folder / f"lock-{number}").read_bytes()
-        except OSError as error:  # taken away meanwhile
-            if error.errno not in _GONE:
+        except OSError as error:  # taken away meanwhile; NFS may list it for a while
+            if error.errno not in _GONE or time.monotonic() - began > EXPIRES_S:
                 raise
+            time.sleep(_LOOK_S / 10)
 
 
 def _lives(content: bytes) -> bool | None:

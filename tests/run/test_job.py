@@ -179,6 +179,18 @@ def test_a_run_that_lost_its_folder_writes_no_exit_record(tmp_path: Path, error:
     assert folder.owner() == "process 5 on far"
 
 
+def test_a_run_whose_folder_is_gone_says_so_and_makes_no_new_one(tmp_path: Path) -> None:
+    folder = Job(make_config(tmp_path), World()).folder
+
+    def move() -> int:
+        folder.path.rename(tmp_path / "moved")
+        raise FileNotFoundError(2, "No such file or directory", str(folder.metrics))
+
+    with pytest.raises(FolderLost, match="the folder is gone: moved, removed"):
+        run_locked(Ending(tmp_path, move))
+    assert not folder.path.exists()
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("objective.classification.loss", "bce"), ("objective.classification.class_weights", "balanced"),

@@ -32,7 +32,7 @@ from vitscale.faults import fault_point
 from vitscale.files.atomic import write_atomically
 from vitscale.files.header import CAUSES
 from vitscale.launch.snapshot import code_version, commit
-from vitscale.lease import FolderLost, Lease
+from vitscale.lease import NOBODY, FolderLost, Lease, folder_gone
 from vitscale.models.auto import new_model
 from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.run.export import export_run
@@ -300,10 +300,12 @@ class Job:
             self.lease.require()
 
     def require_owner(self) -> None:
-        """On a rank that failed, perhaps since rank 0 has lost the folder: FolderLost if another run has it by now."""
+        """On a rank that failed, perhaps since rank 0 has lost the folder: FolderLost if another run has it by now, or
+        if it is gone."""
         owner = self.folder.owner()
         if self.owner not in (None, owner):
-            raise FolderLost(f"{self.folder.path}: {owner} has taken the run")
+            path = self.folder.path
+            raise FolderLost(f"{path}: {owner} has taken the run") if owner != NOBODY else folder_gone(path)
 
     def _is_finished(self, session: Session, state: TrainState) -> bool:
         """Whether an earlier start wrote the summary, which comes last; rank 0 looks. A collective."""
