@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -84,6 +85,26 @@ def test_a_full_disk_fails_saves_and_the_last_one_ends_the_run(
     assert losses(run) == losses(tmp_path / "runs" / "first")
     assert rows(run)[-1]["save_failures"] == 0  # those were after the step that it went on from
     assert steps(run) == [20]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "timeout_s", "last"),
+    [(1, 1, False), (1, 1, True), pytest.param(2, 5, False, marks=pytest.mark.full),
+     pytest.param(2, 5, True, marks=pytest.mark.full)],
+)  # fmt: skip
+def test_a_save_whose_storage_hangs_on_rank_0_ends_the_run(
+    launcher: Launcher, config: Path, tmp_path: Path, ranks: int, timeout_s: int, last: bool
+) -> None:
+    """Beyond the ranks' files, whose writing is limited by itself. last: nothing but this save is left to do."""
+    argv = argv_of(config, 0, f"parallel.timeout_s={timeout_s}", f"train.steps={2 if last else 1_000_000}")
+    fault = {"VITSCALE_FAULT": "point=save.manifest_written rank=0 action=sleep:1000"}
+    world = launcher.request(ranks, argv=argv, environment=fault)
+    assert world.wait() == [STOPPED] * ranks, world.output()
+    said = json.loads((tmp_path / "runs" / "run" / "exit.json").read_text())
+    words = f"the save has not ended in {6 * timeout_s} s, while its manifest is written and it is given its name"
+    assert words in said["reason"]
+    assert "step_00000002" in said["reason"]
+    assert words in world.output()
 
 
 def _first(launcher: Launcher, argv: list[str], tmp_path: Path, ranks: int) -> Path:

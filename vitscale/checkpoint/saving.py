@@ -53,8 +53,8 @@ class Saver:
         limit_s: float | None = None,
     ) -> None:
         """ranks: their exchanges are made by a thread, so nobody else may use the same process group; report: is told
-        by rank 0 of saves that failed, and what went wrong with old checkpoints; limit_s: in which a rank's file is to
-        be written."""
+        by rank 0 of saves that failed, and what went wrong with old checkpoints; limit_s: in which a save is to end,
+        and a rank's file to be written in half of it."""
         self.failures, self._limit_s = failures, limit_s
         self.saved: set[int] = set()
         self.error: StorageError | None = None
@@ -63,6 +63,7 @@ class Saver:
         self._report = report if ranks.rank == 0 else lambda line: None
         self._memory = SharedMemory.create("checkpoint")
         self._thread: threading.Thread | None = None
+        self._target, self._began, self._doing = root, 0.0, ""  # of the save under way
 
     @property
     def busy(self) -> bool:
@@ -85,15 +86,34 @@ class Saver:
         """
         self.wait()
         pieces = snapshot(self._memory.reserve)
+        self._target, self._began, self._doing = self._root / folder_name(step), time.monotonic(), "it is begun"
         self._thread = threading.Thread(
             target=self._save, args=(step, pieces, state, spared or {}, required), name="checkpoint", daemon=True
         )
         self._thread.start()
 
-    def wait(self, patience_s: float | None = None) -> None:
-        """Until no save is being written, or so long."""
+    def wait(self) -> None:
+        """Until no save is being written. StorageError as in `require_in_time`."""
+        left_s = None
+        if self._limit_s is not None and self._ranks.rank == 0:
+            left_s = max(0.0, self._began + self._limit_s - time.monotonic())
         if self._thread is not None:
-            self._thread.join(patience_s)
+            self._thread.join(left_s)
+        self.require_in_time()
+
+    def require_in_time(self) -> None:
+        """StorageError where the save under way has not ended in `limit_s`. Cheap.
+
+        On rank 0 alone, whose folder hangs then: its file has half of that, and so have the others', who wait for it.
+        """
+        if self._ranks.rank == 0 and self._is_late():
+            raise StorageError(
+                f"{self._target}: the save has not ended in {self._limit_s:.0f} s, while {self._doing}: its storage "
+                "hangs; start the run again once it answers"
+            )
+
+    def _is_late(self) -> bool:
+        return self._limit_s is not None and self.busy and time.monotonic() - self._began >= self._limit_s
 
     def __enter__(self) -> Saver:
         return self
@@ -101,8 +121,10 @@ class Saver:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         # After an error a save that began before it may still succeed; where another rank is gone, it fails at once.
         # Who interrupts the process wants it to leave.
-        if error is None or issubclass(error, Exception):
-            self.wait(None if error is None else _AFTER_AN_ERROR_S)
+        if error is None:
+            self.wait()
+        elif issubclass(error, Exception) and self._thread is not None and not self._is_late():
+            self._thread.join(_AFTER_AN_ERROR_S)
         if not self.busy:
             self._memory.close()
 
@@ -110,7 +132,7 @@ class Saver:
         self, step: int, pieces: list[Piece], state: dict[str, Any], spared: Mapping[int, str], required: bool
     ) -> None:
         """All of it, in the thread."""
-        target, began = self._root / folder_name(step), time.monotonic()
+        target = self._target
         temporary = self._root / f".tmp-{target.name}"
         try:
             self._write(step, target, temporary, pieces, state)
@@ -124,8 +146,9 @@ class Saver:
             if not required:
                 self._report(f"{reason}; training goes on, and the next save is tried as usual")
             return
-        self.error, self.seconds = None, time.monotonic() - began
+        self.error, self.seconds = None, time.monotonic() - self._began
         self.saved.add(step)
+        self._doing = "old checkpoints are removed"
         if self._ranks.rank == 0:
             retire(self._root, step, self._retention, spared, self._report)
 
@@ -134,7 +157,9 @@ class Saver:
         main = ranks.rank == 0
         header, count = file_header(pieces)
         sizes = ranks.gather(len(header) + count)
+        self._doing = "its folder is made"
         self._agreed(target, lambda: _prepare(self._root, temporary, sum(sizes)) if main else None)
+        self._doing = "the ranks' files are written"
         files = self._agreed(target, lambda: self._write_state(temporary, header, count))
         fault_point("save.agreed")
         table = Table.of(pieces)
@@ -142,6 +167,7 @@ class Saver:
         if digests.index(table.digest) < ranks.rank:
             table = replace(table, tensors=None)
         tables = [Table(*row) for row in ranks.collect(list(astuple(table)))]
+        self._doing = "its manifest is written and it is given its name"
         manifest = {"format": FORMAT, "step": step, "state": state, "files": files}
         self._agreed(target, lambda: _publish(temporary, target, manifest, tables) if main else None)
 
@@ -169,11 +195,12 @@ class Saver:
             "vitscale.checkpoint.writer", arguments, [memory], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         fault_point("save.state_begun")
+        limit_s = None if self._limit_s is None else self._limit_s / 2
         try:
-            output, _ = process.communicate(header, timeout=self._limit_s)
+            output, _ = process.communicate(header, timeout=limit_s)
         except subprocess.TimeoutExpired:
             process.kill()
-            raise StorageError(f"{path} was not written in {self._limit_s:.0f} s: its storage hangs") from None
+            raise StorageError(f"{path} was not written in {limit_s:.0f} s: its storage hangs") from None
         if (code := process.returncode) != 0:
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             raise StorageError(f"the process that writes {path.name} ended by {how}")

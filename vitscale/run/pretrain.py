@@ -6,6 +6,7 @@ import contextlib
 
 import torch
 
+from vitscale import heartbeat
 from vitscale.config.check import check_config
 from vitscale.config.schema import RunConfig
 from vitscale.engine.backend import gpu_memory
@@ -91,6 +92,7 @@ def _failed(job: Job, raised: Exception) -> int:
         error = _with_advice(error, job)
     known, first = isinstance(error, VitscaleError), True
     reason = str(error) if known else f"{type(error).__name__}: {error}"
+    heartbeat.enter("failing")
     with contextlib.suppress(OSError):  # the storage that failed may be the folder's
         job.require_owner()
         first = job.folder.write_exit(exit_code(error), None, reason)

@@ -9,7 +9,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from vitscale import __version__
+from vitscale import __version__, heartbeat
 from vitscale.checkpoint.retention import Retention
 from vitscale.checkpoint.saving import Saver
 from vitscale.config.schema import RunConfig
@@ -46,7 +46,7 @@ class Saves:
             ProcessRanks(timeout, apart=True),
             retention,
             failures=state.save_failures,
-            limit_s=timeout.total_seconds() / 2,
+            limit_s=timeout.total_seconds(),
         )
         self._session, self._engine, self._job = session, engine, job
         self._periodic = every_n_steps(config.checkpoint.every_steps)
@@ -67,6 +67,8 @@ class Saves:
         return frozenset(self._saver.saved)
 
     def due(self, step: int) -> bool:
+        """Whether to save after this step. StorageError where the save that is under way hangs."""
+        self._saver.require_in_time()
         return self._periodic(step) or (self._postponed and step % _LOOK_EVERY == 0)
 
     def postpones(self, is_best: bool) -> bool:
@@ -82,18 +84,20 @@ class Saves:
             self._saver.wait()
 
     def wait(self) -> None:
-        """Until no save is being written."""
-        self._saver.wait()
+        """Until no save is being written. StorageError where it hangs."""
+        with heartbeat.phase("save"):
+            self._saver.wait()
 
     def finish(self, state: TrainState) -> None:
         """Wait until this step is saved, and save it now where it is not. A collective.
 
         Raises StorageError, on all ranks, if it cannot be saved, or InfrastructureError since one of them is gone.
         """
-        self._saver.wait()
+        self.wait()
         if state.step not in self._saver.saved:
-            self._begin(state, required=True)
-            self._saver.wait()
+            with heartbeat.phase("save"):
+                self._begin(state, required=True)
+            self.wait()
         if (error := self._saver.error) is not None:
             cause = error.__cause__
             lost = classified(cause, self._session.config) if isinstance(cause, Exception) else error
