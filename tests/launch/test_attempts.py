@@ -155,6 +155,32 @@ def test_restarts_in_place(
     assert "RESTARTS=100: is for one node" in capsys.readouterr().err
 
 
+ROLLS_BACK = """
+with open(f"{folder}/exit.json", "w") as stream:
+    json.dump({"attempt": attempt, "code": 3, "step": None, "reason": "rolled back to step 0, and ..."}, stream)
+raise SystemExit(3)
+"""
+
+
+def test_a_run_that_rolled_back_is_started_again_in_place(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However often: it bounds that itself."""
+    config = tmp_path / "c.yaml"
+    config.write_text(f"{{run: {{name: r, dir: {tmp_path}}}, train: {{global_batch: 8, micro_batch: 2, steps: 3}}}}")
+    monkeypatch.setattr(torchrun, "keep_snapshot", lambda *_: None)
+    for name, value in {"CUDA_VISIBLE_DEVICES": "", "NPROC_PER_NODE": "1", "RESTARTS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    has_rank(monkeypatch, f"{RANK.replace('FOLDER', repr(str(folder.path)))}if attempt[0] > '4': {DIE}\n{ROLLS_BACK}")
+    assert main(["pretrain", str(config)]) == STOPPED
+    assert len(JsonlFile(folder.attempts).rows()) == 12, "four rollbacks, two deaths"
+    assert capsys.readouterr().err.count("starts the ranks again") == 5
+    monkeypatch.setenv("RESTARTS", "0")
+    has_rank(monkeypatch, RANK.replace("FOLDER", repr(str(folder.path))) + ROLLS_BACK)
+    assert main(["pretrain", str(config)]) == STOPPED
+    assert "starts the ranks again" not in capsys.readouterr().err
+
+
 def test_a_start_that_came_second_is_refused_and_leaves_the_first_one_alone(
     folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

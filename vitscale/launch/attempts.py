@@ -95,9 +95,13 @@ def end(folder: RunFolder, code: int, reason: str) -> None:
 
 
 def restarts_here(folder: RunFolder, most: int) -> bool:
-    """Whether the infrastructure ended the last attempt, with no more than `most` in a row without a new checkpoint."""
+    """Whether the infrastructure ended the last attempt, with no more than `most` in a row without a new checkpoint; or
+    it has rolled back, which guard.max_rollbacks bounds."""
     rows = _rows(folder)
-    return most > 0 and bool(rows) and by_infrastructure(rows[-1]) and _failures_in_a_row(rows) <= most
+    if most == 0 or not rows:
+        return False
+    rolled_back = rows[-1].get("code") == STOPPED and rows[-1]["reason"].startswith(ROLLED_BACK)
+    return rolled_back or (by_infrastructure(rows[-1]) and _failures_in_a_row(rows) <= most)
 
 
 def by_infrastructure(row: Row) -> bool:

@@ -5,7 +5,8 @@ same command is started on every node, with the same RDZV_ENDPOINT=HOST:PORT, wh
 the nodes and PORT is free there, and a run folder that all nodes share.
 
 With RESTARTS=N on one node the ranks are started again in place after a fault of the infrastructure (a lost rank, a
-limit of memory, storage), at most N times in a row without a new checkpoint.
+limit of memory, storage), at most N times in a row without a new checkpoint, and each time that the run has gone back
+before a spike (guard.rollback).
 
 The exit code is the run's own, read from exit.json in its folder, since torchrun says 1 for every
 failure: 0 done, 2 bad config or input, 3 stopped on request with a checkpoint, or by the infrastructure: the
