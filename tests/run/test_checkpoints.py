@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,11 +12,16 @@ import torch
 from safetensors.torch import load_file
 
 from vitscale.checkpoint.fragments import Piece
+from vitscale.checkpoint.manifest import as_text
 from vitscale.checkpoint.saving import save_checkpoint
-from vitscale.checkpoint.store import SoleRank, folder_name
+from vitscale.checkpoint.store import SoleRank, folder_name, open_checkpoint
 from vitscale.cli import main
 from vitscale.config.load import config_of, dump_config
+from vitscale.errors import CheckpointError
+from vitscale.run.start import require_of_run
 from vitscale.run_folder import BAD_INPUT, DONE
+
+BEST = {"metric": "validation/loss", "value": 1.0, "step": 2}
 
 
 @pytest.fixture
@@ -27,7 +33,7 @@ def run(tmp_path: Path) -> Path:
     for step in (2, 4, 6):
         changing, same = np.full(6, step / 2, np.float32), np.arange(4, dtype=np.float32)
         pieces = [Piece("param", "head.weight", (2, 3), 0, changing), Piece("buffer", "table", (4,), 0, same)]
-        state = {"step": step, "world_size": 3, "zero_stage": 2, "time": 1_800_000_000_000, "best": {"step": 2}}
+        state = {"step": step, "world_size": 3, "zero_stage": 2, "time": 1_800_000_000_000, "best": BEST}
         save_checkpoint(run / "checkpoints", step, pieces, state, SoleRank(), keep=9)
     return run
 
@@ -64,6 +70,27 @@ def test_verify(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.endswith(": whole") for line in lines] == [True, False, True]
     assert "its bytes have changed" in lines[1]
     assert main(["checkpoint", "verify", str(step(run, 6))]) == DONE
+
+
+def test_a_forged_manifest_costs_a_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whichever verb reads it; nothing of it is exported."""
+    path = step(run, 6) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for tensor in manifest["tensors"]:
+        tensor["pieces"] = []
+    path.write_text(as_text(manifest))
+    assert main(["checkpoint", "verify", str(step(run, 6))]) == BAD_INPUT
+    assert main(["checkpoint", "ls", str(run)]) == DONE
+    assert capsys.readouterr().out.count("pieces of 0 elements, and 4 are its shape's, which no save writes") == 2
+    assert main(["checkpoint", "diff", str(step(run, 6)), str(step(run, 4))]) == BAD_INPUT
+    assert main(["export", str(step(run, 6)), "--out", str(tmp_path / "out")]) == BAD_INPUT
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_no_run(run: Path) -> None:
+    with pytest.raises(CheckpointError, match="says no samples, adam_step, order, model, total_steps, decoder of a"):
+        require_of_run(open_checkpoint(step(run, 6), SoleRank()))
 
 
 def test_diff(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

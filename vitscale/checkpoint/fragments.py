@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from vitscale.errors import CheckpointError
 from vitscale.text import listed
 
 Reserve = Callable[[int], np.ndarray]  # bytes -> uint8 [at least as many]
-_DTYPES = {  # NumPy's names -> safetensors'
+DTYPES = {  # NumPy's names -> safetensors'
     "bool": "BOOL",
     **{f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)},
     **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
@@ -107,6 +108,14 @@ class TensorRecord:
                 yield Location(each.file + number, at, each.count), max(start - at, 0), min(end - at, each.count)
             position += each.count * each.files
 
+    def within(self, file: int) -> Iterator[Location]:
+        """The pieces that lie in one file."""
+        position = 0
+        for each in self.stretches:
+            if each.file <= file < each.file + each.files:
+                yield Location(file, position + (file - each.file) * each.count, each.count)
+            position += each.count * each.files
+
 
 def entry_name(kind: str, name: str, start: int) -> str:
     """What a piece is called inside its safetensors file."""
@@ -154,7 +163,7 @@ def file_header(pieces: Sequence[Piece]) -> tuple[bytes, int]:
         values, end = piece.values, position + piece.values.nbytes
         assert values.ctypes.data - lying[0].values.ctypes.data == position, f"{piece.name}: a gap before this piece"
         entries[entry_name(piece.kind, piece.name, piece.start)] = {
-            "dtype": _DTYPES[values.dtype.name],
+            "dtype": DTYPES[values.dtype.name],
             "shape": [values.size],
             "data_offsets": [position, end],
         }
@@ -282,18 +291,35 @@ class PieceReader:
         self._opened: dict[int, Any] = {}
 
     def read(self, record: TensorRecord, start: int, count: int) -> np.ndarray:
-        """Elements [start, start + count) of a tensor, 1-D; touches no other bytes than these."""
+        """Elements [start, start + count) of a tensor, 1-D; touches no other bytes than these.
+
+        Raises CheckpointError where a file does not hold what the record says.
+        """
         assert 0 <= start <= start + count <= record.size, f"{record.name}: {start}+{count} lies beyond {record.size}"
         values = np.empty(count, dtype=np.dtype(record.dtype))
         if count == 0:
             return values
         for piece, first, last in record.covering(start, count):
-            content = self._open(piece.file).get_slice(entry_name(record.kind, record.name, piece.start))
             at = piece.start + first - start
-            values[at : at + last - first] = content[first:last]
+            values[at : at + last - first] = self._entry(record, piece)[first:last]
         return values
 
-    def _open(self, file: int) -> Any:
-        if file not in self._opened:
-            self._opened[file] = safe_open(self._paths[file], framework="numpy")
-        return self._opened[file]
+    def check(self, file: int, records: Iterable[TensorRecord]) -> None:
+        """CheckpointError where a file does not hold the pieces that these records say. Reads its header alone."""
+        for record in records:
+            for piece in record.within(file):
+                self._entry(record, piece)
+
+    def _entry(self, record: TensorRecord, piece: Location) -> Any:
+        """What is to be sliced for the values of a piece, which has as many of its type."""
+        path, name = self._paths[piece.file], entry_name(record.kind, record.name, piece.start)
+        try:
+            if piece.file not in self._opened:
+                self._opened[piece.file] = safe_open(path, framework="numpy")
+            entry = self._opened[piece.file].get_slice(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path.name} cannot be read ({' '.join(str(error).split())})") from None
+        found = (entry.get_dtype(), entry.get_shape())
+        if found != (DTYPES[record.dtype], [piece.count]):
+            raise CheckpointError(f"{path.name} has {found} as {name!r}, and {piece.count} {record.dtype} were written")
+        return entry

@@ -20,7 +20,6 @@ from vitscale.files.store import sha256_of
 from vitscale.text import listed
 
 _FOLDER = re.compile(r"step_(\d{8,})")
-_STATE_FILE = re.compile(r"state-\d{5,}\.safetensors")
 
 
 class Ranks(Protocol):
@@ -100,6 +99,10 @@ class Checkpoint:
         record = self._record(kind, name)
         return self._reader.read(record, 0, record.size).reshape(record.shape)
 
+    def check_file(self, number: int) -> None:
+        """CheckpointError where the file of this place in `files` does not hold the pieces that it is to hold."""
+        self._reader.check(number, self._records.values())
+
     def require(self, shapes: dict[str, tuple[int, ...]], *kinds: str) -> None:
         """Raise CheckpointError unless the names and shapes of these kinds together are exactly these."""
         saved = self.shapes(*kinds)
@@ -139,9 +142,8 @@ def open_newest(
     names = ranks.gather([path.name for path in checkpoint_folders(root)] if ranks.rank == 0 else [])[0]
     for name in names:
         folder = root / name
-        manifest, faults = _verify(folder, ranks, hashed=not any(name == folder_name(step) for step in written))
-        if not faults:
-            checkpoint = Checkpoint(folder, manifest)
+        checkpoint, faults = _verify(folder, ranks, hashed=not any(name == folder_name(step) for step in written))
+        if checkpoint is not None:
             extra = sorted({path.name for path in folder.iterdir()} - {MANIFEST, *checkpoint.files})
             if extra and ranks.rank == 0:
                 report(f"{folder}: files that its manifest does not name are not used: {listed(extra)}")
@@ -161,10 +163,10 @@ def open_checkpoint(folder: Path, ranks: Ranks, hashed: bool = True) -> Checkpoi
 
     hashed: whether every byte of its files is compared with what was written.
     """
-    manifest, faults = _verify(folder, ranks, hashed)
-    if faults:
+    checkpoint, faults = _verify(folder, ranks, hashed)
+    if checkpoint is None:
         raise CheckpointError(f"{folder}: is not a usable checkpoint ({listed(faults)})")
-    return Checkpoint(folder, manifest)
+    return checkpoint
 
 
 def faults_of(folder: Path, hashed: bool = True) -> list[str]:
@@ -172,32 +174,36 @@ def faults_of(folder: Path, hashed: bool = True) -> list[str]:
     return _verify(folder, SoleRank(), hashed)[1]
 
 
-def _verify(folder: Path, ranks: Ranks, hashed: bool = True) -> tuple[dict[str, Any], list[str]]:
-    """The manifest and what is wrong with the folder, the same list on every rank; the ranks share the hashing."""
-    manifest: dict[str, Any] = {}
-    faults = []
+def _verify(folder: Path, ranks: Ranks, hashed: bool = True) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint in the folder, or what is wrong with it, the same list on every rank; they share the hashing."""
+    checkpoint, digest, faults = None, None, list[str]()
     try:
         manifest = read_manifest(folder)
-        for file in manifest["files"][ranks.rank :: ranks.world_size]:
-            faults += _file_faults(folder, file, hashed)
+        digest, checkpoint = manifest["sha256"], Checkpoint(folder, manifest)
+        for number in range(ranks.rank, len(manifest["files"]), ranks.world_size):
+            faults += _file_faults(checkpoint, number, manifest["files"][number], hashed)
     except READ_ERRORS as error:
         faults.append(str(error))
-    outcomes = ranks.gather([manifest.get("sha256"), faults])
+    outcomes = ranks.gather([digest, faults])
     all_faults = list(dict.fromkeys(fault for _, faults in outcomes for fault in faults))
     if not all_faults and len({digest for digest, _ in outcomes}) > 1:
         all_faults.append(f"the ranks see different {MANIFEST} files")
-    return manifest, all_faults
+    return None if all_faults else checkpoint, all_faults
 
 
-def _file_faults(folder: Path, file: dict[str, Any], hashed: bool) -> list[str]:
+def _file_faults(checkpoint: Checkpoint, number: int, file: dict[str, Any], hashed: bool) -> list[str]:
     name = file["name"]
-    if not _STATE_FILE.fullmatch(name):  # also keeps a forged manifest from naming a path elsewhere
-        return [f"{name!r} is no name of a state file"]
-    path = folder / name
+    path = checkpoint.folder / name
     if not path.is_file():
         return [f"{name} is missing"]
     if (size := path.stat().st_size) != file["bytes"]:
         return [f"{name} has {size} bytes, {file['bytes']} were written"]
-    if hashed and (digest := sha256_of(path)) != file["sha256"]:
+    if not hashed:
+        return []
+    if (digest := sha256_of(path)) != file["sha256"]:
         return [f"{name} has sha256 {short(digest)}, {short(file['sha256'])} was written: its bytes have changed"]
+    try:
+        checkpoint.check_file(number)
+    except CheckpointError as error:
+        return [str(error)]
     return []

@@ -36,6 +36,8 @@ _USUAL: dict[str, Any] = {
     "data.train's shares": [],
     "the shards of each source": None,
 }
+# What of a run's state no default stands for.
+_NEEDED = ("step", "samples", "adam_step", "order", "model", "total_steps", "decoder")
 _OF_SHARDS = ("the index", "the shards of each source")  # what may change by data.when_changed
 
 
@@ -55,6 +57,7 @@ def start(session: Session, model: ViTPreTrainedModel, checkpoint: Checkpoint | 
     """
     config = session.config
     if checkpoint is not None:
+        require_of_run(checkpoint)
         session.say(f"start: {checkpoint.folder}, step {checkpoint.state['step']} of {session.total_steps}")
         differing = _require_same_order(session, checkpoint)
         _require_same_model(session, checkpoint)
@@ -73,6 +76,15 @@ def start(session: Session, model: ViTPreTrainedModel, checkpoint: Checkpoint | 
     else:
         session.say("start: from scratch")
     return TrainState()
+
+
+def require_of_run(checkpoint: Checkpoint) -> None:
+    """CheckpointError where a checkpoint, whole as it may be, does not say where a run stood."""
+    if missing := [key for key in _NEEDED if key not in checkpoint.state]:
+        raise CheckpointError(
+            f"{checkpoint.folder}: says no {listed(missing)} of a run, so no run can go on from it; `vitscale export` "
+            "may read its weights, for model.init_from"
+        )
 
 
 def _restored(checkpoint: Checkpoint, config: RunConfig) -> TrainState:
