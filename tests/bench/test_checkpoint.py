@@ -19,6 +19,7 @@ def test_the_bench_runs(capsys: pytest.CaptureFixture[str]) -> None:
         > engine["contenders"][SAVE]["bytes"]
         > 12 * sum(math.prod(shape) for shape in shapes_of("Ti").values())
     )
+    assert 0 <= save["from_disk"] < 4
     assert {BEHIND, WAITED} < set(save["contenders"])
     assert set(manifest["contenders"]) == {PUBLISH, OPEN}
     assert manifest["pieces"] == 3 * 3 * len(shapes_of("Ti"))
