@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from typing import Any
 
@@ -115,7 +116,6 @@ def new_model(config: RunConfig, seed: int, drawn: bool = True) -> ViTPreTrained
     return model
 
 
-@torch.no_grad()
 def initialize(model: ViTPreTrainedModel, seed: int, only: Container[str] | None = None) -> None:
     """Fill every parameter (or `only` those), on the CPU, from a generator of its own seeded by (seed, its name).
 
@@ -131,23 +131,30 @@ def initialize(model: ViTPreTrainedModel, seed: int, only: Container[str] | None
     draw_matrix = _xavier if isinstance(model, ViTMAEForPreTraining) else _trunc_normal
     draw_token = _normal if isinstance(model, ViTMAEForPreTraining) else _trunc_normal
     std = model.config.initializer_range
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            full = f"{prefix}.{name}"
-            if only is not None and full.removeprefix(".") not in only:
-                continue
-            generator = _generator(seed, full)
-            if isinstance(module, nn.LayerNorm):
-                parameter.fill_(1.0 if name == "weight" else 0.0)
-            elif name == "bias":
-                parameter.zero_()
-            elif name.startswith("layer_scale"):
-                assert model.config.layer_scale_init_value is not None
-                parameter.fill_(model.config.layer_scale_init_value)
-            else:
-                draw = draw_matrix if isinstance(module, (nn.Linear, nn.Conv2d)) else draw_token
-                draw(parameter, std, generator)
-    fill_fixed_positions(model)
+
+    @torch.no_grad()
+    def fill(module: nn.Module, prefix: str, name: str, parameter: Tensor) -> None:
+        if isinstance(module, nn.LayerNorm):
+            parameter.fill_(1.0 if name == "weight" else 0.0)
+        elif name == "bias":
+            parameter.zero_()
+        elif name.startswith("layer_scale"):
+            assert model.config.layer_scale_init_value is not None
+            parameter.fill_(model.config.layer_scale_init_value)
+        else:
+            draw = draw_matrix if isinstance(module, (nn.Linear, nn.Conv2d)) else draw_token
+            draw(parameter, std, _generator(seed, f"{prefix}.{name}"))
+
+    filled = [
+        (module, prefix, name, parameter)
+        for prefix, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if only is None or f"{prefix}.{name}".removeprefix(".") in only
+    ]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # a billion numbers take one core ten seconds
+        list(pool.map(lambda each: fill(*each), filled))
+    with torch.no_grad():
+        fill_fixed_positions(model)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
