@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STACKS = signal.SIGUSR2  # a rank, or a reader, that gets it prints where all its threads stand
-_NAME = slice(32, 48)  # of the phase, after four words
+PULSE_BYTES = 48
+_NAME = slice(32, PULSE_BYTES)  # of the phase, after four words
 _PID, _BEATS, _PROGRESS, _STEP = range(4)
 
 
@@ -35,13 +36,17 @@ class Pulse:
 
     @staticmethod
     def read(path: Path) -> Pulse:
-        content = path.read_bytes()
+        return Pulse.of(int(path.stem), path.read_bytes())
+
+    @staticmethod
+    def of(rank: int, content: bytes) -> Pulse:
+        """What the file of a rank has."""
         words = memoryview(content[: _NAME.start]).cast("q")
         phase = content[_NAME].decode("ascii").strip("\0")
-        return Pulse(int(path.stem), words[_PID], words[_BEATS], words[_PROGRESS], words[_STEP], phase)
+        return Pulse(rank, words[_PID], words[_BEATS], words[_PROGRESS], words[_STEP], phase)
 
 
-_bytes = memoryview(bytearray(_NAME.stop))
+_bytes = memoryview(bytearray(PULSE_BYTES))
 _words = _bytes[: _NAME.start].cast("q")
 _phase = ""
 
@@ -49,7 +54,7 @@ _phase = ""
 def start(folder: str | None, rank: int) -> None:
     """Write into `folder` from now on, where the supervisor made one, and answer STACKS there or on standard error."""
     global _bytes, _words
-    if folder is None:
+    if folder is None or not os.path.isdir(folder):  # of another run, and inherited with its environment
         if sys.__stderr__ is not None:  # None: closed
             faulthandler.register(STACKS, sys.__stderr__)
         return
@@ -58,8 +63,8 @@ def start(folder: str | None, rank: int) -> None:
     faulthandler.register(STACKS, stacks)
     path = os.path.join(folder, f"{rank}.pulse")
     with open(f"{path}.tmp", "w+b") as file:
-        file.truncate(_NAME.stop)
-        _bytes = memoryview(mmap.mmap(file.fileno(), _NAME.stop))
+        file.truncate(PULSE_BYTES)
+        _bytes = memoryview(mmap.mmap(file.fileno(), PULSE_BYTES))
     _words = _bytes[: _NAME.start].cast("q")
     _words[_PID] = os.getpid()
     enter("start")

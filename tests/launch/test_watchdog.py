@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import pytest
 from vitscale.config.load import config_of
 from vitscale.config.schema import RunConfig
 from vitscale.heartbeat import Pulse
-from vitscale.launch.watchdog import Limits, watch
+from vitscale.launch.watchdog import Limits, Watchdog, watch
 from vitscale.run_folder import DONE, STOPPED, RunFolder
 
 # A rank without a model: it beats through steps, then does what it is told, in the phase that it is told.
@@ -148,3 +150,71 @@ def test_those_who_wait_speak_late_but_before_gloo() -> None:
     assert limits.of_phase("step", behind=False) == limits.of_phase("exchange", behind=True) == 540
     assert limits.of_phase("data", behind=True) == 360
     assert Limits.of(config("data.patience_s=7")).of_phase("data", behind=True) == 67
+
+
+def test_a_hang_is_found_though_temporary_files_were_cleaned_away(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    node = Node(tmp_path, ("tracking", "hangs"), ("exchange", "hangs"))
+    pids = [node.pid(rank) for rank in range(2)]
+
+    def clean() -> None:
+        time.sleep(1.5)
+        folder = os.open(node.pulses, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):  # systemd-tmpfiles would leave it alone
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(folder)
+        shutil.rmtree(node.pulses)
+
+    cleaning = threading.Thread(target=clean)
+    cleaning.start()
+    assert node.watch(patience_s=3) == STOPPED
+    cleaning.join()
+    assert not node.pulses.exists()
+    assert "in 'tracking' after step 3" in node.said()
+    assert "in stands_here" in capsys.readouterr().err
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_a_hang_is_ended_though_its_stacks_cannot_be_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    node = Node(tmp_path, ("tracking", "hangs"))
+
+    def fails(*_: object) -> None:
+        raise FileNotFoundError("0.stacks")
+
+    monkeypatch.setattr(Watchdog, "print_stacks", fails)
+    assert node.watch() == STOPPED
+    assert "in 'tracking' after step 3" in node.said()
+    assert "the stacks cannot be printed: 0.stacks" in capsys.readouterr().err
+
+
+def test_a_stopped_launcher_whose_ranks_are_gone_is_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """While they live they train on without it."""
+    node = Node(tmp_path, ("end", "works"), ("end", "works"))
+    pids = [node.pid(rank) for rank in range(2)]
+    node.process.send_signal(signal.SIGSTOP)
+
+    def kill() -> None:
+        time.sleep(1.5)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+    killing, began = threading.Thread(target=kill), time.monotonic()
+    killing.start()
+    assert node.watch() == STOPPED
+    killing.join()
+    assert time.monotonic() - began > 1.5
+    said = node.run.read_exit()
+    assert said is not None
+    assert said["code"] == STOPPED
+    assert f"process {node.process.pid} on " in said["reason"]
+    assert said["reason"].endswith(", which is over the ranks, is stopped, and none of them lives")
+    assert said["reason"] in capsys.readouterr().err
+
+
+def test_a_folder_of_heartbeats_that_is_not_there_is_no_supervisor(tmp_path: Path) -> None:
+    """It came with the environment of another run."""
+    code = f"from vitscale import heartbeat; heartbeat.start({str(tmp_path / 'gone')!r}, 0); heartbeat.enter('data')"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
