@@ -21,6 +21,7 @@ DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 3  # exit codes; STOPPED is to be re
 INTERRUPTED = 130  # ended at once by a second Ctrl-C, as a shell counts SIGINT
 # How the reason begins of a run that STOPPED though nothing of the infrastructure was wrong.
 STOP_REASON, ROLLED_BACK = "stopped on request", "rolled back"
+STOPPED_EARLY = f"{STOP_REASON} before the first step"
 
 
 def exit_code(error: Exception) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from vitscale.errors import LaunchError
 from vitscale.launch import torchrun
 from vitscale.launch.attempts import begin, conclude, end, ending, next_attempt, restarts_here
 from vitscale.launch.torchrun import Layout, describe_exit, main, supervise
-from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOP_REASON, STOPPED, RunFolder
+from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOP_REASON, STOPPED, STOPPED_EARLY, RunFolder
 from vitscale.tracking.jsonl import JsonlFile
 
 DIE = "import os; os.kill(os.getpid(), 9)"
@@ -155,6 +156,17 @@ def test_restarts_in_place(
     assert "RESTARTS=100: is for one node" in capsys.readouterr().err
 
 
+def test_starts_that_are_stopped_before_their_first_step_are_bounded(folder: RunFolder) -> None:
+    """As by a time limit that a start does not fit into: it would be requeued for ever."""
+    for reason in (STOPPED_EARLY, STOP_REASON, STOPPED_EARLY, "EIO"):
+        assert end_attempt(folder, STOPPED, reason) == STOPPED
+    assert end_attempt(folder, STOPPED, STOPPED_EARLY) == FAILED
+    record = folder.read_exit()
+    assert record is not None
+    for words in ("3 attempts in a row", "before their first step", "a longer time limit"):
+        assert words in record["reason"]
+
+
 ROLLS_BACK = """
 with open(f"{folder}/exit.json", "w") as stream:
     json.dump({"attempt": attempt, "code": 3, "step": None, "reason": "rolled back to step 0, and ..."}, stream)
@@ -202,3 +214,44 @@ def test_a_start_that_came_second_is_refused_and_leaves_the_first_one_alone(
         assert main(["pretrain", str(config)]) == BAD_INPUT
         assert folder.stop.exists()
     assert main(["pretrain", str(config)]) == FAILED, "nobody has it, so the ranks broke down"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_folder_that_is_gone_is_told(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ranks: int
+) -> None:
+    """It is not that the ranks ended before the run began."""
+    config = tmp_path / "config.yaml"
+    config.write_text(f"run: {{dir: {tmp_path}, name: r}}")
+    monkeypatch.setattr(torchrun, "prepare", lambda *_: folder)
+    monkeypatch.setenv("NPROC_PER_NODE", str(ranks))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torchrun.attempts, "ending", partial(ending, patience_s=0.0))
+    moves = f"import os; os.rename({str(folder.path)!r}, {str(tmp_path / 'moved')!r}); "
+    has_rank(monkeypatch, moves + (DIE if ranks == 1 else "raise SystemExit(1)"))
+    assert main(["pretrain", str(config)]) == BAD_INPUT
+    assert "r: the folder is gone: moved, removed" in capsys.readouterr().err
+    assert not folder.path.exists()
+
+
+WAITS_FOR_TERM = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+os.rename({run!r}, {moved!r})
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(30)
+"""
+
+
+def test_a_stop_request_that_cannot_be_written_reaches_the_ranks(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = words_of(folder)
+    has_rank(monkeypatch, WAITS_FOR_TERM.format(run=str(folder.path), moved=str(tmp_path / "moved")))
+    before = {number: signal.getsignal(number) for number in torchrun.STOP_SIGNALS}
+    try:
+        assert supervise(words, Layout(), folder) == 5
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert "r/stop: cannot be made (No such file or directory); the ranks get TERM" in capsys.readouterr().err

@@ -239,7 +239,7 @@ def _reason(error: Exception) -> str:
 
 def _prepare(root: Path, temporary: Path, needed: int) -> None:
     """Rank 0: sweep what crashes left, look for room, make the temporary folder."""
-    root.mkdir(parents=True, exist_ok=True)
+    root.mkdir(exist_ok=True)  # not its parents: a run's folder that was moved away is not to come back empty
     for leftover in root.glob(".tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     free = shutil.disk_usage(root).free

@@ -10,7 +10,7 @@ import time
 from types import FrameType
 
 from vitscale.checkpoint.store import newest_step
-from vitscale.run_folder import INTERRUPTED, STOP_REASON, STOPPED, RunFolder
+from vitscale.run_folder import INTERRUPTED, STOPPED, STOPPED_EARLY, RunFolder
 from vitscale.text import to_stderr
 from vitscale.world import World
 
@@ -124,9 +124,8 @@ class StopRequest:
                 self._stop = True
                 return
             if by_person:
-                reason = f"{STOP_REASON} before the first step"
-                if self._folder.write_exit(STOPPED, None, reason):
-                    to_stderr(f"vitscale: {reason}; the same command starts again")
+                if self._folder.write_exit(STOPPED, None, STOPPED_EARLY):
+                    to_stderr(f"vitscale: {STOPPED_EARLY}; the same command starts again")
                 self.clear()
             os._exit(STOPPED)
 

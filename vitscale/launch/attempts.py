@@ -12,7 +12,8 @@ from typing import Any
 
 from vitscale.checkpoint.store import newest_step
 from vitscale.errors import LaunchError
-from vitscale.run_folder import BAD_INPUT, FAILED, ROLLED_BACK, STOP_REASON, STOPPED, RunFolder
+from vitscale.lease import folder_gone
+from vitscale.run_folder import BAD_INPUT, FAILED, ROLLED_BACK, STOP_REASON, STOPPED, STOPPED_EARLY, RunFolder
 from vitscale.tracking.jsonl import JsonlFile, parse_row
 
 Row = dict[str, Any]
@@ -48,10 +49,12 @@ def begin(folder: RunFolder, ranks: int, most_restarts: int, bounded: bool = Fal
 
 def ending(folder: RunFolder, patience_s: float = _EXIT_PATIENCE_S) -> int:
     """The exit code of an attempt whose ranks have ended. Where the run had begun, and none of them said why it ended,
-    exit.json is written here; else it may be that of another start."""
+    exit.json is written here; else it may be that of another start. FolderLost where the folder is gone."""
     record = folder.await_exit(patience_s)
     if record is not None:
         return int(record["code"])
+    if not folder.path.exists():  # the launcher had it
+        raise folder_gone(folder.path)
     began = [row["attempt"] for row in _rows(folder) if "began" in row]
     if folder.attempt not in began:  # refused, as another start at the same moment was quicker; else it broke down
         return BAD_INPUT if folder.is_held() else FAILED
@@ -79,10 +82,12 @@ def conclude(folder: RunFolder, code: int) -> int:
     failures = _failures_in_a_row([*rows, _end_row(folder, code, reason)])
     if failures > most:
         code = FAILED
+        early = "give a start more time until it is stopped (a longer time limit), " * reason.startswith(STOPPED_EARLY)
         reason = (
-            f"{failures} attempts in a row were ended by the infrastructure before they saved a new checkpoint: more "
-            f"than parallel.restarts_without_progress={most} restarts; the last one by: {reason}; attempts.jsonl has "
-            "all of them. Mend the cause, lower checkpoint.every_steps or raise the key, then give the same command"
+            f"{failures} attempts in a row were ended by the infrastructure, or stopped before their first step, and "
+            f"saved no new checkpoint: more than parallel.restarts_without_progress={most} restarts; the last one by: "
+            f"{reason}; attempts.jsonl has all of them. Mend the cause, {early}lower checkpoint.every_steps or raise "
+            "the key, then give the same command"
         )
         folder.write_exit(code, None, reason, replaces=True)
     end(folder, code, reason)
@@ -121,15 +126,21 @@ def summary_of(folder: RunFolder) -> str:
 
 
 def _failures_in_a_row(rows: list[Row]) -> int:
-    """The newest attempts that the infrastructure ended, since the newest checkpoint was made."""
+    """The newest attempts that the infrastructure ended, or that were stopped before their first step, since the newest
+    checkpoint was made."""
     ends = {row["attempt"]: row for row in rows if "ended" in row}
     newest, count = rows[-1]["step"], 0
     for row in reversed([row for row in rows if "began" in row]):
         end = ends.get(row["attempt"])
-        if row["step"] != newest or (end is not None and not by_infrastructure(end)):
+        if row["step"] != newest or not (end is None or by_infrastructure(end) or _is_early(end)):
             break
         count += 1
     return count
+
+
+def _is_early(end: Row) -> bool:
+    """Whether an attempt was stopped before it could save anything, as by a time limit that its start does not fit."""
+    return end["code"] == STOPPED and end["reason"].startswith(STOPPED_EARLY)
 
 
 def _end_row(folder: RunFolder, code: int, reason: str) -> Row:

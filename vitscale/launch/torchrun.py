@@ -180,7 +180,12 @@ def supervise(arguments: Sequence[str], layout: Layout, folder: RunFolder) -> in
                 _kill_tree(process.pid)
             return
         asked = True
-        folder.stop.touch()
+        try:
+            folder.stop.touch()
+        except OSError as error:  # the folder is gone, or its storage fails
+            to_stderr(f"{folder.stop}: cannot be made ({error.strerror}); the ranks get TERM")
+            if process is not None:
+                _tell_ranks(process.pid, layout)
         to_stderr("stopping: the run saves a checkpoint first; once more ends it at once")
 
     for number in STOP_SIGNALS:
@@ -238,6 +243,15 @@ def interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _tell_ranks(pid: int, layout: Layout) -> None:
+    """TERM for the ranks that `pid` is, or is over: they save and leave."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for each in [process] if layout.ranks == 1 else process.children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.terminate()
 
 
 def _kill_tree(pid: int) -> None:
