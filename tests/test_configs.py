@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitscale.config.check import accumulation, check_config, lanes
+from vitscale.config.check import check_config, lanes
 from vitscale.config.load import dump_config, load_config
 from vitscale.config.schema import RunConfig
+from vitscale.config.step import accumulation
 from vitscale.models.auto import build_model
 from vitscale.world import World
 

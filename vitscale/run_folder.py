@@ -84,6 +84,10 @@ class RunFolder:
         return self.path / "shards.json"
 
     @property
+    def auto(self) -> Path:
+        return self.path / "auto.json"
+
+    @property
     def rollback_record(self) -> Path:
         return self.path / "rollbacks.json"
 

@@ -56,6 +56,11 @@ def duration(seconds: float | None) -> str:
     return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
 
 
+def byte_size(count: float) -> str:
+    """Bytes as memory is told: 12.5 GB, 340 MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
 def first_sentence(text: str) -> str:
     """Of what a library says of an error, which may be a page."""
     return text.strip().partition("\n")[0].partition(". ")[0].rstrip(": ")

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -98,20 +98,28 @@ def _quota(own: Path, mounted: Path) -> float:
     own: /proc/self/cgroup; mounted: where control groups are, of version 2, or of version 1 below `cpu`.
     """
     quotas = [math.inf]
+    for folder, newer in control_groups(own, mounted, "cpu"):
+        names = ["cpu.max"] if newer else ["cpu.cfs_quota_us", _PERIOD]
+        with contextlib.suppress(OSError, ValueError):  # not there, or without a limit ("max")
+            limit, period = " ".join((folder / name).read_text(encoding="ascii") for name in names).split()
+            if int(limit) > 0:
+                quotas.append(int(limit) / int(period))
+    return min(quotas)
+
+
+def control_groups(own: Path, mounted: Path, controller: str) -> Iterator[tuple[Path, bool]]:
+    """The folders of this process's control groups and of those above them, by a controller (cpu, memory), and whether
+    they are of version 2. own and mounted: as in _quota."""
     for line in own.read_text(encoding="utf-8").splitlines() if own.exists() else ():
         _, controllers, path = line.split(":", 2)
-        root, names = (mounted, ["cpu.max"]) if not controllers else (mounted / "cpu", ["cpu.cfs_quota_us", _PERIOD])
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
+        root = mounted / controller if controllers else mounted
         group = root / path.lstrip("/")
         for folder in (group, *group.parents):
-            with contextlib.suppress(OSError, ValueError):  # not there, or without a limit ("max")
-                limit, period = " ".join((folder / name).read_text(encoding="ascii") for name in names).split()
-                if int(limit) > 0:
-                    quotas.append(int(limit) / int(period))
+            yield folder, not controllers
             if folder == root:
                 break
-    return min(quotas)
 
 
 def read_world() -> World:

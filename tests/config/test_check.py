@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from vitscale.config.check import accumulation, check_config, grid, has_classes, lanes, mask_patch, too_few_lanes
+from vitscale.config.check import check_config, grid, has_classes, lanes, mask_patch, too_few_lanes
 from vitscale.config.load import load_config
 from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig
+from vitscale.config.step import accumulation
 from vitscale.errors import ConfigError
 from vitscale.world import World
 

@@ -42,6 +42,7 @@ from vitscale.world import read_world
         (RuntimeError("Application timeout caused pair closure"), STOPPED, "parallel.timeout_s"),
         (RuntimeError("The size of tensor a (3) must match"), FAILED, "size of tensor"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), BAD_INPUT, "gradient_checkpointing"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), STOPPED, "has no memory left"),
         (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), STOPPED, "the GPU has failed"),
         (torch.AcceleratorError("CUDA error: device-side assert triggered"), FAILED, "device-side"),
         (Diverged("step 3: the gradient was not finite", 1, 2), BAD_INPUT, "step 3"),

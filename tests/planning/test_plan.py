@@ -6,16 +6,19 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vitscale.bench.peers import run_config
 from vitscale.cli import main
-from vitscale.config.schema import RunConfig, Train
+from vitscale.config.schema import AUTO, RunConfig, Train
+from vitscale.config.step import with_step
 from vitscale.errors import ConfigError
 from vitscale.planning.gpus import GPUS, gpu_of
-from vitscale.planning.plan import Cluster, Planner, plan
+from vitscale.planning.plan import Cluster, Planner, plan, preferred
 from vitscale.run_folder import BAD_INPUT, DONE
 
 RECIPE = Path(__file__).parents[2] / "configs" / "pretrain_vit_b_mae.yaml"
@@ -109,6 +112,80 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "fastest that fits: parallel.zero_stage=" in text
     assert main([*words, "train.global_batch=65536", "train.micro_batch=4096"]) == BAD_INPUT
     assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_what_auto_would_be(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", str(RECIPE), "model.preset=Ti", "--gpu", "h100", "--gpus", "16", "parallel.zero_stage=auto"]
+    assert main([*words, "train.micro_batch=64"]) == DONE
+    assert "parallel.zero_stage would be: ZeRO 0, micro-batch 64 x 4: " in capsys.readouterr().out
+    assert main([*words, "train.micro_batch=auto", "--json"]) == DONE
+    found = json.loads(capsys.readouterr().out)
+    assert found["auto"] == ["parallel.zero_stage", "train.micro_batch"]
+    assert found["fits"]
+    assert found["micro_batch"] * found["accumulation"] * 16 == 4096
+
+
+class At(NamedTuple):
+    """What `preferred` looks at of an estimate."""
+
+    config: Any
+    images_per_second: float
+
+
+@given(st.dictionaries(st.tuples(st.integers(0, 3), st.integers(1, 64)), st.floats(1.0, 1e4)), st.booleans())
+def test_of_what_fits_the_lowest_stage_and_then_what_is_fast(
+    rates: dict[tuple[int, int], float], by_speed: bool
+) -> None:
+    fitting: Any = [At(with_step(RunConfig(), stage, micro), rate) for (stage, micro), rate in rates.items()]
+    best: Any = preferred(fitting, by_speed)
+    if not fitting:
+        assert best is None
+        return
+    stage, micro = best.config.parallel.zero_stage, best.config.train.micro_batch
+    alike = {size: rate for (each, size), rate in rates.items() if each == stage}
+    assert rates[stage, micro] >= 0.98 * max(alike.values())
+    assert all(rate < 0.98 * max(alike.values()) for size, rate in alike.items() if size < micro)
+    below = [rate for (each, _), rate in rates.items() if each < stage]
+    assert all(by_speed and rate < 0.9 * max(rates.values()) for rate in below)
+
+
+def test_more_room_is_no_worse(planner: Planner) -> None:
+    free = with_step(planner.config, AUTO, AUTO)
+    speed = 0.0
+    for gigabytes in (0.5, 1.6, 2.0, 3.0, 6.0, 20.0):
+        gpu = replace(GPUS["h200"], memory_gb=gigabytes)
+        choice = Planner(free, replace(planner.cluster, gpu=gpu)).choice()
+        if gigabytes == 0.5:
+            assert choice is None
+            continue
+        assert choice is not None
+        assert choice.fits
+        assert choice.images_per_second >= 0.9 * speed
+        speed = choice.images_per_second
+    assert choice.config.parallel.zero_stage == 0
+
+
+def test_the_stage_is_the_lowest_that_fits(planner: Planner) -> None:
+    free = with_step(planner.config, AUTO, 64)
+    needed = [planner.estimate(with_step(free, stage, 64)).memory.total_bytes for stage in range(4)]
+    for memory in (needed[0], needed[0] - 1, min(needed), min(needed) - 1):
+        gpu = replace(GPUS["h200"], memory_gb=memory / 1e9)
+        choice = Planner(free, replace(planner.cluster, gpu=gpu)).choice()
+        expected = next((stage for stage in range(4) if needed[stage] <= gpu.memory), None)
+        assert (choice and choice.config.parallel.zero_stage) == expected
+
+
+def test_a_trial_that_took_more_makes_it_choose_less(planner: Planner) -> None:
+    cluster = replace(planner.cluster, gpu=replace(GPUS["h200"], memory_gb=3.0))
+    open_one = Planner(with_step(planner.config, 0, AUTO), cluster)
+    first, worse = open_one.choice(), open_one.choice(ratio=3.0)
+    assert first is not None
+    assert worse is not None
+    assert worse.config.train.micro_batch < first.config.train.micro_batch
+    least = open_one.choice(most=1)
+    assert least is not None
+    assert least.config.train.micro_batch == 1
+    assert open_one.choice(most=0) is None
 
 
 @pytest.mark.parametrize(("name", "says"), [("h20", "must be one of a100, h100"), ("rtx4090", ""), ("A100", "")])

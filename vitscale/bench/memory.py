@@ -66,9 +66,8 @@ def _compared(config: RunConfig) -> dict[str, Any]:
 
 def compared(config: RunConfig, of_process: world.World) -> dict[str, Any]:
     """Bytes `planned` and `measured`, and their `ratio`."""
-    fused = of_process.device == "cuda"
     step = activations(config).of(config.train.micro_batch)
-    needed = memory(config, of_process, parameters(config), step, fused)
+    needed = memory(config, of_process, parameters(config), step)
     planned = needed.allocated_bytes - needed.inputs  # here no next batch is on its way
     measured = peak(config, of_process)
     return {"planned": planned, "measured": measured, "ratio": planned / measured}

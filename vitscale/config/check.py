@@ -8,6 +8,7 @@ from vitscale.config import model_rules
 from vitscale.config.augmentation import SHIFT, colour_operations
 from vitscale.config.model_rules import pair
 from vitscale.config.schema import Model, RunConfig
+from vitscale.config.step import auto_keys, choices
 from vitscale.errors import ConfigError
 from vitscale.text import did_you_mean
 from vitscale.world import World
@@ -34,11 +35,6 @@ def mask_patch(config: RunConfig) -> int:
 def _hides_some(cells: int, mask_ratio: float) -> bool:
     """Whether SimMIM hides a cell and leaves one: of one cell it cannot."""
     return 0 < math.ceil(cells * mask_ratio) < cells
-
-
-def accumulation(config: RunConfig, world: World) -> int:
-    """Micro-batches that one rank runs a step."""
-    return config.train.global_batch // (config.train.micro_batch * world.world_size)
 
 
 def lanes(config: RunConfig) -> int:
@@ -72,29 +68,20 @@ def too_few_lanes(config: RunConfig, world: World) -> str | None:
 
 def check_config(config: RunConfig, world: World) -> None:
     """Raise ConfigError where keys contradict each other or the world."""
-    _check_batch(config, world)
+    choices(config, world)
+    _check_batch(config)
     _check_sources(config)
     _check_model(config)
     _check_objective(config)
     _check_augment(config)
     _check_validation(config)
-    _check_parallel(config, world)
     train = config.train
     if train.steps is None and train.epochs is None:
         raise ConfigError("train.steps and train.epochs are both null: set one, say train.epochs=800")
 
 
-def _check_batch(config: RunConfig, world: World) -> None:
-    batch, micro = config.train.global_batch, config.train.micro_batch
-    ranks, written = world.world_size, config.data.lanes
-    if batch % (micro * ranks):
-        fitting = [size for size in range(1, batch // ranks + 1) if batch % (size * ranks) == 0]
-        nearest = min(fitting, key=lambda size: abs(size - micro)) if batch % ranks == 0 else None
-        multiple = f"set train.global_batch to a multiple of {micro * ranks}"
-        way = f"set train.micro_batch={nearest}" if nearest else multiple
-        raise ConfigError(
-            f"train.global_batch={batch}: must be a multiple of train.micro_batch={micro} x {ranks} ranks; {way}"
-        )
+def _check_batch(config: RunConfig) -> None:
+    batch, written = config.train.global_batch, config.data.lanes
     if written and batch % written:
         raise ConfigError(
             f"data.lanes={written}: must divide train.global_batch={batch}; "
@@ -104,6 +91,11 @@ def _check_batch(config: RunConfig, world: World) -> None:
         raise ConfigError(
             f"data.window={config.data.window}: must be a multiple of data.lanes={written}; "
             f"set data.window={(config.data.window // written + 1) * written}"
+        )
+    if config.data.batch_bytes is not None and "train.micro_batch" in auto_keys(config):
+        raise ConfigError(
+            f"train.micro_batch=auto: by data.batch_bytes={config.data.batch_bytes} the pixels of an image depend on "
+            "it; write a number, or set data.batch_bytes=null"
         )
     repeats, share = config.augment.repeats, batch // lanes(config)
     if repeats > 1 and share < 2 * repeats:
@@ -213,11 +205,6 @@ def _check_augment(config: RunConfig) -> None:
         raise ConfigError(
             f"{', '.join(mixing)}: mixes the labels of classes, and objective.name={config.objective.name} has none; "
             "set augment.mixup=0 augment.cutmix=0"
-        )
-    if config.train.micro_batch % 2:
-        raise ConfigError(
-            f"{', '.join(mixing)}: mixes neighbours, and train.micro_batch={config.train.micro_batch} is odd; set an "
-            "even one, or augment.mixup=0 augment.cutmix=0"
         )
 
 
@@ -374,26 +361,3 @@ def _check_mae(config: RunConfig) -> None:
 def _size(height: int, width: int) -> str:
     """A size as one writes it on the command line."""
     return str(height) if height == width else f"[{height},{width}]"
-
-
-def _check_parallel(config: RunConfig, world: World) -> None:
-    parallel, train = config.parallel, config.train
-    if parallel.zero_stage == 1 and train.precision == "bf16" and accumulation(config, world) > 1:
-        raise ConfigError(
-            "parallel.zero_stage=1 with train.precision=bf16 and gradient accumulation "
-            f"({accumulation(config, world)} micro-batches a step): DeepSpeed would sum gradients in bf16; "
-            "set parallel.zero_stage=2"
-        )
-    if train.cuda_graphs:
-        _check_cuda_graphs(config)
-    if parallel.offload_optimizer and parallel.zero_stage == 0:
-        raise ConfigError("parallel.offload_optimizer=true: needs ZeRO; set parallel.zero_stage to 1, 2 or 3")
-
-
-def _check_cuda_graphs(config: RunConfig) -> None:
-    """A graph reads weights at one place, and runs a block once in each direction with a gradient."""
-    stage, train = config.parallel.zero_stage, config.train
-    values = {"train.gradient_checkpointing": train.gradient_checkpointing, "train.freeze": train.freeze}
-    for key, value in {"parallel.zero_stage": stage if stage == 3 else 0, **values}.items():
-        if value:
-            raise ConfigError(f"train.cuda_graphs=true: cannot be beside {key}={value}; change one of the two")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vitscale.config import model_rules
 from vitscale.config.augmentation import Augmentation
@@ -16,6 +16,14 @@ from vitscale.config.data import Data, Source
 from vitscale.config.typed import one_of, require
 from vitscale.errors import ConfigError
 
+# A number, or the word by which a run chooses it at its start: run/auto.py. What trains sees the number alone, so that
+# is what types are checked by.
+if TYPE_CHECKING:
+    OrAuto = int
+else:
+    OrAuto = int | Literal["auto"]
+
+AUTO: Any = "auto"
 OBJECTIVES = ("mae", "simmim", "classification", "multitask")
 PRECISIONS = ("fp32", "bf16")
 CHECKPOINTING: tuple[bool | str, ...] = (False, "selective", True)  # the later, the less memory and the more time
@@ -197,7 +205,7 @@ class Optimizer:
 @dataclass(frozen=True)
 class Train:
     global_batch: int = 256  # images a step, over all ranks and accumulation
-    micro_batch: int = 32  # images a forward on one rank; accumulation is derived
+    micro_batch: OrAuto = 32  # images a forward on one rank; accumulation is derived; auto: by the memory there is
     steps: int | None = None  # one of steps and epochs; setting one clears the other
     epochs: float | None = None
     precision: str = "fp32"
@@ -213,7 +221,8 @@ class Train:
 
     def __post_init__(self) -> None:
         require(self.global_batch > 0, "train.global_batch", self.global_batch, "above 0")
-        require(self.micro_batch > 0, "train.micro_batch", self.micro_batch, "above 0")
+        micro = self.micro_batch
+        require(micro == AUTO or micro > 0, "train.micro_batch", micro, "above 0, or auto")
         require(self.steps is None or self.steps > 0, "train.steps", self.steps, "above 0")
         require(self.epochs is None or self.epochs > 0, "train.epochs", self.epochs, "above 0")
         one_of("train.precision", self.precision, PRECISIONS)
@@ -233,7 +242,8 @@ class Train:
 
 @dataclass(frozen=True)
 class Parallel:
-    zero_stage: int = 0  # 0: DDP; 1 optimizer, 2 and gradients, 3 and weights sharded over the ranks
+    zero_stage: OrAuto = 0  # 0: DDP; 1 optimizer, 2 and gradients, 3 and weights sharded over the ranks; auto: the
+    # lowest that fits into the memory there is
     offload_optimizer: bool = False  # ZeRO 1 to 3: Adam's state and step on the CPU
     bucket_elements: int = 25_000_000  # gradients reduced at once; small enough to overlap backward
     pin_cores: bool = True  # each rank of a node has cores of its own, near its GPU; not fewer than without
@@ -242,7 +252,7 @@ class Parallel:
     restarts_without_progress: int = 3  # in a row after faults of the infrastructure, without a new checkpoint
 
     def __post_init__(self) -> None:
-        require(self.zero_stage in (0, 1, 2, 3), "parallel.zero_stage", self.zero_stage, "0, 1, 2 or 3")
+        require(self.zero_stage in (0, 1, 2, 3, AUTO), "parallel.zero_stage", self.zero_stage, "0, 1, 2, 3 or auto")
         require(self.bucket_elements > 0, "parallel.bucket_elements", self.bucket_elements, "above 0")
         require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "above 0 seconds")
         patience_s = self.patience_s

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import fields
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from vitscale.errors import ConfigError
 
@@ -54,6 +54,8 @@ def as_type(hint: Any, value: Any) -> Any:
     if len(options) > 1:
         return _first(options, value)
     origin, items = get_origin(hint), get_args(hint)
+    if origin is Literal and isinstance(value, str) and value in items:
+        return str(value)
     if origin is tuple and isinstance(value, (list, tuple)):
         items = (items[0],) * len(value) if items[1:] == (Ellipsis,) else items
         if len(items) != len(value):
@@ -117,6 +119,8 @@ def type_name(hint: Any) -> str:
     options, items = options_of(hint), get_args(hint)
     if len(options) > 1:
         return " or ".join(type_name(option) for option in sorted(options, key=lambda option: option is NoneType))
+    if get_origin(hint) is Literal:
+        return " or ".join(items)
     if get_origin(hint) is tuple and items[-1] is Ellipsis:
         return f"a list of {'texts or a mapping {0: text, 1: text, ...}' if items[0] is str else 'numbers'}"
     if get_origin(hint) is tuple:

@@ -7,21 +7,19 @@ and library defaults differ between versions, and some of them silently train so
 from __future__ import annotations
 
 import importlib
-import resource
 import shutil
 import sys
 import warnings
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from vitscale.config.check import accumulation
 from vitscale.config.schema import RunConfig
+from vitscale.config.step import accumulation
 from vitscale.engine import affinity
 from vitscale.engine.ddp import DDPEngine
 from vitscale.engine.engine import Engine
@@ -40,30 +38,38 @@ class Backend:
     """The process group, and by `wrap` the engine that trains."""
 
     def __init__(self, config: RunConfig, world: World) -> None:
-        """Join the process group.
-
-        Raises LaunchError where the ranks cannot meet, or accelerate sees other ones than the launcher gave.
-        """
+        """Join the process group. Raises LaunchError where the ranks cannot meet."""
         self.world = world
         self._linear = torch.nn.functional.linear  # ZeRO-3 puts another in its place
+        self._accelerator: Any = None  # made once the run's stage and micro-batch are known
+        _import_libraries()
+        self.device = torch.device(world.device)
+        if world.device == "cuda":
+            self.device = torch.device("cuda", world.local_rank)
+            torch.cuda.set_device(self.device)
         if world.world_size > 1:
             join(world, _collectives(world), config.parallel.timeout_s)
-        with meeting(world, config.parallel.timeout_s):
-            self.accelerator = _make_accelerator(config, world)
         self.ranks = ProcessRanks(timedelta(seconds=config.parallel.timeout_s))
-        seen = (self.accelerator.process_index, self.accelerator.num_processes, self.ranks.world_size)
+        pinned = affinity.pin(self.ranks, self.device) if config.parallel.pin_cores else None
+        if pinned and world.is_main:
+            to_stderr(pinned)
+
+    def _accelerated(self, config: RunConfig) -> Any:
+        """The accelerator, of the first config that is asked for. LaunchError where it sees other ranks than the
+        launcher gave."""
+        if self._accelerator is not None:
+            return self._accelerator
+        world = self.world
+        with meeting(world, config.parallel.timeout_s):
+            accelerator = _make_accelerator(config, world)
+        seen = (accelerator.process_index, accelerator.num_processes, self.ranks.world_size)
         if seen != (world.rank, world.world_size, world.world_size):
             raise LaunchError(
                 f"accelerate sees rank {seen[0]} of {seen[1]} (process group of {seen[2]}), the launcher gave rank "
                 f"{world.rank} of {world.world_size}: ranks would train apart; start with launch/torchrun.sh"
             )
-        pinned = affinity.pin(self.ranks, self.device) if config.parallel.pin_cores else None
-        if pinned and world.is_main:
-            to_stderr(pinned)
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
+        self._accelerator = accelerator
+        return accelerator
 
     def wrap(
         self,
@@ -77,35 +83,16 @@ class Backend:
         Parameters that do not require a gradient are frozen. lr_scales: factors of the learning rate by
         parameter, 1 where a name is missing; undecayed: parameters without weight decay beside biases and norms.
         """
-        if config.train.gradient_checkpointing:
-            selective = config.train.gradient_checkpointing == "selective"
-            model.gradient_checkpointing_enable(selective=selective)  # type: ignore[operator]
-        if config.train.compile:
-            if not any(map(shutil.which, _COMPILERS)):
-                raise ConfigError(
-                    f"train.compile=true: torch.compile needs a C compiler ({' or '.join(_COMPILERS)}); there is none "
-                    "on the PATH of this node; install one there, or set train.compile=false"
-                )
-            # DDP's buckets would cut every block in pieces; as a block is small, reduction overlaps backward anyway.
-            torch._dynamo.config.optimize_ddp = False
-            # Beyond it torch goes on uncompiled: encoders and decoders, in training and evaluation, of any batch.
-            torch._dynamo.config.recompile_limit = 64
-            model.compile_blocks()  # type: ignore[operator]
+        accelerator = self._accelerated(config)
+        prepare(model, config, self.device)
         if config.train.cuda_graphs:
             if self.device.type != "cuda":
                 raise ConfigError("train.cuda_graphs=true: needs an NVIDIA GPU; leave it out, or false, on a CPU")
             graph_blocks(model, accumulates=accumulation(config, self.world) > 1)
         if config.parallel.zero_stage == 3:
             _fetch_by_block(model)
-        model.train()
-        if config.train.deterministic != torch.are_deterministic_algorithms_enabled():  # it imports the compiler
-            torch.use_deterministic_algorithms(config.train.deterministic)
-        if self.device.type == "cuda":
-            # fp32 is fp32; beside bf16, what is still multiplied in fp32 (the resize) may use TF32.
-            torch.backends.cudnn.allow_tf32 = config.train.precision == "bf16"
-            torch.set_float32_matmul_precision("high" if config.train.precision == "bf16" else "highest")
         engine = DDPEngine if config.parallel.zero_stage == 0 else ZeroEngine
-        return engine(self.accelerator, model, config, self.world, self.ranks, lr_scales or {}, undecayed)
+        return engine(accelerator, model, config, self.world, self.ranks, lr_scales or {}, undecayed)
 
     def close(self) -> None:
         """Leave the process group, and what accelerate and DeepSpeed keep of it: another Backend may follow."""
@@ -114,7 +101,8 @@ class Backend:
 
         if deepspeed.comm.is_initialized():  # first: it keeps groups of its own, which accelerate does not know
             deepspeed.comm.destroy_process_group()
-        self.accelerator.end_training()
+        if self._accelerator is not None:
+            self._accelerator.end_training()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         # Both are process-wide: the next Accelerator would believe in this one's stage and process group.
@@ -122,6 +110,31 @@ class Backend:
         GradientState._reset_state()
         forget_deepspeed()
         torch.nn.functional.linear = self._linear
+
+
+def prepare(model: nn.Module, config: RunConfig, device: torch.device) -> None:
+    """Set up torch, and a plain model, for training as the config says."""
+    if config.train.gradient_checkpointing:
+        selective = config.train.gradient_checkpointing == "selective"
+        model.gradient_checkpointing_enable(selective=selective)  # type: ignore[operator]
+    if config.train.compile:
+        if not any(map(shutil.which, _COMPILERS)):
+            raise ConfigError(
+                f"train.compile=true: torch.compile needs a C compiler ({' or '.join(_COMPILERS)}); there is none "
+                "on the PATH of this node; install one there, or set train.compile=false"
+            )
+        # DDP's buckets would cut every block in pieces; as a block is small, reduction overlaps backward anyway.
+        torch._dynamo.config.optimize_ddp = False
+        # Beyond it torch goes on uncompiled: encoders and decoders, in training and evaluation, of any batch.
+        torch._dynamo.config.recompile_limit = 64
+        model.compile_blocks()  # type: ignore[operator]
+    model.train()
+    if config.train.deterministic != torch.are_deterministic_algorithms_enabled():  # it imports the compiler
+        torch.use_deterministic_algorithms(config.train.deterministic)
+    if device.type == "cuda":
+        # fp32 is fp32; beside bf16, what is still multiplied in fp32 (the resize) may use TF32.
+        torch.backends.cudnn.allow_tf32 = config.train.precision == "bf16"
+        torch.set_float32_matmul_precision("high" if config.train.precision == "bf16" else "highest")
 
 
 def _fetch_by_block(model: nn.Module) -> None:
@@ -137,20 +150,26 @@ def _fetch_by_block(model: nn.Module) -> None:
             set_z3_leaf_module(block, True)
 
 
-def peak_memory(device: torch.device) -> int:
-    """This process's peak memory so far, in bytes: of tensors on the GPU, or RAM on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _import_libraries() -> None:
+    """While rank 0 may still look for the data.
 
+    Without what nobody uses here and costs seconds of a start: MLflow, for DeepSpeed's autotuner, and torch's compiler,
+    to which DeepSpeed hands functions of its Muon, a module that it imports whatever the optimizer.
+    """
+    import accelerate  # noqa: F401
 
-def gpu_memory() -> int:
-    """Bytes of this rank's GPU."""
-    return torch.cuda.mem_get_info()[1]
+    with _without("mlflow"):
+        from deepspeed.runtime import compiler
+
+    compile_, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile_
 
 
 def _make_accelerator(config: RunConfig, world: World) -> Any:
-    deepspeed = _import_deepspeed()
+    import deepspeed
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
@@ -177,21 +196,6 @@ def _make_accelerator(config: RunConfig, world: World) -> Any:
     return Accelerator(
         kwargs_handlers=[group], deepspeed_plugin=plugin, gradient_accumulation_steps=accumulation(config, world)
     )
-
-
-def _import_deepspeed() -> ModuleType:
-    """Without what nobody uses here and costs seconds of a start: MLflow, for its autotuner, and torch's compiler, to
-    which it hands functions of its Muon, a module that it imports whatever the optimizer."""
-    with _without("mlflow"):
-        import deepspeed
-    from deepspeed.runtime import compiler
-
-    compile_, compiler.compile = compiler.compile, lambda: lambda function: function
-    try:
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    finally:
-        compiler.compile = compile_
-    return deepspeed
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from torch import nn
 
 from vitscale.checkpoint.fragments import Piece, Reserve, arrays_in, new_memory
 from vitscale.checkpoint.store import Checkpoint
-from vitscale.config.check import accumulation
 from vitscale.config.schema import RunConfig
+from vitscale.config.step import accumulation
 from vitscale.engine import zero_state
 from vitscale.engine.ema import Ema
 from vitscale.engine.optim import ScaledAdamW, fill_state, make_optimizer, scaled_runs

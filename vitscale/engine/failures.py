@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from vitscale.config.schema import RunConfig
+from vitscale.engine.room import is_out_of_memory
 from vitscale.errors import ConfigError, InfrastructureError, StorageError, VitscaleError, failed_storage
 
 # gloo has no exceptions of its own: what it says of a rank that is gone, or that does not answer.
@@ -24,8 +25,6 @@ _DEVICE = re.compile(
     r"|driver shutting down|CUDA error: unknown error",
     re.IGNORECASE,
 )
-
-_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|can't start new thread", re.IGNORECASE)
 # What a file system gives that has become read-only after a fault, or for which a ticket has run out.
 _WITHDRAWN = frozenset({errno.EROFS, errno.EACCES, errno.EKEYEXPIRED, errno.EKEYREVOKED})
 
@@ -40,7 +39,7 @@ def classified(error: Exception, config: RunConfig) -> Exception:
             f"train.micro_batch={config.train.micro_batch}: does not fit into the GPU's memory ({line}); lower it, "
             "which leaves the numbers as they are, or set train.gradient_checkpointing=true"
         )
-    if _is_of_memory(error, line):
+    if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return InfrastructureError(
             f"the machine has no memory left ({line or 'MemoryError'}); if that comes again, lower data.prefetch or "
             "train.micro_batch, or ask the scheduler for more"
@@ -55,9 +54,3 @@ def classified(error: Exception, config: RunConfig) -> Exception:
     if isinstance(error, torch.AcceleratorError) and _DEVICE.search(line):
         return InfrastructureError(f"the GPU has failed ({line})")
     return error
-
-
-def _is_of_memory(error: Exception, line: str) -> bool:
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(line)))

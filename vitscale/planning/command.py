@@ -9,7 +9,7 @@ from typing import Any
 
 from vitscale.errors import ConfigError
 from vitscale.run_folder import BAD_INPUT, DONE
-from vitscale.text import above_zero, aligned, duration
+from vitscale.text import above_zero, aligned, byte_size, duration
 
 _MODEL = """\
 How: memory is counted on the model's own forward and backward, operation by operation, on tensors without content;
@@ -69,13 +69,14 @@ def _plan(arguments: argparse.Namespace) -> int:
 def as_text(found: dict[str, Any], explain: bool = False) -> str:
     """A plan for people."""
     memory, parts = found["memory"], found["memory"]["activations_by_part"]
-    counted = "  of the activations: " + ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+    counted = "  of the activations: " + ", ".join(f"{name} {byte_size(size)}" for name, size in parts.items())
     lines = [
         f"{found['gpus']} x {found['gpu']}, {found['nodes']} node(s); {found['parameters']:,} parameters, "
         f"{found['flops_per_image'] / 1e9:,.3g} GFLOP to train on an image",
-        f"as configured: {_settings(found)}: {_size(memory['total_bytes'])} of {_size(memory['of_bytes'])} a GPU, "
+        f"{_asked(found['auto'])}: {_settings(found)}: "
+        f"{byte_size(memory['total_bytes'])} of {byte_size(memory['of_bytes'])} a GPU, "
         + ("fits" if found["fits"] else "DOES NOT FIT"),
-        aligned([[f"  {name}", _size(memory[name])] for name in _PARTS if memory[name]], right=(1,)),
+        aligned([[f"  {name}", byte_size(memory[name])] for name in _PARTS if memory[name]], right=(1,)),
         *([counted] if explain else []),
         _step(found["step_seconds"]),
         f"speed: {found['images_per_second']:,.0f} images/s, {found['mfu']:.0%} of the GPUs' matrix rate",
@@ -92,6 +93,10 @@ def as_text(found: dict[str, Any], explain: bool = False) -> str:
 _PARTS = (
     "weights", "masters", "gradients", "moments", "ema", "buckets", "activations", "inputs", "slack"
 )  # fmt: skip
+
+
+def _asked(auto: list[str]) -> str:
+    return f"{' and '.join(auto)} would be" if auto else "as configured"
 
 
 def _settings(of: dict[str, Any]) -> str:
@@ -111,13 +116,13 @@ def _step(step: dict[str, Any]) -> str:
 def _fastest(best: dict[str, Any] | None) -> str:
     if best is None:
         return "nothing fits, not with ZeRO 3 and gradient checkpointing: larger GPUs, or parallel.offload_optimizer"
-    rate, size = f"{best['images_per_second']:,.0f} images/s", _size(best["total_bytes"])
+    rate, size = f"{best['images_per_second']:,.0f} images/s", byte_size(best["total_bytes"])
     return f"fastest that fits: {best['keys']}: {rate}, {size} a GPU"
 
 
 def _checkpoints(save: dict[str, Any]) -> str:
     return (
-        f"checkpoints: {_size(save['bytes'])}, {save['save_seconds']:.1f} s each; a failure every "
+        f"checkpoints: {byte_size(save['bytes'])}, {save['save_seconds']:.1f} s each; a failure every "
         f"{save['hours_between_failures']:,.0f} h costs {save['seconds_lost_a_failure']:,.0f} s by the config's "
         f"interval of {save['config_every_seconds']:,.0f} s; best: checkpoint.every_steps={save['every_steps']} "
         f"({save['most_available_seconds']:,.0f} s; by Young and Daly {save['young_daly_seconds']:,.0f} s)"
@@ -134,7 +139,3 @@ def _run(run: dict[str, Any]) -> str:
         return "run: give --images N, the size of the data set, since the config says epochs"
     cost = "" if run["cost"] is None else f", {run['cost']:,.0f} at the price given"
     return f"run: {run['steps']:,} steps, {duration(run['hours'] * 3600)}, {run['gpu_hours']:,.0f} GPU-hours{cost}"
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

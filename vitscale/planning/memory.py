@@ -8,21 +8,23 @@ arithmetic: how DDP and DeepSpeed (0.19) lay them out, see engine/ddp.py and eng
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vitscale.config.check import accumulation, has_classes
-from vitscale.config.schema import RunConfig
+from vitscale.config.check import has_classes
+from vitscale.config.schema import Model, Objective, Parallel, RunConfig, Train
+from vitscale.config.step import accumulation
+from vitscale.engine.room import CONTEXT
 from vitscale.models.auto import build_model
 from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.planning.live import LiveBytes
 from vitscale.world import World
 
 _SMALL, _LARGE = 8, 16  # micro-batches that are counted
-_CONTEXT = 1_200_000_000  # of CUDA, cuBLAS and NCCL beside torch's allocator
 _SLACK = 0.06  # of what is allocated: what the allocator holds and cannot give out
 _STAGE_3_LIVE = 1_000_000_000  # parameters that DeepSpeed keeps gathered at most (stage3_max_live_parameters)
 
@@ -69,6 +71,14 @@ class Activations:
 
 def activations(config: RunConfig) -> Activations:
     """Counted on fake tensors: no data, no memory, no GPU."""
+    train, stage = config.train, min(config.parallel.zero_stage, 1)  # stages 1 to 3 are alike
+    kept = Train(precision=train.precision, gradient_checkpointing=train.gradient_checkpointing)
+    return _counted(RunConfig(model=config.model, objective=config.objective, train=kept, parallel=Parallel(stage)))
+
+
+@cache
+def _counted(config: RunConfig) -> Activations:
+    """Of a config with nothing in it that does not decide them."""
     depths = _depths(config)
     at = {images: {name: _count(_with_depths(config, {name: 2}), images) for name in depths} | {
         "": _count(_with_depths(config, {}), images)} for images in (_SMALL, _LARGE)}  # fmt: skip
@@ -103,33 +113,46 @@ def _with_depths(config: RunConfig, depths: dict[str, int]) -> RunConfig:
 
 def _count(config: RunConfig, images: int) -> StepCount:
     """One forward and backward of the model, whose gradients go as they come."""
-    bf16, stage = config.train.precision == "bf16", config.parallel.zero_stage
     before = torch.autograd.is_multithreading_enabled()
     torch.autograd.set_multithreading_enabled(False)  # else the backward is in a thread, where nobody counts
     try:
         with FakeTensorMode(), LiveBytes() as live:
-            model = build_model(config)
+            model = lone_model(config)
             if config.train.gradient_checkpointing:
                 model.gradient_checkpointing_enable(selective=config.train.gradient_checkpointing == "selective")
-            if bf16 and stage > 0:
-                _to_bf16(model)
             model.train()
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(_drop)
             held = live.live
             live.start_again()
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16 and stage == 0):
-                output = model(**_inputs(config, images))
-            # accelerate gives outputs of its autocast in fp32 too
-            copies = [each.float() for each in output.values() if isinstance(each, Tensor)]
+            output = lone_forward(config, model, images)
             forward = live.peak
             live.peak = live.live
-            output.loss.backward()  # the engine too has all of the output until then
-            del copies
+            output[0].loss.backward()  # the engine too has all of the output until then
             return StepCount(forward - held, live.peak - held, live.made)
     finally:
         torch.autograd.set_multithreading_enabled(before)
+
+
+def lone_model(config: RunConfig) -> ViTPreTrainedModel:
+    """The model with weights as an engine of the config's stage has them, whose gradients go as they come; on the
+    device that is torch's default."""
+    model: ViTPreTrainedModel = build_model(config)
+    if config.train.precision == "bf16" and config.parallel.zero_stage > 0:
+        _to_bf16(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_drop)
+    return model
+
+
+def lone_forward(config: RunConfig, model: nn.Module, images: int) -> tuple[Any, list[Tensor]]:
+    """The output for so many images, and the copies of it that an engine makes."""
+    autocasts = config.train.precision == "bf16" and config.parallel.zero_stage == 0
+    device = next(model.parameters()).device
+    inputs = {name: value.to(device) for name, value in _inputs(config, images).items()}
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocasts):
+        output = model(**inputs)
+    # accelerate gives outputs of its autocast in fp32 too
+    return output, [each.float() for each in output.values() if isinstance(each, Tensor)]
 
 
 def _to_bf16(model: nn.Module) -> None:
@@ -148,7 +171,7 @@ def _drop(parameter: Tensor) -> None:
 
 def _inputs(config: RunConfig, images: int) -> dict[str, Any]:
     height, width = _sides(config)
-    inputs = {"pixel_values": torch.empty(images, config.model.num_channels, height, width)}
+    inputs = {"pixel_values": torch.ones(images, config.model.num_channels, height, width)}
     inputs["sample_key"] = torch.arange(images)
     if config.objective.needs_labels:
         single = has_classes(config)
@@ -175,7 +198,7 @@ class Memory:
     buckets: int  # in which gradients are reduced, or what the optimizer's step needs for a moment
     activations: int  # at stage 3 with the weights that are gathered
     inputs: int  # this batch is in the activations; the next one, and its crops
-    slack: int  # CUDA's own, and what the allocator cannot give out
+    slack: int  # on a GPU CUDA's own, and what the allocator cannot give out
 
     @property
     def allocated_bytes(self) -> int:
@@ -194,8 +217,8 @@ def parameters(config: RunConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def memory(config: RunConfig, world: World, count: int, step: StepCount, fused: bool = True) -> Memory:
-    """Of a rank of `world`. count: parameters; step: of train.micro_batch; fused: whether AdamW steps in place."""
+def memory(config: RunConfig, world: World, count: int, step: StepCount) -> Memory:
+    """Of a rank of `world`. count: parameters; step: of train.micro_batch."""
     stage, bf16 = config.parallel.zero_stage, config.train.precision == "bf16"
     offloads = config.parallel.offload_optimizer
     share = count / world.world_size if stage else float(count)
@@ -214,7 +237,8 @@ def memory(config: RunConfig, world: World, count: int, step: StepCount, fused: 
         "inputs": 8.0 * config.train.micro_batch * config.model.num_channels * height * width,
     }
     forward = step.peak + (used * min(count, _STAGE_3_LIVE) if stage == 3 and world.world_size > 1 else 0)
-    temporaries = 0.0 if fused or offloads else 8 * (share if stage else _largest(config))
+    on_gpu = world.device == "cuda"  # where AdamW is fused, and steps in place
+    temporaries = 0.0 if on_gpu or offloads else 8 * (share if stage else _largest(config.model, config.objective))
     exact = 4 * own if bf16 and stage and (stage == 3 or summed == used) else 0.0  # gradients in fp32
     # Most is in use when the backward begins, when it ends, or while the optimizer steps.
     begins = {"activations": forward, "buckets": bucket}
@@ -223,10 +247,12 @@ def memory(config: RunConfig, world: World, count: int, step: StepCount, fused: 
     ends = {"activations": 0.0, "buckets": bucket * (1 + used / 4)}
     update = {"activations": 0.0, "buckets": (bucket if stage == 3 else 0.0) + temporaries + exact}
     parts = max((parts | moment for moment in (begins, ends, update)), key=lambda each: sum(each.values()))
-    parts["slack"] = _CONTEXT + _SLACK * sum(parts.values())
+    parts["slack"] = CONTEXT * on_gpu + _SLACK * sum(parts.values())
     return Memory(**{name: round(value) for name, value in parts.items()})
 
 
-def _largest(config: RunConfig) -> int:
+@cache
+def _largest(model: Model, objective: Objective) -> int:
     with torch.device("meta"):
-        return max(parameter.numel() for parameter in build_model(config).parameters())
+        built: ViTPreTrainedModel = build_model(RunConfig(model=model, objective=objective))
+    return max(parameter.numel() for parameter in built.parameters())

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
 
-from vitscale.config.check import accumulation, check_config
-from vitscale.config.schema import CHECKPOINTING, RunConfig
+from vitscale.config.check import check_config
+from vitscale.config.schema import AUTO, CHECKPOINTING, RunConfig
+from vitscale.config.step import accumulation, auto_keys, choices, with_step
 from vitscale.errors import ConfigError
 from vitscale.models.auto import build_model
 from vitscale.planning.gpus import GPUS, Gpu
-from vitscale.planning.memory import Activations, Memory, activations, memory
+from vitscale.planning.memory import Memory, activations, memory
 from vitscale.planning.speed import StepSeconds, step_seconds
 from vitscale.world import World
 
+_ALIKE = 0.98  # of the fastest: what is no slower than this is as fast
+_NEAR = 0.9  # as near as the estimated speeds are: a lower stage is taken down to this
 _CORE_S_A_KB = 13.5e-6  # of a JPEG's decoding and crop: 0.81 ms for 60 kB (docs/measurements.md, Loader)
 _GPU_HOURS_A_FAILURE = 54 * 24 * 16384 / 419  # of Llama 3's run on H100s, unexpected ones (arXiv 2407.21783, table 5)
 
@@ -35,9 +37,16 @@ class Cluster:
     price: float | None = None  # of a GPU-hour
     failure_hours: float | None = None  # between two of the whole job; None: by the number of GPUs
     restart_s: float = 180.0  # from a failure to the next step, the steps that are repeated not included
+    device: str = "cuda"
+
+    @staticmethod
+    def of(world: World, memory: int) -> Cluster:
+        """The ranks that there are, each with so many bytes, as if of H100s: speed only decides between what fits."""
+        gpu = replace(GPUS["h100"], memory_gb=memory / 1e9)
+        return Cluster(gpu, world.world_size, world.local_world_size, device=world.device)
 
     def world(self) -> World:
-        return World(world_size=self.gpus, local_world_size=min(self.gpus, self.a_node), device="cuda")
+        return World(world_size=self.gpus, local_world_size=min(self.gpus, self.a_node), device=self.device)
 
     @property
     def nodes(self) -> int:
@@ -72,28 +81,34 @@ class Planner:
         with torch.device("meta"):
             model = build_model(config)
         self.parameters, self.flops = model.num_parameters(), model.flops_per_image()
-        self._activations: Callable[[RunConfig], Activations] = cache(activations)
 
-    def estimate(self, config: RunConfig) -> Estimate:
+    def estimate(self, config: RunConfig, ratio: float = 1.0) -> Estimate:
+        """Of a config without auto. ratio: what activations take over what is counted."""
         world, gpu = self.cluster.world(), self.cluster.gpu
-        step = self.activations(config).of(config.train.micro_batch)
+        step = activations(config).of(config.train.micro_batch).times(ratio)
         needed = memory(config, world, self.parameters, step)
         return Estimate(config, needed, self._seconds(config, self.cluster), needed.total_bytes <= gpu.memory)
 
     def _seconds(self, config: RunConfig, cluster: Cluster) -> StepSeconds:
         # By what a step at stage 0 makes, of which the constants are: that bf16 weights move less no GPU has shown yet.
         whole = replace(config, parallel=replace(config.parallel, zero_stage=0))
-        step = self.activations(whole).of(config.train.micro_batch)
+        step = activations(whole).of(config.train.micro_batch)
         network = cluster.network_gb_s * 1e9
         return step_seconds(config, cluster.world(), cluster.gpu, self.parameters, self.flops, step, network)
 
-    def activations(self, config: RunConfig) -> Activations:
-        """By what decides them: stages 1 to 3 are alike, and the batch is no part of them."""
-        stage = min(config.parallel.zero_stage, 1)
-        train = replace(self.config.train, gradient_checkpointing=config.train.gradient_checkpointing)
-        return self._activations(
-            replace(self.config, train=train, parallel=replace(self.config.parallel, zero_stage=stage))
-        )
+    def choice(self, ratio: float = 1.0, most: int | None = None) -> Estimate | None:
+        """What `auto` comes to; the config itself where nothing is auto; None if nothing fits.
+
+        ratio: as in `estimate`; most: the largest micro-batch.
+        """
+        able = choices(self.config, self.cluster.world())
+        estimates = [self.estimate(each, ratio) for each in able if most is None or each.train.micro_batch <= most]
+        return preferred([each for each in estimates if each.fits], "train.micro_batch" in auto_keys(self.config))
+
+    def smallest(self) -> Estimate:
+        """Of what `auto` can come to, that which takes the least memory."""
+        able = choices(self.config, self.cluster.world())
+        return min(map(self.estimate, able), key=lambda each: each.memory.total_bytes)
 
     def fastest(self) -> Estimate | None:
         """The stage, micro-batch and checkpointing by which this global batch goes fastest; None if none fits.
@@ -103,7 +118,7 @@ class Planner:
         fitting = [each for each in map(self.estimate, self._choices()) if each.fits]
         if not fitting:
             return None
-        fast = 0.98 * max(each.images_per_second for each in fitting)
+        fast = _ALIKE * max(each.images_per_second for each in fitting)
 
         def rank(each: Estimate) -> tuple[int, int, int]:
             config = each.config
@@ -116,41 +131,48 @@ class Planner:
         return min((each for each in fitting if each.images_per_second >= fast), key=rank)
 
     def _choices(self) -> Iterator[RunConfig]:
-        config, images = self.config, self.config.train.global_batch // self.cluster.gpus
-        divisors = [number for number in range(1, images + 1) if images % number == 0]
-        stages = (0,) if self.cluster.gpus == 1 else (0, 1, 2, 3)
-        if config.parallel.offload_optimizer:
-            stages = (config.parallel.zero_stage,)
-        for stage in stages:
-            for again in CHECKPOINTING:
-                if again and config.train.cuda_graphs:
-                    continue
-                for micro in divisors:
-                    train = replace(config.train, micro_batch=micro, gradient_checkpointing=again)
-                    graphs = train.cuda_graphs and stage < 3
-                    train = replace(train, cuda_graphs=graphs)
-                    yield replace(config, train=train, parallel=replace(config.parallel, zero_stage=stage))
+        for again in (False,) if self.config.train.cuda_graphs else CHECKPOINTING:
+            free = with_step(self.config, AUTO, AUTO)
+            yield from choices(
+                replace(free, train=replace(free.train, gradient_checkpointing=again)), self.cluster.world()
+            )
 
-    def scaling(self) -> list[tuple[int, float]]:
-        """(GPUs, images a second) of this global batch at 1, 2, 4, ... nodes, where it can be shared out."""
+    def scaling(self, config: RunConfig) -> list[tuple[int, float]]:
+        """(GPUs, images a second) of a config's global batch at 1, 2, 4, ... nodes, where it can be shared out."""
         points, nodes = [], 1
         while nodes <= max(16, self.cluster.nodes):
             cluster = replace(self.cluster, gpus=nodes * self.cluster.a_node)
-            images, left = divmod(self.config.train.global_batch, cluster.gpus)
+            images, left = divmod(config.train.global_batch, cluster.gpus)
             if not left and images:
-                micro = math.gcd(images, self.config.train.micro_batch)
-                config = replace(self.config, train=replace(self.config.train, micro_batch=micro))
-                points.append((cluster.gpus, config.train.global_batch / self._seconds(config, cluster).total))
+                there = with_step(config, config.parallel.zero_stage, math.gcd(images, config.train.micro_batch))
+                points.append((cluster.gpus, config.train.global_batch / self._seconds(there, cluster).total))
             nodes *= 2
         return points
 
 
+def preferred(fitting: Sequence[Estimate], by_speed: bool) -> Estimate | None:
+    """Of the lowest stage the smallest micro-batch that goes as fast as any; None of nothing.
+
+    by_speed: whether a stage that fits only micro-batches by which steps are much slower is left out.
+    """
+    if not fitting:
+        return None
+    enough = _NEAR * max(each.images_per_second for each in fitting) if by_speed else 0.0
+    stage = min(each.config.parallel.zero_stage for each in fitting if each.images_per_second >= enough)
+    alike = [each for each in fitting if each.config.parallel.zero_stage == stage]
+    fast = _ALIKE * max(each.images_per_second for each in alike)
+    return min(
+        (each for each in alike if each.images_per_second >= fast), key=lambda each: each.config.train.micro_batch
+    )
+
+
 def plan(planner: Planner, images: int | None = None, image_kb: float = 110.0) -> dict[str, Any]:
     """All of it, as `--json` prints it. images: of the data set, for train.epochs; image_kb: of one, compressed."""
-    config, cluster = planner.config, planner.cluster
+    cluster = planner.cluster
     world, gpu = cluster.world(), cluster.gpu
-    now, fastest = planner.estimate(config), planner.fastest()
-    counted = planner.activations(config)
+    now, fastest = planner.choice() or planner.smallest(), planner.fastest()
+    config = now.config
+    counted = activations(config)
     rate, micro = now.images_per_second, config.train.micro_batch
     by_part = {name: round(each.peak * micro) for name, each in counted.an_image.items()}
     return {
@@ -159,6 +181,7 @@ def plan(planner: Planner, images: int | None = None, image_kb: float = 110.0) -
         "nodes": cluster.nodes,
         "parameters": planner.parameters,
         "flops_per_image": planner.flops,
+        "auto": auto_keys(planner.config),
         **_settings(config, world),
         "fits": now.fits,
         "memory": asdict(now.memory)
@@ -176,7 +199,7 @@ def plan(planner: Planner, images: int | None = None, image_kb: float = 110.0) -
             "bytes_per_second_a_node": rate / cluster.nodes * image_kb * 1e3,
         },
         "checkpoint": _checkpoint(planner, now),
-        "scaling": [{"gpus": gpus, "images_per_second": speed} for gpus, speed in planner.scaling()],
+        "scaling": [{"gpus": gpus, "images_per_second": speed} for gpus, speed in planner.scaling(config)],
     }  # fmt: skip
 
 
@@ -229,10 +252,10 @@ def _checkpoint(planner: Planner, now: Estimate) -> dict[str, Any]:
 
 def advice(config: RunConfig, world: World, gpu_bytes: int) -> str:
     """What to set where a step of this config did not fit into so much memory of each GPU, as the end of a sentence."""
-    gpu = replace(GPUS["h100"], memory_gb=gpu_bytes / 1e9)  # whose speed decides between what fits
-    best = Planner(config, Cluster(gpu, world.world_size, world.local_world_size)).fastest()
+    best = Planner(config, Cluster.of(world, gpu_bytes)).fastest()
     if best is None:
-        return "by `vitscale plan` no ZeRO stage fits, not with gradient checkpointing either: take larger or more GPUs"
+        more = "larger or more GPUs" if world.device == "cuda" else "more memory, or more machines"
+        return f"by `vitscale plan` no ZeRO stage fits, not with gradient checkpointing either: take {more}"
     return f"by `vitscale plan` this fits, and is the fastest: {as_keys(_settings(best.config, world))}"
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vitscale.config.check import accumulation
 from vitscale.config.schema import RunConfig
+from vitscale.config.step import accumulation
 from vitscale.planning.gpus import Gpu
 from vitscale.planning.memory import StepCount
 from vitscale.world import World

@@ -18,7 +18,6 @@ from vitscale.data.index import ShardIndex
 from vitscale.data.loader import Loader
 from vitscale.data.subset import Subset
 from vitscale.engine import digest
-from vitscale.engine.backend import peak_memory
 from vitscale.engine.compile_cache import keep_compiled, load_compiled
 from vitscale.engine.engine import Engine
 from vitscale.engine.guard import Diverged
@@ -26,6 +25,7 @@ from vitscale.engine.loop import PeriodicTask, TrainingLoop, TrainState, every_n
 from vitscale.engine.pace import Pace, SlowRanks
 from vitscale.engine.preempt import StopRequest
 from vitscale.engine.records import Records
+from vitscale.engine.room import peak_memory
 from vitscale.evaluation.figures import draw_curves
 from vitscale.evaluation.validation import HeldOut
 from vitscale.faults import fault_point
@@ -35,6 +35,7 @@ from vitscale.launch.snapshot import code_version, commit
 from vitscale.lease import NOBODY, FolderLost, Lease, folder_gone
 from vitscale.models.auto import new_model
 from vitscale.models.vit import ViTPreTrainedModel
+from vitscale.run.auto import as_before
 from vitscale.run.export import export_run
 from vitscale.run.preflight import room_warning
 from vitscale.run.probes import Probes
@@ -80,10 +81,10 @@ class Job:
         startup = self._startup
         startup.done("imports")
         if self.world.is_main:
-            refuse_the_same_end(self.folder, self.config)
+            refuse_the_same_end(self.folder, as_before(self.config, self.folder))
             self.prepare()
         session = open_session(self.config, self.world, self.folder, startup, stop, self.look_at_data, self.adapts)
-        self.owner = session.folder.owner()
+        self.owner, self.config = session.folder.owner(), session.config
         fault_point("joined")
         checkpoint, probes = find_checkpoint(session), Probes(session)
         model = self.build(session, drawn=checkpoint is None or probes.wants("untrained"))

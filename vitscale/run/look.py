@@ -18,7 +18,8 @@ from vitscale.augment.feed import DeviceFeed, FedBatch
 from vitscale.augment.pipeline import Augment
 from vitscale.config.check import check_config, grid, mask_patch
 from vitscale.config.model_rules import pair
-from vitscale.config.schema import RunConfig
+from vitscale.config.schema import RunConfig, Train
+from vitscale.config.step import choices
 from vitscale.data.index import store_of
 from vitscale.data.labels import LabelReader
 from vitscale.evaluation.figures import draw_sheet, in_pixels, seen
@@ -75,6 +76,7 @@ def _sample(samples: Samples, number: int, whole: WholeImages, labels: LabelRead
 def images_of_step(config: RunConfig, step: int, images: int, world: World) -> Sheet:
     """The first images of a step's global batch as the model gets them, with key and label; of an objective that hides
     patches also what it leaves to see. step: as in metrics.jsonl, from 1 on."""
+    config = _by_usual_parts(config)
     micro_batches = max(1, config.train.global_batch // config.train.micro_batch)
     check_config(config, World(world_size=micro_batches))
     device = torch.device(world.device)
@@ -98,6 +100,12 @@ def images_of_step(config: RunConfig, step: int, images: int, world: World) -> S
     title = f"step {step} of {config.run.name}: {len(names)} of {batch} images, epoch {fed[0].epoch}"
     captions = [_caption(name, label) for name, label in zip(names, labels, strict=True)]
     return Sheet(_panels(config, fed, images), captions, title)
+
+
+def _by_usual_parts(config: RunConfig) -> RunConfig:
+    """The config, with a micro-batch of the schema's size at most where it is auto: the images are the same by any."""
+    able, usual = choices(config, World()), Train().micro_batch
+    return max(able, key=lambda each: (each.train.micro_batch <= usual, each.train.micro_batch))
 
 
 def _panels(config: RunConfig, fed: Sequence[FedBatch], images: int) -> dict[str, list[np.ndarray]]:

@@ -9,8 +9,8 @@ import torch
 from vitscale import heartbeat
 from vitscale.config.check import check_config
 from vitscale.config.schema import RunConfig
-from vitscale.engine.backend import gpu_memory
 from vitscale.engine.failures import classified
+from vitscale.engine.room import gpu_memory
 from vitscale.errors import ConfigError, VitscaleError
 from vitscale.launch import attempts
 from vitscale.lease import FolderLost

@@ -10,6 +10,7 @@ from typing import Any
 from vitscale.config.check import has_classes
 from vitscale.config.load import dump_config
 from vitscale.config.schema import RunConfig, Source
+from vitscale.config.step import auto_keys
 from vitscale.data.index import ShardIndex, open_index, require_labels, store_of
 from vitscale.data.order import SampleOrder
 from vitscale.data.subset import Subset, SubsetOrder
@@ -22,6 +23,7 @@ from vitscale.evaluation.validation import HeldOut
 from vitscale.files.decode import choose_decoder
 from vitscale.files.store import absolute
 from vitscale.run import preflight
+from vitscale.run.auto import settle
 from vitscale.run.training_data import named_classes, order_over, sides_of, training_index
 from vitscale.run_folder import RunFolder
 from vitscale.text import listed, to_stderr, to_stdout
@@ -33,7 +35,7 @@ from vitscale.world import World
 class Session:
     """One start of a run, its ranks joined and its data found."""
 
-    config: RunConfig  # with the classes' names, where they lie beside the shards
+    config: RunConfig  # without auto; with the classes' names, where they lie beside the shards
     world: World
     folder: RunFolder
     backend: Backend
@@ -98,6 +100,9 @@ def open_session(
     index = opened or ShardIndex.from_bytes(content, store)
     decoder = choose_decoder(config.data.decode)
     _require_ready(config, world, backend.ranks, folder, index, decoder)
+    if auto_keys(config):
+        config = settle(config, world, backend.ranks, backend.device, folder)
+        startup.done("choice")
     config = _with_class_names(config, backend.ranks, index)
     others = backend.ranks.gather(others)[0]
     assert others is not None

@@ -13,8 +13,9 @@ from functools import partial
 
 import numpy as np
 
-from vitscale.config.check import accumulation, check_config, too_few_lanes
+from vitscale.config.check import check_config, too_few_lanes
 from vitscale.config.schema import RunConfig
+from vitscale.config.step import accumulation, auto_keys
 from vitscale.data.index import ShardIndex
 from vitscale.data.loader import fetched_ahead
 from vitscale.data.mixture import is_mixture
@@ -127,14 +128,16 @@ def _titled(title: str, rows: Sequence[Sequence[str]]) -> str:
 
 def _described(fleet: Fleet) -> Iterator[str]:
     config, index, order = fleet.config, fleet.index, fleet.order
-    steps, micro = order.batches_per_epoch, accumulation(config, World(world_size=fleet.ranks))
+    steps = order.batches_per_epoch
     left = index.total * config.augment.repeats - steps * fleet.batch
     over = "" if is_mixture(config.data.train) else f", {left:,} samples left over"
     yield f"data: {index.total:,} samples in {len(index.names):,} shards, {_bytes(int(index.bytes.sum()))}"
-    yield (
-        f"a step: {fleet.batch:,} images, on {fleet.nodes:,} x {fleet.gpus} ranks {micro} micro-batch(es) of "
-        f"{config.train.micro_batch} each"
-    )
+    parts = "as micro-batches that the run chooses"
+    if "train.micro_batch" not in auto_keys(config):
+        parts = (
+            f"{accumulation(config, World(world_size=fleet.ranks))} micro-batch(es) of {config.train.micro_batch} each"
+        )
+    yield f"a step: {fleet.batch:,} images, on {fleet.nodes:,} x {fleet.gpus} ranks {parts}"
     yield (f"order: {order.lanes:,} lanes, blocks of {order.block:,} samples; {steps:,} steps an epoch{over}")
     if not is_remote(index.paths[0]):
         yield "the shards are no URLs, which alone data.cache is for: what is said of it is as if they were"

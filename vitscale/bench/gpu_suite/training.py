@@ -15,9 +15,9 @@ from vitscale import rng
 from vitscale.bench.gpu_suite.cases import Mismatch
 from vitscale.checkpoint.saving import save_checkpoint
 from vitscale.checkpoint.store import open_checkpoint
-from vitscale.config.check import accumulation
 from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig
+from vitscale.config.step import accumulation
 from vitscale.engine.backend import Backend
 from vitscale.engine.engine import load_weights
 from vitscale.engine.optim import make_optimizer
