@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.makers import write_shards
-from vitscale.config.schema import Data, Model, Run, RunConfig, Source, Tracking, Train
+from vitscale.config.schema import AUTO, Data, Model, Run, RunConfig, Source, Tracking, Train
 from vitscale.data.index import store_of, unused_cache
 from vitscale.engine.links import Links
 from vitscale.launch import slurm
@@ -119,6 +119,14 @@ def test_a_cache_that_is_not_used_is_told(config: RunConfig, capsys: pytest.Capt
     assert some is not None
     assert "not used for 1 of the 2 shards" in some
     assert unused_cache(with_cache.data, ["s3://b/c.tar"]) is None
+
+
+def test_what_auto_would_be_is_told(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    code, lines = report(replace(config, train=replace(config.train, micro_batch=AUTO)), capsys)
+    assert code == DONE, lines
+    assert re.match(r"ok: would be train\.micro_batch=8: \d+ MB of [\d.]+ [GM]B .*, by the plan$", lines["auto"])
+    assert lines["config"].endswith("8 images a step on each")
+    assert "auto" not in report(config, capsys)[1]
 
 
 def test_ranks_that_differ_have_lines_of_their_own() -> None:

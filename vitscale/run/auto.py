@@ -49,6 +49,16 @@ def settle(config: RunConfig, world: World, ranks: ProcessRanks, device: torch.d
     return chosen.config
 
 
+def planned(config: RunConfig, world: World, ranks: ProcessRanks, device: torch.device) -> str:
+    """What a run would choose now where its trial agrees with the plan. A collective; ConfigError as in `settle`."""
+    there = least(ranks, world, device)
+    planner = Planner(config, Cluster.of(world, there.bytes))
+    choice = planner.choice()
+    if choice is None:
+        raise _nothing_fits(planner, there, [])
+    return told(config, choice, there)
+
+
 def least(ranks: ProcessRanks, world: World, device: torch.device) -> Room:
     """The room of the rank that has the least. A collective."""
     rooms = ranks.gather(room(world, device))

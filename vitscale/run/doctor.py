@@ -16,6 +16,7 @@ import urllib3
 
 from vitscale.config.check import check_config
 from vitscale.config.schema import RunConfig
+from vitscale.config.step import auto_keys
 from vitscale.data.index import store_of, unused_cache
 from vitscale.data.index_builder import IndexBuilder
 from vitscale.data.patterns import expand
@@ -27,6 +28,7 @@ from vitscale.files.store import is_remote
 from vitscale.launch.slurm import job_warnings
 from vitscale.models.auto import build_model
 from vitscale.prepare.image_folder import is_image_folder
+from vitscale.run.auto import planned
 from vitscale.run.preflight import (
     RankReport,
     data_problem,
@@ -74,9 +76,12 @@ def doctor(config: RunConfig, world: World, packs: bool = False) -> int:
         common = RankReport({"config": config_digest(config), **versions()})
         differing = [Finding("FAILED", "ranks", problem.text) for problem in faults(ranks.gather(common))]
         findings += differing or [Finding("ok", "ranks", _versions_line(world, common))]
+        able = all(finding.what != "GPU" or finding.level != "FAILED" for _, found in reports for finding in found)
+        if auto_keys(config) and able and not differing:
+            findings.append(_of_auto(config, world, ranks))
         if world.world_size > 1:
             findings.append(_clocks(ranks))
-            if all(finding.what != "GPU" or finding.level != "FAILED" for _, found in reports for finding in found):
+            if able:
                 findings += _of_links(measure_links(ranks, world), world)
         failed = ranks.gather(any(finding.level == "FAILED" for finding in findings))[0]
         if world.is_main:
@@ -235,6 +240,14 @@ def _together(reports: Sequence[tuple[str, list[Finding]]]) -> list[Finding]:
         those = "all ranks" if len(where) == len(reports) else f"rank{'s' * (len(where) > 1)} {listed(where)}"
         lines.append(finding._replace(text=f"{those}: {finding.text}" if len(reports) > 1 else finding.text))
     return lines
+
+
+def _of_auto(config: RunConfig, world: World, ranks: ProcessRanks) -> Finding:
+    device = torch.device("cuda", world.local_rank) if world.device == "cuda" else torch.device("cpu")
+    try:
+        return Finding("ok", "auto", f"would be {planned(config, world, ranks, device)}, by the plan")
+    except VitscaleError as error:
+        return Finding("FAILED", "auto", str(error))
 
 
 def _clocks(ranks: ProcessRanks) -> Finding:
