@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from vitscale import world
 from vitscale.bench.gpu_suite.correctness import small_config
@@ -17,14 +15,6 @@ from vitscale.world import World
 
 pytestmark = pytest.mark.gpu
 STEPS = 4
-
-
-@pytest.fixture(autouse=True)
-def _precision() -> Iterator[None]:
-    """A run in bf16 lets fp32 products be rounded, which other tests are not to see."""
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def _train(config: RunConfig) -> tuple[list[float], Weights]:

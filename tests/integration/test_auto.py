@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import shutil
 from dataclasses import replace
@@ -28,24 +27,23 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("verb", "keys"),
-    [("pretrain", ["parallel.zero_stage=auto"]), ("finetune", ["parallel.zero_stage=2"]),
-     pytest.param("pretrain", ["parallel.zero_stage=1"], marks=pytest.mark.full),
-     pytest.param("pretrain", ["parallel.zero_stage=3"], marks=pytest.mark.full)],
+    ("verb", "stage", "asked"),
+    [("pretrain", 0, "auto"), *(pytest.param(*case, marks=pytest.mark.full) for case in (
+        ("pretrain", 1, "1"), ("pretrain", 3, "3"), ("finetune", 2, "2")))],
 )  # fmt: skip
 def test_what_is_chosen_is_archived_kept_and_trains_the_same(
-    launcher: Launcher, config: Path, tmp_path: Path, verb: str, keys: list[str]
+    launcher: Launcher, config: Path, tmp_path: Path, verb: str, stage: int, asked: str
 ) -> None:
     run, written = tmp_path / "runs" / "run", tmp_path / "runs" / "written"
-    stage = 0 if keys == ["parallel.zero_stage=auto"] else int(keys[0][-1])
     argv = [verb, str(config), "train.steps=4", "checkpoint.every_steps=2"]
-    said = launcher.run([*argv, *keys, "train.micro_batch=auto"], ranks=2)
+    auto = [*argv, f"parallel.zero_stage={asked}", "train.micro_batch=auto"]
+    said = launcher.run(auto, ranks=2)
     assert "auto: " in said
     assert "; the activations of a trial took " in said
     chosen = {"parallel.zero_stage": stage, "train.micro_batch": 8}
     assert step_keys(load_config(run / "config.yaml")) == chosen
     shutil.rmtree(run / "checkpoints" / "step_00000004")
-    said = launcher.run([*argv, *keys, "train.micro_batch=auto"], ranks=2)
+    said = launcher.run(auto, ranks=2)
     assert said.count("; kept from the last start") == 1
     assert "config: train.micro_batch was" not in said
     assert step_keys(load_config(run / "config.yaml")) == chosen
@@ -54,15 +52,10 @@ def test_what_is_chosen_is_archived_kept_and_trains_the_same(
     assert len(losses(run)) == 4
 
 
-def test_what_no_longer_fits_is_chosen_anew(launcher: Launcher, config: Path, tmp_path: Path) -> None:
-    """One rank has a share of 16 images, each of two one of 8."""
-    argv = ["pretrain", str(config), "train.micro_batch=auto"]
-    launcher.run([*argv, "train.steps=1"])
-    said = launcher.run([*argv, "train.steps=2"], ranks=2)
-    before = "parallel.zero_stage=0 train.micro_batch=16"
-    assert f"auto: the last start had {before}, which these keys and ranks do not allow: chosen anew" in said
-    assert json.loads((tmp_path / "runs" / "run" / "auto.json").read_text())["train.micro_batch"] == 8
-    assert "config: train.micro_batch was 16, is 8" in said
+def test_finetuning_chooses_too(launcher: Launcher, config: Path, tmp_path: Path) -> None:
+    argv = ["finetune", str(config), "train.steps=1", "train.micro_batch=auto", "parallel.zero_stage=2"]
+    assert "auto: train.micro_batch=8: " in launcher.run(argv, ranks=2)
+    assert load_config(tmp_path / "runs" / "run" / "config.yaml").train.micro_batch == 8
 
 
 # ---- with a limit of memory, on two ranks

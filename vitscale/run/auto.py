@@ -84,8 +84,10 @@ def as_before(config: RunConfig, folder: RunFolder) -> RunConfig:
 
 
 def _read(folder: RunFolder) -> dict[str, Any] | None:
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(folder.auto.read_text(encoding="utf-8"))
+    """What the last start chose; None where there was none, or nobody can tell."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        content = json.loads(folder.auto.read_text(encoding="utf-8"))
+        return {name: content[name] for name in (*step_keys(RunConfig()), "ratio")}
     return None
 
 
