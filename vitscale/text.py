@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TextIO
 
 
@@ -71,21 +71,50 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-SECRET_NAME = re.compile(r"token|secret|passw|credential|authori|signature|access_?key|api_?key|private_?key", re.I)
-_NAMED = r"(?:" + SECRET_NAME.pattern + r"|\bsig\b)[\w.-]*"
+# How names say that their value is a secret. A token of a model, and `tokens`, are none; in capitals, as environments
+# have them, any key is one.
+_NO_TOKEN = "".join(
+    rf"(?<!{word}[_-])" for word in ("cls", "class", "mask", "register", "patch", "image", "pad", "eos")
+)
+_NAMED = (
+    rf"(?:(?:{_NO_TOKEN}token(?![a-z])|secret|passw(?:or)?d|passphrase|credential|authori|signature|\bsig\b"
+    r"|(?:access|account|api|auth|client|private|shared|signing|storage|subscription)[_-]?key|[;?&_]pwd\b"
+    r"|(?<=[?&])(?:key|jwt)\b|(?-i:(?<!CACHE)(?<!SORT)(?<!PUBLIC)_(?:KEY|PAT|PASS|SAS|DSN)\b))[\w.-]*"
+    r"(?<!file)(?<!path)(?<!dir))"
+)
 _QUOTED = r"'[^'\n]+'|\"[^\"\n]+\""
-_SECRETS = (
-    (re.compile(r"://[^/\s]+@"), "://***@"),  # user and password of a URI
-    # NAME=VALUE of an environment, a command line or a URL's query; NAME: VALUE of YAML and headers
-    (
-        re.compile(rf"({_NAMED}=)(?!true|false|null|-?[\d.]{{1,6}}(?!\w))(?:{_QUOTED}|[^\s'\"&;,]{{4,}})", re.I),
-        r"\1***",
-    ),
-    (
-        re.compile(rf"({_NAMED}['\"]?:\s+)(?:(?:basic|bearer)\s+\S+|(?=\S*\d)(?:{_QUOTED}|[^\s'\",]{{8,}}))", re.I),
-        r"\1***",
-    ),
-    (re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_\w{20,}|\bgh[a-z]_\w{20,}|\bBearer\s+\S{8,}"), "***"),
+_PLAIN = r"(?!(?:true|false|null|none|-?[\d.]{1,6})(?!\w))"  # what is no secret, whatever its name
+_PRIVATE_KEY = r"-----(BEGIN|END) [A-Z ]*PRIVATE KEY-----"
+_SECRETS = tuple(
+    (re.compile(pattern, re.IGNORECASE | re.MULTILINE | re.DOTALL), instead)
+    for pattern, instead in (
+        # user and password of a URI; the password may have an @ or a / in it
+        (r"://[^/\s]+@", "://***@"),
+        (r"://[^/\s:@]+:(?!\d+/)[^\s@]+@", "://***@"),
+        (r"(connection[_-]?string['\"]?\s*[=:]\s*)(?:" + _QUOTED + r"|\S+)", r"\1***"),
+        # NAME=VALUE of an environment, a command line or a URL's query; NAME = "VALUE"; --NAME VALUE
+        (rf"({_NAMED}(?:=|\s=\s(?=['\"]))){_PLAIN}(?:{_QUOTED}|[^\s'\"&;,]{{4,}})", r"\1***"),
+        (rf"((?<!\S)--[\w-]*{_NAMED}\s+){_PLAIN}(?!-)(?:{_QUOTED}|[^\s'\"]{{4,}})", r"\1***"),
+        # NAME: VALUE as a line of YAML, in a comment too; and anywhere else, of headers and dicts
+        (rf"^([ \t#-]*[\w.-]*{_NAMED}['\"]?:[ \t]+){_PLAIN}(?:[|>][+-]?[ \t]*\n)?[^\s{{\[][^\n]*", r"\1***"),
+        (rf"({_NAMED}['\"]?:\s+)(?:basic|bearer)\s+\S+", r"\1***"),
+        (rf"({_NAMED}['\"]?:\s*){_PLAIN}(?:{_QUOTED})", r"\1***"),
+        (rf"({_NAMED}['\"]?:\s+){_PLAIN}(?:(?=\S*\d)[^\s'\",]{{8,}}|[^\s'\",}}]{{4,}}(?=\s*(?:$|[,}}])))", r"\1***"),
+        # of programs that take one without a name; of a .netrc
+        (
+            r"(\bcurl\b(?:[^\n]|\\\n){0,300}?\s(?:-\w*u|--(?:proxy-)?user)[= ]?\s*['\"]?)[^\s:'\"]+:[^\s'\"]+",
+            r"\1***",
+        ),
+        (r"(\b(?:sshpass|(?:docker|podman) login)\b[^\n]{0,300}?\s-p\s*)\S+", r"\1***"),
+        (r"(\blogin\s+\S+\s+password\s+)\S+", r"\1***"),
+        (_PRIVATE_KEY + "(?:.*?" + _PRIVATE_KEY + "|.*)", "***"),
+        (
+            r"(?-i:\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bAIza[\w-]{35}|\beyJ[\w-]{10,}\.[\w-]{4,}\.[\w.-]+)"
+            r"|\b(?:hf_\w{20,}|gh[a-z]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|npm_\w{30,}|dapi[0-9a-f]{32}"
+            r"|xox[a-z]-[\w-]{10,}|ya29\.[\w-]{20,}|sk-(?=[\w-]*\d)[\w-]{16,}|Bearer\s+[^\s,;]{8,})",
+            "***",
+        ),
+    )
 )
 _SHORTEST_SECRET = 8  # characters; a shorter text would be found where it is none
 _hidden: set[str] = set()
@@ -94,6 +123,16 @@ _hidden: set[str] = set()
 def hide(values: Iterable[str]) -> None:
     """Let `redact` know texts that are secrets."""
     _hidden.update(value for value in values if len(value) >= _SHORTEST_SECRET)
+
+
+def secrets_of(environment: Mapping[str, str]) -> Iterator[str]:
+    """The values that are secrets by their names, and the passwords of URLs."""
+    named = re.compile(_NAMED + r"\Z|connection_?string", re.IGNORECASE)
+    for name, value in environment.items():
+        if named.search(name):
+            yield value
+        if password := re.match(r"[\w+.-]+://[^\s:@/]*:([^\s@]+)@", value):
+            yield password[1]
 
 
 def redact(text: str) -> str:

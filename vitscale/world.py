@@ -24,7 +24,7 @@ from typing import Any
 from vitscale.errors import LaunchError
 from vitscale.faults import arm
 from vitscale.heartbeat import start as start_heartbeat
-from vitscale.text import SECRET_NAME, hide, listed, redact, to_stderr
+from vitscale.text import hide, listed, redact, secrets_of, to_stderr
 
 _START = "start the processes with launch/torchrun.sh, launch/slurm.sh or torchrun"
 _OF_LAUNCHERS = re.compile(r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
@@ -196,7 +196,7 @@ def enter(on_ranks: bool = False) -> World:
 
 def hide_secrets() -> None:
     """Let no message repeat what the environment calls a secret."""
-    hide(value for name, value in os.environ.items() if SECRET_NAME.search(name))
+    hide(secrets_of(os.environ))
 
 
 def open_files_limit(raised: bool = False) -> int:

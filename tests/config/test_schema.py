@@ -120,8 +120,41 @@ def test_as_dict_is_plain() -> None:
     assert plain["optimizer"]["betas"] == [0.9, 0.95]
 
 
-def test_a_password_in_the_tracking_uri_is_refused_without_printing_it() -> None:
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://me:canary@mlflow.example.org",
+        "https://canary@mlflow.example.org",
+        "https://mlflow.example.org/?token=canary",
+        "https://mlflow.example.org/#access_token=canary",
+        "http://me:pa/canary@mlflow.example.org",
+        "postgresql://me:canary@host/db",
+        "postgresql://me:pa/canary@host/db",
+        "postgresql://host/db?user=me&password=canary",
+    ],
+)
+def test_a_secret_in_the_tracking_uri_is_refused_without_printing_it(uri: str) -> None:
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD") as caught:
-        schema.Tracking(mlflow_uri="https://me:secret@mlflow.example.org")
-    assert "secret" not in str(caught.value)
-    assert schema.Tracking(mlflow_uri="postgresql://me@host/db").mlflow_uri
+        schema.Tracking(mlflow_uri=uri)
+    assert "canary" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "postgresql://me@host/db",
+        "postgresql://host:5432/db?sslmode=require",
+        "http://host:5000",
+        "https://host/path/",
+        "sqlite:////data/a:b@c.db",
+        "databricks",
+    ],
+)
+def test_tracking_uris(uri: str) -> None:
+    assert schema.Tracking(mlflow_uri=uri).mlflow_uri == uri
+
+
+@pytest.mark.parametrize("uri", ["http://[bad", "http://host:port", "https:///path"])
+def test_a_tracking_uri_that_is_no_url(uri: str) -> None:
+    with pytest.raises(ConfigError, match="a server's URL"):
+        schema.Tracking(mlflow_uri=uri)

@@ -19,8 +19,8 @@ ENVIRONMENT = {
     "HF_TOKEN": "hf_canary1234567890abcdefghijkl",
     "MLFLOW_TRACKING_TOKEN": "canary-3-mlflow",
 }
-SIGNATURE, PASSWORD = "canary4fe5d2", "canary-5-password"
-SECRETS = (*ENVIRONMENT.values(), SIGNATURE, PASSWORD)
+SIGNATURE, PASSWORD, WORD = "canary4fe5d2", "canary-5-password", "canaryhorse"
+SECRETS = (*ENVIRONMENT.values(), SIGNATURE, PASSWORD, WORD)
 
 
 @pytest.fixture
@@ -76,10 +76,14 @@ def test_none_is_left_or_said(launcher: Launcher, config: Path, tmp_path: Path, 
     assert not found_in(tmp_path, world.output(), failing.output(), refused.output())
 
 
-@pytest.mark.parametrize("key", ["data.train", "data.validation", "evaluation.test", "data.index"])
+@pytest.mark.parametrize("key", [
+    "data.train", "data.validation", "evaluation.test", "data.index", "model.init_from", "checkpoint.resume_from",
+    "run.dir", "tracking.experiment",
+])  # fmt: skip
 def test_a_password_in_any_url_is_refused_before_anything_is_kept(config: Path, tmp_path: Path, key: str) -> None:
     before = sorted(tmp_path.rglob("*"))
-    for url in (f"https://me:{PASSWORD}@host/a.tar", f"https://host/a.tar?X-Amz-Signature={SIGNATURE}"):
+    for url in (f"https://me:{PASSWORD}@host/a.tar", f"https://host/a.tar?X-Amz-Signature={SIGNATURE}",
+                f"https://host/a.tar?code={SIGNATURE}", f"https://host/a.tar#token={SIGNATURE}"):  # fmt: skip
         with pytest.raises(ConfigError) as caught:
             prepare(["pretrain", str(config), f"{key}={url}"], Layout(), "launch/torchrun.sh")
         assert str(caught.value).startswith(f"{key}=https://host/a.tar: has ")
@@ -93,8 +97,21 @@ def test_the_snapshot_of_a_start_has_none(config: Path, tmp_path: Path, monkeypa
         monkeypatch.setitem(os.environ, name, value)
     with config.open("a") as stream:
         stream.write(f"# token={ENVIRONMENT['HF_TOKEN']} and {ENVIRONMENT['MLFLOW_TRACKING_TOKEN']}\n")
+        stream.write(f"# password: {WORD}\n")
+    script = tmp_path / "bin" / "script"
+    script.parent.mkdir()
+    script.write_text(
+        f"#!/bin/bash\nexport AZURE_STORAGE_ACCOUNT_KEY={WORD} WANDB_KEY='{WORD}'\ncurl -u me:{WORD} https://host/done\n"
+        f"tool --password {WORD} --n 4\nlaunch/slurm.sh pretrain $CONFIG model.num_register_tokens=4\n"
+    )
+    program = script.with_name("scontrol")
+    program.write_text(f'#!/bin/sh\nif [ "$1" = write ]; then cat {script}; fi\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     prepare(["pretrain", str(config), "train.steps=2"], Layout(), "launch/torchrun.sh")
     (kept,) = (tmp_path / "runs" / "run" / "launch").iterdir()
     assert "DATA=https://***@host/a.tar" in (kept / "command.txt").read_text()
     assert "# token=*** and ***" in (kept / "config.yaml").read_text()
+    assert "--n 4\nlaunch/slurm.sh pretrain $CONFIG model.num_register_tokens=4" in (kept / "slurm.sh").read_text()
     assert not found_in(kept)

@@ -281,10 +281,11 @@ def _with_home(value: Any, key: str) -> Any:
 
 
 def _require_no_secret(value: Any, key: str) -> None:
-    """ConfigError for a URL of data or a model that carries a password; tracking.mlflow_uri has a rule of its own."""
+    """ConfigError for a URL that carries a password; tracking.mlflow_uri has a rule of its own."""
     for each in value if isinstance(value, tuple) else (value,):
-        url = each.pattern if isinstance(each, Source) else each if key in _PATHS else None
-        if url is not None and url.lower().startswith(tuple(f"{scheme}://" for scheme in REMOTE)):
+        url = each.pattern if isinstance(each, Source) else each
+        remote = isinstance(url, str) and url.lower().startswith(tuple(f"{scheme}://" for scheme in REMOTE))
+        if remote and key != "tracking.mlflow_uri":
             require_no_secret(url, key)
 
 

@@ -15,6 +15,7 @@ from vitscale.config.augmentation import Augmentation
 from vitscale.config.data import Data, Source
 from vitscale.config.typed import one_of, require
 from vitscale.errors import ConfigError
+from vitscale.files.stores import is_url, secret_of_query
 
 # A number, or the word by which a run chooses it at its start: run/auto.py. What trains sees the number alone, so that
 # is what types are checked by.
@@ -291,13 +292,18 @@ class Tracking:
     log_model: bool | None = None  # upload model/ at the end; null: where mlflow_uri names a server
 
     def __post_init__(self) -> None:
-        secret = re.match(r"[\w+.-]+://[^/@]*:[^/@]*@", self.mlflow_uri or "")
-        # Not _require, which would print it.
-        if secret:
+        uri = self.mlflow_uri or ""
+        # A database may name its user; a password may have a / in it.
+        user = re.match(r"https?://[^/]*@|(?!sqlite|file)[\w+.-]+://[^/:@]*:(?!\d+/)[^@]*@", uri, re.IGNORECASE)
+        if secret := "a user or password" if user else secret_of_query(uri):
+            # Not require, which would print it.
             raise ConfigError(
-                "tracking.mlflow_uri holds a password, which config.yaml would keep: leave it out, and set "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+                f"tracking.mlflow_uri holds {secret}, which config.yaml would keep: leave it out, and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment "
+                "(a database's password where its own tools look, as in ~/.pgpass)"
             )
+        if uri.lower().startswith(("http://", "https://")):
+            require(is_url(uri), "tracking.mlflow_uri", uri, "a server's URL, as http://HOST:5000")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from vitscale.errors import ConfigError
 from vitscale.files.cache import LruCache
@@ -18,8 +18,8 @@ _PIECE = 4 << 20  # bytes of one request
 _KEPT_BYTES = 256 << 20  # of pieces in memory
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of a name such as X-Amz-Signature, AWSAccessKeyId, api_key
 _SECRET = re.compile(
-    r"(api|access|auth|client|private|sas|secret|session)?(auth|authorization|credentials?|key|passwd|password|pwd|"
-    r"secret|sig|signature|token)",
+    r"(api|access|account|auth|client|private|sas|secret|session|shared)?(auth|authorization|code|credentials?|jwt|key|"
+    r"passphrase|passwd|password|pat|pwd|secret|sig|signature|token)",
     re.IGNORECASE,
 )
 
@@ -99,20 +99,30 @@ class Pieces:
         return self._store.read(path, number * _PIECE, _PIECE)
 
 
+def secret_of_query(url: str) -> str | None:
+    """Which part of a URL's query (or of what follows a #) its name says to be a secret, in words; None if none is."""
+    names = [unquote(part.partition("=")[0]) for part in re.split(r"[?&;#]", url)[1:]]
+    secret = next((name for name in names if any(map(_SECRET.fullmatch, _WORD.findall(name)))), None)
+    return None if secret is None else f"the query's {secret}"
+
+
+def is_url(text: str) -> bool:
+    """Whether it has a host, and a port that is none or a number."""
+    try:
+        parts = urlsplit(text)
+        return bool(parts.hostname) and not re.search(r"\s", parts.netloc) and parts.port != 0
+    except ValueError:  # of a port, or an address in brackets
+        return False
+
+
 def require_no_secret(url: str, key: str) -> None:
     """ConfigError for a URL that would carry a password into config.yaml, logs and MLflow."""
-    try:
-        parts = urlsplit(url)
-        is_url = bool(parts.hostname) and not re.search(r"\s", parts.netloc) and parts.port != 0
-    except ValueError:  # of a port, or an address in brackets
-        is_url = False
-    if not is_url:
+    if not is_url(url):
         scheme = url.partition(":")[0]
         raise ConfigError(f"{key}={scheme}:...: is no URL: after {scheme}:// come a host (or bucket) and a path")
-    names = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
-    secret = next((name for name in names if any(map(_SECRET.fullmatch, _WORD.findall(name)))), None)
-    if parts.username is not None or parts.password is not None or secret is not None:
-        what = f"the query's {secret}" if secret else "a user or password"
+    parts = urlsplit(url)
+    what = "a user or password" if "@" in parts.netloc else secret_of_query(url)
+    if what is not None:
         shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
         raise ConfigError(
             f"{key}={shown}: has {what} in it, which config.yaml would keep; for "
