@@ -149,11 +149,27 @@ def test_a_signal_before_there_are_ranks(
         time.sleep(30)
         raise AssertionError("nobody heard it")
 
-    before = signal.getsignal(number)
+    def heard(*_: object) -> None:
+        raise AssertionError("it was still here")
+
+    first = signal.signal(number, heard)
     monkeypatch.setattr(torchrun, "prepare", busy)
-    assert main(["pretrain", str(config)]) == STOPPED
-    assert "stopped before there were ranks" in capsys.readouterr().err
-    assert signal.getsignal(number) is before
+    try:
+        assert main(["pretrain", str(config)]) == STOPPED
+        assert "stopped before there were ranks" in capsys.readouterr().err
+        assert signal.getsignal(number) is heard
+    finally:
+        signal.signal(number, first)
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    """As nohup starts a program."""
+    first = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with torchrun.interruptible():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, first)
 
 
 def test_prepare_clears_what_an_earlier_start_left(config: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ from vitscale.text import redact, to_stderr
 from vitscale.world import ATTEMPT, HEARTBEAT, World, child_environment, hide_secrets, local_device
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # the last: its terminal is closed
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def read_config(arguments: Sequence[str]) -> RunConfig:
 def supervise(arguments: Sequence[str], layout: Layout, folder: RunFolder) -> int:
     """Run this node's ranks to their end; the exit code of this attempt, `folder.attempt`.
 
-    TERM, INT or USR1 makes the stop file, so that a run has the time it needs to save (torchrun gives its
+    TERM, INT, USR1 or HUP makes the stop file, so that a run has the time it needs to save (torchrun gives its
     ranks 30 s); a second TERM or INT kills torchrun and its ranks. For that, torchrun lives in a session of its own,
     where Ctrl-C does not reach it too, and is told when this process dies.
     """
@@ -175,7 +175,7 @@ def supervise(arguments: Sequence[str], layout: Layout, folder: RunFolder) -> in
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal asked, killed
         if asked and process is not None:
-            if number != signal.SIGUSR1:  # a notice, which may come again
+            if number not in (signal.SIGUSR1, signal.SIGHUP):  # notices, which may come again
                 killed = True
                 _kill_tree(process.pid)
             return
@@ -188,7 +188,7 @@ def supervise(arguments: Sequence[str], layout: Layout, folder: RunFolder) -> in
                 _tell_ranks(process.pid, layout)
         to_stderr("stopping: the run saves a checkpoint first; once more ends it at once")
 
-    for number in STOP_SIGNALS:
+    for number in _heard():
         signal.signal(number, stop)
     with tempfile.TemporaryDirectory(prefix="vitscale-") as pulses:
         environment = layout.environment() | {HEARTBEAT: pulses, ATTEMPT: folder.attempt}
@@ -229,15 +229,15 @@ def examine(arguments: Sequence[str], layout: Layout) -> int:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Around what comes before the ranks, with nothing to save: TERM and USR1 raise KeyboardInterrupt as Ctrl-C does;
-    one more signal ends the process at once."""
+    """Around what comes before the ranks, with nothing to save: TERM, USR1 and HUP raise KeyboardInterrupt as Ctrl-C
+    does; one more signal ends the process at once."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        for each in STOP_SIGNALS:
+        for each in _heard():
             signal.signal(each, lambda *_: os._exit(INTERRUPTED))
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, interrupt) for number in _heard()}
     try:
         yield
     finally:
@@ -252,6 +252,11 @@ def _tell_ranks(pid: int, layout: Layout) -> None:
         for each in [process] if layout.ranks == 1 else process.children():
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.terminate()
+
+
+def _heard() -> list[signal.Signals]:
+    """The signals that stop a run, without those that whoever started this process has it ignore, as nohup does."""
+    return [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def _kill_tree(pid: int) -> None:
