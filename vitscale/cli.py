@@ -28,6 +28,7 @@ from vitscale.errors import VitscaleError
 from vitscale.export import command as export
 from vitscale.inference import command as inference
 from vitscale.inspection import command as inspection
+from vitscale.launch import command as launching
 from vitscale.planning import command as planning
 from vitscale.run import checkpoint_command as checkpoints
 from vitscale.run import command as looking
@@ -211,13 +212,6 @@ def _bench(arguments: argparse.Namespace) -> int:
     return run(arguments.what, arguments.rest)
 
 
-def _chaos(arguments: argparse.Namespace) -> int:
-    from vitscale.launch.chaos import run_trials
-
-    out, figures = (None if path is None else Path(path) for path in (arguments.out, arguments.json))
-    return run_trials(arguments.kinds, arguments.trials, arguments.kills, arguments.seed, out, figures)
-
-
 def _config(arguments: argparse.Namespace) -> RunConfig:
     from vitscale.config.load import load_config
 
@@ -275,11 +269,9 @@ def _parser() -> argparse.ArgumentParser:
         ("sync", _sync, "send what MLflow has missed"),
     ):
         verb(name, run, text).add_argument("run", metavar="RUN_FOLDER")
-    for module in (looking, planning, checkpoints, conversion, inference, inspection):
+    for module in (looking, planning, launching, checkpoints, conversion, inference, inspection):
         module.register(verb)
     export.register(verb, _export_run)
-    added = verb("chaos", _chaos, "break runs on purpose and see whether they end as an unbroken one does")
-    _takes_kinds(added)
     added = verb("bench", _bench, "measure this project beside its peers")
     benches = "data augment step model checkpoint startup exchange guards zero memory all"
     added.add_argument("what", choices=benches.split())
@@ -287,19 +279,6 @@ def _parser() -> argparse.ArgumentParser:
         "rest", nargs=argparse.REMAINDER, help="options of that benchmark (--help lists them); --json FILE"
     )
     return parser
-
-
-def _takes_kinds(added: argparse.ArgumentParser) -> None:
-    """The arguments of `chaos`."""
-    added.add_argument(
-        "--trials", type=inference.above_zero, metavar="N", help="of all kinds in turns (default: one each)"
-    )
-    text = "then go on with those that kill at any moment until there are so many kills (default: none)"
-    added.add_argument("--kills", type=int, default=0, metavar="N", help=text)
-    added.add_argument("--seed", type=int, default=0, metavar="S", help="of the moments (default: 0)")
-    added.add_argument("--kinds", nargs="+", metavar="KIND", help="of faults, say 'rank killed' (default: all)")
-    added.add_argument("--out", metavar="FOLDER", help="for runs and logs, which are kept (default: a temporary one)")
-    added.add_argument("--json", metavar="FILE", help="what the trials came to, for programs")
 
 
 def _takes_source(added: argparse.ArgumentParser) -> None:

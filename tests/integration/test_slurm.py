@@ -117,6 +117,22 @@ def test_a_bad_config_ends_the_job_at_once(slurm: SlurmCluster, config: Path, sh
     assert not job.run.exists()
 
 
+def test_submitted_by_the_verb(slurm: SlurmCluster, config: Path, shards: Path, tmp_path: Path) -> None:
+    words = ["submit", str(config), "--nodes", "2", "--gpus-a-node", "2", f"data.train={shards}/*.tar"]
+    words += ["--option=--hold", f"--option=--output={tmp_path / 'job.log'}"]
+    said = slurm.command(sys.executable, "-m", "vitscale", *words, cwd=tmp_path)
+    job = said.split()[-1]
+    try:
+        assert said.startswith("Submitted batch job ")
+        state = slurm.state(job)
+        assert (state["JobName"], state["NumNodes"], state["Requeue"]) == ("run", "2-2", "1")
+        assert state["Command"].startswith(str(SCRIPT))
+    finally:
+        slurm.command("scancel", job)
+    with pytest.raises(AssertionError, match=r"vitscale: error: sbatch: .*[Pp]artition"):
+        slurm.command(sys.executable, "-m", "vitscale", *words, "--option=--partition=none", cwd=tmp_path)
+
+
 def test_an_index_by_an_array(slurm: SlurmCluster, shards: Path, tmp_path: Path) -> None:
     """Four tasks on as many nodes, in any order."""
     out, logs = tmp_path / "index.json", str(tmp_path / "%a.log")
