@@ -32,6 +32,8 @@ VERBS += (
     "simulate",
     "replay",
     "plan",
+    "submit",
+    "chaos",
     "checkpoint",
     "convert",
     "predict",
@@ -39,7 +41,7 @@ VERBS += (
     "inspect",
     "export",
 )
-VERBS += ("chaos", "bench")
+VERBS += ("bench",)
 MODEL = """\
 model: {hidden_size: 8, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 16, image_size: 8,
         patch_size: 4}
