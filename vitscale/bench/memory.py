@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -29,6 +30,7 @@ from vitscale.planning.memory import activations, memory, parameters
 from vitscale.text import aligned
 
 _STEPS = 2  # the first one makes what later ones keep
+_LETTING_GO_S = 0.2
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -86,6 +88,8 @@ def peak(config: RunConfig, of_process: world.World) -> int:
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)
                 training.engine.step([inputs], LR)
+            # gloo's threads want the interpreter to let go of `live`, while the group's end makes it wait for them.
+            time.sleep(_LETTING_GO_S)
             return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else live.peak
     finally:
         torch.autograd.set_multithreading_enabled(before)
