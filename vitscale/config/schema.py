@@ -246,6 +246,7 @@ class Parallel:
     zero_stage: OrAuto = 0  # 0: DDP; 1 optimizer, 2 and gradients, 3 and weights sharded over the ranks; auto: the
     # lowest that fits into the memory there is
     offload_optimizer: bool = False  # ZeRO 1 to 3: Adam's state and step on the CPU
+    reduce_dtype: str = "fp32"  # what gradients are summed over ranks in; bf16: half of the traffic, and rounded
     bucket_elements: int = 25_000_000  # gradients reduced at once; small enough to overlap backward
     pin_cores: bool = True  # each rank of a node has cores of its own, near its GPU; not fewer than without
     timeout_s: int = 600  # a collective that takes longer ends the run
@@ -254,6 +255,7 @@ class Parallel:
 
     def __post_init__(self) -> None:
         require(self.zero_stage in (0, 1, 2, 3, AUTO), "parallel.zero_stage", self.zero_stage, "0, 1, 2, 3 or auto")
+        one_of("parallel.reduce_dtype", self.reduce_dtype, PRECISIONS)
         require(self.bucket_elements > 0, "parallel.bucket_elements", self.bucket_elements, "above 0")
         require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "above 0 seconds")
         patience_s = self.patience_s

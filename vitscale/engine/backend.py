@@ -250,8 +250,7 @@ def zero_config(config: RunConfig, world: World) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
-    if bf16:
-        result["communication_data_type"] = "fp32"  # gradients are summed over ranks as stage 0 sums them
+    result["communication_data_type"] = config.parallel.reduce_dtype
     if bf16 and accumulated > 1:
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     return result

@@ -84,8 +84,9 @@ def _communicated(config: RunConfig, count: int, ranks: int, forwards: int) -> f
     """Bytes that a rank sends in a step, by ring algorithms."""
     stage, others = config.parallel.zero_stage, (ranks - 1) / ranks
     weight = 2 if config.train.precision == "bf16" and stage else 4
+    gradient = 4 if config.parallel.reduce_dtype == "fp32" else 2
     if stage == 0:
-        return 2 * others * 4 * count
+        return 2 * others * gradient * count
     if stage < 3:
-        return others * (2 * 4 + weight) * count
-    return forwards * others * (2 * weight + 4) * count
+        return others * (2 * gradient + weight) * count
+    return forwards * others * (2 * weight + gradient) * count
