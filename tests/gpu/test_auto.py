@@ -16,7 +16,7 @@ from vitscale.planning.trial import trial
 from vitscale.world import World
 
 pytestmark = pytest.mark.gpu
-DEVICE = torch.device("cuda", 0)
+DEVICE, ROOM = torch.device("cuda", 0), 10**10
 
 
 def small(stage: int, micro_batch: int) -> RunConfig:
@@ -28,16 +28,16 @@ def small(stage: int, micro_batch: int) -> RunConfig:
 def test_a_trial_takes_what_was_planned_and_leaves_nothing(stage: int) -> None:
     before = torch.cuda.memory_allocated(DEVICE)
     config = small(stage, 128)
-    took = trial(config, DEVICE)
+    took = trial(config, DEVICE, ROOM)
     assert took == pytest.approx(activations(config).of(128).peak, rel=0.15)
     assert torch.cuda.memory_allocated(DEVICE) - before < 100_000_000, "cuBLAS keeps its workspace"
 
 
 def test_a_trial_that_cannot_fit_is_told_and_leaves_nothing() -> None:
     before = torch.cuda.memory_allocated(DEVICE)
-    assert trial(small(0, 1_000_000), DEVICE) is None
+    assert trial(small(0, 1_000_000), DEVICE, ROOM) is None
     assert torch.cuda.memory_allocated(DEVICE) - before < 100_000_000
-    assert trial(small(0, 2), DEVICE) is not None
+    assert trial(small(0, 2), DEVICE, ROOM) is not None
 
 
 def test_the_room_is_what_others_leave() -> None:

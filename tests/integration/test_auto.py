@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from vitscale.config.step import step_keys
 from vitscale.engine.ranks import joined
 from vitscale.engine.room import Room, room
 from vitscale.planning.plan import Cluster, Planner
-from vitscale.planning.trial import trial
 from vitscale.run.auto import settle, tried
 from vitscale.run_folder import RunFolder
 from vitscale.world import read_world
@@ -119,17 +117,14 @@ def try_out() -> list[Any]:
         if world.rank == 1:
             leave(150_000_000)
         chosen, ratio, why = tried(planner, there, ranks, CPU)
-        whole = replace(config, train=replace(config.train, micro_batch=64))
         ranks.barrier()
-        return [chosen.config.train.micro_batch, ratio, why, trial(whole, CPU)]
+        return [chosen.config.train.micro_batch, ratio, why]
 
 
 def test_a_trial_that_runs_out_of_memory_lowers_the_choice(launcher: Launcher) -> None:
     one, other = launcher.call(try_out, 2)
-    assert one[:3] == other[:3]
-    micro, ratio, why, took = one
+    assert one == other
+    micro, ratio, why = one
     assert 1 <= micro <= 32
     assert why.startswith("a trial of 64 ran out of memory; ")
     assert 1 <= ratio < 2
-    assert took > 100_000_000, "rank 0 has no limit"
-    assert other[3] is None

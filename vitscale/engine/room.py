@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import resource
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +85,22 @@ def give_back(device: torch.device) -> None:
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):  # not every container lets a process do that
         _RESET.write_text("5", encoding="ascii")
+
+
+@contextlib.contextmanager
+def bounded(device: torch.device, most: int) -> Iterator[None]:
+    """Within it, on a CPU, an allocation beyond so many further bytes fails, where the system would end the process for
+    it; a GPU's fails by itself."""
+    if device.type == "cuda":
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [limit for limit in before if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min([_status("VmSize") + most, *limits]), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def gpu_memory() -> int:

@@ -71,7 +71,9 @@ class Activations:
 
 def activations(config: RunConfig) -> Activations:
     """Counted on fake tensors: no data, no memory, no GPU."""
-    train, stage = config.train, min(config.parallel.zero_stage, 1)  # stages 1 to 3 are alike
+    train = config.train
+    # Stages 1 to 3 are alike, and only bf16 tells them from 0.
+    stage = min(config.parallel.zero_stage, 1) if train.precision == "bf16" else 0
     kept = Train(precision=train.precision, gradient_checkpointing=train.gradient_checkpointing)
     return _counted(RunConfig(model=config.model, objective=config.objective, train=kept, parallel=Parallel(stage)))
 

@@ -6,20 +6,21 @@ import torch
 
 from vitscale.config.schema import RunConfig
 from vitscale.engine.backend import prepare
-from vitscale.engine.room import give_back, is_out_of_memory, memory_in_use, peak_memory
+from vitscale.engine.room import bounded, give_back, is_out_of_memory, memory_in_use, peak_memory
 from vitscale.planning.memory import lone_forward, lone_model
 
 
-def trial(config: RunConfig, device: torch.device) -> int | None:
+def trial(config: RunConfig, device: torch.device, most: int) -> int | None:
     """Bytes that a forward and backward of train.micro_batch images take at most, beside weights and gradients; None
-    where there was no memory for them. Whatever they took is free again.
+    where there was no memory for them, of `most` with the weights. Whatever they took is free again.
 
     Nothing is exchanged between ranks, so none waits for one that ran out of memory. train.cuda_graphs, whose memory
     the plan does not know either, is left out.
     """
     peak = None
     try:
-        peak = _peak(config, device)
+        with bounded(device, most):
+            peak = _peak(config, device)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -121,7 +121,7 @@ def tried(planner: Planner, there: Room, ranks: ProcessRanks, device: torch.devi
             return choice, ratio, "planned"
         if 4 * planner.parameters + counted > there.bytes:
             return choice, ratio, "planned, and not tried: one rank has no memory for all weights"
-        of_ranks = ranks.gather(trial(choice.config, device))
+        of_ranks = ranks.gather(trial(choice.config, device, there.bytes))
         if None in of_ranks:
             attempts.append(f"a trial of {micro} ran out of memory")
             most = micro // 2
