@@ -3,14 +3,14 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vitscale.checkpoint.store import checkpoint_folders, folder_name
-from vitscale.config.schema import Guard, RunConfig
+from vitscale.config.schema import Checkpoint, Guard, Log, Optimizer, Parallel, Run, RunConfig
 from vitscale.errors import VitscaleError
-from vitscale.run.rollback import kept_for_rollback, refuse_the_same_end
-from vitscale.run.session import config_digest
+from vitscale.run.rollback import kept_for_rollback, numbers_digest, refuse_the_same_end
 from vitscale.run_folder import RunFolder
 
 
@@ -34,9 +34,19 @@ def test_a_checkpoint_from_before_a_spike_is_kept(tmp_path: Path, every: int, be
 def test_the_same_config_is_not_started_into_the_same_end(tmp_path: Path) -> None:
     folder, config = RunFolder(tmp_path), RunConfig()
     refuse_the_same_end(folder, config)
-    folder.diverged.write_text(f'{{"step": 70, "reason": "spike", "config": "{config_digest(config)}"}}')
-    for _ in range(2):
+    folder.diverged.write_text(f'{{"step": 70, "reason": "spike", "numbers": "{numbers_digest(config)}"}}')
+    for same in (config, config, replace(config, log=Log(every_steps=7), run=Run(name="moved", dir="elsewhere")),
+                 replace(config, checkpoint=Checkpoint(keep=9), parallel=Parallel(timeout_s=99))):  # fmt: skip
         with pytest.raises(VitscaleError, match=r"diverged at step 70, .* with the same config \(spike\); "):
-            refuse_the_same_end(folder, config)
+            refuse_the_same_end(folder, same)
     refuse_the_same_end(folder, replace(config, guard=Guard(rollback=True)))
     refuse_the_same_end(folder, config)  # the way is free, whatever comes next
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"optimizer": Optimizer(lr=1e-5)}, {"run": Run(seed=1)}, {"parallel": Parallel(zero_stage=2)},
+     {"guard": Guard(max_rollbacks=9)}, {"checkpoint": Checkpoint(resume_from="elsewhere")}],
+)  # fmt: skip
+def test_what_changes_a_number_may_end_otherwise(changed: dict[str, Any]) -> None:
+    assert numbers_digest(replace(RunConfig(), **changed)) != numbers_digest(RunConfig())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -10,14 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from vitscale.checkpoint.store import Checkpoint, checkpoint_folders
-from vitscale.config.schema import RunConfig
+from vitscale.config.schema import RunConfig, as_dict
 from vitscale.data.derived_order import nth_left
 from vitscale.engine.guard import Diverged
 from vitscale.errors import CheckpointError, VitscaleError
 from vitscale.files.atomic import write_atomically
-from vitscale.run.session import Session, config_digest
+from vitscale.run.session import Session
 from vitscale.run_folder import ROLLED_BACK, RunFolder
 from vitscale.text import listed
+from vitscale.tracking.outbox import flat_params
+
+# Keys of the other sections that no number depends on: where bytes come from, and how long things may take.
+_AROUND = {
+    "data": ("index", "threads", "prefetch", "cache", "cache_bytes", "patience_s"),
+    "parallel": ("timeout_s", "patience_s", "restarts_without_progress"),
+}
 
 
 class RolledBack(VitscaleError):
@@ -38,7 +46,7 @@ def after_divergence(session: Session, shift: int, diverged: Diverged) -> Except
         if guard.rollback and len(session.folder.rollbacks()) < guard.max_rollbacks:
             told = _roll_back(session, shift // session.config.train.global_batch, diverged)
         else:
-            content = {"step": diverged.last, "reason": str(diverged), "config": config_digest(session.config)}
+            content = {"step": diverged.last, "reason": str(diverged), "numbers": numbers_digest(session.config)}
             write_atomically(session.folder.diverged, json.dumps(content) + "\n")
     told = session.ranks.gather(told)[0]
     return diverged if told is None else RolledBack(told)
@@ -76,11 +84,11 @@ def _steps(folder: RunFolder) -> dict[int, Path]:
 
 
 def refuse_the_same_end(folder: RunFolder, config: RunConfig) -> None:
-    """VitscaleError where the last start diverged with this very config; with another one the run may go on."""
+    """VitscaleError where the last start diverged with these numbers; with other ones the run may go on."""
     if not folder.diverged.exists():
         return
     last = json.loads(folder.diverged.read_text(encoding="utf-8"))
-    if last["config"] != config_digest(config):
+    if last.get("numbers") != numbers_digest(config):
         folder.diverged.unlink()
         return
     raise VitscaleError(
@@ -88,6 +96,21 @@ def refuse_the_same_end(folder: RunFolder, config: RunConfig) -> None:
         f"({last['reason']}); lower optimizer.lr, set optimizer.clip or guard.rollback=true; to try it all the same, "
         f"remove {folder.diverged}"
     )
+
+
+def numbers_digest(config: RunConfig) -> str:
+    """16 hex digits: a hash of the keys that the numbers of a run depend on, not where it is and what it tells."""
+    kept = {path: value for path, value in flat_params(as_dict(config)).items() if _changes_numbers(path)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _changes_numbers(key: str) -> bool:
+    if key in ("run.seed", "checkpoint.resume_from"):
+        return True
+    section, _, name = key.partition(".")
+    if section in ("run", "log", "tracking", "checkpoint", "evaluation"):
+        return False
+    return name not in _AROUND.get(section, ())
 
 
 def kept_for_rollback(folder: RunFolder, config: RunConfig, step: int) -> list[int]:
