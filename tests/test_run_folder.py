@@ -75,3 +75,21 @@ def test_write_atomically_leaves_one_file(tmp_path: Path) -> None:
 def test_a_name_that_is_too_long(tmp_path: Path, run_dir: str, name: str, key: str) -> None:
     with pytest.raises(LaunchError, match=rf"^{key}=.* too long"), RunFolder.at(str(tmp_path / run_dir), name).locked():
         pass
+
+
+def test_a_start_that_is_announced_holds_the_folder_while_its_launcher_lives(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert not folder.is_held()
+    folder.announce()
+    assert folder.is_held()
+    assert not folder.is_taken()
+    with folder.locked():  # it keeps nobody from it
+        folder.withdraw()
+        assert folder.is_held()
+    assert not folder.is_held()
+    launcher = multiprocessing.get_context("spawn").Process(target=folder.announce)
+    launcher.start()
+    launcher.join()
+    assert not folder.is_held(), "it is dead"
+    (tmp_path / "starting").write_text("0000000000\nprocess 5 on far\nfar 5 5\n")
+    assert folder.is_held(), "nobody can say here"

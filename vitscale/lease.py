@@ -24,7 +24,9 @@ from vitscale.text import to_stderr
 BEAT_S = 5.0  # between two counts
 EXPIRES_S = 60.0  # of looking at a count that stays the same
 _LOOK_S = 0.5
-_FREE = b"free      "  # in place of the count, of as many bytes
+_FIRST = b"0000000000"  # the count at first
+_FREE = b"free      "  # in place of it, of as many bytes
+_STARTING = "starting"  # a file as those of leases
 NOBODY = "nobody"
 _GONE = (errno.ENOENT, errno.ESTALE)
 
@@ -117,8 +119,8 @@ def take(folder: Path, job: str | None = None) -> Lease:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
         except FileExistsError:  # another one was quicker
             continue
-        own = f"\n{_myself(job)}\n{_machine()} {os.getpid()} {_started(os.getpid())}\n".encode()
-        os.write(descriptor, b"%010d" % 0 + own)
+        own = _signature(job)
+        os.write(descriptor, _FIRST + own)
         os.fsync(descriptor)  # other nodes look whether they see it too
         os.close(descriptor)
         leases = _leases(folder)
@@ -136,6 +138,25 @@ def folder_gone(folder: Path) -> FolderLost:
         f"{folder}: the folder is gone: moved, removed, or on storage that is no longer there; bring it back to this "
         "place, and the same command goes on from its newest checkpoint"
     )
+
+
+def announce(folder: Path) -> None:
+    """Say that a run is about to start in the folder, which its rank 0 takes later; until `withdraw`."""
+    with contextlib.suppress(OSError):  # it helps whoever wants to stop the run, and no more
+        (folder / _STARTING).write_bytes(_FIRST + _signature(None))
+
+
+def withdraw(folder: Path) -> None:
+    """The run has the folder, or will not start."""
+    with contextlib.suppress(OSError):
+        (folder / _STARTING).unlink(missing_ok=True)
+
+
+def is_announced(folder: Path) -> bool:
+    """Whether a run is about to start there, as far as can be told from this machine."""
+    with contextlib.suppress(OSError):
+        return _lives((folder / _STARTING).read_bytes()) is not False
+    return False
 
 
 def require_free(folder: Path, patience_s: float = 0.0, report: Callable[[str], None] = to_stderr) -> None:
@@ -217,6 +238,11 @@ def _started(pid: int) -> str | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if fields[0] in "ZX" else fields[19]
+
+
+def _signature(job: str | None) -> bytes:
+    """What a lease says behind its count: who has it, in words and for `_lives`."""
+    return f"\n{_myself(job)}\n{_machine()} {os.getpid()} {_started(os.getpid())}\n".encode()
 
 
 def _myself(job: str | None) -> str:

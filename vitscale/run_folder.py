@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vitscale.errors import LaunchError, VitscaleError, failed_storage
-from vitscale.lease import FolderInUse, Lease, holder, require_free, take
+from vitscale.lease import FolderInUse, Lease, announce, holder, is_announced, require_free, take, withdraw
 from vitscale.text import redact, to_stderr
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 3  # exit codes; STOPPED is to be requeued
@@ -143,12 +143,24 @@ class RunFolder:
             require_free(self.path, patience_s, report)
 
     def is_held(self, report: Callable[[str], None] = to_stderr) -> bool:
+        """Whether a run has the folder now, or is about to; see `is_taken`."""
+        return is_announced(self.path) or self.is_taken(report)
+
+    def is_taken(self, report: Callable[[str], None] = to_stderr) -> bool:
         """Whether a run has the folder now; report: is told that another machine's run takes a while to be seen."""
         try:
             self.require_free(report=report)
         except FolderInUse:
             return True
         return False
+
+    def announce(self) -> None:
+        """A launcher is about to start a run here, whose requests count from now on."""
+        announce(self.path)
+
+    def withdraw(self) -> None:
+        """What was announced has come, or will not come."""
+        withdraw(self.path)
 
     def owner(self) -> str:
         """What the process that holds the folder, or held it last, wrote of itself; no two starts write the same."""

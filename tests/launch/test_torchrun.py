@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from vitscale.cli import main as vitscale
 from vitscale.errors import ConfigError, LaunchError
 from vitscale.launch import torchrun
 from vitscale.launch.torchrun import (
@@ -24,7 +25,7 @@ from vitscale.launch.torchrun import (
     read_layout,
     whole_number,
 )
-from vitscale.run_folder import STOPPED, RunFolder
+from vitscale.run_folder import BAD_INPUT, DONE, STOPPED, RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIABLES = ("NPROC_PER_NODE", "NNODES", "RDZV_ENDPOINT", "RDZV_ID", "OMP_NUM_THREADS", "SLURM_JOB_ID", "RANK")
@@ -170,6 +171,42 @@ def test_what_is_ignored_stays_ignored() -> None:
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, first)
+
+
+def test_a_stop_file_before_there_are_ranks(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`vitscale stop` is heard as soon as what an earlier start left is cleared away."""
+    folder = RunFolder(tmp_path / "runs" / "r")
+
+    def busy(*_: object, **__: object) -> None:
+        folder.config.touch()
+        assert vitscale(["stop", str(folder.path)]) == DONE
+        time.sleep(30)
+        raise AssertionError("nobody heard it")
+
+    monkeypatch.setattr(torchrun, "_prepare_data", busy)
+    assert main(["pretrain", str(config)]) == STOPPED
+    assert "stopped before there were ranks" in capsys.readouterr().err
+    assert not folder.is_held()
+    assert vitscale(["stop", str(folder.path)]) == BAD_INPUT
+    assert "no run holds this folder" in capsys.readouterr().err
+
+
+def test_what_prepare_announces_is_withdrawn_once_the_ranks_have_ended(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that is still importing has no lease, but the folder is held."""
+    folder = prepare(["pretrain", str(config)], Layout(), "launch/torchrun.sh")
+    assert folder.is_held()
+    assert not folder.is_taken()
+    looks = (
+        f"from vitscale.run_folder import *; import sys; sys.exit(7 * RunFolder(Path({str(folder.path)!r})).is_held())"
+    )
+    monkeypatch.setattr(Layout, "command", lambda self, arguments: [sys.executable, "-c", looks])
+    with torchrun.interruptible():  # which puts the handlers of signals back
+        assert torchrun.supervise(["pretrain", str(config)], Layout(), folder) == 7
+    assert not folder.is_held()
 
 
 def test_prepare_clears_what_an_earlier_start_left(config: Path, tmp_path: Path) -> None:

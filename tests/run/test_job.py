@@ -19,7 +19,7 @@ from vitscale.config.schema import Checkpoint, Data, Guard, Log, Model, Run, Run
 from vitscale.engine import digest
 from vitscale.engine.loop import TrainState, every_n_steps
 from vitscale.errors import ConfigError, StorageError
-from vitscale.lease import FolderInUse, FolderLost
+from vitscale.lease import FolderInUse, FolderLost, is_announced
 from vitscale.run import pretrain as jobs
 from vitscale.run.job import Job
 from vitscale.run.pretrain import pretrain, run_locked
@@ -154,8 +154,10 @@ def test_what_an_earlier_start_left_is_cleared(tmp_path: Path, supervised: bool)
     folder = Job(make_config(tmp_path), World()).folder
     folder.write_exit(FAILED, None, "earlier")
     folder.stop.touch()
+    folder.announce()
 
     def look() -> int:
+        assert not is_announced(folder.path), "it has the folder now"
         assert (folder.read_exit() is not None) == folder.stop.exists() == supervised
         with pytest.raises(FolderInUse):
             run_locked(Ending(tmp_path, lambda: DONE))

@@ -57,7 +57,7 @@ def ending(folder: RunFolder, patience_s: float = _EXIT_PATIENCE_S) -> int:
         raise folder_gone(folder.path)
     began = [row["attempt"] for row in _rows(folder) if "began" in row]
     if folder.attempt not in began:  # refused, as another start at the same moment was quicker; else it broke down
-        return BAD_INPUT if folder.is_held() else FAILED
+        return BAD_INPUT if folder.is_taken() else FAILED
     if not is_last(folder):  # it has lost its lease, and another start has the folder
         return BAD_INPUT
     reason = "the ranks were ended from outside: a signal, a limit of memory, or their node is gone"

@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,6 +46,7 @@ from vitscale.run_folder import BAD_INPUT, DONE, INTERRUPTED, ROLLED_BACK, STOP_
 from vitscale.text import redact, to_stderr
 from vitscale.world import ATTEMPT, HEARTBEAT, World, child_environment, hide_secrets, local_device
 
+_LOOK_S = 1.0  # between two looks for the stop file
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # the last: its terminal is closed
 
@@ -140,8 +142,21 @@ def prepare(arguments: Sequence[str], layout: Layout, script: str, patience_s: f
     folder.require_free(patience_s)
     folder.clear_exit()
     folder.clear_requests()
+    folder.announce()
+    try:
+        with _heeding_stop(folder):
+            _prepare_data(config, folder, packs=arguments[0] == "finetune")
+            keep_snapshot(folder, Path(arguments[1]), [script, *arguments])
+    except BaseException:
+        folder.withdraw()
+        raise
+    return folder
+
+
+def _prepare_data(config: RunConfig, folder: RunFolder, packs: bool) -> None:
+    """Count what is not counted yet; packs: images that are no shards become some."""
     train = config.data.train
-    if arguments[0] == "finetune":
+    if packs:
         pack_folder(train, folder.path / PACKED)
         train = packed_sources(train, folder.path / PACKED)
     if train:  # without any, the run itself says what to give
@@ -150,8 +165,26 @@ def prepare(arguments: Sequence[str], layout: Layout, script: str, patience_s: f
             train, data.index, folder.path, label=data.label_extension, image=data.image, store=store_of(data)
         )
         hand_over(index, data, folder.path)
-    keep_snapshot(folder, Path(arguments[1]), [script, *arguments])
-    return folder
+
+
+@contextlib.contextmanager
+def _heeding_stop(folder: RunFolder) -> Iterator[None]:
+    """While the context lasts, the stop file is as Ctrl-C. It stays, for other nodes' launchers."""
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(_LOOK_S):
+            if os.path.exists(folder.stop):
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    looking = threading.Thread(target=look, name="stop", daemon=True)
+    looking.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        looking.join(_LOOK_S)  # not for longer, where the file system hangs
 
 
 def read_config(arguments: Sequence[str]) -> RunConfig:
@@ -192,10 +225,14 @@ def supervise(arguments: Sequence[str], layout: Layout, folder: RunFolder) -> in
         signal.signal(number, stop)
     with tempfile.TemporaryDirectory(prefix="vitscale-") as pulses:
         environment = layout.environment() | {HEARTBEAT: pulses, ATTEMPT: folder.attempt}
+        folder.announce()
         process = subprocess.Popen(
             layout.command(arguments), env=environment, start_new_session=True, preexec_fn=_before_torchrun
         )
-        code = watch(process, Path(pulses), read_config(arguments), folder)
+        try:
+            code = watch(process, Path(pulses), read_config(arguments), folder)
+        finally:
+            folder.withdraw()
     if killed:
         return INTERRUPTED
     if layout.ranks > 1:

@@ -55,6 +55,7 @@ def run_locked(job: Job) -> int:
         if world.is_main:
             job.lease = stack.enter_context(folder.locked(world.job))
             job.owner = folder.owner()
+            folder.withdraw()
             if not world.supervised:  # else the launcher has cleared both, and what came since then counts
                 folder.clear_exit()
                 folder.clear_requests()
