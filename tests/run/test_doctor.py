@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from tests.data.makers import write_shards
-from vitscale.config.schema import AUTO, Data, Model, Run, RunConfig, Source, Tracking, Train
+from tests.data.makers import photo, write_shards, write_tar
+from vitscale.checkpoint.fragments import Piece
+from vitscale.checkpoint.saving import save_checkpoint
+from vitscale.checkpoint.store import SoleRank
+from vitscale.config.schema import (
+    AUTO,
+    Data,
+    Evaluation,
+    Model,
+    Objective,
+    Run,
+    RunConfig,
+    Source,
+    Tracking,
+    Train,
+)
 from vitscale.data.index import store_of, unused_cache
 from vitscale.engine.links import Links
+from vitscale.files.store import LocalFiles
 from vitscale.launch import slurm
+from vitscale.models.auto import model_keys
 from vitscale.run import doctor
 from vitscale.run.doctor import Finding
+from vitscale.run.start import order_keys
 from vitscale.run.training_data import training_index
 from vitscale.run_folder import BAD_INPUT, DONE, RunFolder
 from vitscale.world import World
@@ -107,6 +127,76 @@ def test_a_shard_that_is_no_tar(config: RunConfig, tmp_path: Path, capsys: pytes
     assert f"{tmp_path}/{SHARDS}/a.tar: is no tar file that can be read" in capsys.readouterr().out
 
 
+def labelled(config: RunConfig, labels: int, **model: int) -> RunConfig:
+    """Shards with the labels 0 to `labels` - 1, to be classified."""
+    folder = Path(config.data.train[0].pattern).parent
+    samples = [
+        (f"{i}.{kind}", data) for i in range(12) for kind, data in (("jpg", photo(i)), ("cls", b"%d" % (i % labels)))
+    ]
+    write_tar(folder / "a.tar", samples)
+    return replace(
+        config,
+        data=replace(config.data, train=(Source(f"{folder}/a.tar"),)),
+        objective=Objective(name="classification"),
+        model=replace(config.model, **model),
+    )
+
+
+def resumed(config: RunConfig, folder: Path) -> RunConfig:
+    """The config of a run that has a checkpoint."""
+    index = training_index(config, RunFolder(folder / "cache"), store_of(config.data))
+    setting = SimpleNamespace(config=config, index=index, folder=None, skipped=())
+    state = {"step": 1, "samples": 8, "adam_step": 1, "total_steps": 1, "decoder": "pillow",
+             "model": model_keys(config), "order": order_keys(setting)}  # fmt: skip
+    checkpoints = RunFolder.at(config.run.dir, config.run.name).checkpoints
+    save_checkpoint(checkpoints, 1, [Piece("param", "w", (1,), 0, np.ones(1, np.float32))], state, SoleRank(), 1)
+    return config
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda c, _: replace(c, train=replace(c.train, global_batch=4096, micro_batch=8)), "train.global_batch=4096"),
+    (lambda c, _: replace(c, model=replace(c.model, init_from="/nonexistent")), "/nonexistent"),
+    (lambda c, _: replace(c, evaluation=Evaluation(every_steps=1, test=(Source("/none.tar"),))), "/none.tar: no such"),
+    (lambda c, _: replace(c, objective=Objective(name="classification"), data=replace(c.data, label="class")),
+     "no member has the extension data.label='class'"),
+    (lambda c, _: labelled(c, 12, num_labels=4), "with model.num_labels=4"),
+    (lambda c, p: replace(resumed(c, p), run=replace(c.run, seed=7)), "was saved with run.seed=0, this run has 7"),
+    (lambda c, p: replace(resumed(c, p), model=replace(c.model, hidden_size=64)), "another model: model.hidden_size"),
+    (lambda c, _: replace(c, optimizer=replace(c.optimizer, layer_decay=0.5)), "optimizer.layer_decay=0.5: is for"),
+])  # fmt: skip
+def test_what_a_start_would_refuse(
+    config: RunConfig, tmp_path: Path, change: Callable[[RunConfig, Path], RunConfig], says: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    refused = change(config, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    code = doctor.doctor(refused, World())
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]
+    assert code == BAD_INPUT
+    assert len(failed) == 1
+    assert says in failed[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_from_where_a_start_goes_on(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(config, capsys)[1]["start"] == "ok: starts from scratch, 1 steps an epoch"
+    assert report(labelled(config, 4, num_labels=4), capsys)[1]["start"].startswith("ok: starts from scratch")
+    code, lines = report(resumed(config, tmp_path), capsys)
+    assert code == DONE
+    assert lines["start"].startswith("ok: goes on from ")
+    assert lines["start"].endswith("step_00000001")
+
+
+def test_a_pipe_is_no_shard(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = tmp_path / "pipe.tar"
+    os.mkfifo(pipe)
+    code, lines = report(replace(config, data=replace(config.data, train=(Source(str(pipe)),))), capsys)
+    assert code == BAD_INPUT
+    assert lines["data"].startswith(f"FAILED: {pipe}: cannot be read: is a pipe")
+    with pytest.raises(OSError, match="Illegal seek"):
+        LocalFiles().read(str(pipe), 0, 1)
+
+
 def test_a_cache_that_is_not_used_is_told(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     with_cache = replace(config, data=replace(config.data, cache="/local/cache"))
     assert doctor.doctor(with_cache, World()) == DONE
@@ -151,6 +241,12 @@ def test_the_slowest_link_is_named() -> None:
     ("Requeue=1", "#!/bin/bash\n#SBATCH --signal=B:USR1@120\n", []),
     ("Requeue=0", "#!/bin/bash\n#SBATCH --signal=B:USR1@120\n", ["--requeue"]),
     ("Requeue=0", "#!/bin/bash\n", ["--requeue", "--signal=B:USR1@120"]),
+    ("Requeue=1", "#SBATCH --requeue --signal B:SIGTERM@300\n", []),
+    ("Requeue=1", "#SBATCH --signal=USR1@120\n", ["without B:"]),
+    ("Requeue=1", "#SBATCH --signal=B:USR1@10\n", ["leaves 10 s to save, less than checkpoint.notice_s=120"]),
+    ("Requeue=1", "#SBATCH --signal=B:USR1\n", ["leaves 60 s"]),
+    ("Requeue=1", "#SBATCH --signal=B:HUP@120\n", ["does not take for a wish to stop"]),
+    ("Requeue=1", "#SBATCH --signal=@@\n", ["none that Slurm knows"]),
 ])  # fmt: skip
 def test_settings_of_a_job(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shown: str, script: str, warned: list[str]
@@ -162,9 +258,9 @@ def test_settings_of_a_job(
     program.chmod(0o755)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    found = slurm.job_warnings()
+    found = slurm.job_warnings(120.0)
     assert found is not None
     assert len(found) == len(warned)
     assert all(way in text for way, text in zip(warned, found, strict=True))
     monkeypatch.delenv("SLURM_JOB_ID")
-    assert slurm.job_warnings() is None
+    assert slurm.job_warnings(120.0) is None

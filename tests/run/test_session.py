@@ -181,7 +181,7 @@ def test_shards_that_are_not_there_are_told_with_their_key(tmp_path: Path) -> No
         ("evaluation.test", replace(CONFIG, evaluation=Evaluation(test=none, every_steps=1))),
     ):
         with pytest.raises(DataError, match=rf"^{key}='.*/none-\*\.tar': no such file"):
-            session._other_data(changed, folder, shards, None)
+            session.look_at_others(changed, folder, shards, None)
 
 
 def test_a_shard_on_both_sides_is_told_whatever_it_is_called(

@@ -67,7 +67,12 @@ def checkpoint_folders(root: Path) -> list[Path]:
 def newest_step(root: Path) -> int:
     """Of the checkpoints under `root`, by their names; 0 without any."""
     folders = checkpoint_folders(root)
-    return int(folders[0].name.rpartition("_")[2]) if folders else 0
+    return step_of(folders[0]) if folders else 0
+
+
+def step_of(folder: Path) -> int:
+    """Of a checkpoint's folder, by its name."""
+    return int(folder.name.rpartition("_")[2])
 
 
 class Checkpoint:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import glob
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -110,9 +112,11 @@ class LocalFiles:
 
     def stat(self, path: str) -> FileStat:
         """Bytes read after it are of the file that it measured, also where another one took its place."""
-        stat = self._patiently(os.stat, path)
+        found = self._patiently(os.stat, path)
         self._files.forget(path)
-        return _file_stat((stat.st_size, stat.st_mtime_ns))
+        if stat.S_ISFIFO(found.st_mode) or stat.S_ISCHR(found.st_mode) or stat.S_ISSOCK(found.st_mode):
+            raise OSError(errno.ESPIPE, "is a pipe, a socket or a device, which cannot be read at a place", path)
+        return _file_stat((found.st_size, found.st_mtime_ns))
 
     def _patiently(self, call: Callable[[str], Result], path: str) -> Result:
         """What a call of the kernel gives, made again where its failure may pass."""
@@ -220,7 +224,8 @@ class _File:
     """An open file that closes with the last reference to it."""
 
     def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Without waiting for whoever writes into it, should it be a pipe: reading that fails at once.
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):

@@ -32,6 +32,7 @@ from vitscale.text import redact, to_stderr, to_stdout
 
 # What Slurm says of a job that runs, or that it ends itself: it shows its reason where the state is already COMPLETING.
 _REQUEUED = ("RUNNING", "NODE_FAIL", "PREEMPTED", "TIMEOUT", "OUT_OF_MEMORY")
+_SIGNAL_S = 60  # before the time limit, where --signal does not say
 _LOST = ("NodeDown", "TimeLimit", "OutOfMemory")
 
 
@@ -105,8 +106,8 @@ def requeue(code: int) -> int:
     return DONE
 
 
-def job_warnings() -> list[str] | None:
-    """What of this job's settings would cost a run steps; None outside of a job."""
+def job_warnings(notice_s: float) -> list[str] | None:
+    """What of this job's settings would cost a run steps; None outside of a job. notice_s: checkpoint.notice_s."""
     job = os.environ.get("SLURM_JOB_ID")
     if not job:
         return None
@@ -117,9 +118,27 @@ def job_warnings() -> list[str] | None:
     found = []
     if "Requeue=1" not in shown:
         found.append("the job may not be requeued: it ends where it is preempted; submit with --requeue")
-    if not re.search(r"^#SBATCH.*--signal", script, re.MULTILINE):
-        found.append("its script asks for no signal before the time limit: add #SBATCH --signal=B:USR1@120")
+    if (wrong := _wrong_signal(script, notice_s)) is not None:
+        found.append(f"{wrong}: let its script have #SBATCH --signal=B:USR1@{notice_s:.0f}")
     return found
+
+
+def _wrong_signal(script: str, notice_s: float) -> str | None:
+    """What is wrong with the signal that a job's script asks for before the time limit; None if nothing is."""
+    asked = re.findall(r"^#SBATCH[^#\n]*?\s--signal[=\s]\s*(\S+)", script, re.MULTILINE)
+    if not asked:
+        return "its script asks for no signal before the time limit"
+    found = re.fullmatch(r"(?:([BR]+):)?(?:SIG)?(\w+)(?:@(\d+))?", asked[-1].strip("'\""), re.IGNORECASE)
+    if found is None:
+        return f"--signal={asked[-1]} is none that Slurm knows"
+    to, name, seconds = found[1] or "", found[2].upper(), int(found[3] or _SIGNAL_S)
+    if "B" not in to.upper():
+        return f"--signal={asked[-1]} goes to the steps alone, without B: not to the script, and ends torchrun"
+    if name not in ("USR1", "TERM", "10", "15"):
+        return f"--signal={asked[-1]} is a signal that launch/slurm.sh does not take for a wish to stop"
+    if seconds < notice_s:
+        return f"--signal={asked[-1]} leaves {seconds} s to save, less than checkpoint.notice_s={notice_s:g}"
+    return None
 
 
 def job_name() -> str:

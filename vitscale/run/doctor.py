@@ -38,6 +38,7 @@ from vitscale.run.preflight import (
     signal_problem,
     versions,
 )
+from vitscale.run.rehearsal import job_of, rehearse
 from vitscale.run.session import config_digest
 from vitscale.run_folder import BAD_INPUT, DONE, RunFolder
 from vitscale.text import aligned, listed, printable, redact
@@ -47,6 +48,7 @@ Level = Literal["ok", "warning", "FAILED"]
 _OPEN_FILES = 4096  # a reader's shards, and on rank 0 a connection to each rank
 _SHARED_MEMORY = 1 << 30  # a container has 64 MB of it unless it is told otherwise
 _CLOCKS_S = 1.0
+_COUNTED_BYTES = 2 << 30  # of shards that no index has, whose headers are read here
 _SLOW_LINK = 2.0  # times the median
 
 
@@ -109,15 +111,19 @@ def _looked_at_once(config: RunConfig, world: World, packs: bool) -> tuple[list[
         except VitscaleError as error:
             found.append(Finding("FAILED", what, str(error)))
 
-    look("config", lambda: _of_config(config, world))
+    look("config", lambda: _of_config(config, world, packs))
     folders = [source.pattern for source in config.data.train if packs and is_image_folder(source.pattern)]
     if folders:
         found.append(Finding("ok", "data", f"{folders[0]}: a folder of images, which the first start packs"))
     else:
         look("data", lambda: _of_data(config, world, shards))
+    if shards and all(finding.level != "FAILED" for finding in found):
+        broken: list[str] = []
+        look("start", lambda: _of_start(config, world, packs, broken.append))
+        found += [Finding("warning", "start", line) for line in broken]
     look("room", lambda: _of_room(config))
     look("MLflow", lambda: _of_mlflow(config))
-    warnings = job_warnings()
+    warnings = job_warnings(config.checkpoint.notice_s)
     if warnings is not None:
         found += [Finding("warning", "Slurm", text) for text in warnings] or [
             Finding("ok", "Slurm", "the job asks for a signal before its end, and may be requeued")
@@ -125,8 +131,8 @@ def _looked_at_once(config: RunConfig, world: World, packs: bool) -> tuple[list[
     return shards, found
 
 
-def _of_config(config: RunConfig, world: World) -> Iterator[tuple[Level, str]]:
-    check_config(config, world)
+def _of_config(config: RunConfig, world: World, packs: bool) -> Iterator[tuple[Level, str]]:
+    check_config(job_of(config, world, packs).config, world)
     batch, ranks = config.train.global_batch, world.world_size
     yield "ok", f"its keys fit together for {ranks} rank(s), {batch // ranks} images a step on each"
 
@@ -156,6 +162,34 @@ def _of_data(config: RunConfig, world: World, shards: list[Shard]) -> Iterator[t
     if line := unused_cache(data, names):
         yield "warning", line
     yield "ok", f"images are decoded by {choose_decoder(data.decode)}"
+
+
+def _of_start(
+    config: RunConfig, world: World, packs: bool, report: Callable[[str], None]
+) -> Iterator[tuple[Level, str]]:
+    if (uncounted := _uncounted_bytes(config)) > _COUNTED_BYTES:
+        text = f"{uncounted / 1e9:.0f} GB of shards are not counted: the first start tells whether they are enough"
+        yield "warning", f"{text}, and what their labels are; `vitscale index` first, and this looks at them too"
+    else:
+        yield "ok", rehearse(job_of(config, world, packs), report)
+
+
+def _uncounted_bytes(config: RunConfig) -> int:
+    """Of the shards whose samples no index has."""
+    data, evaluation, store = config.data, config.evaluation, store_of(config.data)
+    named = {
+        "data.validation": data.validation,
+        "evaluation.train": evaluation.train,
+        "evaluation.test": evaluation.test,
+    }
+    named |= {"data.train": data.train} if data.index is None else {}
+    total = 0
+    for key, sources in named.items():
+        if sources:
+            builder = IndexBuilder(expand(sources, store, key), store, key)
+            builder.uncounted(str(RunFolder.at(config.run.dir, config.run.name).path))
+            total += int(builder.bytes[builder.samples == 0].sum())
+    return total
 
 
 def _of_room(config: RunConfig) -> Iterator[tuple[Level, str]]:

@@ -183,7 +183,7 @@ class Finetune(Job):
         _require_labels(config, counts)
         if held_out is not None:
             scored = count_labels(held_out.index, extension, reader, held_out.subset)
-            _require_readable(config, scored, "of what is validated on, ")
+            require_readable(config, scored, "of what is validated on, ")
         return sorted(counts.classes.items())
 
     def build(self, session: Session, drawn: bool) -> ViTPreTrainedModel:
@@ -274,7 +274,7 @@ def _require_names(config: RunConfig, index: ShardIndex) -> None:
 
 def _require_labels(config: RunConfig, counts: LabelCounts) -> None:
     data = config.data
-    _require_readable(config, counts)
+    require_readable(config, counts)
     classes = {label for label in counts.classes if label >= 0}
     if has_classes(config) and len(classes) == 1 and not counts.too_long:
         raise DataError(
@@ -282,7 +282,7 @@ def _require_labels(config: RunConfig, counts: LabelCounts) -> None:
         )
 
 
-def _require_readable(config: RunConfig, counts: LabelCounts, which: str = "") -> None:
+def require_readable(config: RunConfig, counts: LabelCounts, which: str = "") -> None:
     """DataError for more bad labels than data.max_bad_fraction lets pass."""
     data, model, seen = config.data, config.model, counts.good + counts.bad
     if counts.bad > max(3, data.max_bad_fraction * seen):

@@ -27,11 +27,11 @@ def pretrain(config: RunConfig, world: World) -> int:
     Raises VitscaleError where the user can mend the cause.
     """
     check_config(config, world)
-    _require_no_tuning(config)
+    require_no_tuning(config)
     return run_locked(Job(config, world))
 
 
-def _require_no_tuning(config: RunConfig) -> None:
+def require_no_tuning(config: RunConfig) -> None:
     """ConfigError for a key that `vitscale finetune` alone reads."""
     classification, usual = config.objective.classification, RunConfig()
     given = {

@@ -10,13 +10,13 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
-from vitscale.checkpoint.store import Checkpoint, checkpoint_folders
+from vitscale.checkpoint.store import Checkpoint, checkpoint_folders, step_of
 from vitscale.config.schema import RunConfig, as_dict
 from vitscale.data.derived_order import nth_left
 from vitscale.engine.guard import Diverged
 from vitscale.errors import CheckpointError, VitscaleError
 from vitscale.files.atomic import write_atomically
-from vitscale.run.session import Session
+from vitscale.run.session import Session, Setting
 from vitscale.run_folder import ROLLED_BACK, RunFolder
 from vitscale.text import listed
 from vitscale.tracking.outbox import flat_params
@@ -80,16 +80,21 @@ def _roll_back(session: Session, shift: int, diverged: Diverged) -> str:
 
 def _steps(folder: RunFolder) -> dict[int, Path]:
     """The checkpoints by their steps."""
-    return {int(path.name.rpartition("_")[2]): path for path in checkpoint_folders(folder.checkpoints)}
+    return {step_of(path): path for path in checkpoint_folders(folder.checkpoints)}
 
 
 def refuse_the_same_end(folder: RunFolder, config: RunConfig) -> None:
-    """VitscaleError where the last start diverged with these numbers; with other ones the run may go on."""
+    """VitscaleError where the last start diverged with these numbers; other ones free the way, for good."""
+    require_another_end(folder, config)
+    folder.diverged.unlink(missing_ok=True)
+
+
+def require_another_end(folder: RunFolder, config: RunConfig) -> None:
+    """VitscaleError where the last start diverged with these numbers."""
     if not folder.diverged.exists():
         return
     last = json.loads(folder.diverged.read_text(encoding="utf-8"))
     if last.get("numbers") != numbers_digest(config):
-        folder.diverged.unlink()
         return
     raise VitscaleError(
         f"run.name={config.run.name}: diverged at step {last['step']}, and would again with the same config "
@@ -122,7 +127,7 @@ def kept_for_rollback(folder: RunFolder, config: RunConfig, step: int) -> list[i
     return saved[max(count - 1, 0) : count + 1]
 
 
-def require_same_batches(session: Session, checkpoint: Checkpoint) -> None:
+def require_same_batches(session: Setting, checkpoint: Checkpoint) -> None:
     """CheckpointError unless the batches left out are those that the checkpoint's run left out, and later ones."""
     state = checkpoint.state
     saved, own = state.get("skipped_batches", []), session.skipped

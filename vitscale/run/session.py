@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from vitscale.config.check import has_classes
 from vitscale.config.load import dump_config
@@ -29,6 +29,19 @@ from vitscale.run_folder import RunFolder
 from vitscale.text import listed, to_stderr, to_stdout
 from vitscale.tracking.startup import StartUp
 from vitscale.world import World
+
+
+class Setting(Protocol):
+    """What of a start decides from which checkpoints it can go on."""
+
+    @property
+    def config(self) -> RunConfig: ...
+    @property
+    def folder(self) -> RunFolder: ...
+    @property
+    def index(self) -> ShardIndex: ...
+    @property
+    def skipped(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,7 @@ def open_session(
     # Rank 0 opens the index before it joins the others, so that a missing shard is an error at once.
     store = store_of(config.data)
     opened = training_index(config, folder, store, world.supervised) if world.is_main else None
-    others = _other_data(config, folder, opened, look_at_data) if opened else None
+    others = look_at_others(config, folder, opened, look_at_data) if opened else None
     startup.done("index")
     backend = Backend(config, world)
     startup.done("joining")
@@ -128,7 +141,7 @@ Packed = tuple[bytes, tuple[str, ...]]  # an index, and the names of the classes
 
 
 @dataclass(frozen=True)
-class _OtherData:
+class OtherData:
     """What rank 0 found beside the index."""
 
     sides: tuple[Subset, Subset] | None  # (training, validation) of the index
@@ -137,7 +150,10 @@ class _OtherData:
     skipped: tuple[int, ...]  # batches
 
 
-def _other_data(config: RunConfig, folder: RunFolder, index: ShardIndex, look_at_data: LookAtData | None) -> _OtherData:
+def look_at_others(
+    config: RunConfig, folder: RunFolder, index: ShardIndex, look_at_data: LookAtData | None
+) -> OtherData:
+    """Rank 0: what a run has beside its index. DataError or ConfigError where it cannot be trained or scored by it."""
     data, label = config.data, config.data.label_extension
     sides = sides_of(config, index)
     evaluation = config.evaluation
@@ -172,7 +188,7 @@ def _other_data(config: RunConfig, folder: RunFolder, index: ShardIndex, look_at
     if sides is not None and sides[1].total:
         held_out = HeldOut(index, sides[1])
     facts = None if look_at_data is None else look_at_data(named, index, sides and sides[0], held_out)
-    return _OtherData(sides, indexes, facts, folder.skipped_batches())
+    return OtherData(sides, indexes, facts, folder.skipped_batches())
 
 
 def packed(index: ShardIndex) -> Packed:

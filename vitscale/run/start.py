@@ -23,7 +23,7 @@ from vitscale.models.auto import model_keys
 from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.run.rollback import require_same_batches
 from vitscale.run.scoring import is_early
-from vitscale.run.session import Session
+from vitscale.run.session import Session, Setting
 from vitscale.run_folder import RunFolder
 from vitscale.text import listed
 from vitscale.tracking.outbox import flat_params
@@ -57,11 +57,8 @@ def start(session: Session, model: ViTPreTrainedModel, checkpoint: Checkpoint | 
     """
     config = session.config
     if checkpoint is not None:
-        require_of_run(checkpoint)
-        session.say(f"start: {checkpoint.folder}, step {checkpoint.state['step']} of {session.total_steps}")
-        differing = _require_same_order(session, checkpoint)
-        _require_same_model(session, checkpoint)
-        require_same_batches(session, checkpoint)
+        session.say(f"start: {checkpoint.folder}, step {checkpoint.step} of {session.total_steps}")
+        differing = require_resumable(session, checkpoint)
         _say_changes(session, checkpoint)
         load_weights(model, checkpoint)
         state = _restored(checkpoint, config)
@@ -78,13 +75,18 @@ def start(session: Session, model: ViTPreTrainedModel, checkpoint: Checkpoint | 
     return TrainState()
 
 
-def require_of_run(checkpoint: Checkpoint) -> None:
-    """CheckpointError where a checkpoint, whole as it may be, does not say where a run stood."""
+def require_resumable(setting: Setting, checkpoint: Checkpoint) -> str | None:
+    """CheckpointError where the run cannot go on from a whole checkpoint; which shards differ, where
+    data.when_changed allows that."""
     if missing := [key for key in _NEEDED if key not in checkpoint.state]:
         raise CheckpointError(
             f"{checkpoint.folder}: says no {listed(missing)} of a run, so no run can go on from it; `vitscale export` "
             "may read its weights, for model.init_from"
         )
+    differing = _require_same_order(setting, checkpoint)
+    _require_same_model(setting, checkpoint)
+    require_same_batches(setting, checkpoint)
+    return differing
 
 
 def _restored(checkpoint: Checkpoint, config: RunConfig) -> TrainState:
@@ -95,7 +97,7 @@ def _restored(checkpoint: Checkpoint, config: RunConfig) -> TrainState:
     return state
 
 
-def order_keys(session: Session) -> dict[str, Any]:
+def order_keys(session: Setting) -> dict[str, Any]:
     """What decides the order of samples, as a checkpoint's manifest keeps it."""
     config = session.config
     sources = config.data.train if is_mixture(config.data.train) else ()
@@ -116,7 +118,7 @@ def order_keys(session: Session) -> dict[str, Any]:
     return keys | {name: value for name, value in optional.items() if value != _USUAL[name]}
 
 
-def _require_same_order(session: Session, checkpoint: Checkpoint) -> str | None:
+def _require_same_order(session: Setting, checkpoint: Checkpoint) -> str | None:
     """CheckpointError where the order is another one; which shards differ, where data.when_changed allows that."""
     saved = checkpoint.state["order"]
     own = order_keys(session)
@@ -173,7 +175,7 @@ def _shards(index: ShardIndex) -> Iterator[tuple[str, int, int]]:
     return zip(index.names, index.samples.tolist(), index.bytes.tolist(), strict=True)
 
 
-def _differing_shards(session: Session, digest: str) -> str:
+def _differing_shards(session: Setting, digest: str) -> str:
     """How the shards differ from those of a digest, by name where they are those of the run's last start."""
     kept = read_shards(session.folder)
     if kept.get("digest") != digest:
@@ -189,7 +191,7 @@ def _differing_shards(session: Session, digest: str) -> str:
     return differing or "the same ones in another order"
 
 
-def _require_same_model(session: Session, checkpoint: Checkpoint) -> None:
+def _require_same_model(session: Setting, checkpoint: Checkpoint) -> None:
     saved, here = checkpoint.state["model"], model_keys(session.config)
     differing = [
         f"{key} (saved {saved.get(key)}, here {here.get(key)})"
