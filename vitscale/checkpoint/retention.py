@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ def retire(
     """Remove the checkpoints that the one of `step` makes superfluous; failing to is reported, not fatal."""
     try:
         for old in root.glob(".old-step_*"):
-            shutil.rmtree(old)
+            _delete(old)
         folders = checkpoint_folders(root)
         saved = folders.index(root / folder_name(step))
         for folder in folders[:saved]:
@@ -61,7 +62,8 @@ def retire(
             # the past of another run. Were it read the next time, it would undo what was done since.
             aside = folder.with_name(f"bad-{folder.name}")
             for older in root.glob("bad-step_*"):  # one is enough to look at
-                shutil.rmtree(older, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    _delete(older)
             folder.rename(aside)
             report(f"{folder}: later than the step just saved, so not of this run's past; set aside as {aside.name}")
         kept = retention.kept(folders[saved:], spared)
@@ -75,7 +77,16 @@ def retire(
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint; a half-deleted one is never a candidate."""
+    """Delete a checkpoint; a half-deleted one is never a candidate. Of a link to one, the link alone."""
     doomed = folder.with_name(f".tmp-{folder.name}")
+    if os.path.lexists(doomed):  # left by one that was broken off
+        _delete(doomed)
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    _delete(doomed)
+
+
+def _delete(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)

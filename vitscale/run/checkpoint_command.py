@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vitscale.run_folder import BAD_INPUT, DONE
-from vitscale.text import above_zero
+from vitscale.text import above_zero, printable
 
 
 def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -49,7 +49,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     good = True
     for folder, faults in verify(Path(arguments.path)):
         good &= not faults
-        print(f"{folder}: {'; '.join(faults) or 'whole'}", flush=True)
+        print(printable(f"{folder}: {'; '.join(faults) or 'whole'}"), flush=True)
     return DONE if good else BAD_INPUT
 
 

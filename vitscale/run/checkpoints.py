@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +22,7 @@ from vitscale.checkpoint.store import (
     folder_name,
     open_checkpoint,
     open_newest,
+    step_of,
 )
 from vitscale.config.load import load_config
 from vitscale.config.schema import as_dict
@@ -27,9 +31,10 @@ from vitscale.interop.deepspeed_folder import read_deepspeed
 from vitscale.interop.weight_files import write_folder
 from vitscale.run.saves import spared_steps
 from vitscale.run_folder import RunFolder
-from vitscale.text import aligned, to_stderr
+from vitscale.text import aligned, printable, to_stderr
 from vitscale.tracking.outbox import flat_params
 
+_NAME = re.compile(r"(\.old-|bad-)?step_\d{8,}")
 _UNEQUAL_ANYWAY = ("time", "elapsed_s")  # of the state, between any two checkpoints
 
 
@@ -42,21 +47,28 @@ def as_table(run: Path) -> str:
     reasons = _reasons(run, folders)
     rows = [["step", "saved", "GB", "ranks", "ZeRO", "state", "kept"]]
     for folder in folders:
-        state, size = _state(folder), sum(path.stat().st_size for path in folder.iterdir())
+        try:
+            size = sum(path.lstat().st_size for path in folder.iterdir())
+        except FileNotFoundError:  # a run that trains has deleted it
+            continue
+        state, faults = _state(folder), faults_of(folder, hashed=False)
+        if not folder.exists():
+            continue
         time = datetime.fromtimestamp(state["time"] / 1000).isoformat(" ", "minutes") if "time" in state else "?"
         of_run = [str(state.get(key, "?")) for key in ("world_size", "zero_stage")]
-        faults = faults_of(folder, hashed=False)
         why = reasons.get(folder, "until the next save")
-        step = folder.name.partition("_")[2].lstrip("0") or "0"
-        rows.append([step, time, f"{size / 1e9:.3f}", *of_run, "; ".join(faults) or "whole", why])
+        row = [str(step_of(folder)), time, f"{size / 1e9:.3f}", *of_run, "; ".join(faults) or "whole", why]
+        rows.append([printable(cell) for cell in row])
     return aligned(rows, right=(0, 2, 3, 4))
 
 
 def verify(path: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Each checkpoint of a run, or the one that is named, and what is wrong with it; every byte is read."""
-    folders = [path] if (path / MANIFEST).exists() else _folders(path)
-    for folder in folders:
-        yield folder, faults_of(folder)
+    """Each checkpoint of a run, or the one that is named, and what is wrong with it; every byte is read. One that goes
+    away meanwhile, since a run that trains needs it no more, is passed over."""
+    for folder in [path] if _is_checkpoint(path) else _folders(path):
+        faults = faults_of(folder)
+        if folder.exists():
+            yield folder, faults
 
 
 def differences(first: Path, second: Path) -> Iterator[str]:
@@ -72,28 +84,36 @@ def differences(first: Path, second: Path) -> Iterator[str]:
         told = _difference(one, two, kind, name)
         equal += told is None
         rows += [] if told is None else [[kind, name, told]]
-    yield from [aligned(rows)] if len(rows) > 1 else []
+    yield from [aligned([[printable(cell) for cell in row] for row in rows])] if len(rows) > 1 else []
     yield f"{equal} tensors are equal, {len(rows) - 1} differ"
 
 
 def remove_steps(run: Path, steps: Sequence[int], force: bool) -> Iterator[Path]:
     """Delete these checkpoints of a run; CheckpointError, before any goes, for one that is not there, and (without
-    `force`) if no whole one would be left."""
+    `force`) for one that the run will ask for, and if no whole one would be left."""
     folders = _folders(run)
-    doomed = [RunFolder(run).checkpoints / folder_name(step) for step in steps]
-    if missing := [folder.name for folder in doomed if folder not in folders]:
+    by_step = {step_of(folder): folder for folder in folders}
+    steps = list(dict.fromkeys(steps))
+    if missing := [folder_name(step) for step in steps if step not in by_step]:
         raise CheckpointError(f"{run}: has no {', '.join(missing)}; see `vitscale checkpoint ls {run}`")
-    if not force and not any(not faults_of(folder, hashed=False) for folder in folders if folder not in doomed):
-        raise CheckpointError(f"{run}: no whole checkpoint would be left to go on from; --force deletes it anyway")
+    doomed = [by_step[step] for step in steps]
+    if not force:
+        spared = _spared(run, folders)
+        if needed := [f"{step} ({spared[step]})" for step in steps if step in spared]:
+            raise CheckpointError(f"{run}: goes back to step {', '.join(needed)}; --force deletes it anyway")
+        if not any(not faults_of(folder, hashed=False) for folder in folders if folder not in doomed):
+            raise CheckpointError(f"{run}: no whole checkpoint would be left to go on from; --force deletes it anyway")
     for folder in doomed:
-        remove(folder)
+        with contextlib.suppress(FileNotFoundError):  # a run that trains has deleted it
+            remove(folder)
         yield folder
 
 
 def import_deepspeed(folder: Path, out: Path) -> str:
     """Write the fp32 weights of DeepSpeed's checkpoint as model.safetensors in a new folder; what to do with it."""
-    if out.exists() and any(out.iterdir()):
-        raise CheckpointError(f"--out {out}: is there and not empty; name a new folder")
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+        what = "not empty" if out.is_dir() else "no folder"
+        raise CheckpointError(f"--out {out}: is there and {what}; name a new folder")
     tensors = read_deepspeed(folder)
     write_folder(out, {}, {name: tensor.contiguous() for name, tensor in tensors.items()})
     count = sum(tensor.numel() for tensor in tensors.values())
@@ -112,12 +132,19 @@ def _folders(run: Path) -> list[Path]:
 
 def _reasons(run: Path, folders: Sequence[Path]) -> dict[Path, str]:
     """Why each checkpoint that stays does. folders: newest first."""
-    folder = RunFolder(run)
-    if not folder.config.exists():
+    config = RunFolder(run).config
+    if not config.exists():
         return Retention(len(folders)).kept(folders, {})
-    config, newest = load_config(folder.config), _state(folders[0])
-    retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_hours)
-    return retention.kept(folders, spared_steps(folder, config, newest.get("step", 0), newest.get("best")))
+    rule = load_config(config).checkpoint
+    return Retention(rule.keep, rule.keep_every_hours).kept(folders, _spared(run, folders))
+
+
+def _spared(run: Path, folders: Sequence[Path]) -> dict[int, str]:
+    """Steps that the run may go back to, and why. folders: newest first."""
+    folder, newest = RunFolder(run), _state(folders[0])
+    if not folder.config.exists():
+        return {}
+    return spared_steps(folder, load_config(folder.config), newest.get("step", 0), newest.get("best"))
 
 
 def _state(folder: Path) -> dict[str, Any]:
@@ -127,8 +154,13 @@ def _state(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def _is_checkpoint(path: Path) -> bool:
+    """By its manifest, or by its name, where it has none: that is what is wrong with it."""
+    return (path / MANIFEST).exists() or (path.is_dir() and _NAME.fullmatch(path.name) is not None)
+
+
 def _opened(path: Path) -> Checkpoint:
-    if (path / MANIFEST).exists():
+    if _is_checkpoint(path):
         return open_checkpoint(path, SoleRank())
     _folders(path)
     newest = open_newest(RunFolder(path).checkpoints, SoleRank(), to_stderr)
@@ -145,7 +177,7 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
 def _by_key(what: str, one: dict[str, Any], two: dict[str, Any]) -> Iterator[str]:
     for key in sorted(one.keys() | two.keys()):
         if one.get(key) != two.get(key):
-            yield f"{what}: {key}: {one.get(key)}, {two.get(key)}"
+            yield printable(f"{what}: {key}: {one.get(key)}, {two.get(key)}")
 
 
 def _difference(one: Checkpoint, two: Checkpoint, kind: str, name: str) -> str | None:

@@ -11,6 +11,7 @@ from vitscale.config.load import load_config
 from vitscale.errors import CheckpointError
 from vitscale.interop.pretrained import save_run_model
 from vitscale.run_folder import RunFolder
+from vitscale.text import to_stderr
 
 
 def export_run(source: Path, out: Path | None = None, written: Collection[int] = ()) -> Path:
@@ -31,7 +32,10 @@ def export_run(source: Path, out: Path | None = None, written: Collection[int] =
         best = checkpoint.state.get("best") if checkpoint is not None else None
         if best is not None:  # of train.keep_best
             path, hashed = folder.checkpoints / folder_name(best["step"]), best["step"] not in written
-            checkpoint = open_checkpoint(path, SoleRank(), hashed)
+            if path.is_dir():
+                checkpoint = open_checkpoint(path, SoleRank(), hashed)
+            else:  # somebody has deleted it: a run that has trained to its end is not to fail for that
+                to_stderr(f"warning: {path}, the best one, is not there; the newest is exported in its place")
     else:
         folder = RunFolder(source.parent.parent)
         checkpoint = open_checkpoint(source, SoleRank())
