@@ -66,14 +66,14 @@ def assert_holds(checkpoint, step):
 
 @pytest.mark.parametrize(("writers", "readers"), [(1, 1), (1, 3), (3, 2), (4, 1)])
 def test_saved_by_some_ranks_and_read_by_others(tmp_path, writers, readers):
-    folders = run_ranks(writers, lambda ranks: save(tmp_path / "deep" / "root", 12, ranks=ranks))
-    assert folders == [tmp_path / "deep" / "root" / "step_00000012"] * writers
+    folders = run_ranks(writers, lambda ranks: save(tmp_path / "root", 12, ranks=ranks))
+    assert folders == [tmp_path / "root" / "step_00000012"] * writers
     names = {"manifest.json", *(f"state-{rank:05d}.safetensors" for rank in range(writers))}
     assert {path.name for path in folders[0].iterdir()} == names
 
     def read(ranks):
         said = []
-        checkpoint = open_newest(tmp_path / "deep" / "root", ranks, said.append)
+        checkpoint = open_newest(tmp_path / "root", ranks, said.append)
         assert_holds(checkpoint, 12)
         mine = checkpoint.read("param", "encoder.weight", 5 * ranks.rank, 9)
         np.testing.assert_array_equal(mine, tensors(12)["param", "encoder.weight"].reshape(-1)[5 * ranks.rank :][:9])

@@ -149,6 +149,7 @@ def resumed(config: RunConfig, folder: Path) -> RunConfig:
     state = {"step": 1, "samples": 8, "adam_step": 1, "total_steps": 1, "decoder": "pillow",
              "model": model_keys(config), "order": order_keys(setting)}  # fmt: skip
     checkpoints = RunFolder.at(config.run.dir, config.run.name).checkpoints
+    checkpoints.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(checkpoints, 1, [Piece("param", "w", (1,), 0, np.ones(1, np.float32))], state, SoleRank(), 1)
     return config
 
