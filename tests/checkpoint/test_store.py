@@ -100,7 +100,7 @@ def test_retention_keeps_the_newest_and_sweeps_what_a_crash_left(tmp_path):
 
 def test_what_cannot_be_removed_is_reported(tmp_path, at_point):
     def in_the_way():
-        (tmp_path / ".tmp-step_00000001" / "full").mkdir(parents=True)
+        (tmp_path / ".tmp-step_00000001").write_bytes(b"a file, where a folder is to be")
 
     said: list[str] = []
     save(tmp_path, 1, keep=1)
