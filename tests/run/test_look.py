@@ -85,6 +85,15 @@ def test_classification_hides_nothing(shards: str) -> None:
     assert images_of_step(config, 1, 3, World()).captions[0].split("\n")[1].startswith("label ")
 
 
+def test_an_open_micro_batch_shows_the_same_images(shards: str) -> None:
+    by_run, by_hand = (
+        images_of_step(small(shards, "objective.name=classification", "augment.preset=deit3", key), 2, 12, World())
+        for key in ("train.micro_batch=auto", "train.micro_batch=4")
+    )
+    assert by_run.captions == by_hand.captions
+    np.testing.assert_array_equal(by_run.panels["augmented"], by_hand.panels["augmented"])
+
+
 def test_raw_samples_with_keys_labels_and_what_is_wrong(tmp_path: Path) -> None:
     large = encoded(pixels(1, 700, 900), "PNG")
     write_tar(tmp_path / "s.tar", [("a.png", large), ("a.cls", b"3"), ("long" * 20 + ".jpg", b"none")])

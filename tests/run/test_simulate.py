@@ -143,6 +143,9 @@ def test_the_verb_needs_no_shards(tmp_path: Path, capsys: pytest.CaptureFixture[
     told = capsys.readouterr().out
     assert "data: 2,000 samples in 40 shards, 200 kB" in told
     assert "the shards are no URLs" in told
+    assert "a step: 64 images, on 2 x 4 ranks 2 micro-batch(es) of 4 each" in told
+    assert main([*command, "train.micro_batch=auto", "parallel.zero_stage=auto"]) == 0
+    assert "a step: 64 images, on 2 x 4 ranks as micro-batches that the run chooses" in capsys.readouterr().out
     assert main(["simulate", str(tmp_path / "run.yaml"), "--nodes", "2"]) == 2
     assert "data.train is empty" in capsys.readouterr().err
 
