@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from vitscale.checkpoint.store import checkpoint_folders, folder_name
-from vitscale.config.schema import Checkpoint, Guard, Log, Optimizer, Parallel, Run, RunConfig
+from vitscale.config.schema import AUTO, Checkpoint, Guard, Log, Optimizer, Parallel, Run, RunConfig
+from vitscale.config.step import with_step
 from vitscale.errors import VitscaleError
 from vitscale.run.rollback import kept_for_rollback, numbers_digest, refuse_the_same_end
 from vitscale.run_folder import RunFolder
@@ -41,6 +42,16 @@ def test_the_same_config_is_not_started_into_the_same_end(tmp_path: Path) -> Non
             refuse_the_same_end(folder, same)
     refuse_the_same_end(folder, replace(config, guard=Guard(rollback=True)))
     refuse_the_same_end(folder, config)  # the way is free, whatever comes next
+
+
+def test_what_was_chosen_counts_where_a_key_is_auto(tmp_path: Path) -> None:
+    folder, chosen = RunFolder(tmp_path), with_step(RunConfig(), 2, 16)
+    folder.auto.write_text('{"parallel.zero_stage": 2, "train.micro_batch": 16, "ratio": 1.0}')
+    folder.diverged.write_text(f'{{"step": 70, "reason": "spike", "numbers": "{numbers_digest(chosen)}"}}')
+    for same in (chosen, with_step(chosen, AUTO, AUTO), with_step(chosen, 2, AUTO)):
+        with pytest.raises(VitscaleError, match="diverged at step 70"):
+            refuse_the_same_end(folder, same)
+    refuse_the_same_end(folder, with_step(chosen, 0, AUTO))
 
 
 @pytest.mark.parametrize(

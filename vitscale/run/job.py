@@ -35,7 +35,6 @@ from vitscale.launch.snapshot import code_version, commit
 from vitscale.lease import NOBODY, FolderLost, Lease, folder_gone
 from vitscale.models.auto import new_model
 from vitscale.models.vit import ViTPreTrainedModel
-from vitscale.run.auto import as_before
 from vitscale.run.export import export_run
 from vitscale.run.preflight import room_warning
 from vitscale.run.probes import Probes
@@ -81,7 +80,7 @@ class Job:
         startup = self._startup
         startup.done("imports")
         if self.world.is_main:
-            refuse_the_same_end(self.folder, as_before(self.config, self.folder))
+            refuse_the_same_end(self.folder, self.config)
             self.prepare()
         session = open_session(self.config, self.world, self.folder, startup, stop, self.look_at_data, self.adapts)
         self.owner, self.config = session.folder.owner(), session.config

@@ -16,6 +16,7 @@ from vitscale.data.derived_order import nth_left
 from vitscale.engine.guard import Diverged
 from vitscale.errors import CheckpointError, VitscaleError
 from vitscale.files.atomic import write_atomically
+from vitscale.run.auto import as_before
 from vitscale.run.session import Session, Setting
 from vitscale.run_folder import ROLLED_BACK, RunFolder
 from vitscale.text import listed
@@ -94,7 +95,7 @@ def require_another_end(folder: RunFolder, config: RunConfig) -> None:
     if not folder.diverged.exists():
         return
     last = json.loads(folder.diverged.read_text(encoding="utf-8"))
-    if last.get("numbers") != numbers_digest(config):
+    if last.get("numbers") != numbers_digest(as_before(config, folder)):
         return
     raise VitscaleError(
         f"run.name={config.run.name}: diverged at step {last['step']}, and would again with the same config "
