@@ -273,7 +273,7 @@ def _parser() -> argparse.ArgumentParser:
         module.register(verb)
     export.register(verb, _export_run)
     added = verb("bench", _bench, "measure this project beside its peers")
-    benches = "data augment step model checkpoint startup exchange guards zero memory all"
+    benches = "data augment step model checkpoint startup exchange guards zero host memory all"
     added.add_argument("what", choices=benches.split())
     added.add_argument(
         "rest", nargs=argparse.REMAINDER, help="options of that benchmark (--help lists them); --json FILE"

@@ -31,6 +31,7 @@ BRIEF = {
     "exchange": ["--ranks", "2", "4", "--rounds", "2"],
     "guards": ["--preset", "S", "--batch", "4", "--rounds", "3"],
     "zero": ["--rounds", "2", "--steps", "10"],
+    "host": ["--rounds", "2", "--steps", "50"],
     "memory": ["--preset", "Ti", "--batch", "8"],
 }
 _LIBRARIES = ("torch", "deepspeed", "accelerate", "transformers", "timm", "webdataset", "torchvision")

@@ -1,8 +1,8 @@
 """When Python looks for garbage in training: at the same steps on all ranks, since all wait for the one that looks.
 
-By itself it looks whenever a rank has made enough objects, once in a while through all there are: 0.3 to 0.6 s with
-torch and DeepSpeed imported. What the start has made is left out here, and a step makes no cycles of objects: then it
-takes 0.03 ms.
+By itself it looks whenever a rank has made enough objects, once in a while through all that there are: 340,000 to
+460,000 with torch and DeepSpeed imported. What the start has made is left out here, and a step makes no cycles of
+objects: to look then takes a ten thousandth of that time.
 """
 
 from __future__ import annotations

@@ -40,7 +40,8 @@ def _norm_at_once(optimizer: Any, stage: int) -> None:
         norms = torch._foreach_norm(list(gradients), norm_type, torch.float64)
         total = torch.stack(norms).pow(norm_type).sum() if norms else torch.zeros((), device=optimizer.device)
         total = total.to(dtype)
-        dist.all_reduce(total, group=optimizer.dp_process_group)
+        if dist.get_world_size(optimizer.dp_process_group) > 1:
+            dist.all_reduce(total, group=optimizer.dp_process_group)
         return total.pow(1 / norm_type)
 
     optimizer.get_grad_norm_direct = grad_norm
