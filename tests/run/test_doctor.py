@@ -120,6 +120,12 @@ def test_all_that_is_wrong_is_told_at_once(
     assert lines["MLflow"].startswith("warning: http://127.0.0.1:9 does not answer")
 
 
+def test_an_address_that_is_none_of_mlflow(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    for uri, level in (("httpx://a", "warning"), ("sqlite:////data/a.db", "ok"), ("databricks", "ok")):
+        lines = report(replace(config, tracking=Tracking(mlflow_uri=uri)), capsys)[1]
+        assert lines["MLflow"].startswith(f"{level}: {uri}")
+
+
 def test_a_shard_that_is_no_tar(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / SHARDS / "a.tar").write_bytes(b"<html>" * 1000)
     code = doctor.doctor(config, World())

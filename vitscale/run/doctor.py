@@ -8,6 +8,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -48,6 +49,9 @@ Level = Literal["ok", "warning", "FAILED"]
 _OPEN_FILES = 4096  # a reader's shards, and on rank 0 a connection to each rank
 _SHARED_MEMORY = 1 << 30  # a container has 64 MB of it unless it is told otherwise
 _CLOCKS_S = 1.0
+# What tracking.mlflow_uri may begin with, beside what plugins add.
+_MLFLOW = {"http", "https", "file", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc"}
+_MLFLOW_PLUGINS = "mlflow.tracking_store"
 _COUNTED_BYTES = 2 << 30  # of shards that no index has, whose headers are read here
 _SLOW_LINK = 2.0  # times the median
 
@@ -203,7 +207,16 @@ def _of_room(config: RunConfig) -> Iterator[tuple[Level, str]]:
 
 def _of_mlflow(config: RunConfig) -> Iterator[tuple[Level, str]]:
     uri, on = config.tracking.mlflow_uri, config.tracking.mlflow
-    if not on or uri is None or not uri.startswith("http"):
+    scheme, _, rest = (uri or "").partition(":")
+    if (
+        on
+        and rest
+        and scheme.lower().partition("+")[0]
+        not in _MLFLOW | {each.name for each in entry_points(group=_MLFLOW_PLUGINS)}
+    ):
+        yield "warning", f"{redact(uri)}: {scheme} is nothing that MLflow reads: a run trains, and is tracked nowhere"
+        return
+    if not on or uri is None or scheme.lower() not in ("http", "https"):
         yield "ok", "off" if not on else "a file in the run's folder" if uri is None else redact(uri)
         return
     try:

@@ -67,7 +67,7 @@ def rehearse(job: Job, report: Callable[[str], None]) -> str:
         config = named_classes(config, index.class_names) if config.objective.needs_labels else config
         training = others.sides and others.sides[0]
         order = order_over(config, index, training, others.skipped)
-        if config.objective.needs_labels and index.total <= _LABELS:
+        if config.objective.needs_labels and others.facts is None and index.total <= _LABELS:
             counts = count_labels(index, config.data.label_extension, LabelReader.of(config), training)
             require_readable(config, counts)
     checkpoint = _checkpoint(config, folder, report)
