@@ -206,18 +206,17 @@ def _of_room(config: RunConfig) -> Iterator[tuple[Level, str]]:
 
 
 def _of_mlflow(config: RunConfig) -> Iterator[tuple[Level, str]]:
-    uri, on = config.tracking.mlflow_uri, config.tracking.mlflow
-    scheme, _, rest = (uri or "").partition(":")
-    if (
-        on
-        and rest
-        and scheme.lower().partition("+")[0]
-        not in _MLFLOW | {each.name for each in entry_points(group=_MLFLOW_PLUGINS)}
-    ):
+    uri = config.tracking.mlflow_uri if config.tracking.mlflow else None
+    if uri is None:
+        yield "ok", "a file in the run's folder" if config.tracking.mlflow else "off"
+        return
+    scheme, _, rest = uri.partition(":")
+    scheme = scheme.lower().partition("+")[0]  # postgresql+psycopg2
+    if rest and scheme not in _MLFLOW | {each.name for each in entry_points(group=_MLFLOW_PLUGINS)}:
         yield "warning", f"{redact(uri)}: {scheme} is nothing that MLflow reads: a run trains, and is tracked nowhere"
         return
-    if not on or uri is None or scheme.lower() not in ("http", "https"):
-        yield "ok", "off" if not on else "a file in the run's folder" if uri is None else redact(uri)
+    if scheme not in ("http", "https"):
+        yield "ok", redact(uri)
         return
     try:
         answer = urllib3.request("GET", f"{uri.rstrip('/')}/health", timeout=5.0, retries=False)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
+from vitscale.checkpoint.retention import remove
 from vitscale.checkpoint.store import Checkpoint, checkpoint_folders, step_of
 from vitscale.config.schema import RunConfig, as_dict
 from vitscale.data.derived_order import nth_left
@@ -70,7 +70,7 @@ def _roll_back(session: Session, shift: int, diverged: Diverged) -> str:
     # In this order: a crash in between repeats steps, and comes here again.
     for step, path in saved.items():
         if step > back_to:
-            shutil.rmtree(path)
+            remove(path)
     write_atomically(folder.rollback_record, json.dumps([*folder.rollbacks(), entry], indent=1) + "\n")
     return (
         f"{ROLLED_BACK} to step {back_to}, and global batches {batches[0]} to {batches[-1]} are left out "
