@@ -273,7 +273,7 @@ def _parser() -> argparse.ArgumentParser:
         module.register(verb)
     export.register(verb, _export_run)
     added = verb("bench", _bench, "measure this project beside its peers")
-    benches = "data augment step model checkpoint startup exchange guards zero host memory all"
+    benches = "data augment step model checkpoint startup exchange guards zero host sharding all"
     added.add_argument("what", choices=benches.split())
     added.add_argument(
         "rest", nargs=argparse.REMAINDER, help="options of that benchmark (--help lists them); --json FILE"
@@ -314,7 +314,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.overrides += rest
     here = world.World()
     try:
-        arguments.world = here = world.enter(on_ranks=arguments.run_verb in (_pretrain, _finetune, _evaluate, _doctor))
+        on_ranks = arguments.run_verb in (_pretrain, _finetune, _evaluate, _doctor)
+        on_ranks |= getattr(arguments, "what", None) == "sharding"  # of the benchmarks
+        arguments.world = here = world.enter(on_ranks)
         with _stoppable() if arguments.run_verb in (_pretrain, _finetune) else contextlib.nullcontext():
             code = arguments.run_verb(arguments)
         sys.stdout.flush()

@@ -32,7 +32,7 @@ BRIEF = {
     "guards": ["--preset", "S", "--batch", "4", "--rounds", "3"],
     "zero": ["--rounds", "2", "--steps", "10"],
     "host": ["--rounds", "2", "--steps", "50"],
-    "memory": ["--preset", "Ti", "--batch", "8"],
+    "sharding": ["--preset", "Ti", "--batch", "8", "--steps", "3"],
 }
 _LIBRARIES = ("torch", "deepspeed", "accelerate", "transformers", "timm", "webdataset", "torchvision")
 _GPU = "what a GPU does: bash launch/gpu_suite.sh OUT"

@@ -6,6 +6,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
+from string import Formatter
 from typing import Any, TypeVar
 
 from vitscale.inference.command import above_zero
@@ -59,17 +60,22 @@ def figures(seconds: Mapping[str, Sequence[float]], peer: str | None) -> dict[st
 def report(title: str, columns: Mapping[str, str], result: Mapping[str, Any]) -> None:
     """Print a table, who was left out and why, and the result as a last line of JSON.
 
-    columns: header -> format of a contender's figures. The ratio is the last column.
+    columns: header -> format of a contender's figures, empty where one of these is None. The ratio is the last column.
     """
     rows = [["", *columns, "ratio"]]
     for name, figure in result["contenders"].items():
         ratio = "" if figure["ratio"] is None else RATIO.format(**figure)
-        rows.append([name, *(cell.format(**figure) for cell in columns.values()), ratio])
+        rows.append([name, *(_cell(cell, figure) for cell in columns.values()), ratio])
     print(title)
     print(aligned(rows, right=range(1, len(columns) + 2)))
     for name, reason in result.get("left_out", {}).items():
         print(f"{name} is left out: {reason}")
     print(json.dumps(result))
+
+
+def _cell(text: str, figure: Mapping[str, Any]) -> str:
+    named = [name for _, name, _, _ in Formatter().parse(text) if name]
+    return "" if any(figure[name] is None for name in named) else text.format(**figure)
 
 
 def first_line(error: Exception) -> str:

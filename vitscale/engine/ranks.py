@@ -202,8 +202,10 @@ def join(world: World, backend: str, timeout_s: float) -> None:
         store = dist.TCPStore(
             address, port, world.world_size, opens and world.is_main, timeout, wait_for_workers=False, multi_tenant=True
         )
-        _meet(dist.PrefixStore(f"vitscale-{next(_joins)}", store), world, timeout_s)
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=world.rank, world_size=world.world_size)
+        # torch names its groups alike each time: the addresses of one that was left would be taken for this one's.
+        own = dist.PrefixStore(f"vitscale-{next(_joins)}", store)
+        _meet(own, world, timeout_s)
+        dist.init_process_group(backend, timeout=timeout, store=own, rank=world.rank, world_size=world.world_size)
 
 
 def _meet(store: dist.Store, world: World, timeout_s: float) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.gpu_suite.stages import make_setting
-from vitscale.bench.gpu_suite import gpu_tests, steps
+from vitscale.bench.gpu_suite import gpu_tests, sharding, steps
 from vitscale.bench.gpu_suite.__main__ import STAGES
 from vitscale.bench.gpu_suite.cases import Mismatch, Unable
 from vitscale.bench.gpu_suite.pretraining import _agree
@@ -27,6 +27,12 @@ def test_every_size_is_measured_before_peers_are_compiled() -> None:
     names = list(steps.cases(make_setting(Path(), "cuda")))
     first = ["mae L", "classification L", "mae B", "classification B", "mae H", "classification H"]
     assert names == [*first, *(f"{name}, all" for name in first)]
+
+
+def test_sharding_is_measured_size_by_size() -> None:
+    names = list(sharding.cases(make_setting(Path(), "cuda")))
+    assert names[:5] == ["B DDP", "B ZeRO-2", "B FSDP2", "B ZeRO-3", "B ZeRO-1"]
+    assert [name.split()[0] for name in names[::5]] == ["B", "L", "H", "g", "L,"]
 
 
 @pytest.mark.parametrize(("line", "found"), [

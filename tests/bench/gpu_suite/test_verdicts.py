@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.bench.gpu_suite.stages import make_setting
-from vitscale.bench.gpu_suite import augmentation, correctness, gpu_tests, pretraining, profiling, steps
+from vitscale.bench.gpu_suite import augmentation, correctness, gpu_tests, pretraining, profiling, sharding, steps
 from vitscale.bench.gpu_suite.cases import Mismatch, Setting
 from vitscale.bench.gpu_suite.training import Training, gradient_distances
 from vitscale.checkpoint.fragments import Piece
@@ -203,6 +203,25 @@ def test_a_trace_that_is_too_large_is_not_kept(tmp_path: Path, monkeypatch: pyte
     profiler = SimpleNamespace(export_chrome_trace=lambda path: Path(path).write_bytes(b"x" * 100))
     assert profiling._trace(profiler, make_setting(tmp_path), "trace.json.gz")["trace_bytes"] == 100
     assert (tmp_path / "trace.json.gz").exists() == (limit == 100)
+
+
+@pytest.mark.parametrize(("told", "words"), [
+    ({"losses": [1.0], "seconds": 0.2, "allocated_bytes": 2e6}, "40.0 images/s, 2 MB, 0.50 of DDP's speed"),
+    ({"planned_bytes": 9e9, "error": "no memory", "out_of_memory": True}, "no memory; planned: 9.00 GB"),
+    ({"losses": [1.02], "seconds": 0.2}, None),
+    ({"planned_bytes": 9e9, "error": "its process ended", "out_of_memory": False}, None),
+])  # fmt: skip
+def test_a_stage_without_room_is_a_finding_and_another_loss_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: dict[str, Any], words: str | None
+) -> None:
+    monkeypatch.setattr(sharding, "measured", lambda *_: dict(told))
+    setting = make_setting(tmp_path, k={"tiny DDP": {"losses": [1.0], "seconds": 0.1}})
+    case = sharding.cases(setting)["tiny ZeRO-2"]
+    if words is not None:
+        assert case()["text"] == words
+    else:
+        with pytest.raises(Mismatch):
+            case()
 
 
 TESTS = """

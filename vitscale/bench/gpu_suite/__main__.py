@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitscale import world
-from vitscale.bench.gpu_suite.cases import Stage
+from vitscale.bench.gpu_suite.cases import Stage, import_libraries
 from vitscale.bench.gpu_suite.results import SETTLED, Results
 from vitscale.bench.gpu_suite.runner import Runner
 from vitscale.errors import VitscaleError
@@ -30,11 +30,9 @@ STAGES = (
     Stage("g", "a profile of five steps", f"{_HERE}.profiling:cases", 120, 110, 40),
     Stage("h", "the rest of pytest -m gpu", f"{_HERE}.gpu_tests:cases", 400, 390, 60),
     Stage("j", "saves beside the steps", f"{_HERE}.saving:cases", 200, 180, 60),
+    Stage("k", "sharding: memory and speed by stage", f"{_HERE}.sharding:cases", 480, 120, 60),
     Stage(FEW_LABELS, "few labels of CIFAR-10", f"{_HERE}.few_labels:cases", 600, 360, 120),
 )
-# What runs import when they get there; on a CPU, once for all of them.
-_LIBRARIES = ("accelerate", "deepspeed", "matplotlib.figure", "pyarrow.parquet", "torch.distributed.fsdp",
-              "deepspeed.runtime.zero.muon.original_muon")  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -69,8 +67,7 @@ def main(arguments: Sequence[str]) -> int:
         if options.device == "cpu" and results.in_order(chosen):
             world.enter()
             importlib.import_module("vitscale.bench.peers").import_transformers()
-            for module in _LIBRARIES:
-                importlib.import_module(module)
+            import_libraries()
         runner.run(chosen)
     print(f"\n{results.summary()}\nresults: {results.out}")
     return DONE if all(results.state(letter) in SETTLED for letter in chosen) else FAILED

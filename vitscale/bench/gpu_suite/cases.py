@@ -26,6 +26,9 @@ from vitscale.bench.photographs import photograph_shards
 from vitscale.bench.rounds import first_line
 from vitscale.files.atomic import replaced
 
+# What runs import when they get there; on a CPU, once for all of them.
+_LIBRARIES = ("accelerate", "deepspeed", "matplotlib.figure", "pyarrow.parquet", "torch.distributed.fsdp",
+              "deepspeed.runtime.zero.muon.original_muon")  # fmt: skip
 Figures = dict[str, Any]  # as JSON has it; "text" is its line in the summary
 Cases = Mapping[str, Callable[[], Figures]]
 
@@ -95,6 +98,12 @@ class Setting:
     def note(self, figures: Figures) -> None:
         """Figures of a case that is still going on: they count if it is cut off."""
         self.emit(partial=figures)
+
+
+def import_libraries() -> None:
+    """What the forks of this process would else import one by one."""
+    for module in _LIBRARIES:
+        importlib.import_module(module)
 
 
 def start_process(device: str, target: Callable[..., None], *arguments: Any) -> BaseProcess:

@@ -1,0 +1,67 @@
+"""Stage k: `vitscale bench sharding` at the sizes that a GPU is for, a contender a case."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from vitscale.bench.gpu_suite.cases import Cases, Figures, Mismatch, Setting
+from vitscale.bench.gpu_suite.correctness import small_config
+from vitscale.bench.sharding import DDP, FSDP2, config_of, in_megabytes, measured, problem
+from vitscale.config.schema import Parallel, RunConfig
+from vitscale.world import World
+
+BATCHES = {"B": 256, "L": 128, "H": 64, "g": 32}  # images a step
+ORDER = (DDP, "ZeRO-2", FSDP2, "ZeRO-3", "ZeRO-1")  # of worth
+AGAIN = "L, gradient checkpointing"
+STEPS = 20
+
+
+def cases(setting: Setting) -> Cases:
+    """Size by size: a table that is cut off has its first rows whole."""
+    here = World(device=setting.device)
+    sizes = {size: config_of(size, "mae", images, here, True, False) for size, images in BATCHES.items()}
+    sizes[AGAIN] = config_of("L", "mae", BATCHES["L"], here, True, True)
+    if setting.tiny:
+        sizes = {"tiny": tiny_config()}
+    known = dict(setting.earlier.get("k", {}))
+    return {
+        f"{size} {name}": partial(_measure, size, name, config, known, setting)
+        for size, config in sizes.items()
+        for name in (ORDER[:3] if setting.tiny else ORDER)
+    }
+
+
+def tiny_config() -> RunConfig:
+    """Of the rehearsal."""
+    config = small_config("mae")
+    train = replace(config.train, precision="bf16")
+    return replace(config, train=train, parallel=Parallel(bucket_elements=50_000))
+
+
+def _measure(size: str, name: str, config: RunConfig, known: dict[str, Figures], setting: Setting) -> Figures:
+    """One contender; its first loss is to agree with DDP's of the same size, and its speed is seen against that."""
+    figures = measured(name, config, 2 if setting.tiny else STEPS, World(device=setting.device))
+    ddp = known.get(f"{size} {DDP}", {})
+    why = problem(figures, ddp.get("losses", [None])[0])
+    if why is None:
+        figures |= in_megabytes(figures)
+        figures["images_per_second"] = config.train.global_batch / figures["seconds"]
+        figures["ratio"] = ddp["seconds"] / figures["seconds"] if "seconds" in ddp else None
+    figures["text"] = _text(figures) if why is None else why
+    setting.note(figures)
+    if why is not None and not figures.get("out_of_memory"):
+        raise Mismatch(why)
+    known[f"{size} {name}"] = figures
+    return figures
+
+
+def _text(figures: Figures) -> str:
+    texts = {
+        "images_per_second": "{:.1f} images/s",
+        "allocated_mb": "{:,.0f} MB",
+        "reserved_mb": "{:,.0f} MB reserved",
+        "accuracy": "planned: {:.3f} of what was allocated",
+        "ratio": "{:.2f} of DDP's speed",
+    }
+    return ", ".join(text.format(figures[name]) for name, text in texts.items() if figures[name] is not None)
