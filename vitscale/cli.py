@@ -195,7 +195,7 @@ def _sync(arguments: argparse.Namespace) -> int:
 
 def _run_folder(arguments: argparse.Namespace) -> RunFolder:
     folder = RunFolder(Path(arguments.run))
-    if not folder.config.exists():
+    if not folder.config.exists() and not (folder.path.is_dir() and folder.is_held(report=lambda line: None)):
         raise VitscaleError(f"{arguments.run}: is no run folder (no config.yaml in it); name the folder RUN_DIR/NAME")
     return folder
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from vitscale.checkpoint.store import checkpoint_folders, folder_name
+from vitscale.config.load import config_of
 from vitscale.config.schema import AUTO, Checkpoint, Guard, Log, Optimizer, Parallel, Run, RunConfig
 from vitscale.config.step import with_step
 from vitscale.errors import VitscaleError
@@ -61,3 +62,10 @@ def test_what_was_chosen_counts_where_a_key_is_auto(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_changes_a_number_may_end_otherwise(changed: dict[str, Any]) -> None:
     assert numbers_digest(replace(RunConfig(), **changed)) != numbers_digest(RunConfig())
+
+
+def test_names_of_classes_that_a_start_has_found_change_no_number() -> None:
+    """Those beside the shards: the next start is refused before it looks for them."""
+    config = config_of({}, ["train.steps=1", "model.num_labels=2"])
+    named = replace(config, model=replace(config.model, id2label=("cat", "dog")))
+    assert numbers_digest(named) == numbers_digest(config)

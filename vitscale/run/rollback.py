@@ -22,10 +22,12 @@ from vitscale.run_folder import ROLLED_BACK, RunFolder
 from vitscale.text import listed
 from vitscale.tracking.outbox import flat_params
 
-# Keys of the other sections that no number depends on: where bytes come from, and how long things may take.
+# Keys of the other sections that no number depends on: names (which a start takes from beside the shards), where bytes
+# come from, how long things may take.
 _AROUND = {
+    "model": ("id2label",),
     "data": ("index", "threads", "prefetch", "cache", "cache_bytes", "patience_s"),
-    "parallel": ("timeout_s", "patience_s", "restarts_without_progress"),
+    "parallel": ("pin_cores", "timeout_s", "patience_s", "restarts_without_progress"),
 }
 
 
@@ -116,7 +118,7 @@ def _changes_numbers(key: str) -> bool:
     section, _, name = key.partition(".")
     if section in ("run", "log", "tracking", "checkpoint", "evaluation"):
         return False
-    return name not in _AROUND.get(section, ())
+    return name.partition(".")[0] not in _AROUND.get(section, ())
 
 
 def kept_for_rollback(folder: RunFolder, config: RunConfig, step: int) -> list[int]:
