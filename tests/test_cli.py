@@ -384,6 +384,15 @@ def test_stop(run: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, capsys: p
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_stop_of_a_run_that_is_only_being_started(tmp_path: Path) -> None:
+    """Its launcher looks at the data; there is no config in the folder yet."""
+    folder = RunFolder(tmp_path)
+    assert main(["stop", str(tmp_path)]) == BAD_INPUT
+    folder.announce()
+    assert main(["stop", str(tmp_path)]) == DONE
+    assert folder.stop.exists()
+
+
 def test_stop_of_a_run_that_nobody_runs(
     run: tuple[Path, dict[str, np.ndarray]], capsys: pytest.CaptureFixture[str]
 ) -> None:

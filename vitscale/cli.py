@@ -29,6 +29,7 @@ from vitscale.export import command as export
 from vitscale.inference import command as inference
 from vitscale.inspection import command as inspection
 from vitscale.launch import command as launching
+from vitscale.lease import is_announced
 from vitscale.planning import command as planning
 from vitscale.run import checkpoint_command as checkpoints
 from vitscale.run import command as looking
@@ -195,7 +196,7 @@ def _sync(arguments: argparse.Namespace) -> int:
 
 def _run_folder(arguments: argparse.Namespace) -> RunFolder:
     folder = RunFolder(Path(arguments.run))
-    if not folder.config.exists() and not (folder.path.is_dir() and folder.is_held(report=lambda line: None)):
+    if not folder.config.exists() and not is_announced(folder.path):  # rank 0 writes it late
         raise VitscaleError(f"{arguments.run}: is no run folder (no config.yaml in it); name the folder RUN_DIR/NAME")
     return folder
 
