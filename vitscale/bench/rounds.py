@@ -74,8 +74,9 @@ def report(title: str, columns: Mapping[str, str], result: Mapping[str, Any]) ->
 
 
 def _cell(text: str, figure: Mapping[str, Any]) -> str:
-    named = [name for _, name, _, _ in Formatter().parse(text) if name]
-    return "" if any(figure[name] is None for name in named) else text.format(**figure)
+    fields = Formatter()
+    named = [name for _, name, _, _ in fields.parse(text) if name]
+    return "" if any(fields.get_field(name, (), figure)[0] is None for name in named) else text.format(**figure)
 
 
 def first_line(error: Exception) -> str:
