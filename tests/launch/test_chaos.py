@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from vitscale.errors import ConfigError
 from vitscale.launch.breaking import KINDS
 from vitscale.launch.chaos import Outcome, as_table, chaos, goodput, planned, run_trials
-from vitscale.launch.trials import SAVED_EVERY, STEPS, Ground, differences, half_written, newest_checkpoint
+from vitscale.launch.trials import SAVED_EVERY, STEPS, Ground, differences, half_written, newest_checkpoint, rank_of
 from vitscale.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -133,3 +138,19 @@ def test_runs_that_are_broken_end_as_one_that_was_not(tmp_path: Path, kind: str)
     assert (outcome.passed, outcome.faults) == (1, KINDS[kind].faults), said
     assert all(0 <= lost <= 3 * SAVED_EVERY for lost in outcome.lost_steps)
     assert len(outcome.back_s) == len(outcome.detect_s)
+
+
+def test_a_helper_is_of_the_rank_that_has_started_it() -> None:
+    """It has none of the launcher's variables."""
+    program = "import os, subprocess, sys; del os.environ['RANK']; " \
+              "subprocess.run([sys.executable, '-c', 'print(0, flush=True); input()'])"  # fmt: skip
+    command = [sys.executable, "-c", program]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env={**os.environ, "RANK": "3"}, **pipes) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        rank = psutil.Process(process.pid)
+        (helper,) = rank.children()
+        assert "RANK" not in helper.environ()
+        assert [rank_of(each) for each in (rank, helper)] == [3, 3]
+        process.communicate(b"\n")

@@ -147,9 +147,8 @@ class Start:
         return left
 
     def members(self, module: str = "vitscale.cli") -> list[psutil.Process]:
-        """The ranks, or the processes of another module, by rank."""
-        found = [(process, _environment(process), _words(process)) for process in self.left()]
-        wanted = [(int(its.get("RANK", 0)), process) for process, its, words in found if _module(words) == module]
+        """The ranks, or the processes of another module that they have started, by rank."""
+        wanted = [(rank_of(process), process) for process in self.left() if _module(_words(process)) == module]
         return [process for _, process in sorted(wanted, key=lambda each: each[0])]
 
     def step(self) -> int:
@@ -228,6 +227,16 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         return process.environ() if process.status() != psutil.STATUS_ZOMBIE else {}
     except psutil.Error:
         return {}
+
+
+def rank_of(process: psutil.Process) -> int:
+    """Its own, or that of the process which started it: a helper has none of the launcher's variables."""
+    try:
+        parent = process.parent()
+    except psutil.Error:
+        parent = None
+    variables = [_environment(each) for each in (process, parent) if each is not None]
+    return next((int(each["RANK"]) for each in variables if "RANK" in each), 0)
 
 
 def _module(words: Sequence[str]) -> str:
