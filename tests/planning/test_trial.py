@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import resource
+from concurrent.futures import ProcessPoolExecutor
 
 import psutil
 import pytest
@@ -24,13 +26,19 @@ def test_it_takes_about_what_was_planned() -> None:
     assert 0.9 < took / activations(config).of(64).peak < 2
 
 
-def test_without_room_it_says_so_and_leaves_nothing() -> None:
+def without_room() -> None:
     config, limits = with_step(large(), 0, 64), resource.getrlimit(resource.RLIMIT_AS)
     trial(with_step(config, 0, 1), CPU, 10**10)
     before = psutil.Process().memory_info().rss
     assert trial(config, CPU, 50_000_000) is None
     assert resource.getrlimit(resource.RLIMIT_AS) == limits
     assert psutil.Process().memory_info().rss - before < 30_000_000
+
+
+def test_without_room_it_says_so_and_leaves_nothing() -> None:
+    """In a new process: in this one there may be room that it has mapped and does not use."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        process.submit(without_room).result()
 
 
 def test_another_error_is_raised() -> None:
