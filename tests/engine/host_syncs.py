@@ -86,5 +86,6 @@ def _caller() -> tuple[str, str]:
                 below = file.relative_to(root)
                 if below.parts[0] != "torch" or below.parts[1] == "optim":
                     return str(below), frame.f_code.co_name
+                break  # the packages may lie below this repository
         frame = frame.f_back
     return "", ""

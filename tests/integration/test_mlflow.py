@@ -39,7 +39,8 @@ def test_down_at_the_start_killed_then_resumed(
     world = launcher.start(argv, 2)
     signal_at_step(world, run, 7, rank=0, number=signal.SIGTERM)
     assert world.wait() == [STOPPED] * 2, world.output()
-    assert "training goes on" in world.output()
+    # It may have stopped before MLflow was first asked, which is told otherwise (tests/tracking/test_tracker.py).
+    assert "has not got everything of this run" in world.output()
 
     relay.up()
     world = launcher.start(argv, 2)

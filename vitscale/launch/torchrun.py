@@ -292,8 +292,9 @@ def _tell_ranks(pid: int, layout: Layout) -> None:
 
 
 def _heard() -> list[signal.Signals]:
-    """The signals that stop a run, without those that whoever started this process has it ignore, as nohup does."""
-    return [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    """The signals that stop a run, but for HUP where nohup has it ignored. (A shell has background jobs ignore INT.)"""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if number != signal.SIGHUP or not ignored]
 
 
 def _kill_tree(pid: int) -> None:
