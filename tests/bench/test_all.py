@@ -12,24 +12,26 @@ from vitscale.bench.all import run
 from vitscale.cli import main
 from vitscale.run_folder import BAD_INPUT
 
+QUICK = ["--ranks", "2", "--rounds", "1", "--steps", "2"]
+
 
 def test_the_json_is_a_file_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "figures.json"
-    assert run("startup", ["--shards", "10", "--rounds", "1", "--json", str(out)]) == 0
+    assert run("exchange", [*QUICK, "--json", str(out)]) == 0
     printed = capfd.readouterr().out.splitlines()
     assert json.loads(out.read_text()) == json.loads(printed[-1])
     assert len(printed) > 1
-    assert main(["bench", "startup", "--shards", "10", "--json", str(tmp_path / "nowhere" / "x.json")]) == BAD_INPUT
+    assert main(["bench", "exchange", *QUICK, "--json", str(tmp_path / "nowhere" / "x.json")]) == BAD_INPUT
 
 
 def test_all_of_them_and_what_failed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    brief = {"startup": ["--shards", "10", "--rounds", "1"], "exchange": ["--ranks", "0"]}
+    brief = {"exchange": QUICK, "startup": ["--shards", "0"]}
     monkeypatch.setattr(benches, "BRIEF", brief)
     assert run("all", []) == 1
     printed = capfd.readouterr().out.splitlines()
     result = json.loads(printed[-1])
-    assert result["results"]["startup"]["shards"] == 10
-    assert "must be a whole number above 0" in result["failed"]["exchange"]
+    assert result["results"]["exchange"]["steps"] == 2
+    assert "must be a whole number above 0" in result["failed"]["startup"]
     assert result["seconds"].keys() == brief.keys()
     assert "launch/gpu_suite.sh" in printed[-2]
 
