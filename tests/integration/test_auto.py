@@ -75,7 +75,8 @@ def leave(spare: int) -> None:
 
 
 def choose(folder: str) -> dict[str, Any]:
-    """What two ranks settle on, without a limit, with one on rank 1, and with one that nothing fits in."""
+    """What two ranks settle on: without a limit, with one on rank 1, again with twice as much there, and with one that
+    nothing fits in."""
     config, world, run = large(), read_world(), RunFolder(Path(folder))
     results: dict[str, Any] = {}
     with joined(world, 60) as ranks:
@@ -85,6 +86,8 @@ def choose(folder: str) -> dict[str, Any]:
             leave(170_000_000)
         results["source"] = room(world, CPU).source
         results["limited"] = settle(config, world, ranks, CPU, run).train.micro_batch
+        if world.rank == 1:
+            leave(340_000_000)
         results["again"] = settle(config, world, ranks, CPU, run).train.micro_batch
         if world.rank == 1:
             leave(1_000_000)
