@@ -282,10 +282,13 @@ def test_a_process_may_open_as_many_files_as_the_system_allows() -> None:
 
 
 @pytest.mark.usefixtures("environment")
-def test_gloo_connects_on_demand_unless_told_otherwise() -> None:
-    os.environ.pop("TORCH_GLOO_LAZY_INIT", None)
+@pytest.mark.parametrize(("name", "value", "other"), [
+    ("TORCH_GLOO_LAZY_INIT", "1", "0"), ("RES_OPTIONS", "timeout:1 attempts:4", "timeout:2"),
+])  # fmt: skip
+def test_ranks_meet_by_what_suits_many_of_them_unless_told_otherwise(name: str, value: str, other: str) -> None:
+    os.environ.pop(name, None)
     world.enter()
-    assert os.environ["TORCH_GLOO_LAZY_INIT"] == "1"
-    os.environ["TORCH_GLOO_LAZY_INIT"] = "0"
+    assert os.environ[name] == value
+    os.environ[name] = other
     world.enter()
-    assert os.environ["TORCH_GLOO_LAZY_INIT"] == "0"
+    assert os.environ[name] == other

@@ -42,6 +42,7 @@ _allowed: int | None = None  # cores that this process could use before it was p
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what stops a run
 FAULT = "VITSCALE_FAULT"  # see faults.py
 ATTEMPT = "VITSCALE_ATTEMPT"  # set by launch/torchrun.py for its ranks: which start of the run this is
+RESOLVER = "timeout:1 attempts:4"  # see resolv.conf(5): 1, 2, 4 and 8 s for one server
 HEARTBEAT = "VITSCALE_HEARTBEAT"  # the folder of heartbeats of this node's ranks, likewise
 
 
@@ -247,6 +248,9 @@ def _defaults(world: World) -> dict[str, str]:
         "OMP_NUM_THREADS": str(world.cores_per_rank),
         # gloo connects two ranks when they first talk: a mesh of 1,000 ranks would be a million connections.
         "TORCH_GLOO_LAZY_INIT": "1",
+        # torch asks for the name of each connection's address; a name server that hundreds of ranks ask at once
+        # leaves some unanswered, and by default libc would ask again after 5 s. In all it waits as long as by default.
+        "RES_OPTIONS": RESOLVER,
         # Every rank would start a compiling process for each core of the node, up to 32.
         "TORCHINDUCTOR_COMPILE_THREADS": str(min(32, world.cores_per_rank)),
     }

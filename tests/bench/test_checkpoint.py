@@ -10,6 +10,7 @@ from vitscale.bench.checkpoint_peers import DCP, DCP_LOAD, DEEPSPEED, DEEPSPEED_
 from vitscale.checkpoint.fragments import join_tables
 
 
+@pytest.mark.full
 def test_the_bench_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--engine", "Ti", "--preset", "Ti", "--large", "Ti", "--ranks", "3", "--rounds", "1"]) == 0
     engine, save, manifest = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))

@@ -20,6 +20,7 @@ def measured(capsys: pytest.CaptureFixture[str], arguments: str) -> tuple[dict, 
     return json.loads(out.splitlines()[-1]), out
 
 
+@pytest.mark.full
 def test_exported_models_are_measured_beside_the_peers(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

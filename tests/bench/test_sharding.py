@@ -17,6 +17,7 @@ from vitscale.bench.sharding import DDP, FSDP2, STAGES, compared, measured
 from vitscale.world import enter
 
 
+@pytest.mark.full
 def test_all_contenders_are_measured_on_two_ranks(launcher: Launcher) -> None:
     sizes = ["--preset", "Ti", "--objective", "classification", "--batch", "1", "--steps", "1"]
     world = launcher.start(["bench", "sharding", *sizes], ranks=2)

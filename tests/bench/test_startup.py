@@ -8,6 +8,7 @@ from vitscale.bench.launches import ALL, LAUNCHER, RESUMED
 from vitscale.bench.startup import MESH, ON_DEMAND, OPEN, STAT, main
 
 
+@pytest.mark.full
 def test_the_bench_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--preset", "Ti", "--ranks", "1", "--shards", "300", "--rounds", "1", "--joins", "2"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -87,9 +87,9 @@ class Rank:
         self.micro = self.config.train.micro_batch
         exact = backend.zero_config
 
-        def small_threshold(config: RunConfig, world: World) -> dict[str, Any]:
+        def small_threshold(config: RunConfig, world: World, parameters: int) -> dict[str, Any]:
             """So that ZeRO-3 shards this model's matrices, and keeps biases and norms whole."""
-            content = exact(config, world)
+            content = exact(config, world, parameters)
             content["zero_optimization"]["stage3_param_persistence_threshold"] = 1000
             return content
 

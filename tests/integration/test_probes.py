@@ -19,7 +19,7 @@ NAMES = ("linear_probe", "knn", "rankme", "feature_deviation", "mean_cosine", "d
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(2, 3), pytest.param(4, 1, marks=pytest.mark.full)])
-@pytest.mark.parametrize("objective", ["mae", "multitask"])
+@pytest.mark.parametrize("objective", ["mae", pytest.param("multitask", marks=pytest.mark.full)])
 def test_scores_on_any_ranks_and_stages(
     launcher: Launcher, config: Path, shards: Path, tmp_path: Path, objective: str, ranks: int, stage: int
 ) -> None:

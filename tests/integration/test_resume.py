@@ -60,7 +60,7 @@ def _assert_once_an_epoch(run: Path) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "stage"),
-    [(2, 0), (2, 2), (2, 3), (4, 0)] + [pytest.param(*world, marks=full) for world in ((2, 1), (4, 1), (4, 2), (4, 3))],
+    [(2, 2), (2, 3), (4, 0)] + [pytest.param(*world, marks=full) for world in ((2, 0), (2, 1), (4, 1), (4, 2), (4, 3))],
 )
 def test_stop_and_resume_is_bit_identical(
     launcher: Launcher, config: Path, tmp_path: Path, ranks: int, stage: int
@@ -78,7 +78,7 @@ def test_stop_and_resume_is_bit_identical(
     _assert_once_an_epoch(run)
 
 
-@pytest.mark.parametrize("seed", [0, 2, *(pytest.param(seed, marks=full) for seed in (1, *range(3, 10)))])
+@pytest.mark.parametrize("seed", [2, *(pytest.param(seed, marks=full) for seed in (0, 1, *range(3, 10)))])
 def test_killed_ranks(launcher: Launcher, config: Path, tmp_path: Path, seed: int) -> None:
     """SIGKILL of one rank at random steps, a chain of 5 across the epochs' borders; rows and saves at other steps."""
     ranks, stage, every = (2, 4)[seed % 2], seed % 4, 1 + seed % 3

@@ -18,14 +18,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from vitscale.world import child_environment, open_files_limit
+from vitscale.world import RESOLVER, child_environment, open_files_limit
 
 _TIMEOUT = timedelta(seconds=300)
 
 
 def measure(ranks: int, on_demand: bool) -> dict[str, float]:
     """`joining`, `first_exchange` in seconds and `open_files`; on_demand: whether gloo connects two when they talk."""
-    environment = child_environment() | {"TORCH_GLOO_LAZY_INIT": str(int(on_demand)), "OMP_NUM_THREADS": "1"}
+    ways = {"TORCH_GLOO_LAZY_INIT": str(int(on_demand)), "OMP_NUM_THREADS": "1", "RES_OPTIONS": RESOLVER}
+    environment = child_environment() | ways
     command = [sys.executable, "-m", "vitscale.bench.joins", str(ranks)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)

@@ -54,14 +54,14 @@ class Backend:
         if pinned and world.is_main:
             to_stderr(pinned)
 
-    def _accelerated(self, config: RunConfig) -> Any:
-        """The accelerator, of the first config that is asked for. LaunchError where it sees other ranks than the
-        launcher gave."""
+    def _accelerated(self, config: RunConfig, parameters: int) -> Any:
+        """The accelerator, of the first config and model that are asked for. LaunchError where it sees other ranks than
+        the launcher gave."""
         if self._accelerator is not None:
             return self._accelerator
         world = self.world
         with meeting(world, config.parallel.timeout_s):
-            accelerator = _make_accelerator(config, world)
+            accelerator = _make_accelerator(config, world, parameters)
         seen = (accelerator.process_index, accelerator.num_processes, self.ranks.world_size)
         if seen != (world.rank, world.world_size, world.world_size):
             raise LaunchError(
@@ -83,7 +83,7 @@ class Backend:
         Parameters that do not require a gradient are frozen. lr_scales: factors of the learning rate by
         parameter, 1 where a name is missing; undecayed: parameters without weight decay beside biases and norms.
         """
-        accelerator = self._accelerated(config)
+        accelerator = self._accelerated(config, sum(parameter.numel() for parameter in model.parameters()))
         prepare(model, config, self.device)
         if config.train.cuda_graphs:
             if self.device.type != "cuda":
@@ -168,7 +168,7 @@ def _import_libraries() -> None:
         compiler.compile = compile_
 
 
-def _make_accelerator(config: RunConfig, world: World) -> Any:
+def _make_accelerator(config: RunConfig, world: World, parameters: int) -> Any:
     import deepspeed
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -191,7 +191,7 @@ def _make_accelerator(config: RunConfig, world: World) -> Any:
         def set_deepspeed_weakref(self) -> None:
             """Nothing: it would import transformers, and tell it of ZeRO-3, whose models are not used here."""
 
-    plugin = Plugin(hf_ds_config=zero_config(config, world), zero3_init_flag=False)
+    plugin = Plugin(hf_ds_config=zero_config(config, world, parameters), zero3_init_flag=False)
     # With cpu=True accelerate would silently give DDP instead.
     return Accelerator(
         kwargs_handlers=[group], deepspeed_plugin=plugin, gradient_accumulation_steps=accumulation(config, world)
@@ -216,10 +216,10 @@ def _collectives(world: World) -> str:
     return "nccl" if world.device == "cuda" else "gloo"
 
 
-def zero_config(config: RunConfig, world: World) -> dict[str, Any]:
-    """DeepSpeed's config, every key of it that a run depends on."""
+def zero_config(config: RunConfig, world: World, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's config for a model of so many parameters, every key of it that a run depends on."""
     bf16 = config.train.precision == "bf16"
-    bucket = config.parallel.bucket_elements
+    bucket = min(config.parallel.bucket_elements, parameters)  # DeepSpeed takes the memory for all of it
     accumulated = accumulation(config, world)
     zero: dict[str, Any] = {
         "stage": config.parallel.zero_stage,
