@@ -220,6 +220,7 @@ def zero_config(config: RunConfig, world: World, parameters: int) -> dict[str, A
     """DeepSpeed's config for a model of so many parameters, every key of it that a run depends on."""
     bf16 = config.train.precision == "bf16"
     bucket = min(config.parallel.bucket_elements, parameters)  # DeepSpeed takes the memory for all of it
+    bucket += bucket % 2  # it asks for even ones
     accumulated = accumulation(config, world)
     zero: dict[str, Any] = {
         "stage": config.parallel.zero_stage,
