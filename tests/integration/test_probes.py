@@ -65,6 +65,7 @@ def test_the_start_is_a_baseline_where_there_is_one(
     assert [row["step"] for row in scored] == [4]
 
 
+@pytest.mark.full
 def test_fewer_images_where_seconds_are_few(launcher: Launcher, config: Path, shards: Path, tmp_path: Path) -> None:
     """What evaluation.seconds leaves is found once, and kept by every later start."""
     argv = ["pretrain", str(config), "evaluation.every_steps=2", f"evaluation.test={shards}/*.tar"]

@@ -112,6 +112,7 @@ def test_other_worlds_and_stages(launcher: Launcher, config: Path, tmp_path: Pat
     assert losses(run) == pytest.approx(losses(unbroken), rel=1e-5)
 
 
+@full
 def test_sources_with_epochs_of_their_own(launcher: Launcher, config: Path, shards: Path, tmp_path: Path) -> None:
     """A mixture on 1 rank, and on 2, stopped and gone on with on 1 and 4: the same samples and rows."""
     one, *others = sorted(str(path) for path in shards.glob("*.tar"))

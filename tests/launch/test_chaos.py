@@ -1,4 +1,4 @@
-"""What `vitscale chaos` compares and counts, and a trial of it; all kinds by the command itself (docs/faults.md)."""
+"""What `vitscale chaos` compares and counts; trials of it are in tests/integration/test_chaos.py."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 
 from vitscale.errors import ConfigError
 from vitscale.launch.breaking import KINDS
-from vitscale.launch.chaos import Outcome, as_table, chaos, goodput, planned, run_trials
-from vitscale.launch.trials import SAVED_EVERY, STEPS, Ground, differences, half_written, newest_checkpoint, rank_of
+from vitscale.launch.chaos import Outcome, as_table, goodput, planned, run_trials
+from vitscale.launch.trials import STEPS, Ground, differences, half_written, newest_checkpoint, rank_of
 from vitscale.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -126,18 +126,6 @@ def test_the_docs_have_all_kinds_and_name_what_is_there() -> None:
         folder = path.rpartition("/")[0] or folder  # as of the file before, where none is named
         assert any((ROOT / "tests" / each).exists() for each in (path, f"{folder}/{path}")), path
     assert len(re.findall(r"^\| ", tried, re.MULTILINE)) == 1 + 27
-
-
-LONG = ("rank hangs", "asked twice", "bit flipped", "gradients not finite", "MLflow down")
-
-
-@pytest.mark.parametrize("kind", ["killed in a save", *(pytest.param(kind, marks=pytest.mark.full) for kind in LONG)])
-def test_runs_that_are_broken_end_as_one_that_was_not(tmp_path: Path, kind: str) -> None:
-    said: list[str] = []
-    (outcome,) = chaos(tmp_path, planned([kind], 1), seed=0, say=said.append).values()
-    assert (outcome.passed, outcome.faults) == (1, KINDS[kind].faults), said
-    assert all(0 <= lost <= 3 * SAVED_EVERY for lost in outcome.lost_steps)
-    assert len(outcome.back_s) == len(outcome.detect_s)
 
 
 def test_a_helper_is_of_the_rank_that_has_started_it() -> None:
