@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import platform
+import re
+from datetime import UTC, datetime, timedelta
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -21,15 +25,26 @@ def test_the_json_is_a_file_too(tmp_path: Path, capfd: pytest.CaptureFixture[str
     printed = capfd.readouterr().out.splitlines()
     assert json.loads(out.read_text()) == json.loads(printed[-1])
     assert len(printed) > 1
+    result = json.loads(out.read_text())
+    assert result["command"] == "vitscale bench exchange " + " ".join(QUICK)
+    assert result["versions"]["torch"] == metadata.version("torch")
+    assert re.fullmatch(r"\d+ cores of .+", result["machine"])
+    assert result["python"] == platform.python_version()
+    assert datetime.now(UTC) - datetime.fromisoformat(result["date"]) < timedelta(minutes=10)
     assert main(["bench", "exchange", *QUICK, "--json", str(tmp_path / "nowhere" / "x.json")]) == BAD_INPUT
 
 
-def test_all_of_them_and_what_failed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_all_of_them_and_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     brief = {"exchange": QUICK, "startup": ["--shards", "0"]}
     monkeypatch.setattr(benches, "BRIEF", brief)
-    assert run("all", []) == 1
+    out = tmp_path / "figures.json"
+    assert run("all", ["--json", str(out)]) == 1
     printed = capfd.readouterr().out.splitlines()
     result = json.loads(printed[-1])
+    assert json.loads(out.read_text()) == result
+    assert result["results"]["exchange"]["command"] == "vitscale bench exchange " + " ".join(QUICK)
     assert result["results"]["exchange"]["steps"] == 2
     assert "must be a whole number above 0" in result["failed"]["startup"]
     assert result["seconds"].keys() == brief.keys()

@@ -13,7 +13,8 @@ from vitscale.checkpoint.fragments import join_tables
 @pytest.mark.full
 def test_the_bench_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--engine", "Ti", "--preset", "Ti", "--large", "Ti", "--ranks", "3", "--rounds", "1"]) == 0
-    engine, save, manifest = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    engine, save, manifest = (result["sections"][name] for name in ("engine", "memory", "manifest Ti"))
     assert {DEEPSPEED, DEEPSPEED_LOAD, DCP, DCP_LOAD, SAVE, LOAD} < set(engine["contenders"])
     assert (
         engine["contenders"][DEEPSPEED]["bytes"]

@@ -7,23 +7,19 @@ import io
 import json
 import subprocess
 import sys
-from typing import Any
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from vitscale.bench.data import BARE, WEBDATASET_TAR, _size, main
+from vitscale.bench.all import run
+from vitscale.bench.data import BARE, WEBDATASET_TAR, _size
 from vitscale.bench.data_peers import WEBDATASET
 from vitscale.bench.laps import Batches, run_laps
 from vitscale.bench.photographs import photograph
 from vitscale.bench.storage import DISK
 
 SHORT = ("--images", "64", "--batch", "8", "--size", "64x48", "--seconds", "0.05", "--rounds", "1")
-
-
-def sections(output: str) -> dict[str, dict[str, Any]]:
-    results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    return {result["section"]: result for result in results}
 
 
 def test_the_images_are_as_large_as_photographs() -> None:
@@ -41,10 +37,15 @@ def test_a_size_is_width_and_height() -> None:
             _size(wrong)
 
 
-def test_samples_are_read_beside_webdataset(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main([*SHORT, "--sections", "tar", "shards"]) == 0
+def test_samples_are_read_beside_webdataset(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Every section is in the file."""
+    out = tmp_path / "figures.json"
+    assert run("data", [*SHORT, "--sections", "tar", "shards", "--json", str(out)]) == 0
     output = capfd.readouterr().out
-    found = sections(output)
+    result = json.loads(out.read_text())
+    assert result["bench"] == "data"
+    found = result["sections"]
+    assert list(found) == ["tar", "shards"]
     contenders = found["tar"]["contenders"]
     assert len(contenders) == 3
     assert contenders[WEBDATASET_TAR]["ratio"] == 1
@@ -84,7 +85,8 @@ def test_what_cannot_run_is_left_out_with_the_reason() -> None:
 def test_every_contender_runs() -> None:
     command = [sys.executable, "-m", "vitscale.cli", "bench", "data", *SHORT, "--sections", "images", "storage"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found = sections(done.stdout)
+    result = json.loads(done.stdout.splitlines()[-1])
+    found = result["sections"]
     images = found["images"]
     assert {BARE, WEBDATASET} <= set(images["contenders"])
     assert len(images["contenders"]) + len(images["left_out"]) == 10
@@ -93,5 +95,6 @@ def test_every_contender_runs() -> None:
         assert figure["per_second"] == pytest.approx(1 / figure["seconds"][0])
         assert figure["cpu_ms"] > 0
     storage = found["storage"]
+    assert result["left_out"] == images["left_out"] | storage["left_out"]
     assert storage["contenders"][DISK]["ratio"] == 1
     assert len(storage["contenders"]) == 1 + 3 * (2 - len(storage["left_out"]))

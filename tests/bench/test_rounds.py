@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitscale.bench.rounds import fastest, figures, first_line, in_turns, report
+from vitscale.bench.rounds import fastest, figures, first_line, in_turns, report, report_sections
 
 SECONDS = st.floats(1e-6, 1e6)
 
@@ -61,6 +61,17 @@ def test_a_report_is_a_table_and_a_line_of_json(capsys: pytest.CaptureFixture[st
         "another is left out: ImportError: no module",
         json.dumps(result),
     ]
+
+
+def test_sections_are_one_line_with_all_that_they_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    sections = {
+        "images": {"contenders": {}, "left_out": {"DALI": "not installed"}},
+        "storage": {"contenders": {}, "left_out": {"S3": "no server"}},
+        "shards": {"ms_within": 1.0},
+    }
+    report_sections({"bench": "data"}, sections)
+    left_out = {"DALI": "not installed", "S3": "no server"}
+    assert json.loads(capsys.readouterr().out) == {"bench": "data", "sections": sections, "left_out": left_out}
 
 
 def test_a_reason_is_one_line() -> None:

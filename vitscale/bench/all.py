@@ -1,4 +1,4 @@
-"""`vitscale bench all`: every benchmark once, briefly, each in a process of its own; and `--json FILE` of each."""
+"""`vitscale bench NAME`, and what each of them tells of the run; `vitscale bench all`: every one once, briefly."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vitscale.bench.measuring import CPU, device_name
+from vitscale import __version__
+from vitscale.bench.measuring import cpu_name
 from vitscale.errors import ConfigError
 from vitscale.files.atomic import write_atomically
 
@@ -34,41 +38,66 @@ BRIEF = {
     "host": ["--rounds", "2", "--steps", "50"],
     "sharding": ["--preset", "Ti", "--batch", "8", "--steps", "3"],
 }
-_LIBRARIES = ("torch", "deepspeed", "accelerate", "transformers", "timm", "webdataset", "torchvision")
+_LIBRARIES = (
+    "torch", "deepspeed", "accelerate", "transformers", "timm", "torchvision", "onnxruntime", "numpy", "webdataset",
+    "nvidia-nvimgcodec-cu12", "simplejpeg", "pillow",
+)  # fmt: skip
 _GPU = "what a GPU does: bash launch/gpu_suite.sh OUT"
 
 
 def run(what: str, arguments: Sequence[str]) -> int:
-    """One benchmark, or all; with --json FILE its last line, which is JSON, is also a file."""
+    """One benchmark, or all; its last line, JSON of what it measured, when and with what, is --json FILE too."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json", type=Path)
     own, rest = parser.parse_known_args(arguments)
     if own.json is not None and not own.json.absolute().parent.is_dir():
         raise ConfigError(f"--json {own.json}: must be a file in a folder that is there")
+    about = _about(what, rest)
     main = all_briefly if what == "all" else importlib.import_module(f"vitscale.bench.{what}").main
-    printed = _Kept(sys.stdout)
+    printed = _Printed(sys.stdout)
     with contextlib.redirect_stdout(printed):
         code = main(rest)
-    if own.json is not None and code == 0:
-        write_atomically(own.json, printed.last_line() + "\n")
+    if printed.result is not None:  # None on all ranks but one
+        line = json.dumps(printed.result | about)
+        print(line)
+        if own.json is not None:
+            write_atomically(own.json, line + "\n")
     return code
 
 
-class _Kept(io.TextIOBase):
-    """A stream that passes on what is printed, and has its last line."""
+def _about(what: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """The command, its time, the machine and the libraries."""
+    versions = {"vitscale": __version__}
+    for name in _LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "command": shlex.join(["vitscale", "bench", what, *arguments]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{len(os.sched_getaffinity(0))} cores of {cpu_name()}",
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+class _Printed(io.TextIOBase):
+    """A stream that passes on all lines but one of JSON, which it keeps."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream, self._text = stream, ""
+        self._stream, self._begun = stream, ""
+        self.result: dict[str, Any] | None = None
 
     def write(self, text: str) -> int:
-        self._text = (self._text + text).rstrip("\n").rpartition("\n")[2] + "\n" * text.endswith("\n")
-        return self._stream.write(text)
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            if line.startswith("{"):
+                self.result = json.loads(line)
+            else:
+                self._stream.write(line + "\n")
+        return len(text)
 
     def flush(self) -> None:
         self._stream.flush()
-
-    def last_line(self) -> str:
-        return self._text.rstrip("\n")
 
 
 def all_briefly(arguments: Sequence[str]) -> int:
@@ -92,16 +121,6 @@ def all_briefly(arguments: Sequence[str]) -> int:
         print("\n".join(lines[:-1]), flush=True)
     missing = {f"{name}: {who}": why for name, each in results.items() for who, why in each.get("left_out", {}).items()}
     print(f"\n{sum(took.values()):.0f} s; not measured here: {'; '.join([*missing, *failed, _GPU])}")
-    print(json.dumps({
-        "bench": "all", "machine": device_name(CPU), "python": platform.python_version(),
-        "versions": _versions(), "results": results, "failed": failed, "seconds": took, "left_out": missing,
-    }))  # fmt: skip
+    result = {"bench": "all", "results": results, "failed": failed, "seconds": took, "left_out": missing}
+    print(json.dumps(result))
     return 1 if failed else 0
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found

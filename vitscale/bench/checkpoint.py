@@ -20,13 +20,14 @@ from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from vitscale.bench import checkpoint_peers
 from vitscale.bench.measuring import seconds
-from vitscale.bench.rounds import benchmark_parser, figures, in_turns, report
+from vitscale.bench.rounds import benchmark_parser, figures, in_turns, report_sections, show
 from vitscale.checkpoint.fragments import Piece, Table, copied, join_tables
 from vitscale.checkpoint.manifest import FORMAT, MANIFEST, as_text, read_manifest
 from vitscale.checkpoint.retention import Retention
@@ -44,7 +45,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure and print; the last line of each part is JSON."""
+    """Measure and print; the last line is JSON."""
     parser = benchmark_parser("checkpoint", __doc__, rounds=3)
     parser.add_argument("--engine", default="L", metavar="PRESET", help="of the engine (default: %(default)s)")
     parser.add_argument("--preset", default="H", help="of the model in memory (default: %(default)s)")
@@ -53,10 +54,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--folder", help="on the disk to be measured (default: a temporary one)")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="vitscale-bench-", dir=options.folder) as folder:
-        _with_engine(Path(folder) / "engine", options.engine, options.rounds)
-        _save_and_load(Path(folder), options.preset, options.rounds)
+        sections = {
+            "engine": _with_engine(Path(folder) / "engine", options.engine, options.rounds),
+            "memory": _save_and_load(Path(folder), options.preset, options.rounds),
+        }
         for preset in options.large:
-            _manifest(Path(folder), preset, options.ranks, options.rounds)
+            sections[f"manifest {preset}"] = _manifest(Path(folder), preset, options.ranks, options.rounds)
+    report_sections({"bench": "checkpoint", **vars(options)}, sections)
     return 0
 
 
@@ -83,16 +87,16 @@ def zero3_tables(shapes: Shapes, ranks: int) -> list[Table]:
     return tables
 
 
-def _with_engine(folder: Path, preset: str, rounds: int) -> None:
+def _with_engine(folder: Path, preset: str, rounds: int) -> dict[str, Any]:
     folder.mkdir()
-    contenders = checkpoint_peers.measure(preset, rounds, folder, partial(_dd, folder / "dd"))
-    result = {"bench": "engine", "preset": preset, "rounds": rounds, "contenders": contenders}
+    result = {"contenders": checkpoint_peers.measure(preset, rounds, folder, partial(_dd, folder / "dd"))}
     columns = {"ms": "{median_ms:.0f}", "bytes": "{bytes:,}", "GB/s": "{rate:.2f}"}
-    report(f"A checkpoint of a MAE ViT-{preset}'s engine, ZeRO-2, one rank, fp32", columns, result)
+    show(f"A checkpoint of a MAE ViT-{preset}'s engine, ZeRO-2, one rank, fp32", columns, result)
     shutil.rmtree(folder)
+    return result
 
 
-def _save_and_load(folder: Path, preset: str, rounds: int) -> None:
+def _save_and_load(folder: Path, preset: str, rounds: int) -> dict[str, Any]:
     pieces = [
         Piece(kind, name, shape, 0, np.random.default_rng(0).standard_normal(prod(shape), np.float32))
         for kind in KINDS
@@ -126,11 +130,11 @@ def _save_and_load(folder: Path, preset: str, rounds: int) -> None:
     contenders = figures(times, DISK)
     for figure in contenders.values():
         figure["rate"] = count / 1e6 / figure["median_ms"]
-    result = {"bench": "checkpoint", "preset": preset, "rounds": rounds, "bytes": count, "contenders": contenders}
-    result["from_disk"] = from_disk / count
+    result = {"bytes": count, "from_disk": from_disk / count, "contenders": contenders}
     title = f"A checkpoint of a MAE ViT-{preset}, {count / 1e9:.2f} GB, by one rank"
     print(f"{_READERS} processes that load it at once read {from_disk / count:.2f} times its size from the disk")
-    report(title, {"ms": "{median_ms:.0f}", "GB/s": "{rate:.2f}"}, result)
+    show(title, {"ms": "{median_ms:.0f}", "GB/s": "{rate:.2f}"}, result)
+    return result
 
 
 def _read_together(folder: Path) -> int:
@@ -159,7 +163,7 @@ def _dd(path: Path, count: int) -> None:
     path.unlink()
 
 
-def _manifest(folder: Path, preset: str, ranks: int, rounds: int) -> None:
+def _manifest(folder: Path, preset: str, ranks: int, rounds: int) -> dict[str, Any]:
     tables = zero3_tables(shapes_of(preset), ranks)
     files = [{"name": f"state-{rank:05d}.safetensors", "bytes": 1, "sha256": "0" * 64} for rank in range(ranks)]
     path = folder / MANIFEST
@@ -174,11 +178,7 @@ def _manifest(folder: Path, preset: str, ranks: int, rounds: int) -> None:
     publish()
     times = in_turns({PUBLISH: partial(seconds, publish), OPEN: partial(seconds, opened)}, rounds)
     pieces, size = sum(len(table.counts) for table in tables), path.stat().st_size
-    result = {
-        "bench": "manifest", "preset": preset, "ranks": ranks, "rounds": rounds, "bytes": size,
-        "pieces": pieces, "contenders": figures(times, None),
-    }  # fmt: skip
-    title = (
-        f"The manifest of a MAE ViT-{preset} of {ranks} ranks at ZeRO-3: {pieces:,} pieces, {result['bytes']:,} bytes"
-    )
-    report(title, {"ms": "{median_ms:.0f}"}, result)
+    result = {"bytes": size, "pieces": pieces, "contenders": figures(times, None)}
+    title = f"The manifest of a MAE ViT-{preset} of {ranks} ranks at ZeRO-3: {pieces:,} pieces, {size:,} bytes"
+    show(title, {"ms": "{median_ms:.0f}"}, result)
+    return result

@@ -11,13 +11,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
-import json
 import os
 import re
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from vitscale.bench import storage
 from vitscale.bench.data_peers import PACKAGES, RATIO, SCALE, WEBDATASET, Setting, peers
 from vitscale.bench.laps import Batches, Start, lap_figures, run_laps
 from vitscale.bench.photographs import QUALITY, SIZE, open_loader, photograph_shards
-from vitscale.bench.rounds import benchmark_parser, report
+from vitscale.bench.rounds import benchmark_parser, report_sections, show
 from vitscale.config.schema import Data, RunConfig, Train
 from vitscale.data.crop import RandomCrop
 from vitscale.data.index import ShardIndex
@@ -55,7 +54,7 @@ _RATES = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure and print; the last line of each section is JSON."""
+    """Measure and print; the last line is JSON."""
     options = _options(arguments)
     height, width = options.size
     distinct = max(16, 256 * SIZE[0] * SIZE[1] // max(height * width, SIZE[0] * SIZE[1]))
@@ -68,15 +67,14 @@ def main(arguments: Sequence[str]) -> int:
             f"{width}x{height} JPEG q{QUALITY} of smooth noise, {kilobytes:.0f} kB a sample; {options.cores} cores, "
             f"median of {options.rounds} laps of {options.seconds:g} s in turns"
         )
-        about = {**vars(options), "bench": "data"}
-        if "images" in options.sections:
-            _images(setting, index, options, about)
-        if "tar" in options.sections:
-            _tar(setting, index, options, about)
-        if "storage" in options.sections:
-            _sources(folder / "many", setting, options, distinct, about)
-        if "shards" in options.sections:
-            _new_shards(folder / "small", options, about)
+        works: dict[str, Callable[[], dict[str, Any]]] = {
+            "images": partial(_images, setting, index, options),
+            "tar": partial(_tar, setting, index, options),
+            "storage": partial(_sources, folder / "many", setting, options, distinct),
+            "shards": partial(_new_shards, folder / "small", options),
+        }
+        sections = {name: work() for name, work in works.items() if name in options.sections}
+    report_sections({"bench": "data", **vars(options)}, sections)
     return 0
 
 
@@ -102,7 +100,7 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[2]), int(match[1])
 
 
-def _images(setting: Setting, index: ShardIndex, options: argparse.Namespace, about: dict[str, Any]) -> None:
+def _images(setting: Setting, index: ShardIndex, options: argparse.Namespace) -> dict[str, Any]:
     decoders = dict.fromkeys([choose_decoder("auto"), "simplejpeg"])
     starts: dict[str, Start] = {
         **{f"vitscale ({name}): decode + crop": partial(_ours, setting, name) for name in decoders},
@@ -111,41 +109,45 @@ def _images(setting: Setting, index: ShardIndex, options: argparse.Namespace, ab
         **peers(setting),
     }
     laps, left_out = run_laps(starts, options.seconds, options.rounds, _PACKAGES)
-    contenders = lap_figures(laps, WEBDATASET, BARE)
+    result = {"contenders": lap_figures(laps, WEBDATASET, BARE), "left_out": left_out}
     columns = _rates("images") | ({"of the decoder": "{share:.2f}"} if BARE in laps else {})
     title = "\nimages: ratios to webdataset; the decoder has the files in memory, and as many threads"
-    report(title, columns, {**about, "section": "images", "contenders": contenders, "left_out": left_out})
+    show(title, columns, result)
+    return result
 
 
-def _tar(setting: Setting, index: ShardIndex, options: argparse.Namespace, about: dict[str, Any]) -> None:
+def _tar(setting: Setting, index: ShardIndex, options: argparse.Namespace) -> dict[str, Any]:
     starts = {
         "vitscale: samples by their places": partial(_read, setting, index, scan=False),
         "vitscale: headers scanned first": partial(_read, setting, index, scan=True),
         WEBDATASET_TAR: partial(_read_by_webdataset, setting),
     }
     laps, left_out = run_laps(starts, options.seconds, options.rounds, _PACKAGES)
-    contenders = lap_figures(laps, WEBDATASET_TAR)
+    result = {"contenders": lap_figures(laps, WEBDATASET_TAR), "left_out": left_out}
     title = "\ntar: one thread reads images and labels, nothing is decoded; ratios to webdataset"
-    report(title, _rates("samples"), {**about, "section": "tar", "contenders": contenders, "left_out": left_out})
+    show(title, _rates("samples"), result)
+    return result
 
 
-def _sources(folder: Path, setting: Setting, options: argparse.Namespace, distinct: int, about: dict[str, Any]) -> None:
+def _sources(folder: Path, setting: Setting, options: argparse.Namespace, distinct: int) -> dict[str, Any]:
     photograph_shards(folder, options.images, distinct, _SHARDS, options.size)
     contenders, left_out = storage.measure_sources(folder, setting.batch, options.rounds)
     title = (
         f"\nstorage: decode + crop, epochs of {_SHARDS} shards from their first batch on, servers on these cores; "
         "ratios to the disk"
     )
-    report(title, _rates("images"), {**about, "section": "storage", "contenders": contenders, "left_out": left_out})
+    result = {"contenders": contenders, "left_out": left_out}
+    show(title, _rates("images"), result)
+    return result
 
 
-def _new_shards(folder: Path, options: argparse.Namespace, about: dict[str, Any]) -> None:
+def _new_shards(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     found = storage.measure_new_shards(folder, options.images, options.batch, options.rounds)
     print(
         "\nshards: batches of {batch} of 1 kB, read in {ms_within:.2f} ms; {shards_entered} enter a shard of {images}, "
-        "in {ms_entering:.2f} ms: at most {most_extra_ms:.2f} ms more".format(**about, **found)
+        "in {ms_entering:.2f} ms: at most {most_extra_ms:.2f} ms more".format(**vars(options), **found)
     )
-    print(json.dumps({**about, "section": "shards", **found}))
+    return found
 
 
 def _rates(what: str) -> dict[str, str]:

@@ -29,8 +29,13 @@ def device_name(device: torch.device) -> str:
     """The GPU, or how many threads of which CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} threads of {cpu_name()}"
+
+
+def cpu_name() -> str:
+    """The CPU's model."""
     model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return f"{torch.get_num_threads()} threads of {model[1] if model else 'a CPU'}"
+    return model[1] if model else "a CPU"
 
 
 def synchronize(device: torch.device) -> None:

@@ -58,7 +58,20 @@ def figures(seconds: Mapping[str, Sequence[float]], peer: str | None) -> dict[st
 
 
 def report(title: str, columns: Mapping[str, str], result: Mapping[str, Any]) -> None:
-    """Print a table, who was left out and why, and the result as a last line of JSON.
+    """Print a table, who was left out and why, and the result as a last line of JSON."""
+    show(title, columns, result)
+    print(json.dumps(result))
+
+
+def report_sections(about: Mapping[str, Any], sections: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print what a benchmark of several tables gave, each of which was shown, as its last line of JSON: the `sections`
+    by name, and who was `left_out` of any of them."""
+    left_out = {name: why for each in sections.values() for name, why in each.get("left_out", {}).items()}
+    print(json.dumps({**about, "sections": sections, "left_out": left_out}))
+
+
+def show(title: str, columns: Mapping[str, str], result: Mapping[str, Any]) -> None:
+    """Print a table, and who was left out and why.
 
     columns: header -> format of a contender's figures, empty where one of these is None. The ratio is the last column.
     """
@@ -70,7 +83,6 @@ def report(title: str, columns: Mapping[str, str], result: Mapping[str, Any]) ->
     print(aligned(rows, right=range(1, len(columns) + 2)))
     for name, reason in result.get("left_out", {}).items():
         print(f"{name} is left out: {reason}")
-    print(json.dumps(result))
 
 
 def _cell(text: str, figure: Mapping[str, Any]) -> str:
