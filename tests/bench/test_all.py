@@ -68,4 +68,4 @@ def test_every_benchmark_is_in_it() -> None:
         "storage",
     }
     files = {path.stem for path in Path(benches.__file__).parent.glob("*.py")}
-    assert files - shared == benches.BRIEF.keys()
+    assert files - shared == {name.split()[0] for name in benches.BRIEF}

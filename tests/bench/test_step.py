@@ -19,7 +19,7 @@ RUN = "--preset Ti --batch 1 --rounds 2 --device cpu --peak 0.5"
 
 @pytest.mark.parametrize(
     ("objective", "libraries"),
-    [("mae", {"transformers eager"}), ("classification", {"transformers eager", "timm eager"})],
+    [("mae", {"transformers eager", "timm eager"}), ("classification", {"transformers eager", "timm eager"})],
 )
 def test_measures_all_and_ends_with_json(
     objective: str, libraries: set[str], capsys: pytest.CaptureFixture[str]

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import timm
@@ -17,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from vitscale.bench.peers import TimmMAE
 from vitscale.config.model_rules import pair
 from vitscale.files.model_folder import CONFIG, read_json
 from vitscale.interop.pretrained import prefix_of
@@ -128,7 +128,7 @@ def by_mae(path: Path, model: ViTPreTrainedModel) -> Witness:
     tensors, config = content.get("model", content), model.config
     opened: Any
     if isinstance(config, ViTMAEConfig):
-        opened = _MaskedAutoencoder(timm_vit, config)
+        opened = TimmMAE(config)
     else:
         opened = timm_vit.VisionTransformer(
             img_size=pair(config.image_size),
@@ -149,8 +149,8 @@ def by_mae(path: Path, model: ViTPreTrainedModel) -> Witness:
 
     @torch.no_grad()
     def run(inputs: Inputs) -> Outputs:
-        if isinstance(opened, _MaskedAutoencoder):
-            patches = opened(inputs["pixel_values"], inputs["noise"], config.mask_ratio)
+        if isinstance(opened, TimmMAE):
+            _, patches = opened(inputs["pixel_values"], inputs["noise"])
             return {"last_hidden_state": opened.encode(inputs["pixel_values"]), "patches": patches}
         features = opened.forward_features(inputs["pixel_values"])
         return {"last_hidden_state": features, "logits": opened.forward_head(features)}
@@ -161,50 +161,3 @@ def by_mae(path: Path, model: ViTPreTrainedModel) -> Witness:
 def _whole(tensors: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Fixed positions, where a file has them too: those in half precision are computed anew by our model."""
     return {name: table for name, table in fixed.items() if is_table(tensors[name], table)}
-
-
-class _MaskedAutoencoder(nn.Module):
-    """MaskedAutoencoderViT of models_mae.py, of the same blocks and names; the mask comes from `noise`."""
-
-    def __init__(self, timm_vit: ModuleType, config: ViTMAEConfig) -> None:
-        super().__init__()
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        width, decoder = config.hidden_size, config.decoder_hidden_size
-        ratio = mlp_ratio(config.intermediate_size, width)
-        block = partial(timm_vit.Block, mlp_ratio=ratio, qkv_bias=True, norm_layer=norm)
-        size, patch = pair(config.image_size), pair(config.patch_size)
-        self.patch_embed = timm_vit.PatchEmbed(size, patch, config.num_channels, width)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_patches + 1, width))
-        self.blocks = nn.ModuleList(block(width, config.num_attention_heads) for _ in range(config.num_hidden_layers))
-        self.norm = norm(width)
-        self.decoder_embed = nn.Linear(width, decoder)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder))
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, config.num_patches + 1, decoder))
-        heads, layers = config.decoder_num_attention_heads, config.decoder_num_hidden_layers
-        self.decoder_blocks = nn.ModuleList(block(decoder, heads) for _ in range(layers))
-        self.decoder_norm = norm(decoder)
-        self.decoder_pred = nn.Linear(decoder, config.patch_values)
-
-    def encode(self, pixel_values: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Tokens of the patches `kept` [n, visible], of all without it, after the class token."""
-        x = self.patch_embed(pixel_values) + self.pos_embed[:, 1:]
-        if kept is not None:
-            x = torch.gather(x, 1, kept.unsqueeze(-1).repeat(1, 1, x.shape[-1]))
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        x = torch.cat([cls, x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
-
-    def forward(self, pixel_values: Tensor, noise: Tensor, mask_ratio: float) -> Tensor:
-        """[n, patches, patch_values]."""
-        shuffle = torch.argsort(noise, dim=1)
-        restore, visible = torch.argsort(shuffle, dim=1), int(noise.shape[1] * (1 - mask_ratio))
-        x = self.decoder_embed(self.encode(pixel_values, shuffle[:, :visible]))
-        patches = torch.cat([x[:, 1:], self.mask_token.repeat(len(x), noise.shape[1] - visible, 1)], dim=1)
-        patches = torch.gather(patches, 1, restore.unsqueeze(-1).repeat(1, 1, x.shape[-1]))
-        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]

@@ -24,11 +24,13 @@ from vitscale.bench.measuring import cpu_name
 from vitscale.errors import ConfigError
 from vitscale.files.atomic import write_atomically
 
-# So brief that all of them take minutes on two cores; by themselves they measure longer.
+# So brief that all of them take minutes on two cores; by themselves they measure longer. By the words that a command
+# begins with.
 BRIEF = {
     "data": ["--seconds", "1", "--rounds", "2", "--images", "512"],
     "augment": ["--rounds", "2", "--batch", "32"],
     "step": ["--preset", "Ti", "--rounds", "3"],
+    "step --objective classification": ["--preset", "Ti", "--rounds", "3"],
     "model": ["--preset", "Ti", "--rounds", "3"],
     "checkpoint": ["--engine", "Ti", "--preset", "S", "--rounds", "2", "--large", "g"],
     "startup": ["--preset", "Ti", "--shards", "20000", "--rounds", "3", "--joins", "2,4"],
@@ -103,13 +105,17 @@ class _Printed(io.TextIOBase):
 def all_briefly(arguments: Sequence[str]) -> int:
     """Measure and print; the last line is JSON. 1 if one of them failed."""
     parser = argparse.ArgumentParser(prog="vitscale bench all", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=BRIEF, default=list(BRIEF), help="(default: all)")
+    names = list(dict.fromkeys(name.split()[0] for name in BRIEF))
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="(default: all)")
     options = parser.parse_args(arguments)
     results, failed, took = {}, {}, {}
-    for name in options.only:
-        command = [sys.executable, "-m", "vitscale.cli", "bench", name, *BRIEF[name]]
-        print(f"\n# vitscale bench {' '.join([name, *BRIEF[name]])}", flush=True)
+    for name, brief in BRIEF.items():
+        if name.split()[0] not in options.only:
+            continue
+        words = ["bench", *name.split(), *brief]
+        print(f"\n# vitscale {' '.join(words)}", flush=True)
         began = time.monotonic()
+        command = [sys.executable, "-m", "vitscale.cli", *words]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         took[name] = time.monotonic() - began
         lines = done.stdout.splitlines()

@@ -28,9 +28,11 @@ from vitscale.config.presets import preset
 from vitscale.config.schema import Model, Objective, RunConfig
 from vitscale.engine.graphs import graph_blocks
 from vitscale.inference.command import above_zero
+from vitscale.interop.vision_transformer import mlp_ratio
 from vitscale.models.auto import new_model, vit_config
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.configuration_mae import ViTMAEConfig
+from vitscale.models.positions import sincos_table
 from vitscale.models.vit import ViTPreTrainedModel
 
 OURS = "vitscale"
@@ -71,15 +73,13 @@ def run_config(size: str, objective: str) -> RunConfig:
 
 
 def builders(run: RunConfig) -> dict[str, Callable[[], nn.Module]]:
-    """By library, what builds its model of the run's sizes, on the CPU; timm has no MAE."""
+    """By library, what builds its model of the run's sizes, on the CPU."""
     config = vit_config(run)
-    build: dict[str, Callable[[], nn.Module]] = {
+    return {
         OURS: partial(new_model, run, seed=0),
         "transformers": partial(_transformers_model, config),
+        "timm": partial(TimmMAE, config) if isinstance(config, ViTMAEConfig) else partial(_timm_model, config),
     }
-    if not isinstance(config, ViTMAEConfig):
-        build["timm"] = partial(_timm_model, config)
-    return build
 
 
 def _transformers_model(config: ViTConfig) -> nn.Module:
@@ -101,6 +101,73 @@ def _timm_model(config: ViTConfig) -> nn.Module:
         num_heads=config.num_attention_heads,
         mlp_ratio=config.intermediate_size / config.hidden_size,
     )
+
+
+class TimmMAE(nn.Module):
+    """MaskedAutoencoderViT, the MAE paper's models_mae.py, put together of timm's parts as it is there, with its names.
+
+    Initial values are the parts' own.
+    """
+
+    def __init__(self, config: ViTMAEConfig) -> None:
+        super().__init__()
+        timm_vit = importlib.import_module("timm.models.vision_transformer")
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        width, decoder = config.hidden_size, config.decoder_hidden_size
+        ratio = mlp_ratio(config.intermediate_size, width)
+        block = partial(timm_vit.Block, mlp_ratio=ratio, qkv_bias=True, norm_layer=norm)
+        self.config, self.patch = config, pair(config.patch_size)
+        self.patch_embed = timm_vit.PatchEmbed(pair(config.image_size), self.patch, config.num_channels, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(sincos_table(width, config.grid), requires_grad=False)
+        self.blocks = nn.ModuleList(block(width, config.num_attention_heads) for _ in range(config.num_hidden_layers))
+        self.norm = norm(width)
+        self.decoder_embed = nn.Linear(width, decoder)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder))
+        self.decoder_pos_embed = nn.Parameter(sincos_table(decoder, config.grid), requires_grad=False)
+        heads, layers = config.decoder_num_attention_heads, config.decoder_num_hidden_layers
+        self.decoder_blocks = nn.ModuleList(block(decoder, heads) for _ in range(layers))
+        self.decoder_norm = norm(decoder)
+        self.decoder_pred = nn.Linear(decoder, config.patch_values)
+
+    def encode(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Tokens of the patches `kept` [n, visible], of all without it, after the class token."""
+        x = self.patch_embed(images) + self.pos_embed[:, 1:]
+        if kept is not None:
+            x = torch.gather(x, 1, kept.unsqueeze(-1).repeat(1, 1, x.shape[-1]))
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls, x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def decode(self, tokens: Tensor, restore: Tensor) -> Tensor:
+        """[n, patches, patch_values], from the visible patches' tokens."""
+        x = self.decoder_embed(tokens)
+        hidden = self.mask_token.repeat(len(x), restore.shape[1] + 1 - x.shape[1], 1)
+        patches = torch.cat([x[:, 1:], hidden], dim=1)
+        patches = torch.gather(patches, 1, restore.unsqueeze(-1).repeat(1, 1, x.shape[-1]))
+        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The loss and [n, patches, patch_values]; noise: [n, patches], whose largest are hidden (default: random)."""
+        if noise is None:
+            noise = torch.rand(len(images), self.config.num_patches, device=images.device)
+        shuffle, visible = torch.argsort(noise, dim=1), self.config.visible_patches
+        restore = torch.argsort(shuffle, dim=1)
+        predicted = self.decode(self.encode(images, shuffle[:, :visible]), restore)
+        mask = (restore >= visible).float()
+        (p, q), (rows, columns) = self.patch, self.config.grid
+        target = images.reshape(len(images), -1, rows, p, columns, q)
+        target = torch.einsum("nchpwq->nhwpqc", target).reshape(predicted.shape)
+        if self.config.norm_pix_loss:
+            mean, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
+            target = (target - mean) / (variance + 1e-6) ** 0.5
+        error = ((predicted - target) ** 2).mean(dim=-1)
+        return (error * mask).sum() / mask.sum(), predicted
 
 
 def import_transformers() -> ModuleType:

@@ -67,5 +67,6 @@ def _loss(model: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
         inputs = {} if labels is None else {"labels": labels}
         return model(images, sample_key=torch.arange(len(images), device=images.device), **inputs).loss
     if labels is None:
-        return model(images).loss
+        output = model(images)
+        return output[0] if isinstance(output, tuple) else output.loss
     return F.cross_entropy(logits(model, images), labels)
