@@ -12,6 +12,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models.shapes import EVERY_OPTION, OPTION_SETS, TRAINABLE, inputs, tiny, tiny_keys
@@ -347,6 +348,17 @@ def test_flops_are_what_torch_counts(objective: str, options: dict[str, Any], to
         counted += 2 * layers * 2 * 2 * tokens * tokens * width
     assert counted == 2 * model.forward_flops()
     assert model.flops_per_image() == 3 * model.forward_flops()
+
+
+@pytest.mark.parametrize("objective", ["mae", "classification"])
+def test_flops_of_a_step_are_what_torch_counts_of_forward_and_backward(objective: str) -> None:
+    """But for a gradient of the images, which nobody takes: less than 1%."""
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):  # whose products torch counts on any device
+        model = build_model(run_config(objective, **preset("B"), num_labels=1000)).train()
+        given = {"sample_key": torch.arange(2)} if objective == "mae" else {"labels": torch.zeros(2, dtype=torch.long)}
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(2, 3, 224, 224), **given).loss.backward()
+    assert counter.get_total_flops() == pytest.approx(2 * model.flops_per_image(), rel=0.01)
 
 
 def test_published_flops() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from vitscale import __version__
 from vitscale.bench.measuring import cpu_name
-from vitscale.errors import ConfigError
+from vitscale.bench.rounds import check_file
 from vitscale.files.atomic import write_atomically
 
 # So brief that all of them take minutes on two cores; by themselves they measure longer. By the words that a command
@@ -52,8 +52,7 @@ def run(what: str, arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json", type=Path)
     own, rest = parser.parse_known_args(arguments)
-    if own.json is not None and not own.json.absolute().parent.is_dir():
-        raise ConfigError(f"--json {own.json}: must be a file in a folder that is there")
+    check_file("--json", own.json)
     about = _about(what, rest)
     main = all_briefly if what == "all" else importlib.import_module(f"vitscale.bench.{what}").main
     printed = _Printed(sys.stdout)

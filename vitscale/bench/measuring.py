@@ -7,11 +7,13 @@ import gc
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from vitscale.errors import ConfigError
 
@@ -89,6 +91,44 @@ def start_memory(device: torch.device = CPU) -> int:
 def peak_memory(device: torch.device = CPU) -> int:
     """Bytes that were in use at most since `start_memory`."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _process_memory("VmHWM")
+
+
+def reserved_memory(device: torch.device) -> int:
+    """Bytes that torch held of a GPU at most since `start_memory`, in use or not; 0 on a CPU."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+
+
+class Parts:
+    """Which share of a step each of its parts takes: a GPU's between events, for which the host does not wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._spans: dict[str, list[tuple[Any, Any]]] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """What runs within is part `name`, in a trace too."""
+        with record_function(name):
+            began = self._now()
+            yield
+            self._spans.setdefault(name, []).append((began, self._now()))
+
+    def shares(self) -> dict[str, float]:
+        """By name, of all that ran since the last call; together 1."""
+        synchronize(self._device)
+        spans, self._spans = self._spans, {}
+        took = {name: sum(self._between(*span) for span in own) for name, own in spans.items()}
+        return {name: own / sum(took.values()) for name, own in took.items()}
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _between(self, began: Any, ended: Any) -> float:
+        return began.elapsed_time(ended) if self._device.type == "cuda" else ended - began
 
 
 def _process_memory(key: str) -> int:

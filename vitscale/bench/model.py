@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitscale.bench.peers import Comparison, Step, logits, models_parser, report_models, run_config
 from vitscale.errors import ConfigError
-from vitscale.models.auto import build_model, new_model
+from vitscale.models.auto import new_model
 from vitscale.models.vit import ViTPreTrainedModel
 
 
@@ -29,9 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.onnx:
         options.device = "cpu"
     run = run_config(options.preset, "classification")
-    with torch.device("meta"):
-        flops = build_model(run).forward_flops()
-    comparison = Comparison(options, run, flops)
+    comparison = Comparison(options, run, trains=False)
     starts = comparison.starts(partial(inference_step, comparison))
     with tempfile.TemporaryDirectory(prefix="vitscale-bench-") as folder:
         if options.onnx:

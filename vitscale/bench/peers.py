@@ -9,19 +9,32 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from vitscale.bench.measuring import device_name, device_of, peak_memory, peak_rate, seconds, start_memory
+from vitscale.bench.measuring import (
+    Parts,
+    device_name,
+    device_of,
+    peak_memory,
+    peak_rate,
+    reserved_memory,
+    seconds,
+    start_memory,
+    synchronize,
+)
 from vitscale.bench.rounds import benchmark_parser, fastest, figures, first_line, in_turns, report
 from vitscale.config.model_rules import pair
 from vitscale.config.presets import preset
@@ -29,7 +42,7 @@ from vitscale.config.schema import Model, Objective, RunConfig
 from vitscale.engine.graphs import graph_blocks
 from vitscale.inference.command import above_zero
 from vitscale.interop.vision_transformer import mlp_ratio
-from vitscale.models.auto import new_model, vit_config
+from vitscale.models.auto import build_model, new_model, vit_config
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.configuration_mae import ViTMAEConfig
 from vitscale.models.positions import sincos_table
@@ -191,16 +204,20 @@ class Contender:
 
     step: Step
     memory: int  # peak bytes: model, activations and, in training, gradients and optimizer
+    reserved: int | None  # by torch, on a GPU
     preparation: float  # seconds to build it and of its first two steps: compiling, most of all
 
 
 class Comparison:
     """The models of one benchmark, what they work on, and the result so far."""
 
-    def __init__(self, options: argparse.Namespace, run: RunConfig, flops_per_image: int) -> None:
+    def __init__(self, options: argparse.Namespace, run: RunConfig, trains: bool) -> None:
+        """trains: whether a step is one of training."""
         self.options = options
         self.run = run
+        self.trains = trains
         self.device = device_of(options.device)
+        self.parts = Parts(self.device)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=options.precision == "bf16")
         torch.manual_seed(0)
         size = (options.batch, run.model.num_channels, *pair(run.model.image_size))
@@ -211,11 +228,15 @@ class Comparison:
             peak, source = peak_rate(self.device, DTYPES[options.precision])
         else:
             peak, source = options.peak * 1e12, "given"
+        with torch.device("meta"):
+            model = build_model(run)
+        flops = model.flops_per_image() if trains else model.forward_flops()
         self.result: dict[str, Any] = {
             "objective": run.objective.name,
             **{name: getattr(options, name) for name in ("preset", "batch", "precision", "rounds")},
             "device": device_name(self.device),
-            "gflop_per_image": flops_per_image / 1e9,
+            "gflop_per_image": flops / 1e9,
+            "gflop_source": f"{'3 x ' * trains}the matrix products of a forward",
             "peak_tflops": peak / 1e12,
             "peak_source": source,
             "contenders": {},
@@ -223,10 +244,12 @@ class Comparison:
             "left_out": {},
         }
 
-    def starts(self, make_step: Callable[[nn.Module], Step], trains: bool = False) -> dict[str, Callable[[], Step]]:
+    def starts(self, make_step: Callable[[nn.Module], Step]) -> dict[str, Callable[[], Step]]:
         """By contender, what builds its model and gives its step, the most important first; none is built yet."""
-        graphs = trains and self.device.type == "cuda"
+        graphs = self.trains and self.device.type == "cuda"
         compiled = self.device.type == "cuda" if self.options.compile is None else self.options.compile
+        if compiled:
+            torch._dynamo.config.recompile_limit = 64  # as in a run; beyond it torch goes on uncompiled
         build = builders(self.run)
         # What the libraries take for themselves at their first step is no contender's.
         small = replace(self.run, model=replace(self.run.model, num_hidden_layers=1))
@@ -279,42 +302,67 @@ class Comparison:
     def _prepare(self, start: Callable[[], Step]) -> Contender:
         """Build it and take two steps to warm up (and compile), during which its memory is measured."""
         began = time.monotonic()
-        before = start_memory(self.device)
+        before, held = start_memory(self.device), reserved_memory(self.device)
         step = start()
         step()
         if not torch.isfinite(step()).all():
             raise ArithmeticError("its second step gave values that are not finite")
-        return Contender(step, peak_memory(self.device) - before, time.monotonic() - began)
+        reserved = reserved_memory(self.device) - held if self.device.type == "cuda" else None
+        return Contender(step, peak_memory(self.device) - before, reserved, time.monotonic() - began)
 
     def _take_turns(self) -> None:
         """Measure all that are ready and put their figures into the result."""
-        steps = 10 if self.device.type == "cuda" else 1
-        measurements = {name: partial(seconds, one.step, steps, self.device) for name, one in self._ready.items()}
-        times = in_turns(measurements, self.options.rounds)
+        measurements = {name: partial(self._turn, one.step) for name, one in self._ready.items()}
+        turns = in_turns(measurements, self.options.rounds)
+        times = {name: [took for took, _ in own] for name, own in turns.items()}
         peer = fastest(times, [name for name in times if name.startswith(PEERS)])
         contenders = figures(times, peer)
         for name, contender in self._ready.items():
             rate = self.options.batch / contenders[name]["median_ms"] * 1000
+            shares = [share for _, share in turns[name]]
             contenders[name] |= {
                 "images_per_second": rate,
                 "utilization": rate * self.result["gflop_per_image"] / self.result["peak_tflops"] / 1e3,
+                "shares": {part: statistics.median(share[part] for share in shares) for part in shares[0]},
                 "peak_memory_mib": contender.memory / 2**20,
+                "peak_reserved_mib": None if contender.reserved is None else contender.reserved / 2**20,
                 "preparation_seconds": contender.preparation,
             }
-        imported = {name: sys.modules.get(name) for name in ("torch", *PEERS, "onnxruntime")}
-        versions = {name: module.__version__ for name, module in imported.items() if module}
-        self.result |= {"contenders": contenders, "fastest_peer": peer, "versions": versions}
+        self.result |= {"contenders": contenders, "fastest_peer": peer}
+
+    def _turn(self, step: Step) -> tuple[float, dict[str, float]]:
+        """Seconds of a step, and the shares of its parts."""
+        self.parts.shares()  # of the steps before
+        took = seconds(step, 10 if self.device.type == "cuda" else 1, self.device)
+        return took, self.parts.shares()
+
+    def trace(self, file: Path) -> None:
+        """Write a trace of one more step of each contender, which ui.perfetto.dev opens."""
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])]
+        with profile(activities=activities) as profiler:
+            for name, contender in self._ready.items():
+                with record_function(name):
+                    contender.step()
+                    synchronize(self.device)
+        profiler.export_chrome_trace(str(file))
 
 
-def report_models(title: str, result: Mapping[str, Any]) -> None:
-    """Print what was compared, on what, and the figures."""
-    about = ("{title} of ViT-{preset}, batch {batch}, {precision}, on {device}\n{gflop_per_image:.1f} GFLOP an image, "
-             "peak {peak_tflops:.2f} TFLOP/s ({peak_source}), ratios to the fastest peer")  # fmt: skip
+def report_models(title: str, result: Mapping[str, Any], parts: Sequence[str] = ()) -> None:
+    """Print what was compared, on what, and the figures; parts: of a step."""
+    about = (
+        "{title} of ViT-{preset}, batch {batch}, {precision}, on {device}; ratios to the fastest peer\n"
+        "of peak: images/s x {gflop_per_image:.1f} GFLOP an image ({gflop_source}) / {peak_tflops:.2f} TFLOP/s "
+        "({peak_source})"
+    )
     columns = {
         "ms a step": "{median_ms:.1f}",
         "images/s": "{images_per_second:.1f}",
         "of peak": "{utilization:.1%}",
+        **{part: f"{{shares[{part}]:.0%}}" for part in parts},
         "MiB": "{peak_memory_mib:.0f}",
+        "MiB reserved": "{peak_reserved_mib:.0f}",
         "s to prepare": "{preparation_seconds:.0f}",
     }
+    if all(one["peak_reserved_mib"] is None for one in result["contenders"].values()):
+        del columns["MiB reserved"]
     report(about.format(title=title, **result), columns, result)

@@ -6,9 +6,11 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from string import Formatter
 from typing import Any, TypeVar
 
+from vitscale.errors import ConfigError
 from vitscale.inference.command import above_zero
 from vitscale.text import aligned
 
@@ -21,6 +23,12 @@ def benchmark_parser(name: str, description: str, rounds: int = 5) -> argparse.A
     parser = argparse.ArgumentParser(prog=f"vitscale bench {name}", description=description.splitlines()[0])
     parser.add_argument("--rounds", type=above_zero, default=rounds, help="turns of each (default: %(default)s)")
     return parser
+
+
+def check_file(option: str, file: Path | None) -> None:
+    """ConfigError, before anything is measured, where the file that an option names could not be written."""
+    if file is not None and not file.absolute().parent.is_dir():
+        raise ConfigError(f"{option} {file}: must be a file in a folder that is there")
 
 
 def in_turns(measurements: Mapping[str, Callable[[], Measured]], rounds: int) -> dict[str, list[Measured]]:
