@@ -15,16 +15,16 @@ from vitscale.bench.rounds import fastest, figures, first_line, in_turns, report
 SECONDS = st.floats(1e-6, 1e6)
 
 
-def test_turns_go_there_and_back() -> None:
+def test_turns_go_there_and_back_and_then_begin_with_another() -> None:
     taken: list[str] = []
 
     def measure(name: str) -> int:
         taken.append(name)
         return len(taken)
 
-    results = in_turns({name: partial(measure, name) for name in "abc"}, 3)
-    assert "".join(taken) == "abccbaabc"
-    assert results == {"a": [1, 6, 7], "b": [2, 5, 8], "c": [3, 4, 9]}
+    results = in_turns({name: partial(measure, name) for name in "abc"}, 5)
+    assert "".join(taken) == "abccbabcaacbcab"
+    assert results == {"a": [1, 6, 9, 10, 14], "b": [2, 5, 7, 12, 15], "c": [3, 4, 8, 11, 13]}
 
 
 @given(st.lists(st.tuples(SECONDS, SECONDS), min_size=1, max_size=9))

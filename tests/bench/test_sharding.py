@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,12 +15,13 @@ from tests.integration.worlds import Launcher
 from vitscale.bench import sharding
 from vitscale.bench.gpu_suite.sharding import tiny_config
 from vitscale.bench.sharding import DDP, FSDP2, STAGES, compared, measured
-from vitscale.world import enter
+from vitscale.config.schema import Parallel, RunConfig
+from vitscale.world import World, enter
 
 
 @pytest.mark.full
 def test_all_contenders_are_measured_on_two_ranks(launcher: Launcher) -> None:
-    sizes = ["--preset", "Ti", "--objective", "classification", "--batch", "1", "--steps", "1"]
+    sizes = ["--preset", "Ti", "--objective", "classification", "--batch", "1", "--steps", "1", "--rounds", "1"]
     world = launcher.start(["bench", "sharding", *sizes], ranks=2)
     assert world.wait() == [0, 0], world.output()
     (line,) = [line for line in world.output().splitlines() if line.startswith('{"bench"')]
@@ -33,7 +35,7 @@ def test_all_contenders_are_measured_on_two_ranks(launcher: Launcher) -> None:
         assert [one[after] for one in losses] == pytest.approx([losses[0][after]] * len(losses), rel=0.01)
 
 
-def of_one(name: str, fault: str | None = None) -> dict[str, Any]:
+def of_one(name: str, fault: str | None = None, accumulated: int = 1) -> dict[str, Any]:
     """What is told of a contender in a process of its own; fault: what comes in the way of its steps."""
 
     def fail(*_: object) -> Any:
@@ -43,7 +45,29 @@ def of_one(name: str, fault: str | None = None) -> dict[str, Any]:
 
     if fault:
         sharding._steps = fail
-    return measured(name, tiny_config(), 1, enter())
+    return measured(name, accumulating(accumulated), 1, enter())
+
+
+def accumulating(times: int) -> RunConfig:
+    config = tiny_config()
+    return replace(config, train=replace(config.train, global_batch=times * config.train.micro_batch))
+
+
+def test_accumulating_takes_more_images_a_step(launcher: Launcher) -> None:
+    """The same images again: the same losses, also after a step."""
+    figures = {name: launcher.call(of_one, name=name, accumulated=2) for name in ("ZeRO-2", FSDP2)}
+    result = compared(figures, accumulating(2))
+    once = launcher.call(of_one, name=FSDP2)[0]
+    for name in ("ZeRO-2", FSDP2):
+        contender = result["contenders"][name]
+        assert contender["losses"] == pytest.approx(once["losses"], rel=1e-3)
+        assert contender["images_per_second"] == pytest.approx(2 * 8 / contender["seconds"][0])
+
+
+def test_what_a_run_refuses_is_left_out() -> None:
+    config = replace(accumulating(2), parallel=Parallel(zero_stage=1))
+    (told,) = sharding.measure(config, False, 1, World())
+    assert "set parallel.zero_stage=2" in told["error"]
 
 
 def test_alone_each_is_a_process_and_what_fails_is_named_with_its_plan(launcher: Launcher) -> None:

@@ -38,7 +38,7 @@ BRIEF = {
     "guards": ["--preset", "S", "--batch", "4", "--rounds", "3"],
     "zero": ["--rounds", "2", "--steps", "10"],
     "host": ["--rounds", "2", "--steps", "50"],
-    "sharding": ["--preset", "Ti", "--batch", "8", "--steps", "3"],
+    "sharding": ["--preset", "Ti", "--batch", "8", "--rounds", "2", "--steps", "3"],
 }
 _LIBRARIES = (
     "torch", "deepspeed", "accelerate", "transformers", "timm", "torchvision", "onnxruntime", "numpy", "webdataset",

@@ -34,14 +34,16 @@ def check_file(option: str, file: Path | None) -> None:
 def in_turns(measurements: Mapping[str, Callable[[], Measured]], rounds: int) -> dict[str, list[Measured]]:
     """Take every measurement once a round; what each gave, by name.
 
-    The order is reversed from round to round: other load of the machine falls on all, and none always follows another.
+    The order is reversed from round to round, and after both ways another begins: other load of the machine falls on
+    all, none always follows another, and none is always at an end.
     """
     results: dict[str, list[Measured]] = {name: [] for name in measurements}
     order = list(measurements)
-    for _ in range(rounds):
-        for name in order:
+    for number in range(rounds):
+        for name in reversed(order) if number % 2 else order:
             results[name].append(measurements[name]())
-        order.reverse()
+        if number % 2:
+            order = order[1:] + order[:1]
     return results
 
 

@@ -32,10 +32,12 @@ from vitscale.bench.measuring import device_name, seconds, start_memory
 from vitscale.bench.peers import DTYPES, run_config
 from vitscale.bench.rounds import benchmark_parser, figures, first_line, in_turns, report
 from vitscale.config.schema import CHECKPOINTING, RunConfig, Train
+from vitscale.config.step import accumulation, choices
 from vitscale.engine.backend import Backend, prepare
 from vitscale.engine.engine import Inputs
 from vitscale.engine.optim import make_optimizer
 from vitscale.engine.room import is_out_of_memory
+from vitscale.errors import ConfigError
 from vitscale.inference.command import above_zero
 from vitscale.models.auto import new_model
 from vitscale.planning.live import LiveBytes
@@ -58,10 +60,12 @@ Step = Callable[[Inputs], float]  # gives the loss
 
 def main(arguments: Sequence[str]) -> int:
     """Measure and print; the last line is JSON."""
-    parser = benchmark_parser("sharding", __doc__, rounds=1)
+    parser = benchmark_parser("sharding", __doc__, rounds=3)
     parser.add_argument("--preset", default="B", metavar="P", help="Ti, S, B, L, H, g or G (default: %(default)s)")
     parser.add_argument("--objective", choices=("mae", "classification"), default="mae", help="(default: mae)")
     parser.add_argument("--batch", type=above_zero, default=16, help="micro-batch of a rank (default: %(default)s)")
+    parser.add_argument("--accumulation", type=above_zero, default=1, metavar="N",
+                        help="micro-batches of a rank a step (default: %(default)s)")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="blocks compiled, as train.compile does")
     parser.add_argument("--gradient-checkpointing", nargs="?", const=True, default=False, choices=CHECKPOINTING[1:],
                         help="as train.gradient_checkpointing (without a word: true)")  # fmt: skip
@@ -69,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     of_process = world.read_world()
     config = config_of(options.preset, options.objective, options.batch, of_process, options.compile,
-                       options.gradient_checkpointing)  # fmt: skip
+                       options.gradient_checkpointing, options.accumulation)  # fmt: skip
     if of_process.device == "cpu":
         import_libraries()
     works = {name: partial(measured, name, config, options.steps, of_process) for name in (*STAGES, FSDP2)}
@@ -77,17 +81,19 @@ def main(arguments: Sequence[str]) -> int:
     if of_process.is_main:
         result = {"bench": "sharding", **vars(options), "ranks": of_process.world_size,
                   "device": device_name(torch.device(of_process.device)), **compared(turns, config)}  # fmt: skip
-        report("A step of ViT-{preset} ({objective}), micro-batch {batch} on each of {ranks} ranks, bf16, {device}, "
-               "ratios to DDP".format(**result), _COLUMNS, result)  # fmt: skip
+        report("A step of ViT-{preset} ({objective}), {accumulation} x {batch} images on each of {ranks} ranks, bf16, "
+               "{device}, ratios to DDP".format(**result), _COLUMNS, result)  # fmt: skip
     return 0
 
 
 def config_of(
-    preset: str, objective: str, images: int, of_process: world.World, compiled: bool, again: bool | str
-) -> RunConfig:
-    """A run whose ranks take so many images a step each; again: train.gradient_checkpointing."""
-    train = Train(global_batch=images * of_process.world_size, micro_batch=images, precision="bf16", compile=compiled,
-                  gradient_checkpointing=again)  # fmt: skip
+    preset: str, objective: str, images: int, of_process: world.World, compiled: bool, again: bool | str,
+    accumulated: int = 1,
+) -> RunConfig:  # fmt: skip
+    """A run whose ranks take so many images a micro-batch; again: train.gradient_checkpointing; accumulated: how many
+    micro-batches a step."""
+    train = Train(global_batch=accumulated * images * of_process.world_size, micro_batch=images, precision="bf16",
+                  compile=compiled, gradient_checkpointing=again)  # fmt: skip
     return replace(run_config(preset, objective), train=train)
 
 
@@ -154,6 +160,11 @@ def _send(sender: Connection, *arguments: Any) -> None:
 
 def measure(config: RunConfig, fsdp2: bool, steps: int, of_process: world.World) -> Iterator[Figures]:
     """The figures of one turn, each as soon as it is known: what is planned, then what is measured or the error."""
+    try:
+        choices(config, of_process)
+    except ConfigError as refusal:  # a run would be refused too
+        yield {"error": first_line(refusal), "out_of_memory": False}
+        return
     if not fsdp2:
         of_step = activations(config).of(config.train.micro_batch)
         needed = memory(config, of_process, parameters(config), of_step)
@@ -197,7 +208,7 @@ def _steps(backend: Backend, config: RunConfig, fsdp2: bool, steps: int) -> Figu
 
 def _engine(backend: Backend, config: RunConfig) -> Step:
     engine = backend.wrap(new_model(config, config.run.seed), config)
-    return lambda inputs: engine.step([inputs], LR).loss
+    return lambda inputs: engine.step([inputs] * engine.accumulation, LR).loss
 
 
 def _fsdp2(backend: Backend, config: RunConfig) -> Step:
@@ -208,22 +219,27 @@ def _fsdp2(backend: Backend, config: RunConfig) -> Step:
     # Inputs stay as they are, as in our engine: the model casts pixels where they meet its weights.
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=DTYPES[config.parallel.reduce_dtype],
                                   cast_forward_inputs=False)  # fmt: skip
-    for module in (*model.blocks(), model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+    for block in model.blocks():
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    sharded = fully_shard(model, mesh=mesh, mp_policy=policy)
     optimizer = make_optimizer(model, config.optimizer, fused=backend.device.type == "cuda")
     for group in optimizer.param_groups:
         group["lr"] = LR
-    weights = list(model.parameters())
+    weights, micro_batches = list(model.parameters()), accumulation(config, backend.world)
 
     def step(inputs: Inputs) -> float:
-        loss: Tensor = model(**inputs).loss
-        loss.backward()
+        losses: list[Tensor] = []
+        for left in reversed(range(micro_batches)):
+            sharded.set_requires_gradient_sync(left == 0)
+            loss = model(**inputs).loss / micro_batches
+            loss.backward()
+            losses.append(loss.detach())
         norm: Any = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
         if torch.isfinite(norm.full_tensor()):  # the host waits for it, as in our engine
             if config.optimizer.clip > 0:
                 torch.nn.utils.clip_grads_with_norm_(weights, config.optimizer.clip, norm)
             optimizer.step()
         optimizer.zero_grad()
-        return float(loss.detach())
+        return float(torch.stack(losses).sum())
 
     return step
