@@ -130,6 +130,18 @@ def test_a_trace_has_a_step_of_each_by_part(tmp_path: Path) -> None:
     assert all(names.count(name) == 1 for name in ("vitscale eager", *step.PARTS))
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_parts_are_timed_by_events_and_what_torch_holds_is_told(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    arguments = ["--preset", "Ti", "--batch", "2", "--rounds", "2", "--peak", "1", "--no-compile"]
+    result = step.measure([*arguments, "--device", "cuda", "--trace", str(trace)], most=1)
+    (figure,) = result["contenders"].values()
+    assert figure["peak_reserved_mib"] >= figure["peak_memory_mib"] > 0
+    assert list(figure["shares"]) == list(step.PARTS)
+    assert sum(figure["shares"].values()) == pytest.approx(1)
+    assert any(event.get("cat") == "kernel" for event in json.loads(trace.read_text())["traceEvents"])
+
+
 def test_a_trace_that_could_not_be_written_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--trace .*nowhere.*: must be a file in a folder that is there"):
         step.measure(["--trace", str(tmp_path / "nowhere" / "trace.json")])
