@@ -88,7 +88,7 @@ REFUSED = [
     (schema.Guard, "guard.rollback_steps", [0], [1]),
     (schema.Guard, "guard.max_rollbacks", [0], [1]),
     (schema.Parallel, "parallel.zero_stage", [-1, 4], [0, 1, 2, 3, "auto"]),
-    (schema.Parallel, "parallel.bucket_elements", [0], [1]),
+    (schema.Parallel, "parallel.bucket_elements", [0], [1, None]),
     (schema.Parallel, "parallel.timeout_s", [0], [1]),
     (schema.Parallel, "parallel.restarts_without_progress", [-1], [0, 3]),
     (schema.Checkpoint, "checkpoint.every_steps", [0], [1]),

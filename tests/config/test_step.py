@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vitscale.config.check import check_config
 from vitscale.config.load import config_of, dump_config, load_config
 from vitscale.config.schema import AUTO, RunConfig, Train
-from vitscale.config.step import accumulation, auto_keys, choices, step_keys, with_step
+from vitscale.config.step import accumulation, auto_keys, bucket_elements, choices, step_keys, with_step
 from vitscale.errors import ConfigError
 from vitscale.world import World
 
@@ -88,3 +88,11 @@ def test_one_rank_has_nobody_to_share_with() -> None:
     assert [each.parallel.zero_stage for each in choices(config, World())] == [0, 0]
     off = made(*BOTH, "train.global_batch=2", "parallel.offload_optimizer=true")
     assert {each.parallel.zero_stage for each in choices(off, World())} == {1, 2, 3}
+
+
+@pytest.mark.parametrize(("asked", "trained", "elements"), [
+    ("null", 86_000_000, 10_750_000), ("null", 632_000_000, 25_000_000), ("null", 5_500_000, 1_000_000),
+    ("null", 40_001, 40_001), ("3000000", 86_000_000, 3_000_000), ("3000000", 40_000, 40_000),
+])  # fmt: skip
+def test_buckets_are_parts_of_the_model(asked: str, trained: int, elements: int) -> None:
+    assert bucket_elements(made(f"parallel.bucket_elements={asked}"), trained) == elements

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import torch
 from vitscale.bench.gpu_suite.correctness import small_config
 from vitscale.bench.gpu_suite.training import LR, Training, batch
 from vitscale.config.schema import Parallel, RunConfig
-from vitscale.engine.backend import Backend
+from vitscale.config.step import LIVE_ELEMENTS
+from vitscale.engine.backend import Backend, zero_config
 from vitscale.engine.engine import Inputs
 from vitscale.errors import ConfigError
 from vitscale.models.auto import new_model
@@ -140,3 +142,19 @@ def test_a_start_without_tracking_does_not_import_mlflow() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=100, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("labels", [9, 10])
+def test_a_bucket_holds_what_is_trained_and_no_more(labels: int) -> None:
+    """An odd number too, though DeepSpeed wants an even one where it gathers."""
+    of_run = config(1)
+    of_run = replace(of_run, model=replace(of_run.model, num_labels=labels))
+    with Training(of_run, World()) as training:
+        trained = training.engine.module.num_parameters(only_trainable=True)
+        assert training.engine.optimizer.reduce_bucket_size == trained
+        assert math.isfinite(training.steps(0, 1)[0])
+
+
+def test_the_plan_and_the_engine_agree_on_what_stays_gathered() -> None:
+    zero = zero_config(config(3), World(), 40_001)["zero_optimization"]
+    assert zero["stage3_max_live_parameters"] == LIVE_ELEMENTS

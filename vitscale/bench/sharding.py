@@ -40,6 +40,7 @@ from vitscale.engine.room import is_out_of_memory
 from vitscale.errors import ConfigError
 from vitscale.inference.command import above_zero
 from vitscale.models.auto import new_model
+from vitscale.models.freezing import freeze
 from vitscale.planning.live import LiveBytes
 from vitscale.planning.memory import activations, memory, parameters
 
@@ -207,7 +208,9 @@ def _steps(backend: Backend, config: RunConfig, fsdp2: bool, steps: int) -> Figu
 
 
 def _engine(backend: Backend, config: RunConfig) -> Step:
-    engine = backend.wrap(new_model(config, config.run.seed), config)
+    model = new_model(config, config.run.seed)
+    freeze(model, config.train.freeze)
+    engine = backend.wrap(model, config)
     return lambda inputs: engine.step([inputs] * engine.accumulation, LR).loss
 
 

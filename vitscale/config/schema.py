@@ -247,7 +247,8 @@ class Parallel:
     # lowest that fits into the memory there is
     offload_optimizer: bool = False  # ZeRO 1 to 3: Adam's state and step on the CPU
     reduce_dtype: str = "fp32"  # what gradients are summed over ranks in; bf16: half of the traffic, and rounded
-    bucket_elements: int = 25_000_000  # gradients reduced at once; small enough to overlap backward
+    bucket_elements: int | None = None  # of ZeRO: gradients reduced at once; null: an eighth of the model's, so that
+    # most of them overlap backward, but 1 to 25 million (config/step.py, bucket_elements)
     pin_cores: bool = True  # each rank of a node has cores of its own, near its GPU; not fewer than without
     timeout_s: int = 600  # a collective that takes longer ends the run
     patience_s: float | None = None  # for a rank that hangs; null: the lesser of 60 s and half of timeout_s
@@ -256,7 +257,8 @@ class Parallel:
     def __post_init__(self) -> None:
         require(self.zero_stage in (0, 1, 2, 3, AUTO), "parallel.zero_stage", self.zero_stage, "0, 1, 2, 3 or auto")
         one_of("parallel.reduce_dtype", self.reduce_dtype, PRECISIONS)
-        require(self.bucket_elements > 0, "parallel.bucket_elements", self.bucket_elements, "above 0")
+        bucket = self.bucket_elements
+        require(bucket is None or bucket > 0, "parallel.bucket_elements", bucket, "above 0 or null")
         require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "above 0 seconds")
         patience_s = self.patience_s
         require(patience_s is None or patience_s > 0, "parallel.patience_s", patience_s, "above 0 seconds or null")

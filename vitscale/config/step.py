@@ -11,10 +11,24 @@ from vitscale.config.schema import AUTO, RunConfig
 from vitscale.errors import ConfigError
 from vitscale.world import World
 
+LIVE_ELEMENTS = 1_000_000_000  # of weights that ZeRO-3 keeps gathered on a rank at most
+_BUCKETS, _SMALLEST_BUCKET, _LARGEST_BUCKET = 8, 1_000_000, 25_000_000
+
 
 def accumulation(config: RunConfig, world: World) -> int:
     """Micro-batches that one rank runs a step."""
     return config.train.global_batch // (config.train.micro_batch * world.world_size)
+
+
+def bucket_elements(config: RunConfig, trained: int) -> int:
+    """Gradients that ZeRO reduces at once, of so many trained parameters. DeepSpeed takes the memory for all of a
+    bucket, whatever comes to lie in it.
+
+    Where nothing is asked for, all but the last eighth can be exchanged beside the backward, and an exchange is long
+    enough for its start not to matter.
+    """
+    asked = config.parallel.bucket_elements
+    return min(trained, asked or min(max(trained // _BUCKETS, _SMALLEST_BUCKET), _LARGEST_BUCKET))
 
 
 def step_keys(config: RunConfig) -> dict[str, Any]:

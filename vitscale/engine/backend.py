@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from vitscale.config.schema import RunConfig
-from vitscale.config.step import accumulation
+from vitscale.config.step import LIVE_ELEMENTS, accumulation, bucket_elements
 from vitscale.engine import affinity
 from vitscale.engine.ddp import DDPEngine
 from vitscale.engine.engine import Engine
@@ -54,14 +54,14 @@ class Backend:
         if pinned and world.is_main:
             to_stderr(pinned)
 
-    def _accelerated(self, config: RunConfig, parameters: int) -> Any:
+    def _accelerated(self, config: RunConfig, trained: int) -> Any:
         """The accelerator, of the first config and model that are asked for. LaunchError where it sees other ranks than
         the launcher gave."""
         if self._accelerator is not None:
             return self._accelerator
         world = self.world
         with meeting(world, config.parallel.timeout_s):
-            accelerator = _make_accelerator(config, world, parameters)
+            accelerator = _make_accelerator(config, world, trained)
         seen = (accelerator.process_index, accelerator.num_processes, self.ranks.world_size)
         if seen != (world.rank, world.world_size, world.world_size):
             raise LaunchError(
@@ -83,7 +83,8 @@ class Backend:
         Parameters that do not require a gradient are frozen. lr_scales: factors of the learning rate by
         parameter, 1 where a name is missing; undecayed: parameters without weight decay beside biases and norms.
         """
-        accelerator = self._accelerated(config, sum(parameter.numel() for parameter in model.parameters()))
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        accelerator = self._accelerated(config, trained)
         prepare(model, config, self.device)
         if config.train.cuda_graphs:
             if self.device.type != "cuda":
@@ -168,7 +169,7 @@ def _import_libraries() -> None:
         compiler.compile = compile_
 
 
-def _make_accelerator(config: RunConfig, world: World, parameters: int) -> Any:
+def _make_accelerator(config: RunConfig, world: World, trained: int) -> Any:
     import deepspeed
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -191,7 +192,7 @@ def _make_accelerator(config: RunConfig, world: World, parameters: int) -> Any:
         def set_deepspeed_weakref(self) -> None:
             """Nothing: it would import transformers, and tell it of ZeRO-3, whose models are not used here."""
 
-    plugin = Plugin(hf_ds_config=zero_config(config, world, parameters), zero3_init_flag=False)
+    plugin = Plugin(hf_ds_config=zero_config(config, world, trained), zero3_init_flag=False)
     # With cpu=True accelerate would silently give DDP instead.
     return Accelerator(
         kwargs_handlers=[group], deepspeed_plugin=plugin, gradient_accumulation_steps=accumulation(config, world)
@@ -216,11 +217,10 @@ def _collectives(world: World) -> str:
     return "nccl" if world.device == "cuda" else "gloo"
 
 
-def zero_config(config: RunConfig, world: World, parameters: int) -> dict[str, Any]:
-    """DeepSpeed's config for a model of so many parameters, every key of it that a run depends on."""
+def zero_config(config: RunConfig, world: World, trained: int) -> dict[str, Any]:
+    """DeepSpeed's config for a model of so many trained parameters, every key of it that a run depends on."""
     bf16 = config.train.precision == "bf16"
-    bucket = min(config.parallel.bucket_elements, parameters)  # DeepSpeed takes the memory for all of it
-    bucket += bucket % 2  # it asks for even ones
+    bucket = bucket_elements(config, trained)
     accumulated = accumulation(config, world)
     zero: dict[str, Any] = {
         "stage": config.parallel.zero_stage,
@@ -229,8 +229,9 @@ def zero_config(config: RunConfig, world: World, parameters: int) -> dict[str, A
         "reduce_scatter": True,
         "use_multi_rank_bucket_allreduce": True,  # else the host waits for the whole GPU before each reduction
         "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
+        "allgather_bucket_size": bucket + bucket % 2,  # even, and no more than that: it gathers all at once
         "stage3_prefetch_bucket_size": bucket,
+        "stage3_max_live_parameters": LIVE_ELEMENTS,
         "stage3_param_persistence_threshold": 100_000,
         "sub_group_size": 1_000_000_000,
         # Keeps eager layers from saving the weights that were gathered. Compiled blocks save none, and with it torch

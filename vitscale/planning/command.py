@@ -15,8 +15,9 @@ _MODEL = """\
 How: memory is counted on the model's own forward and backward, operation by operation, on tensors without content;
 weights, gradients and optimizer by the layout of DDP and DeepSpeed 0.19. Time is the larger of what the GPU takes
 (matrix products at 80% of the data sheet's rate, 3.2 passes over each byte that a step makes, 28 bytes a parameter for
-AdamW) and of what the host takes (3.1 ms a block): constants of one H200. What the backward hides of communication is
-not counted; no cluster has confirmed that part yet. A core decodes a JPEG of 60 kB in 0.81 ms."""
+AdamW) and of what the host takes (3.1 ms a block): constants of one H200. What a micro-batch's backward hides of
+communication is not counted (the last bucket is, and the weights that ZeRO 1 and 2 gather at a step's end); no cluster
+has confirmed that part yet. A core decodes a JPEG of 60 kB in 0.81 ms."""
 
 
 def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -71,14 +72,15 @@ def as_text(found: dict[str, Any], explain: bool = False) -> str:
     memory, parts = found["memory"], found["memory"]["activations_by_part"]
     counted = "  of the activations: " + ", ".join(f"{name} {byte_size(size)}" for name, size in parts.items())
     lines = [
-        f"{found['gpus']} x {found['gpu']}, {found['nodes']} node(s); {found['parameters']:,} parameters, "
-        f"{found['flops_per_image'] / 1e9:,.3g} GFLOP to train on an image",
+        f"{found['gpus']} x {found['gpu']}, {found['nodes']} node(s); {found['parameters']:,} parameters"
+        f"{_trained(found)}, {found['flops_per_image'] / 1e9:,.3g} GFLOP to train on an image",
         f"{_asked(found['auto'])}: {_settings(found)}: "
         f"{byte_size(memory['total_bytes'])} of {byte_size(memory['of_bytes'])} a GPU, "
         + ("fits" if found["fits"] else "DOES NOT FIT"),
         aligned([[f"  {name}", byte_size(memory[name])] for name in _PARTS if memory[name]], right=(1,)),
         *([counted] if explain else []),
         _step(found["step_seconds"]),
+        *([_offload(found)] if found["offload"] else []),
         f"speed: {found['images_per_second']:,.0f} images/s, {found['mfu']:.0%} of the GPUs' matrix rate",
         _fastest(found["fastest"]),
         _run(found["run"]),
@@ -110,6 +112,20 @@ def _step(step: dict[str, Any]) -> str:
         f"step: {step['total']:.3f} s, bound by {step['bound_by']}: matrix products {step['matrix']:.3f}, moving "
         f"activations {step['traffic']:.3f}, optimizer {step['optimizer']:.3f}; beside them the host "
         f"{step['host']:.3f}, communication {step['communication']:.3f} ({step['exposed']:.3f} not hidden)"
+    )
+
+
+def _trained(found: dict[str, Any]) -> str:
+    count = found["trained_parameters"]
+    return "" if count == found["parameters"] else f" ({count:,} trained)"
+
+
+def _offload(found: dict[str, Any]) -> str:
+    host, step = found["offload"], found["step_seconds"]
+    return (
+        f"offloaded optimizer: {step['offload']:.3f} s of the step (reckoned, not measured: AdamW at 50 GB/s of the "
+        f"host's memory a rank, and PCIe), {byte_size(host['host_bytes_a_rank'])} of the host's memory a rank, "
+        f"{byte_size(host['host_bytes_a_node'])} a node"
     )
 
 

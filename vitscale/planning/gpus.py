@@ -7,26 +7,27 @@ from dataclasses import dataclass
 from vitscale.errors import ConfigError
 from vitscale.text import did_you_mean
 
-# Of one H200 (docs/measurements.md): 788 of 989 TFLOP/s in a bf16 matrix product of 8192^3, 4.26 of 4.8 TB/s in a copy.
-# The other GPUs are taken to reach the same shares.
-MATRIX_SHARE, BANDWIDTH_SHARE = 788 / 989.4, 4.261 / 4.8
+# Of one H200 (docs/measurements.md): 788 of 989 TFLOP/s in a bf16 matrix product of 8192^3, 4.26 of 4.8 TB/s in a copy,
+# 55 of 64 GB/s from the host. The other GPUs are taken to reach the same shares, and fp32 that of bf16.
+MATRIX_SHARE, BANDWIDTH_SHARE, HOST_SHARE = 788 / 989.4, 4.261 / 4.8, 55 / 64
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Dense bf16 with sums in fp32, no sparsity; decimal units."""
+    """Decimal units."""
 
     name: str
-    tflops: float
+    tflops: float  # dense bf16 with sums in fp32, no sparsity
+    fp32_tflops: float  # which is not TF32 here
     memory_gb: float
     bandwidth_gb_s: float
     link_gb_s: float  # to the other GPUs of its node, in each direction: NVLink, else PCIe
+    host_gb_s: float  # to the host, in each direction: PCIe 4.0 or 5.0 x16
     source: str
 
-    @property
-    def flops(self) -> float:
+    def flops(self, precision: str) -> float:
         """Of large matrix products, a second."""
-        return self.tflops * 1e12 * MATRIX_SHARE
+        return (self.tflops if precision == "bf16" else self.fp32_tflops) * 1e12 * MATRIX_SHARE
 
     @property
     def bandwidth(self) -> float:
@@ -34,17 +35,22 @@ class Gpu:
         return self.bandwidth_gb_s * 1e9 * BANDWIDTH_SHARE
 
     @property
+    def host_bandwidth(self) -> float:
+        """Bytes a second, to the host or from it."""
+        return self.host_gb_s * 1e9 * HOST_SHARE
+
+    @property
     def memory(self) -> int:
         return int(self.memory_gb * 1e9)
 
 
 GPUS = {
-    "a100": Gpu("A100 SXM 80GB", 312, 85.0, 2039, 300, "NVIDIA A100 data sheet, 2021"),
-    "h100": Gpu("H100 SXM", 989.4, 85.0, 3350, 450, "NVIDIA H100 data sheet, 2023"),
-    "h200": Gpu("H200 SXM", 989.4, 150.1, 4800, 450, "NVIDIA H200 data sheet, 2024"),
-    "b200": Gpu("B200 SXM (HGX)", 2250, 192.2, 7700, 900, "NVIDIA HGX B200 data sheet, 2025"),
-    "l40s": Gpu("L40S", 362, 47.7, 864, 32, "NVIDIA L40S data sheet, 2023; PCIe 4.0 x16"),
-    "4090": Gpu("GeForce RTX 4090", 165.2, 25.3, 1008, 32, "NVIDIA Ada architecture paper, 2022; PCIe 4.0 x16"),
+    "a100": Gpu("A100 SXM 80GB", 312, 19.5, 85.0, 2039, 300, 32, "NVIDIA A100 data sheet, 2021"),
+    "h100": Gpu("H100 SXM", 989.4, 66.9, 85.0, 3350, 450, 64, "NVIDIA H100 data sheet, 2023"),
+    "h200": Gpu("H200 SXM", 989.4, 66.9, 150.1, 4800, 450, 64, "NVIDIA H200 data sheet, 2024"),
+    "b200": Gpu("B200 SXM (HGX)", 2250, 75, 192.2, 7700, 900, 64, "NVIDIA HGX B200 data sheet, 2025"),
+    "l40s": Gpu("L40S", 362, 91.6, 47.7, 864, 32, 32, "NVIDIA L40S data sheet, 2023; PCIe 4.0"),
+    "4090": Gpu("GeForce RTX 4090", 165.2, 82.6, 25.3, 1008, 32, 32, "NVIDIA Ada architecture paper, 2022; PCIe 4.0"),
 }
 
 

@@ -1,6 +1,6 @@
 """The memory of a training step on one GPU, by part, from the model's own forward and backward on fake tensors.
 
-A step is counted at depths of one and two blocks and at two micro-batches, operation by operation; what a block and
+A step is counted at two depths of each kind of block and at two micro-batches, operation by operation; what a block and
 an image add is the difference, so any model and any batch follow. The weights' and the optimizer's parts are
 arithmetic: how DDP and DeepSpeed (0.19) lay them out, see engine/ddp.py and engine/zero.py.
 """
@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vitscale.config.check import has_classes
-from vitscale.config.schema import Model, Objective, Parallel, RunConfig, Train
-from vitscale.config.step import accumulation
+from vitscale.config.schema import Parallel, RunConfig, Train
+from vitscale.config.step import LIVE_ELEMENTS, accumulation, bucket_elements
 from vitscale.engine.room import CONTEXT
 from vitscale.models.auto import build_model
+from vitscale.models.freezing import freeze
 from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.planning.live import LiveBytes
 from vitscale.world import World
 
 _SMALL, _LARGE = 8, 16  # micro-batches that are counted
+_BLOCKS = {"frozen blocks": 2, "encoder": 1, "decoder": 1}  # and one more of each; a second frozen one is as any other
 _SLACK = 0.06  # of what is allocated: what the allocator holds and cannot give out
-_STAGE_3_LIVE = 1_000_000_000  # parameters that DeepSpeed keeps gathered at most (stage3_max_live_parameters)
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ _NOTHING = StepCount(0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class Activations:
-    """What a step of any micro-batch makes, as `fixed` and `an_image` by part of the model: start and end, encoder,
-    decoder."""
+    """What a step of any micro-batch makes, as `fixed` and `an_image` by part of the model: start and end, frozen
+    blocks, encoder, decoder."""
 
     fixed: StepCount
     an_image: dict[str, StepCount]
@@ -74,7 +75,8 @@ def activations(config: RunConfig) -> Activations:
     train = config.train
     # Stages 1 to 3 are alike, and only bf16 tells them from 0.
     stage = min(config.parallel.zero_stage, 1) if train.precision == "bf16" else 0
-    kept = Train(precision=train.precision, gradient_checkpointing=train.gradient_checkpointing)
+    names = ("precision", "gradient_checkpointing", "freeze")
+    kept = Train(**{name: getattr(train, name) for name in names})
     return _counted(RunConfig(model=config.model, objective=config.objective, train=kept, parallel=Parallel(stage)))
 
 
@@ -82,14 +84,14 @@ def activations(config: RunConfig) -> Activations:
 def _counted(config: RunConfig) -> Activations:
     """Of a config with nothing in it that does not decide them."""
     depths = _depths(config)
-    at = {images: {name: _count(_with_depths(config, {name: 2}), images) for name in depths} | {
+    at = {images: {name: _count(_with_depths(config, {name: _BLOCKS[name] + 1}), images) for name in depths} | {
         "": _count(_with_depths(config, {}), images)} for images in (_SMALL, _LARGE)}  # fmt: skip
 
     def whole(images: int) -> dict[str, StepCount]:
         blocks = {name: at[images][name].minus(at[images][""]) for name in depths}
         ends = at[images][""]
-        for block in blocks.values():
-            ends = ends.minus(block)
+        for name, block in blocks.items():
+            ends = ends.minus(block.times(_BLOCKS[name]))
         return {"start and end": ends} | {name: blocks[name].times(depth) for name, depth in depths.items()}
 
     small, large = whole(_SMALL), whole(_LARGE)
@@ -102,15 +104,26 @@ def _counted(config: RunConfig) -> Activations:
 
 def _depths(config: RunConfig) -> dict[str, int]:
     """Blocks by the part of the model that has them."""
-    decoder = {"decoder": config.objective.mae.decoder_num_hidden_layers} if config.objective.name == "mae" else {}
-    return {"encoder": config.model.num_hidden_layers, **decoder}
+    blocks, frozen = config.model.num_hidden_layers, frozen_blocks(config)
+    decoder = config.objective.mae.decoder_num_hidden_layers if config.objective.name == "mae" else 0
+    depths = {"frozen blocks": frozen, "encoder": blocks - frozen, "decoder": decoder}
+    return {name: depth for name, depth in depths.items() if depth}
+
+
+def frozen_blocks(config: RunConfig) -> int:
+    """Blocks of the encoder that train.freeze leaves as they are."""
+    freeze = config.train.freeze
+    return config.model.num_hidden_layers if freeze < 0 else freeze
 
 
 def _with_depths(config: RunConfig, depths: dict[str, int]) -> RunConfig:
-    """The same model with so many blocks in each part, one where none is said."""
+    """The same model with so many blocks in each part that it has, those of _BLOCKS where none is said."""
+    depths = {name: _BLOCKS[name] for name in _depths(config)} | depths
+    frozen = depths.get("frozen blocks", 0)
     mae = replace(config.objective.mae, decoder_num_hidden_layers=depths.get("decoder", 1))
-    model = replace(config.model, num_hidden_layers=depths.get("encoder", 1))
-    return replace(config, model=model, objective=replace(config.objective, mae=mae))
+    model = replace(config.model, num_hidden_layers=frozen + depths.get("encoder", 0))
+    train = replace(config.train, freeze=min(config.train.freeze, frozen))  # -1 stays what it is
+    return replace(config, model=model, objective=replace(config.objective, mae=mae), train=train)
 
 
 def _count(config: RunConfig, images: int) -> StepCount:
@@ -138,6 +151,7 @@ def lone_model(config: RunConfig) -> ViTPreTrainedModel:
     """The model with weights as an engine of the config's stage has them, whose gradients go as they come; on the
     device that is torch's default."""
     model: ViTPreTrainedModel = build_model(config)
+    freeze(model, config.train.freeze)
     if config.train.precision == "bf16" and config.parallel.zero_stage > 0:
         _to_bf16(model)
     for parameter in model.parameters():
@@ -193,7 +207,7 @@ class Memory:
     """Bytes on one GPU, at the moment of a step at which most are in use."""
 
     weights: int  # that forwards use; at stage 3 this rank's share
-    masters: int  # fp32 weights of which these are copies
+    masters: int  # fp32 weights that DeepSpeed steps, beside those that forwards use
     gradients: int
     moments: int
     ema: int
@@ -212,49 +226,111 @@ class Memory:
         return sum(asdict(self).values())
 
 
-def parameters(config: RunConfig) -> int:
+@dataclass(frozen=True)
+class Parameters:
+    """How many a model has."""
+
+    all: int
+    trained: int  # the others are frozen
+    largest: int  # of a tensor that is trained
+
+
+def parameters(config: RunConfig) -> Parameters:
     """Of the whole model."""
     with torch.device("meta"):
         model: ViTPreTrainedModel = build_model(config)
-    return sum(parameter.numel() for parameter in model.parameters())
+    freeze(model, config.train.freeze)
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    return Parameters(model.num_parameters(), sum(trained), max(trained))
 
 
-def memory(config: RunConfig, world: World, count: int, step: StepCount) -> Memory:
-    """Of a rank of `world`. count: parameters; step: of train.micro_batch."""
-    stage, bf16 = config.parallel.zero_stage, config.train.precision == "bf16"
-    offloads = config.parallel.offload_optimizer
-    share = count / world.world_size if stage else float(count)
-    own = 0.0 if offloads else share  # of what the optimizer holds
+def memory(config: RunConfig, world: World, count: Parameters, step: StepCount) -> Memory:
+    """Of a rank of `world`. step: of train.micro_batch."""
+    stage, bf16, ranks = config.parallel.zero_stage, config.train.precision == "bf16", world.world_size
     used = 2 if bf16 and stage else 4  # bytes of a weight in a forward
-    summed = 4 if accumulation(config, world) > 1 else used  # and of a gradient
-    bucket = 4.0 * min(config.parallel.bucket_elements, count) if stage else 0.0
+    own = _own(config, world, count)
+    frozen = (count.all - count.trained) / ranks if world.device == "cpu" else 0.0  # exact values, in the host's memory
     height, width = _sides(config)
     parts = {
-        "weights": used * (share if stage == 3 else count),
-        "masters": 4 * own if bf16 and stage else 0.0,
-        # At stage 0 they lie in DDP's buckets; at stage 1 those of several micro-batches are summed whole.
-        "gradients": summed * (count if stage == 1 and summed > used else share),
+        "weights": used * (count.all / ranks if stage == 3 else count.all),
+        "masters": 4 * (own + frozen) if stage else 0.0,
         "moments": 8 * own,
         "ema": 0.0 if config.train.ema_decay is None else 4 * own,
         "inputs": 8.0 * config.train.micro_batch * config.model.num_channels * height * width,
     }
-    forward = step.peak + (used * min(count, _STAGE_3_LIVE) if stage == 3 and world.world_size > 1 else 0)
-    on_gpu = world.device == "cuda"  # where AdamW is fused, and steps in place
-    temporaries = 0.0 if on_gpu or offloads else 8 * (share if stage else _largest(config.model, config.objective))
-    exact = 4 * own if bf16 and stage and (stage == 3 or summed == used) else 0.0  # gradients in fp32
-    # Most is in use when the backward begins, when it ends, or while the optimizer steps.
-    begins = {"activations": forward, "buckets": bucket}
-    if stage in (1, 2) and summed == used:
-        begins["gradients"] = 0.0  # their memory is made as they come
-    ends = {"activations": 0.0, "buckets": bucket * (1 + used / 4)}
-    update = {"activations": 0.0, "buckets": (bucket if stage == 3 else 0.0) + temporaries + exact}
-    parts = max((parts | moment for moment in (begins, ends, update)), key=lambda each: sum(each.values()))
-    parts["slack"] = CONTEXT * on_gpu + _SLACK * sum(parts.values())
+    moments = {0: _with_ddp, 1: _with_zero, 2: _with_zero, 3: _with_zero_3}[stage](config, world, count, step.peak)
+    parts = max((parts | each for each in moments), key=lambda each: sum(each.values()))
+    parts["slack"] = CONTEXT * (world.device == "cuda") + _SLACK * sum(parts.values())
     return Memory(**{name: round(value) for name, value in parts.items()})
 
 
-@cache
-def _largest(model: Model, objective: Objective) -> int:
-    with torch.device("meta"):
-        built: ViTPreTrainedModel = build_model(RunConfig(model=model, objective=objective))
-    return max(parameter.numel() for parameter in built.parameters())
+def host_bytes(config: RunConfig, world: World, count: Parameters) -> int:
+    """What parallel.offload_optimizer takes of the host's memory, a rank: masters, moments, gradients in fp32, and the
+    weights or, at stage 3, the gradients on their way."""
+    each = 4 + 8 + 4 + (2 if config.train.precision == "bf16" else 4) + (0 if config.train.ema_decay is None else 4)
+    return round(each * count.trained / world.world_size)
+
+
+def _own(config: RunConfig, world: World, count: Parameters) -> float:
+    """Parameters whose state the optimizer keeps in this memory, not in the host's beside it."""
+    if config.parallel.offload_optimizer and world.device == "cuda":
+        return 0.0
+    return count.trained / world.world_size if config.parallel.zero_stage else float(count.trained)
+
+
+# What follows gives the moments of a step at which most may be in use: when the backward begins, when the first bucket
+# is full or the backward has ended, and while the optimizer steps. peak: of the activations.
+
+
+def _moment(activations: float, gradients: float, buckets: float) -> dict[str, float]:
+    return {"activations": activations, "gradients": gradients, "buckets": buckets}
+
+
+def _with_ddp(config: RunConfig, world: World, count: Parameters, peak: float) -> list[dict[str, float]]:
+    """DDP's buckets are the gradients, for good, on one rank too."""
+    gradients = 4.0 * count.trained
+    return [_moment(peak, gradients, 0), _moment(0, gradients, _temporaries(world, count.largest))]
+
+
+def _with_zero(config: RunConfig, world: World, count: Parameters, peak: float) -> list[dict[str, float]]:
+    """Stages 1 and 2 (DeepSpeed's stage_1_and_2.py): buffers of the weights' type, two where they overlap, from the
+    backward's first gradient on, which a bucket's gradients wait for; then copies of it, to be summed over ranks; a
+    rank's own gradients, of whose memory all is made at once."""
+    stage, ranks, several = config.parallel.zero_stage, world.world_size, accumulation(config, world) > 1
+    overlaps = world.device == "cuda"
+    used, sent = 2 if config.train.precision == "bf16" else 4, 4 if config.parallel.reduce_dtype == "fp32" else 2
+    bucket, share, own = bucket_elements(config, count.trained), count.trained / ranks, _own(config, world, count)
+    in_fp32 = several and used == 2  # summed as they come, in the memory that the optimizer reads
+    buffers = used * bucket * (2 if overlaps else 1)
+    copies = bucket * (used * (ranks > 1 or in_fp32) + sent * (sent != used))
+    waiting = used * (bucket if own else count.largest)
+    kept = 4 * share if in_fp32 else used * own
+    held = kept if several else 0.0  # of the micro-batches before
+    left = peak * (1 - bucket / count.trained)  # of the activations, once a bucket is full
+    first = kept if in_fp32 else held + kept
+    if stage == 1 and (several or not overlaps):  # nothing is reduced before the last backward, or its end
+        held = float(used * count.trained) if several else 0.0
+        left, first = left * overlaps, used * (count.trained - bucket) + kept
+    flat = 0.0 if in_fp32 else 4 * own
+    step = flat + max(used * own * (flat > 0 and used == 2), _temporaries(world, own))
+    return [_moment(peak, held, buffers), _moment(left, first, buffers + max(waiting, copies)), _moment(0, kept, step)]
+
+
+def _with_zero_3(config: RunConfig, world: World, count: Parameters, peak: float) -> list[dict[str, float]]:
+    """Stage 3 (stage3.py): one buffer of the type that is summed, and a rank's own gradients, for good."""
+    used, sent = 2 if config.train.precision == "bf16" else 4, 4 if config.parallel.reduce_dtype == "fp32" else 2
+    bucket, own = bucket_elements(config, count.trained), _own(config, world, count)
+    summed = 4 if accumulation(config, world) > 1 else used
+    buffer = float(sent * bucket)
+    copies = bucket * (sent + summed * (summed != sent) / world.world_size)
+    flat = 4 * own
+    gathered = used * min(count.all, LIVE_ELEMENTS) if world.world_size > 1 else 0
+    left = gathered + peak * (1 - bucket / count.trained)
+    step = buffer + flat + _temporaries(world, own)
+    at = [(gathered + peak, buffer), (left, buffer + copies), (0, step)]
+    return [_moment(activations, summed * own, buckets) for activations, buckets in at]
+
+
+def _temporaries(world: World, elements: float) -> float:
+    """Of an AdamW that is not fused, for the tensors that it steps at once."""
+    return 0.0 if world.device == "cuda" else 8.0 * elements

@@ -7,16 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
 from vitscale.config.check import check_config
 from vitscale.config.schema import AUTO, CHECKPOINTING, RunConfig
 from vitscale.config.step import accumulation, auto_keys, choices, with_step
 from vitscale.errors import ConfigError
-from vitscale.models.auto import build_model
 from vitscale.planning.gpus import GPUS, Gpu
-from vitscale.planning.memory import Memory, activations, memory
-from vitscale.planning.speed import StepSeconds, step_seconds
+from vitscale.planning.memory import Memory, activations, host_bytes, memory, parameters
+from vitscale.planning.speed import StepSeconds, flops, step_seconds
 from vitscale.world import World
 
 _ALIKE = 0.98  # of the fastest: what is no slower than this is as fast
@@ -78,15 +75,14 @@ class Planner:
         """ConfigError where the config cannot run on so many GPUs."""
         check_config(config, cluster.world())
         self.config, self.cluster = config, cluster
-        with torch.device("meta"):
-            model = build_model(config)
-        self.parameters, self.flops = model.num_parameters(), model.flops_per_image()
+        self.count, self.flops = parameters(config), flops(config)
+        self.parameters = self.count.all
 
     def estimate(self, config: RunConfig, ratio: float = 1.0) -> Estimate:
         """Of a config without auto. ratio: what activations take over what is counted."""
         world, gpu = self.cluster.world(), self.cluster.gpu
         step = activations(config).of(config.train.micro_batch).times(ratio)
-        needed = memory(config, world, self.parameters, step)
+        needed = memory(config, world, self.count, step)
         return Estimate(config, needed, self._seconds(config, self.cluster), needed.total_bytes <= gpu.memory)
 
     def _seconds(self, config: RunConfig, cluster: Cluster) -> StepSeconds:
@@ -94,7 +90,7 @@ class Planner:
         whole = replace(config, parallel=replace(config.parallel, zero_stage=0))
         step = activations(whole).of(config.train.micro_batch)
         network = cluster.network_gb_s * 1e9
-        return step_seconds(config, cluster.world(), cluster.gpu, self.parameters, self.flops, step, network)
+        return step_seconds(config, cluster.world(), cluster.gpu, self.count, self.flops, step, network)
 
     def choice(self, ratio: float = 1.0, most: int | None = None) -> Estimate | None:
         """What `auto` comes to; the config itself where nothing is auto; None if nothing fits.
@@ -179,8 +175,9 @@ def plan(planner: Planner, images: int | None = None, image_kb: float = 110.0) -
         "gpu": gpu.name,
         "gpus": cluster.gpus,
         "nodes": cluster.nodes,
-        "parameters": planner.parameters,
-        "flops_per_image": planner.flops,
+        "parameters": planner.count.all,
+        "trained_parameters": planner.count.trained,
+        "flops_per_image": planner.flops.total,
         "auto": auto_keys(planner.config),
         **_settings(config, world),
         "fits": now.fits,
@@ -188,8 +185,9 @@ def plan(planner: Planner, images: int | None = None, image_kb: float = 110.0) -
         | {"allocated_bytes": now.memory.allocated_bytes, "total_bytes": now.memory.total_bytes}
         | {"of_bytes": gpu.memory, "activations_by_part": by_part | {"fixed": round(counted.fixed.peak)}},
         "step_seconds": asdict(now.step) | {"total": now.step.total, "bound_by": now.step.bound_by},
+        "offload": _offload(planner, config),
         "images_per_second": rate,
-        "mfu": rate * planner.flops / (cluster.gpus * gpu.flops),
+        "mfu": rate * planner.flops.total / (cluster.gpus * gpu.flops(config.train.precision)),
         "fastest": None if fastest is None else _settings(fastest.config, world)
         | {"images_per_second": fastest.images_per_second, "total_bytes": fastest.memory.total_bytes}
         | {"keys": as_keys(_settings(fastest.config, world))},
@@ -201,6 +199,15 @@ def plan(planner: Planner, images: int | None = None, image_kb: float = 110.0) -
         "checkpoint": _checkpoint(planner, now),
         "scaling": [{"gpus": gpus, "images_per_second": speed} for gpus, speed in planner.scaling(config)],
     }  # fmt: skip
+
+
+def _offload(planner: Planner, config: RunConfig) -> dict[str, Any] | None:
+    """The host's memory that parallel.offload_optimizer takes."""
+    if not config.parallel.offload_optimizer:
+        return None
+    world = planner.cluster.world()
+    rank = host_bytes(config, world, planner.count)
+    return {"host_bytes_a_rank": rank, "host_bytes_a_node": rank * world.local_world_size}
 
 
 def _settings(config: RunConfig, world: World) -> dict[str, Any]:
@@ -230,7 +237,8 @@ def _run(planner: Planner, rate: float, images: int | None) -> dict[str, Any]:
 def _checkpoint(planner: Planner, now: Estimate) -> dict[str, Any]:
     """Size and time of a save, how often to save, and what a failure costs."""
     config, cluster = planner.config, planner.cluster
-    size = planner.parameters * 4 * (3 if config.train.ema_decay is None else 4)
+    count = planner.count
+    size = 4 * (count.all + count.trained * (2 if config.train.ema_decay is None else 3))
     save_s, between_s = size / (cluster.disk_gb_s * 1e9), cluster.hours_between_failures * 3600
     young_daly = math.sqrt(2 * save_s * between_s)
     # The interval by which most of the time is spent on new steps where a save runs beside them (arXiv 2410.18124).

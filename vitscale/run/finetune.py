@@ -28,6 +28,7 @@ from vitscale.interop.image_processing import ViTImageProcessor
 from vitscale.interop.loading import keys_for_files, open_by_tensors
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
+from vitscale.models.freezing import depth, freeze
 from vitscale.models.losses import supervised_loss
 from vitscale.models.vit import ViTPreTrainedModel
 from vitscale.prepare.image_folder import PACKED, classes_of, is_image_folder, pack_folder, packed_sources
@@ -213,28 +214,11 @@ class Finetune(Job):
         return session.backend.wrap(model, session.config, scales, tokens)
 
 
-def freeze(model: ViTPreTrainedModel, blocks: int) -> None:
-    """Leave the embeddings and the first `blocks` as they are; -1: the whole encoder, 0: nothing."""
-    most = model.config.num_hidden_layers if blocks < 0 else blocks
-    for name, parameter in model.named_parameters():
-        depth = _depth(name, model.config.num_hidden_layers)
-        is_frozen = (blocks != 0 and depth <= most) or (blocks < 0 and name.startswith("vit."))
-        parameter.requires_grad_(not is_frozen)
-
-
 def layer_scales(model: ViTPreTrainedModel, decay: float) -> dict[str, float]:
     """Factors of the learning rate: 1 for the head and the last norm, `decay` for the last block, and so on down to the
     embeddings (MAE's util/lr_decay.py, after BEiT)."""
     layers = model.config.num_hidden_layers
-    return {name: decay ** (layers + 1 - _depth(name, layers)) for name, _ in model.named_parameters()}
-
-
-def _depth(name: str, layers: int) -> int:
-    """0 for the embeddings, i + 1 for block i, layers + 1 for what comes after."""
-    if name.startswith("vit.embeddings."):
-        return 0
-    prefix = "vit.encoder.layers."
-    return int(name.removeprefix(prefix).partition(".")[0]) + 1 if name.startswith(prefix) else layers + 1
+    return {name: decay ** (layers + 1 - depth(name, layers)) for name, _ in model.named_parameters()}
 
 
 def _is_token(name: str) -> bool:
