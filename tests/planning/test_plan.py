@@ -50,6 +50,15 @@ def test_the_steps_of_one_h200(objective: str, preset: str, batch: int) -> None:
     assert alike == pytest.approx(gibibytes * 2**30, rel=0.1)
 
 
+def test_an_engines_memory_on_one_h200() -> None:
+    """GiB of stage c of the GPU suite, by ZeRO stage: ViT-B's MAE, its buckets of 25 million."""
+    planner = planner_of("mae", "B", 256)
+    for stage, gibibytes in enumerate((13.5, 12.6, 12.6, 12.9)):
+        config = replace(planner.config, parallel=Parallel(zero_stage=stage, bucket_elements=25_000_000))
+        planned = planner.estimate(config).memory.allocated_bytes
+        assert planned == pytest.approx(gibibytes * 2**30, rel=0.07)
+
+
 @pytest.fixture(scope="module")
 def planner() -> Planner:
     return planner_of("mae", "Ti", 64, gpus=8)
