@@ -15,16 +15,37 @@ from vitscale.engine.zero_state import Fragment
 
 def test_only_matrices_decay() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Conv2d(1, 2, 2))
-    decayed, plain = make_optimizer(model, Optimizer(weight_decay=0.1), fused=False).param_groups
+    decayed, plain = make_optimizer(model, Optimizer(weight_decay=0.1)).param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert (decayed["name"], plain["name"]) == ("decayed", "undecayed")
     assert [tuple(p.shape) for p in decayed["params"]] == [(3, 4), (2, 1, 2, 2)]
     assert all(p.ndim == 1 for p in plain["params"])
 
 
+def test_a_step_is_the_same_on_any_number_of_cores() -> None:
+    """Ranks of different cores hold the same weights, to the bit; a step is divided among a rank's cores."""
+    threads, stepped = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            torch.manual_seed(0)
+            weight = nn.Parameter(torch.randn(200_003))
+            optimizer = make_optimizer(nn.ParameterList([weight]), Optimizer())
+            optimizer.param_groups[0]["lr"] = 0.1
+            for _ in range(3):
+                weight.grad = torch.randn(200_003)
+                optimizer.step()
+            stepped.append(weight.detach())
+    finally:
+        torch.set_num_threads(threads)
+    assert optimizer.param_groups[0]["fused"]
+    assert torch.equal(stepped[0], stepped[1])
+    assert torch.equal(stepped[0], stepped[2])
+
+
 def test_named_parameters_are_exempt_from_decay() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    decayed, plain = make_optimizer(model, Optimizer(), fused=False, undecayed={"1.weight"}).param_groups
+    decayed, plain = make_optimizer(model, Optimizer(), undecayed={"1.weight"}).param_groups
     assert [tuple(p.shape) for p in decayed["params"]] == [(3, 4)]
     assert [tuple(p.shape) for p in plain["params"]] == [(3,), (2, 3), (2,)]
 
@@ -32,12 +53,12 @@ def test_named_parameters_are_exempt_from_decay() -> None:
 def test_frozen_parameters_are_in_no_group() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     model[0].requires_grad_(False)
-    decayed, plain = make_optimizer(model, Optimizer(), fused=False).param_groups
+    decayed, plain = make_optimizer(model, Optimizer()).param_groups
     assert [*decayed["params"], *plain["params"]] == [model[1].weight, model[1].bias]
 
 
 def test_no_empty_group() -> None:
-    assert len(make_optimizer(nn.Linear(4, 3, bias=False), Optimizer(), fused=False).param_groups) == 1
+    assert len(make_optimizer(nn.Linear(4, 3, bias=False), Optimizer()).param_groups) == 1
 
 
 @pytest.mark.parametrize(
@@ -45,12 +66,12 @@ def test_no_empty_group() -> None:
     [({}, torch.optim.AdamW), ({"weight": 1.0}, torch.optim.AdamW), ({"weight": 0.5, "bias": 1.0}, ScaledAdamW)],
 )
 def test_rates_that_are_all_the_same_need_nothing_of_ours(scales: dict[str, float], kind: type) -> None:
-    assert type(make_optimizer(nn.Linear(4, 3), Optimizer(), fused=False, lr_scales=scales)) is kind
+    assert type(make_optimizer(nn.Linear(4, 3), Optimizer(), lr_scales=scales)) is kind
 
 
 def test_a_scale_of_no_parameter() -> None:
     with pytest.raises(AssertionError, match="heads"):
-        make_optimizer(nn.Linear(4, 3), Optimizer(), fused=False, lr_scales={"heads": 0.5})
+        make_optimizer(nn.Linear(4, 3), Optimizer(), lr_scales={"heads": 0.5})
 
 
 PARTS = st.tuples(st.integers(1, 5), st.sampled_from([0.5, 1.0, None]), st.sampled_from([0, 0, 3]))
@@ -88,11 +109,11 @@ def test_a_flat_steps_as_its_parameters_would(device: str) -> None:
     torch.manual_seed(0)
     values, gradients = torch.randn(8, device=device), [torch.randn(8, device=device) for _ in range(3)]
     apart = [nn.Parameter(values[:3].clone()), nn.Parameter(values[3:6].clone())]
-    rates = {"lr": 0.1, "weight_decay": 0.3, "betas": (0.6, 0.8), "eps": 0.1, "fused": device == "cuda"}
+    rates = {"lr": 0.1, "weight_decay": 0.3, "betas": (0.6, 0.8), "eps": 0.1, "fused": True}
     expected = torch.optim.AdamW([{"params": [apart[0]]}, {"params": [apart[1]], "lr": 0.1 * 0.25}], **rates)
     flat, whole, still = nn.Parameter(values.clone()), nn.Parameter(values[:3].clone()), nn.Parameter(values.clone())
     optimizer = ScaledAdamW([{"params": [flat, whole, still]}], **rates)
-    fill_state(optimizer, [flat, whole, still], fused=rates["fused"])
+    fill_state(optimizer, [flat, whole, still])
     optimizer.runs = {flat: [Run(1.0, 0, 3), Run(0.25, 3, 3)]}
     for gradient in gradients:
         flat.grad, whole.grad, apart[0].grad, apart[1].grad = gradient, gradient[:3], gradient[:3], gradient[3:6]
@@ -111,9 +132,9 @@ def test_state_made_by_hand_is_what_adamw_makes() -> None:
     for by_hand in (False, True):
         torch.manual_seed(0)
         model = nn.Linear(5, 4)
-        optimizer = make_optimizer(model, Optimizer(), fused=False)
+        optimizer = make_optimizer(model, Optimizer())
         if by_hand:
-            fill_state(optimizer, list(model.parameters()), fused=False)
+            fill_state(optimizer, list(model.parameters()))
         for _ in range(3):
             for group in optimizer.param_groups:
                 group["lr"] = 0.1

@@ -225,7 +225,7 @@ def _fsdp2(backend: Backend, config: RunConfig) -> Step:
     for block in model.blocks():
         fully_shard(block, mesh=mesh, mp_policy=policy)
     sharded = fully_shard(model, mesh=mesh, mp_policy=policy)
-    optimizer = make_optimizer(model, config.optimizer, fused=backend.device.type == "cuda")
+    optimizer = make_optimizer(model, config.optimizer)
     for group in optimizer.param_groups:
         group["lr"] = LR
     weights, micro_batches = list(model.parameters()), accumulation(config, backend.world)

@@ -50,7 +50,7 @@ def measure(arguments: Sequence[str], note: Note | None = None, most: int | None
 def training_step(comparison: Comparison, model: nn.Module) -> Step:
     """A step that returns its loss."""
     model.train()
-    optimizer = make_optimizer(model, Optimizer(), fused=True)
+    optimizer = make_optimizer(model, Optimizer())
     for group in optimizer.param_groups:
         group["lr"] = LR
     labels = comparison.labels if comparison.run.objective.needs_labels else None

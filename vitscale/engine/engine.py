@@ -62,16 +62,13 @@ class Engine:
         self.stage = config.parallel.zero_stage
         self.accumulation = accumulation(config, world)
         self.frozen = zero_state.frozen_share(model, self.stage, ranks.rank, ranks.world_size)
-        # The fused step reads its state on the GPU.
-        self.fused = accelerator.device.type == "cuda" and not config.parallel.offload_optimizer
-        optimizer = make_optimizer(model, config.optimizer, self.fused, undecayed, lr_scales)
-        self._wrap(optimizer)
+        self._wrap(make_optimizer(model, config.optimizer, undecayed, lr_scales))
         self.fragments = zero_state.fragments(model, self.optimizer, self.stage, ranks.rank)
         self.inner = zero_state.inner_optimizer(self.optimizer, self.stage)
         if isinstance(self.inner, ScaledAdamW):
             self.inner.runs = scaled_runs(self.fragments, lr_scales)
         flats = zero_state.flats(self.optimizer, self.stage)
-        fill_state(self.inner, flats, self.fused)
+        fill_state(self.inner, flats)
         self.ema = None if config.train.ema_decay is None else Ema(flats, config.train.ema_decay)
 
     def _wrap(self, optimizer: torch.optim.Optimizer) -> None:

@@ -22,11 +22,10 @@ from vitscale.engine.zero_state import Fragment
 def make_optimizer(
     model: nn.Module,
     config: Optimizer,
-    fused: bool,
     undecayed: Container[str] = (),
     lr_scales: Mapping[str, float] | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW whose group "decayed" decays and whose group "undecayed" does not.
+    """Fused AdamW whose group "decayed" decays and whose group "undecayed" does not.
 
     Biases and norms (one dimension) never decay, nor do the parameters named in `undecayed`. With none
     named, class and mask tokens and learned positions decay, as in the MAE code (timm 0.3.2's
@@ -47,7 +46,7 @@ def make_optimizer(
     # An empty group crashes DeepSpeed.
     groups = [group for group in groups if group["params"]]
     optimizer = ScaledAdamW if any(lr_scales.get(name, 1.0) != 1.0 for name in trained) else torch.optim.AdamW
-    return optimizer(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=fused)
+    return optimizer(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class ScaledAdamW(torch.optim.AdamW):
         return calls
 
 
-def fill_state(optimizer: torch.optim.Optimizer, flats: Iterable[torch.Tensor], fused: bool) -> None:
+def fill_state(optimizer: torch.optim.Optimizer, flats: Iterable[torch.Tensor]) -> None:
     """Give every tensor that the optimizer steps its AdamW state at step 0.
 
     AdamW makes it lazily at its first step; made here, a checkpoint can be written and read at any
@@ -117,7 +116,7 @@ def fill_state(optimizer: torch.optim.Optimizer, flats: Iterable[torch.Tensor], 
     """
     for flat in flats:
         optimizer.state[flat] = {
-            "step": torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu"),
+            "step": torch.zeros((), dtype=torch.float32, device=flat.device),  # where the fused step reads it
             "exp_avg": torch.zeros_like(flat, memory_format=torch.preserve_format),
             "exp_avg_sq": torch.zeros_like(flat, memory_format=torch.preserve_format),
         }

@@ -289,7 +289,7 @@ def _moment(activations: float, gradients: float, buckets: float) -> dict[str, f
 def _with_ddp(config: RunConfig, world: World, count: Parameters, peak: float) -> list[dict[str, float]]:
     """DDP's buckets are the gradients, for good, on one rank too."""
     gradients = 4.0 * count.trained
-    return [_moment(peak, gradients, 0), _moment(0, gradients, _temporaries(world, count.largest))]
+    return [_moment(peak, gradients, 0)]
 
 
 def _with_zero(config: RunConfig, world: World, count: Parameters, peak: float) -> list[dict[str, float]]:
@@ -312,7 +312,7 @@ def _with_zero(config: RunConfig, world: World, count: Parameters, peak: float) 
         held = float(used * count.trained) if several else 0.0
         left, first = left * overlaps, used * (count.trained - bucket) + kept
     flat = 0.0 if in_fp32 else 4 * own
-    step = flat + max(used * own * (flat > 0 and used == 2), _temporaries(world, own))
+    step = flat + used * own * (flat > 0 and used == 2)
     return [_moment(peak, held, buffers), _moment(left, first, buffers + max(waiting, copies)), _moment(0, kept, step)]
 
 
@@ -326,11 +326,5 @@ def _with_zero_3(config: RunConfig, world: World, count: Parameters, peak: float
     flat = 4 * own
     gathered = used * min(count.all, LIVE_ELEMENTS) if world.world_size > 1 else 0
     left = gathered + peak * (1 - bucket / count.trained)
-    step = buffer + flat + _temporaries(world, own)
-    at = [(gathered + peak, buffer), (left, buffer + copies), (0, step)]
+    at = [(gathered + peak, buffer), (left, buffer + copies), (0, buffer + flat)]
     return [_moment(activations, summed * own, buckets) for activations, buckets in at]
-
-
-def _temporaries(world: World, elements: float) -> float:
-    """Of an AdamW that is not fused, for the tensors that it steps at once."""
-    return 0.0 if world.device == "cuda" else 8.0 * elements

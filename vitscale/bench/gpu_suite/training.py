@@ -75,7 +75,7 @@ def reference(config: RunConfig, steps: int) -> tuple[list[float], Weights, Weig
     """The same training by plain torch in fp32 on the CPU: losses, weights at its start and at its end."""
     model, cpu = new_model(config, config.run.seed).train(), torch.device("cpu")
     start = _weights(model)
-    optimizer = make_optimizer(model, config.optimizer, fused=False)
+    optimizer = make_optimizer(model, config.optimizer)
     for group in optimizer.param_groups:
         group["lr"] = LR
     count, losses = accumulation(config, World()), []
