@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from tests.models.shapes import EVERY_OPTION, TRAINABLE, inputs, tiny
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.mae import ViTMAEForPreTraining
+from vitscale.models.multitask import ViTForMultitaskPreTraining
 from vitscale.models.simmim import ViTForMaskedImageModeling
 from vitscale.models.vit import ViTModel, ViTPreTrainedModel
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
+NEEDS_CPP = pytest.mark.skipif(shutil.which("c++") is None, reason="torch's compiler needs c++ on a CPU")
 every_model = pytest.mark.parametrize("model_class", [*TRAINABLE, ViTModel], ids=lambda c: c.__name__)
 every_option = pytest.mark.parametrize("options", [{}, EVERY_OPTION], ids=["plain", "options"])
 
@@ -80,7 +82,7 @@ def test_explain_counts_no_break() -> None:
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch's compiler needs c++ on a CPU")
+@NEEDS_CPP
 @every_option
 def test_compiled_code_gives_the_same(options: dict[str, Any]) -> None:
     """The default backend, as a user compiles; the others of this file do not make code."""
@@ -156,6 +158,40 @@ def test_blocks_compile_whole(options: dict[str, Any], selective: bool) -> None:
     assert graphs()[0] > 0
     assert graphs()[1] == 0
     assert all(torch.allclose(expected[name], found[name], atol=1e-6) for name in expected)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "autocast"])
+@pytest.mark.parametrize(("model_class", "options"), [
+    (ViTMAEForPreTraining, {"norm_pix_loss": True}), (ViTMAEForPreTraining, {"norm_pix_loss": False}),
+    (ViTForMaskedImageModeling, {"patch_size": (2, 4), "encoder_stride": (2, 4)}), (ViTForMultitaskPreTraining, {}),
+], ids=["mae", "mae-plain", "simmim", "multitask"])  # fmt: skip
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.full, NEEDS_CPP])])
+def test_losses_over_pixels_compile_whole(
+    model_class: type[ViTPreTrainedModel], options: dict[str, Any], precision: torch.dtype, backend: str
+) -> None:
+    """Patches, their normalization and the mean are one graph forward and one backward, of what the model gives them;
+    in float32 under autocast too, and of another batch in evaluation."""
+    model = tiny(model_class, num_hidden_layers=1, **options)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != torch.float32)
+    eager, given = model.pixel_loss, []
+    model.pixel_loss = lambda *arguments: given.append(arguments) or eager(*arguments)
+    with autocast, torch.no_grad():
+        model(**inputs(model))
+    model.pixel_loss = eager
+    model.compile_blocks(backend=backend, fullgraph=True)
+    results = []
+    (pixels, predicted, mask, *sizes), n = given[0], 4
+    for loss in (eager, model.pixel_loss):
+        leaf = predicted.clone().requires_grad_()
+        with autocast:
+            value = loss(pixels, leaf, mask, *sizes)
+        value.backward()
+        with autocast, torch.no_grad():
+            results.append([value.detach(), leaf.grad, loss(pixels[:n], predicted[:n], mask[:n], *sizes)])
+    assert predicted.dtype == precision
+    assert [result.dtype for result in results[1]] == [torch.float32, precision, torch.float32]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-8)
+    assert graphs() == (2, 0)
 
 
 def test_blocks_compiled_under_autocast_keep_the_residual_stream_in_float32() -> None:

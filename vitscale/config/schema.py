@@ -211,7 +211,7 @@ class Train:
     epochs: float | None = None
     precision: str = "fp32"
     gradient_checkpointing: bool | str = False  # blocks run again in backward; selective: matrix products do not
-    compile: bool = False  # torch.compile of each block
+    compile: bool = False  # torch.compile of each block and of a loss over pixels
     cuda_graphs: bool = False  # each block started as a whole: faster where the host is what a GPU waits for
     deterministic: bool = False  # only algorithms that give the same bits each time; on a GPU slower ones
     ema_decay: float | None = None  # of the weights' moving average, which is evaluated and exported; null: none

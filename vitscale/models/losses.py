@@ -15,6 +15,34 @@ from vitscale.models.configuration import ViTConfig
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
+def patchify(pixel_values: Tensor, patch: tuple[int, int]) -> Tensor:
+    """[n, channels, height, width] to [n, patches, patch values]: pixel by pixel, channels last; `patch`: (height,
+    width) of one."""
+    n, channels, height, width = pixel_values.shape
+    p, q = patch
+    x = pixel_values.reshape(n, channels, height // p, p, width // q, q)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, p * q * channels)  # nchpwq -> nhwpqc
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (unbiased) standard deviation of each patch: [n, patches, 1] each."""
+    return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def masked_mse(pixel_values: Tensor, logits: Tensor, mask: Tensor, patch: tuple[int, int], normalized: bool) -> Tensor:
+    """MAE's loss: mean squared error over the values of hidden patches.
+
+    `logits`: [n, patches, patch values], as `patchify` orders them; `mask`: [n, patches], 1 where hidden;
+    `normalized`: each patch's values by their own mean and deviation.
+    """
+    target = patchify(pixel_values.float(), patch)
+    if normalized:
+        mean, scale = patch_statistics(target)
+        target = (target - mean) / scale
+    error = ((logits.float() - target) ** 2).mean(dim=-1)  # [n, patches]
+    return (error * mask).sum() / mask.sum()
+
+
 def masked_l1(pixel_values: Tensor, reconstruction: Tensor, bool_masked_pos: Tensor, patch: tuple[int, int]) -> Tensor:
     """SimMIM's loss: mean absolute error over the pixels and channels of hidden patches.
 

@@ -11,6 +11,7 @@ from vitscale.config.model_rules import pair
 from vitscale.errors import DataError
 from vitscale.models import flops
 from vitscale.models.configuration_mae import ViTMAEConfig
+from vitscale.models.losses import masked_mse, patch_statistics, patchify
 from vitscale.models.masking import mask_noise, random_masking
 from vitscale.models.outputs import MAEOutput, can_return_tuple
 from vitscale.models.positions import Positioned, interpolate_positions, rotary_positions
@@ -75,6 +76,7 @@ class ViTMAEForPreTraining(ViTPreTrainedModel):
 
     config_class = ViTMAEConfig
     config: ViTMAEConfig
+    pixel_loss = staticmethod(masked_mse)
 
     def __init__(self, config: ViTMAEConfig) -> None:
         super().__init__(config)
@@ -102,15 +104,9 @@ class ViTMAEForPreTraining(ViTPreTrainedModel):
         grid = self.grid(pixel_values)
         logits = self.decoder(encoded.last_hidden_state, ids_restore, grid, interpolate_pos_encoding)
 
-        target = self.patchify(pixel_values.float())
-        if self.config.norm_pix_loss:
-            mean, scale = _patch_statistics(target)
-            target = (target - mean) / scale
-        error = ((logits.float() - target) ** 2).mean(dim=-1)  # [n, patches]
-        loss = (error * mask).sum() / mask.sum()
-
+        patch, normalized = pair(self.config.patch_size), self.config.norm_pix_loss
         return MAEOutput(
-            loss=loss,
+            loss=self.pixel_loss(pixel_values, logits, mask, patch, normalized),
             logits=logits,
             mask=mask,
             ids_restore=ids_restore,
@@ -129,10 +125,7 @@ class ViTMAEForPreTraining(ViTPreTrainedModel):
 
     def patchify(self, pixel_values: Tensor) -> Tensor:
         """[n, channels, height, width] to [n, patches, patch_values]: pixel by pixel, channels last."""
-        n, channels, height, width = pixel_values.shape
-        p, q = pair(self.config.patch_size)
-        x = pixel_values.reshape(n, channels, height // p, p, width // q, q)
-        return x.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, p * q * channels)  # nchpwq -> nhwpqc
+        return patchify(pixel_values, pair(self.config.patch_size))
 
     def unpatchify(self, patches: Tensor, image_size: tuple[int, int] | None = None) -> Tensor:
         """The way back; `image_size`: (height, width), the config's where not given."""
@@ -148,7 +141,7 @@ class ViTMAEForPreTraining(ViTPreTrainedModel):
         """
         patches, predicted = self.patchify(pixel_values.float()), output.logits.float()
         if self.config.norm_pix_loss:
-            mean, scale = _patch_statistics(patches)
+            mean, scale = patch_statistics(patches)
             predicted = predicted * scale + mean
         patches = torch.where(output.mask[..., None] > 0, predicted, patches)
         height, width = pixel_values.shape[2:]
@@ -165,8 +158,3 @@ class ViTMAEForPreTraining(ViTPreTrainedModel):
             + flops.blocks(decoder, prefix + config.num_patches)
             + predict
         )
-
-
-def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and (unbiased) standard deviation of each patch: [n, patches, 1] each."""
-    return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()

@@ -10,7 +10,7 @@ from vitscale.config.model_rules import pair
 from vitscale.errors import ConfigError, DataError
 from vitscale.models import flops
 from vitscale.models.configuration import ViTConfig, refuse
-from vitscale.models.losses import Loss, label_cross_entropy, label_metrics, masked_l1
+from vitscale.models.losses import Loss, label_cross_entropy, label_metrics
 from vitscale.models.outputs import MultitaskOutput, can_return_tuple
 from vitscale.models.simmim import MaskedImageModel
 
@@ -49,7 +49,7 @@ class ViTForMultitaskPreTraining(MaskedImageModel):
 
         config, losses, metrics = self.config, [], {}
         if bool_masked_pos is not None:
-            mim_loss = masked_l1(pixel_values, reconstruction, bool_masked_pos, pair(config.patch_size))
+            mim_loss = self.pixel_loss(pixel_values, reconstruction, bool_masked_pos, pair(config.patch_size))
             losses.append(config.mim_weight * mim_loss)
             metrics["mim_loss"] = mim_loss.detach()
         if labels is not None:

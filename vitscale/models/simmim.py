@@ -33,6 +33,8 @@ class PixelShuffle(nn.Module):
 class MaskedImageModel(ViTPreTrainedModel):
     """An encoder with a mask token and SimMIM's decoder: what both models that hide cells have."""
 
+    pixel_loss = staticmethod(masked_l1)
+
     def __init__(self, config: ViTConfig) -> None:
         super().__init__(config)
         self.vit = ViTModel(config, add_pooling_layer=False, use_mask_token=True)
@@ -87,7 +89,7 @@ class ViTForMaskedImageModeling(MaskedImageModel):
         reconstruction = self.decode(encoded.last_hidden_state, pixel_values)
         loss = None
         if bool_masked_pos is not None:
-            loss = masked_l1(pixel_values, reconstruction, bool_masked_pos, pair(self.config.patch_size))
+            loss = self.pixel_loss(pixel_values, reconstruction, bool_masked_pos, pair(self.config.patch_size))
         return MaskedImageModelingOutput(
             loss=loss,
             reconstruction=reconstruction,

@@ -7,6 +7,7 @@ patches, as the config has them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -185,6 +186,7 @@ class ViTPreTrainedModel(PretrainedMixin, nn.Module):
     """What all models have: a config, blocks to compile or checkpoint, and their cost."""
 
     config_class: ClassVar[type[ViTConfig]] = ViTConfig
+    pixel_loss: Callable[..., Tensor] | None = None  # of models that predict pixels: a function of tensors alone
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -224,13 +226,15 @@ class ViTPreTrainedModel(PretrainedMixin, nn.Module):
         return [layer for module in self.modules() if isinstance(module, ViTEncoder) for layer in module.layers]
 
     def compile_blocks(self, **options: Any) -> None:
-        """torch.compile of every block's forward; `options`: of torch.compile.
+        """torch.compile of every block's forward, and of a loss over pixels; `options`: of torch.compile.
 
         The blocks of an encoder share one graph, those of a decoder another, each of one length. What is hooked
         around a block stays outside: ZeRO-3's hooks fetch weights, which would break the graph.
         """
         for block in self.blocks():
             block.forward = torch.compile(block.forward, dynamic=False, **options)
+        if self.pixel_loss is not None:
+            self.pixel_loss = torch.compile(self.pixel_loss, dynamic=False, **options)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, selective: bool = False
