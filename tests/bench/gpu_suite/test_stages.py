@@ -32,7 +32,9 @@ def test_every_size_is_measured_before_peers_are_compiled() -> None:
 def test_sharding_is_measured_size_by_size() -> None:
     names = list(sharding.cases(make_setting(Path(), "cuda")))
     assert names[:5] == ["B DDP", "B ZeRO-2", "B FSDP2", "B ZeRO-3", "B ZeRO-1"]
-    assert [name.split()[0] for name in names[::5]] == ["B", "L", "H", "g", "L,"]
+    assert [name.split()[0] for name in names[:20:5]] == ["B", "L", "H", "g"]
+    again = [f"{size}, gradient checkpointing" for size in ("L", "B", "H")]
+    assert names[20:] == [f"{size} {name}" for size in again for name in ("DDP", "ZeRO-2", "ZeRO-3", "ZeRO-1")]
 
 
 @pytest.mark.parametrize(("line", "found"), [

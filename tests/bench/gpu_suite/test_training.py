@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from vitscale.bench.gpu_suite.cases import Mismatch
 from vitscale.bench.gpu_suite.correctness import TOLERANCES, _judge, small_config
-from vitscale.bench.gpu_suite.profiling import idle_share
+from vitscale.bench.gpu_suite.profiling import FEED, feed_overlap, idle_share
 from vitscale.bench.gpu_suite.training import batch, gradient_distances, gradients, update_distance
 
 CPU = torch.device("cpu")
@@ -58,6 +60,39 @@ def test_batches_are_functions_of_their_number() -> None:
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert not torch.equal(first["pixel_values"], other["pixel_values"])
     assert not set(first["sample_key"].tolist()) & set(other["sample_key"].tolist())
+
+
+def trace_of(*work: tuple[int, float, float, bool]) -> list[dict[str, Any]]:
+    """The events that torch's profiler writes for kernels (stream, start, duration, whether the feed started it): the
+    feed's range is on the thread that also starts a step's kernels, which autograd's thread does too."""
+    events: list[dict[str, Any]] = [
+        {"ph": "M", "name": "process_name", "pid": 0},
+        {"cat": "user_annotation", "name": FEED, "tid": 1, "ts": 100.0, "dur": 50.0},
+        {"cat": "user_annotation", "name": "a step", "tid": 1, "ts": 0.0, "dur": 500.0},
+        {"cat": "cpu_op", "name": "aten::mm", "tid": 1, "ts": 100.0, "dur": 5.0, "args": {"External id": 7}},
+        {"cat": "gpu_user_annotation", "name": FEED, "tid": 20, "ts": 100.0, "dur": 1000.0, "args": {}},
+    ]
+    for number, (stream, start, duration, own) in enumerate(work):
+        thread, began = [(1, 120.0), (1, 160.0), (2, 120.0)][0 if own else 1 + number % 2]
+        kind = ("cuda_runtime", "cuda_driver")[number % 2]
+        at = {"ts": began, "dur": 2.0, "tid": thread}
+        events.append({"cat": kind, "name": "cudaLaunchKernel", "args": {"correlation": number}, **at})
+        what = ("kernel", "gpu_memcpy")[own and number % 2]
+        at = {"ts": start, "dur": duration, "tid": stream}
+        events.append({"cat": what, "name": "it", "args": {"correlation": number, "stream": stream}, **at})
+    return events
+
+
+def test_what_the_feed_does_beside_the_step_is_told_from_a_trace() -> None:
+    """Of its 40 us, 10 beside the stream that computes; what it does beside a third stream does not count."""
+    step = [(7, 1000.0, 100.0, False), (7, 1090.0, 30.0, False), (9, 1500.0, 50.0, False)]
+    feed = [(20, 1110.0, 20.0, True), (20, 1200.0, 10.0, True), (20, 1510.0, 10.0, True)]
+    assert feed_overlap(trace_of(*step, *feed)) == {
+        "feed_total_ms": pytest.approx(0.04),
+        "feed_overlap": pytest.approx(0.25),
+    }
+    assert feed_overlap(trace_of(*feed))["feed_overlap"] == 0
+    assert feed_overlap(trace_of(*step)) == {}
 
 
 def test_idle_is_what_no_kernel_covers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -154,6 +155,23 @@ def test_a_step_without_ours_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         steps.cases(make_setting(tmp_path))["mae Ti"]()
 
 
+def test_graphs_are_apart_from_the_ratio_to_peers() -> None:
+    """Whose peers may have none; a ratio is None where there was no peer."""
+    ratios = {
+        "vitscale compiled": 1.2,
+        "transformers eager": 1.0,
+        "vitscale by CUDA graphs": 1.6,
+        "vitscale eager": 0.9,
+    }
+    contenders = {
+        name: {"images_per_second": 1.0, "utilization": 0.1, "ratio": ratio} for name, ratio in ratios.items()
+    }
+    text = steps._with_text({"contenders": contenders, "left_out": {}})["text"]
+    assert text.endswith(", ratio 1.20, by CUDA graphs 1.60")
+    alone = {"contenders": {"vitscale eager": contenders["vitscale eager"] | {"ratio": None}}, "left_out": {}}
+    assert steps._with_text(alone)["text"] == "images/s: vitscale eager 1.0 (10%)"
+
+
 def test_contenders_end_before_their_case_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
@@ -197,12 +215,13 @@ def test_augmentation_is_compared_in_units_of_255(
             case()
 
 
-@pytest.mark.parametrize("limit", [99, 100])
-def test_a_trace_that_is_too_large_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    monkeypatch.setattr(profiling, "MOST_BYTES", limit)
-    profiler = SimpleNamespace(export_chrome_trace=lambda path: Path(path).write_bytes(b"x" * 100))
-    assert profiling._trace(profiler, make_setting(tmp_path), "trace.json.gz")["trace_bytes"] == 100
-    assert (tmp_path / "trace.json.gz").exists() == (limit == 100)
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_trace_that_is_too_large_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool) -> None:
+    content = gzip.compress(b'{"traceEvents": []}')
+    monkeypatch.setattr(profiling, "MOST_BYTES", len(content) - (not kept))
+    profiler = SimpleNamespace(export_chrome_trace=lambda path: Path(path).write_bytes(content))
+    assert profiling._trace(profiler, make_setting(tmp_path), "trace.json.gz")["trace_bytes"] == len(content)
+    assert (tmp_path / "trace.json.gz").exists() == kept
 
 
 @pytest.mark.parametrize(("told", "words"), [

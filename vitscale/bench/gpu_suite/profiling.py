@@ -1,15 +1,19 @@
-"""Stage g: where five steps of MAE ViT-B go, reader to AdamW: a trace, the top kernels, the GPU's idle share."""
+"""Stage g: where five steps of MAE ViT-B go, reader to AdamW: a trace, the top kernels, the GPU's idle share, and
+whether the next batch is made beside the step."""
 
 from __future__ import annotations
 
+import gzip
+import json
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from vitscale.augment.feed import DeviceFeed
 from vitscale.augment.pipeline import Augment
@@ -28,6 +32,8 @@ from vitscale.world import World
 STEPS, WARM = 5, 4
 MOST_BYTES = 16 << 20
 ZERO_STAGES = (0, 2)
+FEED = "feed"  # what of the host's time, by its name in the trace, is the next batch's
+Span = tuple[float, float]  # start and end, in the trace's microseconds
 
 
 def cases(setting: Setting) -> Cases:
@@ -72,26 +78,71 @@ def _profile(stage: int, setting: Setting) -> Figures:
         kernels = (event.time_range for event in profiler.events() if _is_kernel(event))
         figures["idle_share"] = idle_share((span.start, span.end) for span in kernels)
         figures["step_ms"] = 1000 * elapsed / STEPS
-        first = f"{figures['step_ms']:.1f} ms a step, GPU idle {figures['idle_share']:.1%}; {first}"
+        beside = "nothing of the feed's in the trace"
+        if "feed_total_ms" in figures:
+            feed_ms = figures["feed_total_ms"] / STEPS
+            beside = f"feed {feed_ms:.1f} ms, {figures['feed_overlap']:.0%} of it beside the step's kernels"
+        first = f"{figures['step_ms']:.1f} ms a step, GPU idle {figures['idle_share']:.1%}, {beside}; {first}"
     figures["text"] = f"{first}; {figures['trace']}"
     return figures
 
 
 def _micro_batch(feed: DeviceFeed[Any]) -> Iterator[Inputs]:
     """One, and the next one started on once the engine has queued its backward, as in a run."""
-    yield next(feed).inputs
-    feed.run_ahead()
+    yield _fed(feed)
+    with record_function(FEED):
+        feed.run_ahead()
+
+
+def _fed(feed: DeviceFeed[Any]) -> Inputs:
+    with record_function(FEED):
+        return next(feed).inputs
 
 
 def _trace(profiler: Any, setting: Setting, name: str) -> Figures:
-    """Keep the trace for ui.perfetto.dev, unless it is too large for OUT."""
+    """What the trace says of the feed; the trace is kept for ui.perfetto.dev, unless it is too large for OUT."""
     file = setting.out / name
     profiler.export_chrome_trace(str(file))
-    size = file.stat().st_size
-    if size > MOST_BYTES:
+    figures: Figures = {"trace_bytes": file.stat().st_size}
+    mebibytes = figures["trace_bytes"] / 2**20
+    figures["trace"] = f"{name}, {mebibytes:.1f} MiB"
+    with gzip.open(file) as stream:
+        figures |= feed_overlap(json.load(stream)["traceEvents"])
+    if figures["trace_bytes"] > MOST_BYTES:
         file.unlink()
-        return {"trace": f"the trace of {size >> 20} MiB was not kept: at most {MOST_BYTES >> 20}", "trace_bytes": size}
-    return {"trace": f"{name}, {size / 2**20:.1f} MiB", "trace_bytes": size}
+        figures["trace"] = f"the trace of {mebibytes:.0f} MiB was not kept: at most {MOST_BYTES >> 20}"
+    return figures
+
+
+def feed_overlap(events: Iterable[dict[str, Any]]) -> Figures:
+    """From a trace's events: `feed_total_ms`, how long the GPU was at what the feed started, and `feed_overlap`, the
+    share of it during which the stream that computes was at work too; nothing where the feed started nothing.
+
+    What started something tells whose it is: a call of CUDA's within a range named FEED, on the same thread. The stream
+    that computes is the one with the most time of all that is not the feed's.
+    """
+    ranges: dict[Any, list[Span]] = defaultdict(list)  # of the feed, by thread
+    calls: dict[Any, tuple[Any, float]] = {}  # of CUDA, by what they and their kernels are numbered with
+    work: list[tuple[Any, Any, Span]] = []  # its number, its stream, when it ran
+    for event in events:
+        kind, arguments = event.get("cat"), event.get("args", {})
+        if kind == "user_annotation" and event["name"] == FEED:
+            ranges[event["tid"]].append((event["ts"], event["ts"] + event["dur"]))
+        elif kind in ("cuda_runtime", "cuda_driver"):
+            calls[arguments.get("correlation")] = event["tid"], event["ts"]
+        elif kind in ("kernel", "gpu_memcpy", "gpu_memset"):
+            span = event["ts"], event["ts"] + event["dur"]
+            work.append((arguments.get("correlation"), arguments["stream"], span))
+    feeds: list[Span] = []
+    others: dict[Any, list[Span]] = defaultdict(list)
+    for number, stream, span in work:
+        thread, began = calls.get(number, (None, 0.0))
+        own = any(start <= began <= end for start, end in ranges[thread])
+        (feeds if own else others[stream]).append(span)
+    total = covered(feeds)
+    computing = max(others.values(), key=covered, default=[])
+    both = total + covered(computing) - covered([*feeds, *computing])
+    return {"feed_total_ms": total / 1000, "feed_overlap": both / total} if total else {}
 
 
 def _top(profiler: Any, cuda: bool) -> list[Figures]:
@@ -112,12 +163,17 @@ def _is_kernel(event: Any) -> bool:
     return event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
 
 
-def idle_share(spans: Iterable[tuple[float, float]]) -> float:
+def idle_share(spans: Iterable[Span]) -> float:
     """The share of the time between the first start and the last end in which no span is."""
-    ordered = sorted(spans)
-    begin = end = ordered[0][0] if ordered else 0.0
-    busy = 0.0
-    for start, stop in ordered:
-        busy += max(0.0, stop - max(start, end))
+    found = list(spans)
+    whole = max((end for _, end in found), default=0.0) - min((start for start, _ in found), default=0.0)
+    return 1.0 - covered(found) / whole if whole else 0.0
+
+
+def covered(spans: Iterable[Span]) -> float:
+    """How long there is at least one of them."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
         end = max(end, stop)
-    return 1.0 - busy / (end - begin) if end > begin else 0.0
+    return total

@@ -13,7 +13,7 @@ from vitscale.world import World
 
 BATCHES = {"B": 256, "L": 128, "H": 64, "g": 32}  # images a step
 ORDER = (DDP, "ZeRO-2", FSDP2, "ZeRO-3", "ZeRO-1")  # of worth
-AGAIN = "L, gradient checkpointing"
+AGAIN = ("L", "B", "H")  # with gradient checkpointing too: of what is planned, so without FSDP2
 STEPS = 20
 
 
@@ -21,7 +21,8 @@ def cases(setting: Setting) -> Cases:
     """Size by size: a table that is cut off has its first rows whole."""
     here = World(device=setting.device)
     sizes = {size: config_of(size, "mae", images, here, True, False) for size, images in BATCHES.items()}
-    sizes[AGAIN] = config_of("L", "mae", BATCHES["L"], here, True, True)
+    sizes |= {f"{size}, gradient checkpointing": config_of(size, "mae", BATCHES[size], here, True, True)
+              for size in AGAIN}  # fmt: skip
     if setting.tiny:
         sizes = {"tiny": tiny_config()}
     known = dict(setting.earlier.get("k", {}))
@@ -29,6 +30,7 @@ def cases(setting: Setting) -> Cases:
         f"{size} {name}": partial(_measure, size, name, config, known, setting)
         for size, config in sizes.items()
         for name in (ORDER[:3] if setting.tiny else ORDER)
+        if not (name == FSDP2 and config.train.gradient_checkpointing)
     }
 
 

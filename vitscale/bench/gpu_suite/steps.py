@@ -6,7 +6,7 @@ from functools import partial
 
 from vitscale.bench import step
 from vitscale.bench.gpu_suite.cases import Cases, Figures, Mismatch, Setting
-from vitscale.bench.peers import OURS
+from vitscale.bench.peers import GRAPHED, OURS
 
 BATCHES = {"L": 128, "B": 256, "H": 64}  # images a step; the rehearsal's Ti takes one
 OBJECTIVES = ("mae", "classification")
@@ -44,8 +44,9 @@ def _step(objective: str, preset: str, most: int | None, setting: Setting) -> Fi
 def _with_text(result: Figures) -> Figures:
     contenders = result["contenders"]
     parts = [f"{name} {one['images_per_second']:.1f} ({one['utilization']:.0%})" for name, one in contenders.items()]
-    ratios = [one["ratio"] for name, one in contenders.items() if name.startswith(OURS)]
-    if ratios and ratios[0] is not None:
-        parts.append(f"ratio {max(ratios):.2f}")
+    ours = {name: one["ratio"] for name, one in contenders.items() if name.startswith(OURS) and one["ratio"]}
+    graphed = ours.pop(f"{OURS} {GRAPHED}", None)  # apart: the first peers have no graphs
+    parts += [f"ratio {max(ours.values()):.2f}"] if ours else []
+    parts += [] if graphed is None else [f"{GRAPHED} {graphed:.2f}"]
     left_out = ", ".join(f"{name} ({reason[:60]})" for name, reason in result["left_out"].items())
     return {**result, "text": "images/s: " + ", ".join(parts) + (f"; left out: {left_out}" if left_out else "")}
