@@ -207,6 +207,12 @@ def _export_run(source: Path, out: Path | None) -> Path:
     return export_run(source, out)
 
 
+def _sizes_of_encoder(written: dict[str, Any]) -> dict[str, Any]:
+    from vitscale.run.finetune import sizes_of_encoder
+
+    return sizes_of_encoder(written)
+
+
 def _bench(arguments: argparse.Namespace) -> int:
     from vitscale.bench.all import run
 
@@ -270,7 +276,9 @@ def _parser() -> argparse.ArgumentParser:
         ("sync", _sync, "send what MLflow has missed"),
     ):
         verb(name, run, text).add_argument("run", metavar="RUN_FOLDER")
-    for module in (looking, planning, launching, checkpoints, conversion, inference, inspection):
+    looking.register(verb)
+    planning.register(verb, _sizes_of_encoder)
+    for module in (launching, checkpoints, conversion, inference, inspection):
         module.register(verb)
     export.register(verb, _export_run)
     added = verb("bench", _bench, "measure this project beside its peers")

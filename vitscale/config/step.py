@@ -31,6 +31,11 @@ def bucket_elements(config: RunConfig, trained: int) -> int:
     return min(trained, asked or min(max(trained // _BUCKETS, _SMALLEST_BUCKET), _LARGEST_BUCKET))
 
 
+def total_steps(config: RunConfig, batches_per_epoch: int) -> int:
+    """Optimizer steps of a run: train.steps, or those in train.epochs."""
+    return config.train.steps or max(1, int((config.train.epochs or 0) * batches_per_epoch))
+
+
 def step_keys(config: RunConfig) -> dict[str, Any]:
     """The two keys, with their values."""
     return {"parallel.zero_stage": config.parallel.zero_stage, "train.micro_batch": config.train.micro_batch}

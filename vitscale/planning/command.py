@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from vitscale.errors import ConfigError
+from vitscale.planning.gpus import GPUS, gpu_of
 from vitscale.run_folder import BAD_INPUT, DONE
 from vitscale.text import above_zero, aligned, byte_size, duration
+
+if TYPE_CHECKING:
+    from vitscale.planning.recipe import SizesOfEncoder
 
 _MODEL = """\
 How: memory is counted on the model's own forward and backward, operation by operation, on tensors without content;
@@ -19,17 +25,20 @@ AdamW) and of what the host takes (3.1 ms a block): constants of one H200. What 
 communication is not counted (the last bucket is, and the weights that ZeRO 1 and 2 gather at a step's end); no cluster
 has confirmed that part yet. A core decodes a JPEG of 60 kB in 0.81 ms."""
 
+_LEAST, _MOST, _MOST_IMAGES = 0.001, 1_000_000, 10**12
 
-def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    """Add the verb."""
-    added = verb("plan", _plan, "memory, speed, hours and checkpoints of a run on GPUs that are not rented yet")
+
+def register(verb: Callable[..., argparse.ArgumentParser], sizes_of_encoder: SizesOfEncoder) -> None:
+    """Add the verb. sizes_of_encoder: the keys that fine-tuning takes from a config's model.init_from."""
+    text = "memory, speed, hours and checkpoints of a run on GPUs that are not rented yet"
+    added = verb("plan", partial(_plan, sizes_of_encoder=sizes_of_encoder), text)
     added.add_argument("config", metavar="CONFIG.yaml")
     text = "say train.micro_batch=128"
     added.add_argument("overrides", metavar="dotted.key=value", nargs="*", help=text)
-    added.add_argument("--gpu", required=True, metavar="NAME", help="a100, h100, h200, b200, l40s or 4090")
+    added.add_argument("--gpu", required=True, metavar="NAME", help=", ".join(GPUS))
     added.add_argument("--gpus", required=True, type=above_zero, metavar="N", help="in all")
     added.add_argument("--gpus-a-node", type=above_zero, default=8, metavar="N", help="(default: 8)")
-    added.add_argument("--images", type=above_zero, metavar="N", help="of the data set, where the config says epochs")
+    added.add_argument("--images", type=_images, metavar="N", help="in data.train, where the config says epochs")
     text = "of an image, compressed (default: 110, ImageNet's)"
     added.add_argument("--image-kb", type=_amount, default=110.0, metavar="KB", help=text)
     text = "GB/s of a node to the others, each way (default: 400, eight adapters of 400 Gb/s)"
@@ -44,16 +53,26 @@ def register(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _amount(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be above 0")
+    """A number of the options' units, none of which any cluster has more or less of."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not _LEAST <= number <= _MOST:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number from {_LEAST} to {_MOST:,}")
     return number
 
 
-def _plan(arguments: argparse.Namespace) -> int:
-    from vitscale.config.load import load_config
-    from vitscale.planning.gpus import gpu_of
+def _images(text: str) -> int:
+    number = above_zero(text)
+    if number > _MOST_IMAGES:
+        raise argparse.ArgumentTypeError(f"{text}: must be {_MOST_IMAGES:,} or less")
+    return number
+
+
+def _plan(arguments: argparse.Namespace, sizes_of_encoder: SizesOfEncoder) -> int:
     from vitscale.planning.plan import Cluster, Planner, plan
+    from vitscale.planning.recipe import planned_config
 
     if arguments.json and arguments.explain:
         raise ConfigError("--explain: is for people, and --json prints JSON alone; leave one out")
@@ -61,7 +80,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         gpu_of(arguments.gpu), arguments.gpus, arguments.gpus_a_node, arguments.network, arguments.disk,
         arguments.price, arguments.failure_hours,
     )  # fmt: skip
-    planner = Planner(load_config(arguments.config, arguments.overrides), cluster)
+    planner = Planner(planned_config(arguments.config, arguments.overrides, sizes_of_encoder), cluster)
     found = plan(planner, arguments.images, arguments.image_kb)
     print(json.dumps(found, indent=1) if arguments.json else as_text(found, arguments.explain))
     return DONE if found["fits"] else BAD_INPUT
@@ -72,20 +91,20 @@ def as_text(found: dict[str, Any], explain: bool = False) -> str:
     memory, parts = found["memory"], found["memory"]["activations_by_part"]
     counted = "  of the activations: " + ", ".join(f"{name} {byte_size(size)}" for name, size in parts.items())
     lines = [
-        f"{found['gpus']} x {found['gpu']}, {found['nodes']} node(s); {found['parameters']:,} parameters"
-        f"{_trained(found)}, {found['flops_per_image'] / 1e9:,.3g} GFLOP to train on an image",
+        f"{found['gpus']} x {found['gpu']}, {found['nodes']} node(s); {found['objective']}, {found['parameters']:,} "
+        f"parameters{_trained(found)}, {_digits(found['flops_per_image'] / 1e9)} GFLOP to train on an image",
         f"{_asked(found['auto'])}: {_settings(found)}: "
         f"{byte_size(memory['total_bytes'])} of {byte_size(memory['of_bytes'])} a GPU, "
         + ("fits" if found["fits"] else "DOES NOT FIT"),
         aligned([[f"  {name}", byte_size(memory[name])] for name in _PARTS if memory[name]], right=(1,)),
         *([counted] if explain else []),
+        *(f"not counted: {what}" for what in memory["not_counted"]),
         _step(found["step_seconds"]),
         *([_offload(found)] if found["offload"] else []),
         f"speed: {found['images_per_second']:,.0f} images/s, {found['mfu']:.0%} of the GPUs' matrix rate",
         _fastest(found["fastest"]),
         _run(found["run"]),
-        f"loader: {found['loader']['cores_a_node']:.0f} cores and "
-        f"{found['loader']['bytes_per_second_a_node'] / 1e6:,.0f} MB/s a node",
+        _loader(found["loader"]),
         _checkpoints(found["checkpoint"]),
         _scaling(found["scaling"]),
     ]
@@ -132,8 +151,21 @@ def _offload(found: dict[str, Any]) -> str:
 def _fastest(best: dict[str, Any] | None) -> str:
     if best is None:
         return "nothing fits, not with ZeRO 3 and gradient checkpointing: larger GPUs, or parallel.offload_optimizer"
+    if best["is_this"]:
+        return "this is as fast as any that fits, to 2%"
     rate, size = f"{best['images_per_second']:,.0f} images/s", byte_size(best["total_bytes"])
     return f"fastest that fits: {best['keys']}: {rate}, {size} a GPU"
+
+
+def _loader(loader: dict[str, Any]) -> str:
+    cores, rate = (loader[f"{name}_a_node"] for name in ("cores", "bytes_per_second"))
+    megabytes = "below 1" if rate < 1e6 else f"{rate / 1e6:,.0f}"
+    needed = "below 1 core" if cores < 1 else f"{cores:.1f} cores" if cores < 10 else f"{cores:.0f} cores"
+    return f"loader: {needed} and {megabytes} MB/s a node"
+
+
+def _digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _checkpoints(save: dict[str, Any]) -> str:
@@ -146,12 +178,21 @@ def _checkpoints(save: dict[str, Any]) -> str:
 
 
 def _scaling(points: list[dict[str, Any]]) -> str:
-    speeds = ", ".join(f"{each['gpus']}: {each['images_per_second']:,.0f}" for each in points)
-    return f"this global batch by GPUs, images/s: {speeds or 'no number of whole nodes divides it'}"
+    """By number of GPUs; why the first is refused that the config's own rules refuse."""
+    speeds = ", ".join(f"{each['gpus']}: {_speed(each)}" for each in points)
+    line = f"this global batch by GPUs, images/s (by the fastest micro-batch that fits): {speeds}"
+    refusals = [each["refused"] for each in points if each["refused"]]
+    return "\n  refused: ".join([line, *refusals[:1]])
+
+
+def _speed(point: dict[str, Any]) -> str:
+    if point["images_per_second"] is None:
+        return "refused" if point["refused"] else "does not fit"
+    return f"{point['images_per_second']:,.0f} ({point['micro_batch']})"
 
 
 def _run(run: dict[str, Any]) -> str:
     if run["steps"] is None:
-        return "run: give --images N, the size of the data set, since the config says epochs"
+        return f"run: {run['missing']}"
     cost = "" if run["cost"] is None else f", {run['cost']:,.0f} at the price given"
     return f"run: {run['steps']:,} steps, {duration(run['hours'] * 3600)}, {run['gpu_hours']:,.0f} GPU-hours{cost}"

@@ -46,6 +46,7 @@ class Gpu:
 
 GPUS = {
     "a100": Gpu("A100 SXM 80GB", 312, 19.5, 85.0, 2039, 300, 32, "NVIDIA A100 data sheet, 2021"),
+    "a100-40gb": Gpu("A100 SXM 40GB", 312, 19.5, 42.3, 1555, 300, 32, "NVIDIA A100 data sheet, 2021"),
     "h100": Gpu("H100 SXM", 989.4, 66.9, 85.0, 3350, 450, 64, "NVIDIA H100 data sheet, 2023"),
     "h200": Gpu("H200 SXM", 989.4, 66.9, 150.1, 4800, 450, 64, "NVIDIA H200 data sheet, 2024"),
     "b200": Gpu("B200 SXM (HGX)", 2250, 75, 192.2, 7700, 900, 64, "NVIDIA HGX B200 data sheet, 2025"),

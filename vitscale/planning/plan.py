@@ -12,6 +12,7 @@ from vitscale.config.schema import AUTO, CHECKPOINTING, RunConfig
 from vitscale.config.step import accumulation, auto_keys, choices, with_step
 from vitscale.errors import ConfigError
 from vitscale.planning.gpus import GPUS, Gpu
+from vitscale.planning.length import steps_or_missing
 from vitscale.planning.memory import Memory, activations, host_bytes, memory, parameters
 from vitscale.planning.speed import StepSeconds, flops, step_seconds
 from vitscale.world import World
@@ -19,6 +20,7 @@ from vitscale.world import World
 _ALIKE = 0.98  # of the fastest: what is no slower than this is as fast
 _NEAR = 0.9  # as near as the estimated speeds are: a lower stage is taken down to this
 _CORE_S_A_KB = 13.5e-6  # of a JPEG's decoding and crop: 0.81 ms for 60 kB (docs/measurements.md, Loader)
+_NODES = 16  # at least so many are looked at for other numbers of GPUs
 _GPU_HOURS_A_FAILURE = 54 * 24 * 16384 / 419  # of Llama 3's run on H100s, unexpected ones (arXiv 2407.21783, table 5)
 
 
@@ -78,12 +80,12 @@ class Planner:
         self.count, self.flops = parameters(config), flops(config)
         self.parameters = self.count.all
 
-    def estimate(self, config: RunConfig, ratio: float = 1.0) -> Estimate:
-        """Of a config without auto. ratio: what activations take over what is counted."""
-        world, gpu = self.cluster.world(), self.cluster.gpu
+    def estimate(self, config: RunConfig, ratio: float = 1.0, cluster: Cluster | None = None) -> Estimate:
+        """Of a config without auto. ratio: what activations take over what is counted; cluster: another one."""
+        cluster = cluster or self.cluster
         step = activations(config).of(config.train.micro_batch).times(ratio)
-        needed = memory(config, world, self.count, step)
-        return Estimate(config, needed, self._seconds(config, self.cluster), needed.total_bytes <= gpu.memory)
+        needed = memory(config, cluster.world(), self.count, step)
+        return Estimate(config, needed, self._seconds(config, cluster), needed.total_bytes <= cluster.gpu.memory)
 
     def _seconds(self, config: RunConfig, cluster: Cluster) -> StepSeconds:
         # By what a step at stage 0 makes, of which the constants are: that bf16 weights move less no GPU has shown yet.
@@ -106,15 +108,18 @@ class Planner:
         able = choices(self.config, self.cluster.world())
         return min(map(self.estimate, able), key=lambda each: each.memory.total_bytes)
 
-    def fastest(self) -> Estimate | None:
+    def fastest(self, now: Estimate | None = None) -> Estimate | None:
         """The stage, micro-batch and checkpointing by which this global batch goes fastest; None if none fits.
 
-        Where two are within 2%, that of the lower stage, without checkpointing, and with more memory to spare.
+        Where two are within 2%, `now`, else that of the lower stage, without checkpointing, and with more memory to
+        spare.
         """
         fitting = [each for each in map(self.estimate, self._choices()) if each.fits]
         if not fitting:
             return None
         fast = _ALIKE * max(each.images_per_second for each in fitting)
+        if now is not None and now.fits and now.images_per_second >= fast:
+            return now
 
         def rank(each: Estimate) -> tuple[int, int, int]:
             config = each.config
@@ -133,18 +138,6 @@ class Planner:
                 replace(free, train=replace(free.train, gradient_checkpointing=again)), self.cluster.world()
             )
 
-    def scaling(self, config: RunConfig) -> list[tuple[int, float]]:
-        """(GPUs, images a second) of a config's global batch at 1, 2, 4, ... nodes, where it can be shared out."""
-        points, nodes = [], 1
-        while nodes <= max(16, self.cluster.nodes):
-            cluster = replace(self.cluster, gpus=nodes * self.cluster.a_node)
-            images, left = divmod(config.train.global_batch, cluster.gpus)
-            if not left and images:
-                there = with_step(config, config.parallel.zero_stage, math.gcd(images, config.train.micro_batch))
-                points.append((cluster.gpus, config.train.global_batch / self._seconds(there, cluster).total))
-            nodes *= 2
-        return points
-
 
 def preferred(fitting: Sequence[Estimate], by_speed: bool) -> Estimate | None:
     """Of the lowest stage the smallest micro-batch that goes as fast as any; None of nothing.
@@ -162,11 +155,44 @@ def preferred(fitting: Sequence[Estimate], by_speed: bool) -> Estimate | None:
     )
 
 
+def scaling(planner: Planner, config: RunConfig) -> list[dict[str, Any]]:
+    """The same global batch on numbers of GPUs that divide it: 1 to a node's, nodes doubled, and that asked for."""
+    cluster, batch = planner.cluster, config.train.global_batch
+    nodes = _doubled(max(_NODES, cluster.nodes))
+    numbers = {*_doubled(cluster.a_node), *(cluster.a_node * each for each in nodes), cluster.gpus}
+    shared = [number for number in sorted(numbers) if batch % number == 0]
+    return [{"gpus": number} | _point(planner, config, replace(cluster, gpus=number)) for number in shared]
+
+
+def _doubled(most: int) -> list[int]:
+    """1, 2, 4, ... and `most`."""
+    return sorted({1 << power for power in range(most.bit_length())} | {most})
+
+
+def _point(planner: Planner, config: RunConfig, cluster: Cluster) -> dict[str, Any]:
+    """By the fastest micro-batch that fits; nothing of one where none does, or where the config's own rules refuse."""
+    none: dict[str, Any] = {"images_per_second": None, "micro_batch": None, "accumulation": None, "refused": None}
+    try:
+        able = choices(with_step(config, config.parallel.zero_stage, AUTO), cluster.world())
+    except ConfigError as refusal:
+        return none | {"refused": str(refusal)}
+    fitting = [each for each in (planner.estimate(one, cluster=cluster) for one in able) if each.fits]
+    if not fitting:
+        return none
+    best = max(fitting, key=lambda each: each.images_per_second)
+    return none | {
+        "images_per_second": best.images_per_second,
+        "micro_batch": best.config.train.micro_batch,
+        "accumulation": accumulation(best.config, cluster.world()),
+    }
+
+
 def plan(planner: Planner, images: int | None = None, image_kb: float = 110.0) -> dict[str, Any]:
     """All of it, as `--json` prints it. images: of the data set, for train.epochs; image_kb: of one, compressed."""
     cluster = planner.cluster
     world, gpu = cluster.world(), cluster.gpu
-    now, fastest = planner.choice() or planner.smallest(), planner.fastest()
+    now = planner.choice() or planner.smallest()
+    fastest = planner.fastest(now)
     config = now.config
     counted = activations(config)
     rate, micro = now.images_per_second, config.train.micro_batch
@@ -175,6 +201,7 @@ def plan(planner: Planner, images: int | None = None, image_kb: float = 110.0) -
         "gpu": gpu.name,
         "gpus": cluster.gpus,
         "nodes": cluster.nodes,
+        "objective": config.objective.name,
         "parameters": planner.count.all,
         "trained_parameters": planner.count.trained,
         "flops_per_image": planner.flops.total,
@@ -183,21 +210,22 @@ def plan(planner: Planner, images: int | None = None, image_kb: float = 110.0) -
         "fits": now.fits,
         "memory": asdict(now.memory)
         | {"allocated_bytes": now.memory.allocated_bytes, "total_bytes": now.memory.total_bytes}
-        | {"of_bytes": gpu.memory, "activations_by_part": by_part | {"fixed": round(counted.fixed.peak)}},
+        | {"of_bytes": gpu.memory, "activations_by_part": by_part | {"fixed": round(counted.fixed.peak)}}
+        | {"not_counted": ["what train.cuda_graphs keeps for its graphs"] if config.train.cuda_graphs else []},
         "step_seconds": asdict(now.step) | {"total": now.step.total, "bound_by": now.step.bound_by},
         "offload": _offload(planner, config),
         "images_per_second": rate,
         "mfu": rate * planner.flops.total / (cluster.gpus * gpu.flops(config.train.precision)),
         "fastest": None if fastest is None else _settings(fastest.config, world)
         | {"images_per_second": fastest.images_per_second, "total_bytes": fastest.memory.total_bytes}
-        | {"keys": as_keys(_settings(fastest.config, world))},
+        | {"keys": as_keys(_settings(fastest.config, world)), "is_this": fastest is now},
         "run": _run(planner, rate, images),
         "loader": {
             "cores_a_node": rate / cluster.nodes * image_kb * _CORE_S_A_KB,
             "bytes_per_second_a_node": rate / cluster.nodes * image_kb * 1e3,
         },
         "checkpoint": _checkpoint(planner, now),
-        "scaling": [{"gpus": gpus, "images_per_second": speed} for gpus, speed in planner.scaling(config)],
+        "scaling": scaling(planner, config),
     }  # fmt: skip
 
 
@@ -220,15 +248,11 @@ def _settings(config: RunConfig, world: World) -> dict[str, Any]:
 
 
 def _run(planner: Planner, rate: float, images: int | None) -> dict[str, Any]:
-    """Hours and cost to the end of the recipe; nothing where its epochs are of unknown length."""
+    """Hours and cost to the end of the recipe; what is missing where its epochs are of unknown length."""
     train, cluster = planner.config.train, planner.cluster
-    steps = train.steps
-    if steps is None and images is not None:
-        if images < train.global_batch:
-            raise ConfigError(f"--images {images}: must be train.global_batch={train.global_batch} or more")
-        steps = max(1, int((train.epochs or 0) * (images // train.global_batch)))
-    if steps is None:
-        return {"steps": None}
+    steps = steps_or_missing(planner.config, images)
+    if isinstance(steps, str):
+        return {"steps": None, "missing": steps}
     hours = steps * train.global_batch / rate / 3600
     cost = None if cluster.price is None else hours * cluster.gpus * cluster.price
     return {"steps": steps, "hours": hours, "gpu_hours": hours * cluster.gpus, "cost": cost}

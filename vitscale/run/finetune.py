@@ -25,7 +25,7 @@ from vitscale.files.store import is_remote
 from vitscale.files.stores import Stores
 from vitscale.interop.config_files import config_as, read_config
 from vitscale.interop.image_processing import ViTImageProcessor
-from vitscale.interop.loading import keys_for_files, open_by_tensors
+from vitscale.interop.loading import config_of, keys_for_files, open_by_tensors
 from vitscale.models.classification import ViTForImageClassification
 from vitscale.models.configuration import ViTConfig
 from vitscale.models.freezing import depth, freeze
@@ -110,10 +110,22 @@ def _of_checkpoint(source: str, written: Flat) -> Flat:
         else:  # as transformers' Trainer leaves it
             processor = {"augment.mean": (0.5,), "augment.std": (0.5,)}
             to_stderr(f"model.init_from={source}: has no {PROCESSOR}: images are normalized by 0.5 and 0.5")
+    return _encoder_keys(config) | {name: value for name, value in processor.items() if name.startswith("augment.")}
+
+
+def sizes_of_encoder(written: Flat) -> Flat:
+    """Of what `complete` adds, that which decides what a run needs: no data are opened, and no weights but those of a
+    model.init_from that says its sizes by them alone."""
+    own = {name.removeprefix("model."): value for name, value in written.items() if name.startswith("model.")}
+    config = config_of(str(written["model.init_from"]), own, own.get("init_take"))
+    return _encoder_keys(config_as(ViTConfig, config))
+
+
+def _encoder_keys(config: ViTConfig) -> Flat:
     keys = {name: value for name, value in model_keys_of(config).items() if name.removeprefix("model.") not in _OWN}
     if config.position_embeddings != "none":  # a fixed table is trained on from here, as by the MAE code
         keys["model.position_embeddings"] = "learned"
-    return keys | {name: value for name, value in processor.items() if name.startswith("augment.")}
+    return keys
 
 
 def model_keys_of(config: ViTConfig) -> Flat:

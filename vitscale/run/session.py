@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from vitscale.config.check import has_classes
 from vitscale.config.load import dump_config
 from vitscale.config.schema import RunConfig, Source
-from vitscale.config.step import auto_keys
+from vitscale.config.step import auto_keys, total_steps
 from vitscale.data.index import ShardIndex, open_index, require_labels, store_of
 from vitscale.data.order import SampleOrder
 from vitscale.data.subset import Subset, SubsetOrder
@@ -68,9 +68,8 @@ class Session:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run: train.steps, or those in train.epochs."""
-        train = self.config.train
-        return train.steps or max(1, int((train.epochs or 0) * self.order.batches_per_epoch))
+        """Optimizer steps of the run."""
+        return total_steps(self.config, self.order.batches_per_epoch)
 
     @property
     def trained(self) -> int:
