@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from vitscale.config.load import load_config
 from vitscale.errors import ConfigError
 from vitscale.models.vit import ViTModel
 from vitscale.planning.gpus import GPUS
+from vitscale.planning.length import steps_or_missing
 from vitscale.planning.plan import Cluster, Planner
 from vitscale.planning.recipe import planned_config
 from vitscale.run.finetune import complete, sizes_of_encoder
@@ -58,3 +60,31 @@ def test_nothing_to_score_on_is_needed() -> None:
     wrong = planned_config(str(SUPERVISED), ["train.keep_best=validation/top9"], sizes_of_encoder)
     with pytest.raises(ConfigError, match=r"train.keep_best=validation/top9: must be one of validation/loss"):
         Planner(wrong, cluster)
+
+
+def hours_told(path: Path) -> list[tuple[float, list[str]]]:
+    """The hours in a recipe's record that a command gives, and the command's words."""
+    text = re.sub(r"\\?\n# *", " ", path.read_text())
+    return [(float(hours), words.split()) for hours, words in re.findall(r"([\d.]+) on \d+ \S+, by `(.*?)`", text)]
+
+
+def test_every_planned_hour_has_its_command() -> None:
+    planned = [path for path in CONFIGS.glob("*.yaml") if "vitscale plan" in path.read_text()]
+    assert {path.name for path in planned} >= {FINETUNE.name, SUPERVISED.name}
+    for path in planned:
+        ((_, words),) = hours_told(path)
+        assert words[:3] == ["vitscale", "plan", f"configs/{path.name}"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml") if hours_told(path)))
+def test_hours_of_the_records_are_those_of_the_command(name: str) -> None:
+    ((told, words),) = hours_told(CONFIGS / name)
+    keys = [word for word in words if "=" in word]
+    options = dict(zip(words[3 + len(keys) :: 2], words[4 + len(keys) :: 2], strict=True))
+    config = planned_config(str(CONFIGS / name), keys, sizes_of_encoder)
+    planner = Planner(config, Cluster(GPUS[options["--gpu"]], int(options["--gpus"])))
+    estimate, steps = planner.choice(), steps_or_missing(config, int(options["--images"]))
+    assert estimate is not None
+    assert isinstance(steps, int)
+    assert steps * estimate.step.total / 3600 == pytest.approx(told, rel=0.02)
