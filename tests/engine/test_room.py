@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,18 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 
 from vitscale.engine import room as rooms
-from vitscale.engine.room import give_back, is_out_of_memory, memory_in_use, peak_memory, room
+from vitscale.engine.room import (
+    give_back,
+    is_out_of_gpu_memory,
+    is_out_of_memory,
+    lack,
+    memory_in_use,
+    peak_memory,
+    room,
+)
 from vitscale.world import World
 
 CPU = torch.device("cpu")
@@ -67,6 +77,55 @@ else:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
     assert not is_out_of_memory(RuntimeError("The size of tensor a (3) must match"))
     assert is_out_of_memory(MemoryError())
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "CUBLAS"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "CUDNN"),
+        (RuntimeError("CUDA driver error: out of memory"), "driver error"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "Triton"),
+        (torch.AcceleratorError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"), "CUDA error"),
+        (dist.DistBackendError(
+            "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3699, unhandled cuda error (run "
+            "with NCCL_DEBUG=INFO for details), NCCL version 2.27.3\nncclUnhandledCudaError: Call to CUDA function "
+            "failed.\nLast error:\nCuda failure 2 'out of memory'"), "Cuda failure 2 'out of memory'"),
+    ],
+)  # fmt: skip
+def test_libraries_that_ran_out_of_a_gpu_s_memory(error: Exception, line: str) -> None:
+    """As torch, NCCL and Triton put it; the line that says so is not always the first."""
+    assert is_out_of_memory(error)
+    assert is_out_of_gpu_memory(error)
+    assert line in lack(error)
+    assert "\n" not in lack(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("the reader failed at batch 3:\nTraceback (most recent call last):\n  ...\nMemoryError"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_the_machine_s_memory_is_another(error: Exception) -> None:
+    assert is_out_of_memory(error)
+    assert not is_out_of_gpu_memory(error)
+    assert lack(error) in ("std::bad_alloc", "MemoryError", "[Errno 12] Cannot allocate memory")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "Input/output error"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"),
+        dist.DistBackendError("NCCL error: unhandled cuda error\nLast error:\nCuda failure 999 'unknown error'"),
+    ],
+)
+def test_other_errors_are_no_lack_of_memory(error: Exception) -> None:
+    assert not is_out_of_memory(error)
 
 
 def test_a_peak_is_forgotten_and_memory_given_back() -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from vitscale.config.schema import RunConfig
-from vitscale.engine.room import is_out_of_memory
+from vitscale.engine.room import is_out_of_gpu_memory, is_out_of_memory, lack
 from vitscale.errors import ConfigError, InfrastructureError, StorageError, VitscaleError, failed_storage
 
 # gloo has no exceptions of its own: what it says of a rank that is gone, or that does not answer.
@@ -34,14 +34,14 @@ def classified(error: Exception, config: RunConfig) -> Exception:
     if isinstance(error, VitscaleError):
         return error
     line = " ".join(str(error).partition("\n")[0].split())
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_gpu_memory(error):
         return ConfigError(
-            f"train.micro_batch={config.train.micro_batch}: does not fit into the GPU's memory ({line}); lower it, "
-            "which leaves the numbers as they are, or set train.gradient_checkpointing=true"
+            f"train.micro_batch={config.train.micro_batch}: does not fit into the GPU's memory ({lack(error)}); lower "
+            "it, which leaves the numbers as they are, or set train.gradient_checkpointing=true"
         )
-    if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+    if is_out_of_memory(error):
         return InfrastructureError(
-            f"the machine has no memory left ({line or 'MemoryError'}); if that comes again, lower data.prefetch or "
+            f"the machine has no memory left ({lack(error)}); if that comes again, lower data.prefetch or "
             "train.micro_batch, or ask the scheduler for more"
         )
     if isinstance(error, OSError):

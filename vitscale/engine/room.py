@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import gc
+import re
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +18,14 @@ import torch
 from vitscale.world import World, control_groups
 
 CONTEXT = 1_200_000_000  # bytes of CUDA, cuBLAS and NCCL beside torch's allocator
-# What torch's allocator of the CPU, oneDNN and Python say where the system gives no more: plain RuntimeErrors.
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "could not create a memory", "Cannot allocate memory",
-              "can't start new thread")  # fmt: skip
+# What torch's allocator of the CPU, oneDNN and Python say where the system gives no more, a reader in its traceback:
+# plain RuntimeErrors.
+_NO_MEMORY = re.compile(
+    "can't allocate memory|not enough memory|could not create a memory|Cannot allocate memory|can't start new thread"
+    r"|std::bad_alloc|\bMemoryError\b"
+)
+# CUDA, NCCL and libraries such as cuBLAS take memory beside torch's allocator, whose error has a class of its own.
+_NO_GPU_MEMORY = re.compile(r"\bout of memory\b|_ALLOC(ATION)?_FAILED\b")
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -110,8 +117,27 @@ def gpu_memory() -> int:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether the device, or the machine, had no memory left."""
-    by_type = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return by_type or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return is_out_of_gpu_memory(error) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
+
+
+def is_out_of_gpu_memory(error: Exception) -> bool:
+    """Whether it was the device, by torch or by one of the libraries that take memory for themselves."""
+    by_type = isinstance(error, torch.OutOfMemoryError)
+    return by_type or (isinstance(error, RuntimeError) and bool(_NO_GPU_MEMORY.search(str(error))))
+
+
+def lack(error: Exception) -> str:
+    """The line of such an error that says so: NCCL's is the last."""
+    lines = str(error).splitlines()
+    told = next((line for line in lines if _NO_GPU_MEMORY.search(line) or _NO_MEMORY.search(line)), None)
+    return " ".join((told or (lines or [""])[0]).split()) or type(error).__name__
+
+
+def has_own_limit() -> bool:
+    """Whether this process has a limit of address space (ulimit -v), which nobody else uses up."""
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
 def _status(name: str) -> int:
