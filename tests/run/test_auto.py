@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -74,3 +75,19 @@ def test_a_model_that_fits_nowhere_is_refused_with_what_would(tmp_path: Path) ->
     huge = replace(config, model=replace(config.model, hidden_size=65536, intermediate_size=262144))
     with pytest.raises(ConfigError, match=r"train\.micro_batch=auto: nothing fits into [\d.]+ GB .*take more memory"):
         start(RunFolder(tmp_path), huge)
+
+
+def test_a_batch_whose_divisors_are_few_is_told_with_one_nearby(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a prime share, which fits nowhere as a whole, there is only 1."""
+    prime = large(batch=1_000_003)
+    assert start(RunFolder(tmp_path), prime).train.micro_batch == 1
+    said = capsys.readouterr().out
+    assert "; warning: few numbers divide the 1,000,003 images of a rank" in said
+    near, micro = map(int, re.findall(r"of train\.global_batch=(\d+) it would be (\d+)\n", said)[0])
+    assert abs(near / 1_000_003 - 1) < 0.05
+    assert micro >= 16
+    assert near % micro == 0
+    start(RunFolder(tmp_path / "even"), large(batch=12))
+    assert "warning" not in capsys.readouterr().out

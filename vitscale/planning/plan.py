@@ -94,27 +94,46 @@ class Planner:
         network = cluster.network_gb_s * 1e9
         return step_seconds(config, cluster.world(), cluster.gpu, self.count, self.flops, step, network)
 
-    def choice(self, ratio: float = 1.0, most: int | None = None) -> Estimate | None:
+    def choice(self, ratio: float = 1.0, most: int | None = None, failed: RunConfig | None = None) -> Estimate | None:
         """What `auto` comes to; the config itself where nothing is auto; None if nothing fits.
 
-        ratio: as in `estimate`; most: the largest micro-batch.
+        ratio: as in `estimate`; most: the largest micro-batch; failed: what ran out of memory, so nothing that takes as
+        much by the plan, and of its stage half its micro-batch at most.
         """
         able = choices(self.config, self.cluster.world())
         estimates = [self.estimate(each, ratio) for each in able if most is None or each.train.micro_batch <= most]
-        return preferred([each for each in estimates if each.fits], "train.micro_batch" in auto_keys(self.config))
+        fitting = [each for each in estimates if each.fits]
+        if failed is not None:
+            taken = self.estimate(failed, ratio).memory.total_bytes
+            stage, half = failed.parallel.zero_stage, failed.train.micro_batch // 2
+            fitting = [
+                each
+                for each in fitting
+                if each.memory.total_bytes < taken
+                and (each.config.parallel.zero_stage != stage or each.config.train.micro_batch <= half)
+            ]
+        return preferred(fitting, "train.micro_batch" in auto_keys(self.config))
 
     def smallest(self) -> Estimate:
         """Of what `auto` can come to, that which takes the least memory."""
         able = choices(self.config, self.cluster.world())
         return min(map(self.estimate, able), key=lambda each: each.memory.total_bytes)
 
-    def fastest(self, now: Estimate | None = None) -> Estimate | None:
+    def fastest(self, now: Estimate | None = None, ratio: float = 1.0, most: int | None = None) -> Estimate | None:
         """The stage, micro-batch and checkpointing by which this global batch goes fastest; None if none fits.
 
         Where two are within 2%, `now`, else that of the lower stage, without checkpointing, and with more memory to
-        spare.
+        spare. ratio: as in `estimate`; most: the largest micro-batch without more checkpointing than the config's.
         """
-        fitting = [each for each in map(self.estimate, self._choices()) if each.fits]
+        own = CHECKPOINTING.index(self.config.train.gradient_checkpointing)
+        able = [
+            each
+            for each in self._choices()
+            if most is None
+            or each.train.micro_batch <= most
+            or CHECKPOINTING.index(each.train.gradient_checkpointing) > own
+        ]
+        fitting = [each for each in (self.estimate(one, ratio) for one in able) if each.fits]
         if not fitting:
             return None
         fast = _ALIKE * max(each.images_per_second for each in fitting)
@@ -282,13 +301,24 @@ def _checkpoint(planner: Planner, now: Estimate) -> dict[str, Any]:
     }
 
 
-def advice(config: RunConfig, world: World, gpu_bytes: int) -> str:
-    """What to set where a step of this config did not fit into so much memory of each GPU, as the end of a sentence."""
-    best = Planner(config, Cluster.of(world, gpu_bytes)).fastest()
+def advice(config: RunConfig, world: World, room: int, ratio: float = 1.0, most: int | None = None) -> str:
+    """What to set so that this config fits into so many bytes on each rank, as the end of a sentence.
+
+    room: where it has run out of memory, no more than is less than it takes by the plan; ratio, most: as in
+    `Planner.fastest`.
+    """
+    cluster, words = Cluster.of(world, room), "by `vitscale plan` this fits, and is the fastest: "
+    best = Planner(config, cluster).fastest(ratio=ratio, most=most)
+    if best is None and world.device == "cuda":
+        parallel = replace(config.parallel, zero_stage=AUTO, offload_optimizer=True)
+        words = "by `vitscale plan` this fits, with Adam's state and step on the CPU: parallel.offload_optimizer=true "
+        best = Planner(replace(config, parallel=parallel), cluster).fastest(ratio=ratio, most=most)
     if best is None:
-        more = "larger or more GPUs" if world.device == "cuda" else "more memory, or more machines"
-        return f"by `vitscale plan` no ZeRO stage fits, not with gradient checkpointing either: take {more}"
-    return f"by `vitscale plan` this fits, and is the fastest: {as_keys(_settings(best.config, world))}"
+        more = "not with parallel.offload_optimizer either: take larger or more GPUs"
+        if world.device != "cuda":
+            more = "not with gradient checkpointing either: take more memory, or more machines"
+        return f"by `vitscale plan` no ZeRO stage fits, {more}"
+    return words + as_keys(_settings(best.config, world))
 
 
 def as_keys(settings: dict[str, Any]) -> str:

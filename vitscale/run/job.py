@@ -14,6 +14,7 @@ from vitscale.checkpoint.store import Checkpoint
 from vitscale.config.check import too_few_lanes
 from vitscale.config.load import dump_config
 from vitscale.config.schema import RunConfig
+from vitscale.config.step import auto_keys
 from vitscale.data.index import ShardIndex
 from vitscale.data.loader import Loader
 from vitscale.data.subset import Subset
@@ -25,7 +26,7 @@ from vitscale.engine.loop import PeriodicTask, TrainingLoop, TrainState, every_n
 from vitscale.engine.pace import Pace, SlowRanks
 from vitscale.engine.preempt import StopRequest
 from vitscale.engine.records import Records
-from vitscale.engine.room import peak_memory
+from vitscale.engine.room import Room, peak_memory, room
 from vitscale.evaluation.figures import draw_curves
 from vitscale.evaluation.validation import HeldOut
 from vitscale.faults import fault_point
@@ -35,6 +36,7 @@ from vitscale.launch.snapshot import code_version, commit
 from vitscale.lease import NOBODY, FolderLost, Lease, folder_gone
 from vitscale.models.auto import new_model
 from vitscale.models.vit import ViTPreTrainedModel
+from vitscale.run.auto import prove
 from vitscale.run.export import export_run
 from vitscale.run.preflight import room_warning
 from vitscale.run.probes import Probes
@@ -64,6 +66,8 @@ class Job:
     def __init__(self, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world
         self.folder = RunFolder.at(config.run.dir, config.run.name, world.attempt)
+        self.chosen = auto_keys(config)  # what this start decides
+        self.room: Room | None = None  # what this rank had before it made anything
         self._startup = StartUp()
         self._startup_seconds: dict[str, float] = {}  # of its parts, on the slowest rank of each
         self.lease: Lease | None = None  # rank 0's
@@ -84,6 +88,7 @@ class Job:
             self.prepare()
         session = open_session(self.config, self.world, self.folder, startup, stop, self.look_at_data, self.adapts)
         self.owner, self.config = session.folder.owner(), session.config
+        self.room = room(self.world, session.backend.device)
         fault_point("joined")
         checkpoint, probes = find_checkpoint(session), Probes(session)
         model = self.build(session, drawn=checkpoint is None or probes.wants("untrained"))
@@ -169,6 +174,8 @@ class Job:
                 compare(state, row)
             records.sync()  # a checkpoint must not know of rows that a power cut can take
             saves.run(state)
+            if self.chosen and self.world.is_main:
+                prove(self.folder)
             if config.train.compile:
                 keep_compiled(session.folder.path, session.world)
 
