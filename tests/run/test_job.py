@@ -18,9 +18,9 @@ from vitscale.config.load import config_of
 from vitscale.config.schema import Checkpoint, Data, Guard, Log, Model, Run, RunConfig, Source, Train
 from vitscale.engine import digest
 from vitscale.engine.loop import TrainState, every_n_steps
+from vitscale.engine.room import Room
 from vitscale.errors import ConfigError, StorageError
 from vitscale.lease import FolderInUse, FolderLost, is_announced
-from vitscale.run import pretrain as jobs
 from vitscale.run.job import Job
 from vitscale.run.pretrain import pretrain, run_locked
 from vitscale.run_folder import BAD_INPUT, DONE, FAILED, STOPPED
@@ -102,15 +102,12 @@ def test_the_first_rank_that_fails_says_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("gpu_bytes", "says"), [(10**10, "this fits"), (10**8, "no ZeRO stage fits"), (None, "")])
-def test_a_gpu_that_is_too_small_is_told_with_what_would_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu_bytes: int | None, says: str
-) -> None:
-    """gpu_bytes: None where it cannot be asked; the error is told nevertheless."""
-    if gpu_bytes is not None:
-        monkeypatch.setattr(jobs, "gpu_memory", lambda: gpu_bytes)
+def test_a_gpu_that_is_too_small_is_told_with_what_would_fit(tmp_path: Path, gpu_bytes: int | None, says: str) -> None:
+    """gpu_bytes: None where it was not asked; the error is told nevertheless."""
     job = Ending(tmp_path, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     model = Model(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32)
     job.config = dataclasses.replace(job.config, model=model, train=Train(steps=9, micro_batch=32))
+    job.room = None if gpu_bytes is None else Room(gpu_bytes, "of the GPU's memory")
     with pytest.raises(ConfigError, match=rf"train.micro_batch=32: does not fit.*{says}"):
         run_locked(job)
     exit_record = job.folder.read_exit()

@@ -110,11 +110,6 @@ def bounded(device: torch.device, most: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def gpu_memory() -> int:
-    """Bytes of this rank's GPU."""
-    return torch.cuda.mem_get_info()[1]
-
-
 def is_out_of_memory(error: Exception) -> bool:
     """Whether the device, or the machine, had no memory left."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import contextlib
 
-import torch
-
 from vitscale import heartbeat
 from vitscale.config.check import check_config
 from vitscale.config.schema import RunConfig
 from vitscale.engine.failures import classified
-from vitscale.engine.room import gpu_memory
+from vitscale.engine.room import is_out_of_memory
 from vitscale.errors import ConfigError, VitscaleError
 from vitscale.launch import attempts
 from vitscale.lease import FolderLost
-from vitscale.planning.plan import advice
 from vitscale.run.job import Job
+from vitscale.run.shortage import out_of_memory
 from vitscale.run_folder import exit_code
-from vitscale.text import to_stderr
 from vitscale.world import World
 
 
@@ -74,23 +71,12 @@ def run_locked(job: Job) -> int:
                     attempts.end(folder, exit_record["code"], exit_record["reason"])
 
 
-def _with_advice(error: Exception, job: Job) -> Exception:
-    """The same, and by which settings it would fit."""
-    try:
-        return ConfigError(f"{error}; {advice(job.config, job.world, gpu_memory())}")
-    except Exception as failed:  # whatever it is: the error itself must be told
-        to_stderr(f"no advice: {failed}")
-        return error
-
-
 def _failed(job: Job, raised: Exception) -> int:
     """Say in exit.json why this rank fails, unless another one has: the first to fail says why, and it does so before
     the others can see that it is gone. Raises a VitscaleError, or our bug; the exit code where another rank's failure
     is the reason.
     """
-    error = classified(raised, job.config)
-    if isinstance(raised, torch.OutOfMemoryError):
-        error = _with_advice(error, job)
+    error = out_of_memory(raised, job) if is_out_of_memory(raised) else classified(raised, job.config)
     known, first = isinstance(error, VitscaleError), True
     reason = str(error) if known else f"{type(error).__name__}: {error}"
     heartbeat.enter("failing")
