@@ -74,7 +74,7 @@ def test_an_engine_takes_what_was_planned(stage: int, again: bool | str, single_
 # In these the buckets, or what the optimizer's step makes, are much of the memory; in the ones above the activations.
 SMALL_BATCH = [
     (1, "bf16", None, 1), (2, "bf16", None, 1), (3, "bf16", None, 1), (3, "bf16", 50_000, 1), (3, "fp32", None, 1),
-    (2, "fp32", None, 2), (2, "bf16", None, 2),
+    (0, "bf16", None, 2), (2, "fp32", None, 2), (2, "bf16", None, 2),
 ]  # fmt: skip
 
 
@@ -102,14 +102,18 @@ def planned_and_measured(config: RunConfig, world: World) -> dict[str, Any]:
     return told | in_megabytes(told)
 
 
-def of_rank(stage: int) -> dict[str, Any]:
+def of_rank(stage: int, micro_batch: int) -> dict[str, Any]:
     world = enter(on_ranks=True)
-    return planned_and_measured(config_of(stage=stage, ranks=world.world_size), world)
+    return planned_and_measured(config_of(stage=stage, ranks=world.world_size, micro_batch=micro_batch), world)
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(0, marks=pytest.mark.full), pytest.param(3, marks=pytest.mark.full)])
-def test_ranks_share_it(launcher: Launcher, stage: int) -> None:
-    for result in launcher.call(of_rank, 2, stage=stage):
+# Of 32 images a rank: in the last one DDP has gradients twice.
+@pytest.mark.parametrize(
+    ("stage", "micro_batch"),
+    [(2, 32), *(pytest.param(*case, marks=pytest.mark.full) for case in ((0, 32), (3, 32), (0, 2)))],
+)
+def test_ranks_share_it(launcher: Launcher, stage: int, micro_batch: int) -> None:
+    for result in launcher.call(of_rank, 2, stage=stage, micro_batch=micro_batch):
         assert 0.9 < result["accuracy"] < 1.1, result
 
 
@@ -126,6 +130,7 @@ def test_parts_by_stage() -> None:
     assert [at(stage).masters for stage in range(4)] == [0, *[4 * count // 8] * 3]
     assert [at(stage).moments for stage in range(4)] == [8 * count, *[count] * 3]
     assert [at(stage, ema_decay=0.99).ema for stage in range(4)] == [4 * count, *[count // 2] * 3]
+    assert [at(stage, micro_batch=16).gradients for stage in (0, 2, 3)] == [8 * count, count // 2, count // 2]
     offloaded = replace(config_of(stage=2, ranks=8), parallel=Parallel(zero_stage=2, offload_optimizer=True))
     there = memory(offloaded, ranks, of_model, nothing)
     assert (there.moments, there.masters, there.gradients) == (0, 0, 0)
@@ -160,3 +165,5 @@ def test_a_gpu_has_two_buckets_where_they_overlap() -> None:
     much = planned.StepCount(0.0, 0.0, 0.0)
     assert buckets(2) == (2 * 2 + 2 + 4) * 1_000_000
     assert buckets(3) == (4 + 4) * 1_000_000 + 2 * 1_000_000 // 8
+    alone = memory(config_of(stage=3), World(device="cuda"), count, much)
+    assert alone.buckets == 4 * 1_000_000 + (4 + 2) * 8_000_000, "what AdamW steps by, made of what is bf16"

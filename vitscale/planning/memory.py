@@ -287,9 +287,10 @@ def _moment(activations: float, gradients: float, buckets: float) -> dict[str, f
 
 
 def _with_ddp(config: RunConfig, world: World, count: Parameters, peak: float) -> list[dict[str, float]]:
-    """DDP's buckets are the gradients, for good, on one rank too."""
-    gradients = 4.0 * count.trained
-    return [_moment(peak, gradients, 0)]
+    """DDP's buckets are the gradients, for good, on one rank too. Several ranks let those of the micro-batches before
+    the last lie beside them."""
+    apart = world.world_size > 1 and accumulation(config, world) > 1
+    return [_moment(peak, 4.0 * count.trained * (2 if apart else 1), 0)]
 
 
 def _with_zero(config: RunConfig, world: World, count: Parameters, peak: float) -> list[dict[str, float]]:
@@ -323,7 +324,7 @@ def _with_zero_3(config: RunConfig, world: World, count: Parameters, peak: float
     summed = 4 if accumulation(config, world) > 1 else used
     buffer = float(sent * bucket)
     copies = bucket * (sent + summed * (summed != sent) / world.world_size)
-    flat = 4 * own
+    flat = 4 * own + summed * own * (summed == 2)
     gathered = used * min(count.all, LIVE_ELEMENTS) if world.world_size > 1 else 0
     left = gathered + peak * (1 - bucket / count.trained)
     at = [(gathered + peak, buffer), (left, buffer + copies), (0, buffer + flat)]

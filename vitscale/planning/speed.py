@@ -27,9 +27,9 @@ _EAGER = 1.3  # eager against compiled blocks, on the GPU and on the host
 _OPTIMIZER_BYTES = 28  # a parameter: weight, gradient and two moments read, three of them written
 _LINK_SHARE = 0.8  # of a link's rate that collectives reach
 _DDP_BUCKET = 25 * 2**20 // 4  # elements, torch's
-# Reckoned, not measured: torch's AdamW on a CPU, an operation after the other, with norm, clipping and the copy that
-# goes back; and a GPU's part of its node's memory, an eighth of two thirds of 16 channels of DDR5-4800.
-_HOST_OPTIMIZER_BYTES, _HOST_BANDWIDTH = 100, 50e9
+# Reckoned, not measured: AdamW on the host, 8 bytes to clip a gradient and 6 to make the weight that goes back; and a
+# GPU's part of its node's memory, an eighth of two thirds of 16 channels of DDR5-4800.
+_HOST_OPTIMIZER_BYTES, _HOST_BANDWIDTH = _OPTIMIZER_BYTES + 8 + 6, 50e9
 
 
 @dataclass(frozen=True)
