@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from tests.integration.worlds import Launcher
+from vitscale.bench.peers import run_config
 from vitscale.bench.sharding import in_megabytes, measure
 from vitscale.config.schema import MAE, Model, Objective, Parallel, RunConfig, Train
 from vitscale.planning import memory as planned
@@ -60,6 +62,31 @@ def test_blocks_and_images_add_up(objective: str, again: bool | str, freeze: int
     counted = planned._count(config, 24)
     assert follows.peak == pytest.approx(counted.peak, rel=0.02)
     assert follows.made == pytest.approx(counted.made, rel=0.02)
+
+
+def standard(preset: str, objective: str, stage: int, again: bool | str) -> RunConfig:
+    train = Train(precision="bf16", gradient_checkpointing=again)
+    return replace(run_config(preset, objective), train=train, parallel=Parallel(zero_stage=stage))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("preset", ["B", "L", "H"])
+@pytest.mark.parametrize("objective", ["mae", "classification"])
+@pytest.mark.parametrize(("stage", "again"), [*itertools.product((0, 2), (False, True, "selective"))])
+def test_standard_models_counted_whole(preset: str, objective: str, stage: int, again: bool | str) -> None:
+    config = standard(preset, objective, stage, again)
+    follows, counted = activations(config).of(24), planned._count(config, 24)
+    assert follows.peak == pytest.approx(counted.peak, rel=1e-3)
+    assert follows.made == pytest.approx(counted.made, rel=1e-3)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("stage", "again"), [*itertools.product((0, 2), (False, True, "selective"))])
+def test_tensors_with_content_take_as_much(stage: int, again: bool | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = standard("B", "mae", stage, again)
+    follows = activations(config).of(4)
+    monkeypatch.setattr(planned, "FakeTensorMode", nullcontext)
+    assert follows.peak == pytest.approx(planned._count(config, 4).peak, rel=0.01)
 
 
 @pytest.mark.parametrize(("stage", "again"), [
