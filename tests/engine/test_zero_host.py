@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -36,3 +39,29 @@ def test_bits_are_those_of_deepspeed(
     losses, pieces = _train(config)
     monkeypatch.setattr(zero, "spare_the_host", lambda *_: None)
     assert _train(config) == (losses, pieces)
+
+
+def test_stage_3_asks_for_no_signatures_and_seldom_for_its_rank() -> None:
+    """DeepSpeed by itself does both in each hook of each part of the model, and marks a range for a profiler."""
+    config = small_config("mae")
+    calls: Counter[str] = Counter()
+    to_print = 0  # questions for the rank
+
+    def count(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal to_print
+        if event == "call":
+            calls[frame.f_code.co_name] += 1
+            asked = frame.f_code.co_name == "get_rank" and frame.f_back is not None
+            to_print += asked and frame.f_back.f_code.co_name == "print_rank_0"
+
+    with Training(replace(config, parallel=replace(config.parallel, zero_stage=3)), World()) as training:
+        training.steps(0, 2)
+        sys.setprofile(count)
+        try:
+            training.steps(2, 3)
+        finally:
+            sys.setprofile(None)
+    assert calls["fetch_sub_module"] > 10
+    assert calls["signature"] > 10
+    assert calls["_signature_from_function"] == calls["_range_push"] == 0
+    assert to_print < 10

@@ -27,6 +27,7 @@ from vitscale.engine.graphs import graph_blocks
 from vitscale.engine.optim import ScaledAdamW
 from vitscale.engine.ranks import ProcessRanks, join, meeting
 from vitscale.engine.zero import ZeroEngine
+from vitscale.engine.zero_host import know_signature
 from vitscale.errors import ConfigError, LaunchError
 from vitscale.text import to_stderr
 from vitscale.world import World, forget_deepspeed
@@ -187,6 +188,8 @@ def _make_accelerator(config: RunConfig, world: World, trained: int) -> Any:
     deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS.append(ScaledAdamW)
     # A C++ op for CPU collectives that would be compiled at the first start; gloo serves as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if config.parallel.zero_stage == 3:
+        _hush_stage_3()
 
     class Plugin(DeepSpeedPlugin):
         def set_deepspeed_weakref(self) -> None:
@@ -197,6 +200,23 @@ def _make_accelerator(config: RunConfig, world: World, trained: int) -> Any:
     return Accelerator(
         kwargs_handlers=[group], deepspeed_plugin=plugin, gradient_accumulation_steps=accumulation(config, world)
     )
+
+
+def _hush_stage_3() -> None:
+    """DeepSpeed marks ranges for a profiler, and asks its rank to print nothing, more than a thousand times a step."""
+    from deepspeed.runtime.zero import linear, parameter_offload, partition_parameters, partitioned_param_coordinator
+    from deepspeed.utils import nvtx
+
+    nvtx.enable_nvtx = False
+    printed = partition_parameters.print_rank_0
+
+    def print_rank_0(message: str, debug: bool = False, force: bool = False) -> None:
+        if debug or force:
+            printed(message, debug, force)
+
+    for module in (partition_parameters, parameter_offload, partitioned_param_coordinator):
+        module.print_rank_0 = print_rank_0
+    know_signature(linear.LinearFunctionForZeroStage3)
 
 
 @contextmanager

@@ -8,17 +8,20 @@ both; the host waits for that one alone. What is trained is the same, to the bit
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def spare_the_host(optimizer: Any, stage: int, device: torch.device) -> None:
-    """Change how this DeepSpeed optimizer works, unless it is offloaded, for which it has other ways."""
+    """Change how this DeepSpeed optimizer works; one that is offloaded steps in ways of its own."""
+    if stage == 3:
+        _know_hooks(optimizer.module)
     if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
         return
     _norm_at_once(optimizer, stage)
@@ -27,6 +30,20 @@ def spare_the_host(optimizer: Any, stage: int, device: torch.device) -> None:
         _Buckets(optimizer)
     if device.type == "cuda" and stage == 3:
         optimizer.reduce_and_partition_stream = _OrderedStream(device)
+
+
+def know_signature(function: type[torch.autograd.Function]) -> None:
+    """Keep the signature of a function's forward, which torch asks for at each call and Python would make anew."""
+    forward: Any = function.forward
+    forward.__signature__ = inspect.signature(forward)
+
+
+def _know_hooks(module: nn.Module) -> None:
+    """Of the two functions around each part of the model by which stage 3 fetches and releases weights."""
+    for part in module.modules():
+        for name in ("pre_bwd_fn", "post_bwd_fn"):
+            if name in vars(part):
+                know_signature(vars(part)[name])
 
 
 def _norm_at_once(optimizer: Any, stage: int) -> None:
