@@ -16,7 +16,7 @@ _OUTCOME = re.compile(r"^(tests/.+?) (PASSED|FAILED|ERROR|SKIPPED)\b")
 _UNCOLLECTED = re.compile(r"^ERROR (tests/\S+)")
 _NOTHING_SELECTED = 5  # pytest's exit code
 CORE = "tests/gpu/test_correctness.py"  # stages b and e
-PLACES = ("tests/gpu", "tests/augment/test_resample.py", "tests/engine/test_optim.py")
+PLACES = ("tests/gpu", "tests/augment/test_resample.py", "tests/bench/test_step.py", "tests/engine/test_optim.py")
 
 
 def cases(setting: Setting) -> Cases:
