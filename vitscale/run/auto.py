@@ -25,7 +25,7 @@ from vitscale.world import World
 
 _FINE = 4  # trials after which a smaller one has half of it at most
 _MUCH_SLOWER = 0.9  # of the images a second at a global batch nearby
-_MORE_MEMORY = 1.05  # times what there was: then what ran out of it may be tried again
+_MORE_MEMORY = 1.25  # times what there was: then what ran out of it may be tried again
 
 
 def settle(config: RunConfig, world: World, ranks: ProcessRanks, device: torch.device, folder: RunFolder) -> RunConfig:
