@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from vitscale.text import to_stderr
 from vitscale.world import World, forget_deepspeed
 
 _COMPILERS = ("gcc", "clang", "cc")
+_LETTING_GO_S = 0.1
 
 
 class Backend:
@@ -101,6 +103,9 @@ class Backend:
         import deepspeed
         from accelerate.state import AcceleratorState, GradientState
 
+        # gloo's threads let go of the last exchanges, and of what torch keeps beside them, by the interpreter; the end
+        # of a group, which waits for these threads, lets nobody in.
+        time.sleep(_LETTING_GO_S)
         if deepspeed.comm.is_initialized():  # first: it keeps groups of its own, which accelerate does not know
             deepspeed.comm.destroy_process_group()
         if self._accelerator is not None:
