@@ -103,6 +103,17 @@ def test_a_start_in_the_middle_goes_on_as_if_never_stopped(index: ShardIndex) ->
         assert rows(take(8 - step, index, micro=16, start=step * 16)) == rows(whole[step:])
 
 
+def test_many_open_files_are_in_nobodys_way(index: ShardIndex) -> None:
+    """A rank among hundreds has more than 1,024: select() of the system takes no higher number."""
+    expected = rows(take(2, index))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert rows(take(2, index)) == expected
+    finally:
+        for number in opened:
+            os.close(number)
+
+
 def test_what_the_reader_reports_may_name_any_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = Path(os.fsdecode(bytes(tmp_path) + b"/\xff"))
     folder.mkdir()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import select
 import signal
 import subprocess
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +118,7 @@ class Loader:
     def ready(self) -> bool:
         """Whether `next()` would not have to wait for the reader, be it for a batch, an error or the end."""
         while self._number not in self._arrived and self._number != self._plan.micro_batches:
-            if not select.select([self._results], [], [], 0)[0]:
+            if not wait([self._results], 0):
                 return False
             self._receive()
         return True
@@ -205,7 +205,7 @@ class Loader:
         """Take the reader's next message. One that died is started again at the same place; StorageError where it gives
         no sign of life for data.patience_s, InfrastructureError where it dies again and again."""
         limit = self._patience_s if self._lives else max(self._patience_s, _STARTING_S)
-        if not select.select([self._results], [], [], limit)[0]:
+        if not wait([self._results], limit):
             raise self._stuck()
         try:
             message = receive(self._results)
