@@ -29,7 +29,7 @@ def test_a_trial_takes_what_was_planned_and_leaves_nothing(stage: int) -> None:
     before = torch.cuda.memory_allocated(DEVICE)
     config = small(stage, 128)
     took = trial(config, DEVICE, ROOM)
-    assert took == pytest.approx(activations(config).of(128).peak, rel=0.15)
+    assert took == pytest.approx(activations(config, "cuda").of(128).peak, rel=0.15)
     assert torch.cuda.memory_allocated(DEVICE) - before < 100_000_000, "cuBLAS keeps its workspace"
 
 

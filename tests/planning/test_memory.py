@@ -58,8 +58,8 @@ def test_bytes_are_counted_while_they_live() -> None:
 def test_blocks_and_images_add_up(objective: str, again: bool | str, freeze: int) -> None:
     """What follows from two depths and two batches is what the whole model of another batch counts."""
     config = config_of(objective, again=again, freeze=freeze)
-    follows = activations(config).of(24)
-    counted = planned._count(config, 24)
+    follows = activations(config, "cuda").of(24)
+    counted = planned._count(config, "cuda", 24)
     assert follows.peak == pytest.approx(counted.peak, rel=0.02)
     assert follows.made == pytest.approx(counted.made, rel=0.02)
 
@@ -76,7 +76,7 @@ def standard(preset: str, objective: str, stage: int, again: bool | str) -> RunC
 ])  # fmt: skip
 def test_standard_models_counted_whole(preset: str, objective: str, stage: int, again: bool | str) -> None:
     config = standard(preset, objective, stage, again)
-    follows, counted = activations(config).of(24), planned._count(config, 24)
+    follows, counted = activations(config, "cuda").of(24), planned._count(config, "cuda", 24)
     assert follows.peak == pytest.approx(counted.peak, rel=1e-3)
     assert follows.made == pytest.approx(counted.made, rel=1e-3)
 
@@ -85,7 +85,7 @@ def test_standard_models_counted_whole(preset: str, objective: str, stage: int, 
 @pytest.mark.parametrize(("stage", "again"), [(0, False), (2, True)])
 def test_tensors_with_content_take_as_much(stage: int, again: bool | str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = standard("B", "mae", stage, again)
-    follows = activations(config).of(4)
+    follows = activations(config, "cuda").of(4)
     monkeypatch.setattr(planned, "FakeTensorMode", nullcontext)
     assert follows.peak == pytest.approx(planned._count(config, 4).peak, rel=0.01)
 

@@ -23,7 +23,7 @@ def test_it_takes_about_what_was_planned() -> None:
     config = with_step(large(), 0, 64)
     took = trial(config, CPU, 10**10)
     assert took is not None
-    assert 0.9 < took / activations(config).of(64).peak < 2
+    assert 0.9 < took / activations(config, "cpu").of(64).peak < 2
 
 
 def without_room() -> None:

@@ -167,7 +167,7 @@ def measure(config: RunConfig, fsdp2: bool, steps: int, of_process: world.World)
         yield {"error": first_line(refusal), "out_of_memory": False}
         return
     if not fsdp2:
-        of_step = activations(config).of(config.train.micro_batch)
+        of_step = activations(config, of_process.device).of(config.train.micro_batch)
         needed = memory(config, of_process, parameters(config), of_step)
         yield {"planned_bytes": needed.allocated_bytes - needed.inputs}  # here no next batch is on its way
     try:

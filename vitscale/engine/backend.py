@@ -30,6 +30,7 @@ from vitscale.engine.ranks import ProcessRanks, join, meeting
 from vitscale.engine.zero import ZeroEngine
 from vitscale.engine.zero_host import know_signature
 from vitscale.errors import ConfigError, LaunchError
+from vitscale.models.attention import attend_in_float32
 from vitscale.text import to_stderr
 from vitscale.world import World, forget_deepspeed
 
@@ -124,6 +125,8 @@ def prepare(model: nn.Module, config: RunConfig, device: torch.device) -> None:
     if config.train.gradient_checkpointing:
         selective = config.train.gradient_checkpointing == "selective"
         model.gradient_checkpointing_enable(selective=selective)  # type: ignore[operator]
+    if device.type == "cpu" and config.train.precision == "bf16":
+        attend_in_float32(model)
     if config.train.compile:
         if not any(map(shutil.which, _COMPILERS)):
             raise ConfigError(

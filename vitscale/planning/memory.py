@@ -19,6 +19,7 @@ from vitscale.config.check import has_classes
 from vitscale.config.schema import Parallel, RunConfig, Train
 from vitscale.config.step import LIVE_ELEMENTS, accumulation, bucket_elements
 from vitscale.engine.room import CONTEXT
+from vitscale.models.attention import attend_in_float32
 from vitscale.models.auto import build_model
 from vitscale.models.freezing import freeze
 from vitscale.models.vit import ViTPreTrainedModel
@@ -70,22 +71,22 @@ class Activations:
         return total
 
 
-def activations(config: RunConfig) -> Activations:
-    """Counted on fake tensors: no data, no memory, no GPU."""
-    train = config.train
+def activations(config: RunConfig, device: str) -> Activations:
+    """On cuda or cpu, counted on fake tensors: no data, no memory, no GPU."""
     # Stages 1 to 3 are alike, and only bf16 tells them from 0.
-    stage = min(config.parallel.zero_stage, 1) if train.precision == "bf16" else 0
+    stage = min(config.parallel.zero_stage, 1) if config.train.precision == "bf16" else 0
     names = ("precision", "gradient_checkpointing", "freeze")
-    kept = Train(**{name: getattr(train, name) for name in names})
-    return _counted(RunConfig(model=config.model, objective=config.objective, train=kept, parallel=Parallel(stage)))
+    train = Train(**{name: getattr(config.train, name) for name in names})
+    kept = RunConfig(model=config.model, objective=config.objective, train=train, parallel=Parallel(stage))
+    return _counted(kept, device)
 
 
 @cache
-def _counted(config: RunConfig) -> Activations:
+def _counted(config: RunConfig, device: str) -> Activations:
     """Of a config with nothing in it that does not decide them."""
     depths = _depths(config)
-    at = {images: {name: _count(_with_depths(config, {name: _BLOCKS[name] + 1}), images) for name in depths} | {
-        "": _count(_with_depths(config, {}), images)} for images in (_SMALL, _LARGE)}  # fmt: skip
+    at = {images: {name: _count(_with_depths(config, {name: _BLOCKS[name] + 1}), device, images) for name in depths} | {
+        "": _count(_with_depths(config, {}), device, images)} for images in (_SMALL, _LARGE)}  # fmt: skip
 
     def whole(images: int) -> dict[str, StepCount]:
         blocks = {name: at[images][name].minus(at[images][""]) for name in depths}
@@ -126,7 +127,7 @@ def _with_depths(config: RunConfig, depths: dict[str, int]) -> RunConfig:
     return replace(config, model=model, objective=replace(config.objective, mae=mae), train=train)
 
 
-def _count(config: RunConfig, images: int) -> StepCount:
+def _count(config: RunConfig, device: str, images: int) -> StepCount:
     """One forward and backward of the model, whose gradients go as they come."""
     before = torch.autograd.is_multithreading_enabled()
     torch.autograd.set_multithreading_enabled(False)  # else the backward is in a thread, where nobody counts
@@ -135,6 +136,8 @@ def _count(config: RunConfig, images: int) -> StepCount:
             model = lone_model(config)
             if config.train.gradient_checkpointing:
                 model.gradient_checkpointing_enable(selective=config.train.gradient_checkpointing == "selective")
+            if device == "cpu" and config.train.precision == "bf16":
+                attend_in_float32(model)
             model.train()
             held = live.live
             live.start_again()

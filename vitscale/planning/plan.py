@@ -83,16 +83,17 @@ class Planner:
     def estimate(self, config: RunConfig, ratio: float = 1.0, cluster: Cluster | None = None) -> Estimate:
         """Of a config without auto. ratio: what activations take over what is counted; cluster: another one."""
         cluster = cluster or self.cluster
-        step = activations(config).of(config.train.micro_batch).times(ratio)
-        needed = memory(config, cluster.world(), self.count, step)
+        world = cluster.world()
+        step = activations(config, world.device).of(config.train.micro_batch).times(ratio)
+        needed = memory(config, world, self.count, step)
         return Estimate(config, needed, self._seconds(config, cluster), needed.total_bytes <= cluster.gpu.memory)
 
     def _seconds(self, config: RunConfig, cluster: Cluster) -> StepSeconds:
         # By what a step at stage 0 makes, of which the constants are: that bf16 weights move less no GPU has shown yet.
         whole = replace(config, parallel=replace(config.parallel, zero_stage=0))
-        step = activations(whole).of(config.train.micro_batch)
-        network = cluster.network_gb_s * 1e9
-        return step_seconds(config, cluster.world(), cluster.gpu, self.count, self.flops, step, network)
+        world, network = cluster.world(), cluster.network_gb_s * 1e9
+        step = activations(whole, world.device).of(config.train.micro_batch)
+        return step_seconds(config, world, cluster.gpu, self.count, self.flops, step, network)
 
     def choice(self, ratio: float = 1.0, most: int | None = None, failed: RunConfig | None = None) -> Estimate | None:
         """What `auto` comes to; the config itself where nothing is auto; None if nothing fits.
@@ -213,7 +214,7 @@ def plan(planner: Planner, images: int | None = None, image_kb: float = 110.0) -
     now = planner.choice() or planner.smallest()
     fastest = planner.fastest(now)
     config = now.config
-    counted = activations(config)
+    counted = activations(config, world.device)
     rate, micro = now.images_per_second, config.train.micro_batch
     by_part = {name: round(each.peak * micro) for name, each in counted.an_image.items()}
     return {

@@ -168,7 +168,7 @@ def tried(
     attempts = [f"{_words(step_keys(failed))} ran out of memory before"] if failed else []
     while (choice := planner.choice(ratio, most, failed)) is not None:
         micro = choice.config.train.micro_batch
-        counted = activations(choice.config).of(micro).peak
+        counted = activations(choice.config, planner.cluster.device).of(micro).peak
         if "train.micro_batch" not in auto_keys(planner.config):
             return choice, ratio, "; ".join([*attempts, "planned"])
         if 4 * planner.parameters + counted > there.bytes:
