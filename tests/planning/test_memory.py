@@ -135,7 +135,7 @@ def of_rank(stage: int, micro_batch: int) -> dict[str, Any]:
     return planned_and_measured(config_of(stage=stage, ranks=world.world_size, micro_batch=micro_batch), world)
 
 
-# Of 32 images a rank: in the last one DDP has gradients twice.
+# Of 32 images a rank; the last one accumulates.
 @pytest.mark.parametrize(
     ("stage", "micro_batch"),
     [(2, 32), *(pytest.param(*case, marks=pytest.mark.full) for case in ((0, 32), (3, 32), (0, 2)))],

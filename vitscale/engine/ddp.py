@@ -62,5 +62,7 @@ class DDPEngine(Engine):
                 parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.clip, norm)
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        # Zeros in DDP's buckets, where there are more micro-batches: without one the gradients of those that are not
+        # reduced would lie beside the buckets.
+        self.optimizer.zero_grad(set_to_none=self.accumulation == 1)
         return norm, applied

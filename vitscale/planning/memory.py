@@ -289,11 +289,9 @@ def _moment(activations: float, gradients: float, buckets: float) -> dict[str, f
     return {"activations": activations, "gradients": gradients, "buckets": buckets}
 
 
-def _with_ddp(config: RunConfig, world: World, count: Parameters, peak: float) -> list[dict[str, float]]:
-    """DDP's buckets are the gradients, for good, on one rank too. Several ranks let those of the micro-batches before
-    the last lie beside them."""
-    apart = world.world_size > 1 and accumulation(config, world) > 1
-    return [_moment(peak, 4.0 * count.trained * (2 if apart else 1), 0)]
+def _with_ddp(_: RunConfig, __: World, count: Parameters, peak: float) -> list[dict[str, float]]:
+    """DDP's buckets are the gradients, for good, on one rank too."""
+    return [_moment(peak, 4.0 * count.trained, 0)]
 
 
 def _with_zero(config: RunConfig, world: World, count: Parameters, peak: float) -> list[dict[str, float]]:
