@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.integration.worlds import Launcher
 from tests.torchvision_ops import DeclareOperators
@@ -14,6 +15,9 @@ from vitscale.world import enter, local_device
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run several processes on few cores
 sys.meta_path.insert(0, DeclareOperators())
+# No test fails for the time that it took.
+settings.register_profile("vitscale", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("vitscale")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

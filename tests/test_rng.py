@@ -24,7 +24,7 @@ def sample_keys(count: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
     return rng.sample_key(seed, epoch, np.arange(count, dtype=np.int64))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(INT64, min_size=1, max_size=8), SMALL, SMALL, st.integers(1, 9))
 def test_torch_gives_numpys_bits(ids: list[int], seed: int, epoch: int, count: int) -> None:
     array, tensor = np.array(ids, dtype=np.int64), torch.tensor(ids, dtype=torch.int64)
@@ -45,7 +45,7 @@ def one_key(seed: int, epoch: int, sample_id: int, repeat: int) -> int:
     return int(rng.fold(rng.fold(ids, rng.key("sample", seed, epoch)), repeat)[0])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(SMALL, st.lists(st.tuples(SMALL, INT64, st.integers(0, 64)), min_size=1, max_size=8))
 def test_keys_of_many_epochs_and_repeats_are_those_of_each(seed: int, refs: list[tuple[int, int, int]]) -> None:
     epochs, ids, repeats = np.array(refs, dtype=np.int64).T.copy()
@@ -58,7 +58,7 @@ def test_keys_of_many_epochs_and_repeats_are_those_of_each(seed: int, refs: list
     assert rng.sample_key(seed, epoch, torch.from_numpy(ids), repeat).tolist() == same
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(INT64, INT64)
 def test_a_number_folds_as_an_array_of_it_does(state: int, value: int) -> None:
     keys = np.array([state], dtype=np.int64)
@@ -83,13 +83,13 @@ def test_values_never_change() -> None:
     assert rng.permutation(8, 5).tolist() == [7, 1, 6, 3, 4, 2, 5, 0]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(INT64, min_size=2, max_size=50, unique=True))
 def test_mix_is_injective(values: list[int]) -> None:
     assert len(np.unique(rng.mix(np.array(values, dtype=np.int64)))) == len(values)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(INT64, INT64)
 def test_fold_of_an_int_is_fold_of_an_array(state: int, value: int) -> None:
     states = np.array([state], dtype=np.int64)
@@ -155,7 +155,7 @@ def test_seed_and_epoch_do_not_add_up() -> None:
     assert len(orders) == 64 * 64
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(SMALL, min_size=2, max_size=2, unique=True))
 def test_the_order_of_values_matters(values: list[int]) -> None:
     one, other = values
@@ -185,7 +185,7 @@ def test_one_bit_in_moves_half_of_the_bits_out(function: str) -> None:
         assert 0.47 < share < 0.53, f"bit {bit}"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 300), INT64)
 def test_a_permutation_holds_each_number_once(count: int, state: int) -> None:
     assert sorted(rng.permutation(count, state).tolist()) == list(range(count))

@@ -82,7 +82,7 @@ def test_blur_is_a_gaussian_and_near_pillows() -> None:
         assert float(difference.mean()) < 0.6
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(sorted({*PILLOW, "solarize_add", "hue", "blur"})), st.integers(0, 10**6))
 def test_any_company_and_any_fraction(name: str, seed: int) -> None:
     """Values with fractions stay in [0, 255], and an image's result does not depend on the others of its batch."""

@@ -195,7 +195,7 @@ def test_gpu_equals_cpu(sides: list[tuple[int, int]]) -> None:
     torch.testing.assert_close(gpu / 255, cpu / 255, rtol=0, atol=1e-5)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.data())
 def test_cpu_result_has_the_same_bits_in_any_company(data: st.DataObject) -> None:
     """The same samples are batched differently for other numbers of ranks."""

@@ -50,7 +50,7 @@ def divided_tensors(draw):
 
 
 @given(divided_tensors(), st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_any_range_of_any_division_reads_back(divided, data):
     tensors, files = divided
     with TemporaryDirectory() as folder:

@@ -348,7 +348,7 @@ def test_the_resolved_config_reads_back_to_itself(write: Any, text: str) -> None
     assert set(yaml.safe_load(resolved)) == {item.name for item in fields(RunConfig)}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.floats(allow_nan=False, allow_infinity=False, min_value=0, max_value=1e30))
 def test_every_float_survives_the_round_trip(tmp_path_factory: pytest.TempPathFactory, value: float) -> None:
     path = tmp_path_factory.getbasetemp() / "float.yaml"
@@ -359,7 +359,7 @@ def test_every_float_survives_the_round_trip(tmp_path_factory: pytest.TempPathFa
     assert load_config(path) == config
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(st.characters(exclude_characters="/\0"), min_size=1).filter(lambda text: text not in (".", "..")))
 def test_every_text_arrives_as_it_was_typed_and_survives_the_round_trip(
     tmp_path_factory: pytest.TempPathFactory, text: str

@@ -17,7 +17,7 @@ def drawn(crop: Crop, height: int, width: int) -> np.ndarray:
     return crop.boxes(KEYS, np.full(len(KEYS), height), np.full(len(KEYS), width))
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     st.integers(1, 5000), st.integers(1, 5000), st.floats(0.01, 1.0), st.floats(0.01, 1.0), st.floats(0.1, 8.0),
     st.floats(1.0, 4.0), st.floats(0.05, 1.0),

@@ -35,7 +35,7 @@ def source_of(order: Mixture, refs: Refs) -> np.ndarray:
     return np.searchsorted(starts, refs.ids >> 32, side="right") - 1
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(shapes)
 def test_each_sample_of_a_source_once_in_each_of_its_epochs(
     shape: tuple[list[tuple[list[int], float]], int, int, int, int],
@@ -56,7 +56,7 @@ def test_each_sample_of_a_source_once_in_each_of_its_epochs(
     assert {sample >> 32 for _, sample in seen} <= set(range(first))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(shapes, st.integers(0, 400), st.integers(1, 3), st.data())
 def test_any_slots_of_any_batch_without_what_came_before(
     shape: tuple[list[tuple[list[int], float]], int, int, int, int], batch: int, repeats: int, data: st.DataObject
@@ -83,7 +83,7 @@ def test_any_slots_of_any_batch_without_what_came_before(
         assert set((order.refs(batch + later, *lanes).ids >> 32).tolist()) <= set(ahead)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.floats(0.01, 100), min_size=2, max_size=5))
 def test_whole_counts_are_near_the_shares(weights: list[float]) -> None:
     shares = np.array(weights) / sum(weights)

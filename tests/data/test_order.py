@@ -28,7 +28,7 @@ shapes = st.tuples(
 )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(shapes)
 def test_each_sample_once_an_epoch_but_a_small_tail(shape: tuple[list[int], int, int, int, int]) -> None:
     counts, lanes, share, window, seed = shape
@@ -48,7 +48,7 @@ def test_each_sample_once_an_epoch_but_a_small_tail(shape: tuple[list[int], int,
         assert sum(counts) - len(ids) < size + lanes
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(shapes, st.integers(0, 50), st.data())
 def test_any_run_of_slots_is_a_part_of_the_batch(
     shape: tuple[list[int], int, int, int, int], batch: int, data: st.DataObject
@@ -64,7 +64,7 @@ def test_any_run_of_slots_is_a_part_of_the_batch(
     assert again.refs(batch, first, last).ids.tolist() == order.refs(batch, first, last).ids.tolist()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(shapes, st.integers(2, 4), st.integers(0, 3))
 def test_repeats_show_runs_of_samples_again(
     shape: tuple[list[int], int, int, int, int], repeats: int, extra: int
@@ -131,7 +131,7 @@ def test_a_rank_that_owns_lanes_reads_its_shards_nearly_front_to_back() -> None:
         assert np.concatenate(blocks).tolist() == sorted(lane[at].tolist()), (shard, "blocks follow the shard's order")
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(shapes, st.integers(0, 30))
 def test_candidates_are_other_samples_and_the_next_in_order_comes_first(
     shape: tuple[list[int], int, int, int, int], batch: int
@@ -174,7 +174,7 @@ def test_a_huge_index_costs_what_a_batch_costs() -> None:
 lanes_ahead = st.tuples(st.integers(0, 60), st.integers(1, 90))  # a batch, samples
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(shapes, lanes_ahead, st.data())
 def test_shards_ahead_holds_what_comes(
     shape: tuple[list[int], int, int, int, int], place: tuple[int, int], data: st.DataObject
@@ -213,7 +213,7 @@ def test_shards_ahead_names_the_soonest_first_and_little_else() -> None:
     assert {apart[0][0], apart[1][0]} <= set(both[:4]), "what every lane needs now comes before what one needs later"
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 12))
 def test_sequential_order_is_the_index_and_then_repeats(counts: list[int], size: int) -> None:
     order = SequentialOrder(np.array(counts), size)
@@ -226,7 +226,7 @@ def test_sequential_order_is_the_index_and_then_repeats(counts: list[int], size:
     assert order.candidates(0, 0).ids.tolist() == ids[1 : sum(counts)][:SUBSTITUTES]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 12), st.integers(0, 20), st.integers(0, 60))
 def test_sequential_shards_ahead_are_those_that_come(counts: list[int], size: int, batch: int, samples: int) -> None:
     order = SequentialOrder(np.array(counts), size)

@@ -92,7 +92,7 @@ def divisors(number: int) -> list[int]:
     return [each for each in range(1, number + 1) if number % each == 0]
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(settings_of_runs(), st.data())
 def test_chains_of_stops_give_the_unbroken_trace(setting: Setting, data: st.DataObject) -> None:
     """Twenty starts, each on another number of ranks and with another micro-batch, over the borders of epochs."""
@@ -108,7 +108,7 @@ def test_chains_of_stops_give_the_unbroken_trace(setting: Setting, data: st.Data
     assert rows(chain, setting.seed) == rows(unbroken, setting.seed)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(settings_of_runs(), st.integers(0, 3))
 def test_each_chosen_sample_as_often_an_epoch_as_is_said(setting: Setting, epoch: int) -> None:
     """Each view once but for a small tail, nothing else, by however many ranks."""
@@ -133,7 +133,7 @@ def test_each_chosen_sample_as_often_an_epoch_as_is_said(setting: Setting, epoch
         assert set((order.refs(batch, 0, setting.batch).ids >> 32).tolist()) <= ahead
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(settings_of_runs(), st.data())
 def test_evaluation_scores_each_chosen_sample_once_on_any_ranks(setting: Setting, data: st.DataObject) -> None:
     def order() -> SampleOrder:

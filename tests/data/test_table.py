@@ -71,7 +71,7 @@ samples = st.dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(samples)
 def test_bytes_and_back(content: dict[str, dict[str, bytes]]) -> None:
     members = [(f"{key}.{kind}", data) for key, kinds in content.items() for kind, data in kinds.items()]

@@ -38,7 +38,7 @@ def test_skipped_steps_in_a_row_end_the_run() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.01, 100), st.floats(0, 0.5), st.floats(-0.002, 0.002))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_noise_is_no_spike_and_a_jump_is_one(seed: int, level: float, noise: float, slope: float) -> None:
     """Of losses with normal noise, and a slow rise or fall, none of 400 is a spike."""
     chance = np.random.default_rng(seed)

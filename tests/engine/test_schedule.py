@@ -30,7 +30,7 @@ def test_warm_up_peak_and_end() -> None:
 
 
 @given(st.integers(1, 5000), st.floats(0, 0.99), st.floats(0, 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_rises_then_falls(total: int, warmup: float, floor: float) -> None:
     config = _config(lr=1.0, lr_batch=None, warmup=warmup, min_lr=floor)
     curve = [lr_at(step, total, config) for step in range(total + 1)]

@@ -58,7 +58,7 @@ def test_crops_lie_in_the_picture_as_it_is_seen(name: str, orientation: int) -> 
             assert np.array_equal(out, expected[top:bottom, left:right]), (kind, options, top, left)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 80), st.integers(1, 80), st.integers(0, 2), st.booleans(), st.integers(1, 8), st.data())
 def test_the_fast_decoders_give_pillows_bits(
     height: int, width: int, subsampling: int, progressive: bool, orientation: int, data: st.DataObject
@@ -284,7 +284,7 @@ def test_what_a_png_unpacks_beside_its_pixels_is_not_unpacked() -> None:
     assert peak < 4 << 20
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.sampled_from(["JPEG", "PNG", "GIF", "TIFF", "WEBP"]), st.data())
 def test_damaged_files_decode_or_are_bad_samples(kind: str, data: st.DataObject) -> None:
     """Whatever the bytes: an image of the size that was said, or a BadSample."""

@@ -200,7 +200,7 @@ def test_the_objectives_name_alone_can_change(objective: str, size: Any, patch: 
         assert torch.isfinite(model(**inputs(model, n=2)).loss)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     objective=st.sampled_from(schema.OBJECTIVES),
     model=st.fixed_dictionaries({

@@ -12,7 +12,7 @@ from vitscale import rng
 from vitscale.errors import ConfigError, DataError
 from vitscale.models.masking import cell_masking, mask_noise, masked_cells, random_masking
 
-few = settings(deadline=None, max_examples=25)
+few = settings(max_examples=25)
 
 
 @few

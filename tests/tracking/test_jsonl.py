@@ -20,7 +20,7 @@ def filled(path, count=10):
 
 
 @given(st.floats())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_every_float_comes_back_to_the_bit(tmp_path_factory, value):
     file = JsonlFile(tmp_path_factory.mktemp("floats") / "metrics.jsonl")
     file.append({"step": 1, "loss": value, "nested": {"values": [value]}})
