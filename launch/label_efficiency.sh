@@ -2,26 +2,34 @@
 # What pretraining is worth with few labels, on CIFAR-10: a small ViT pretrained by MAE on all images, then fine-tuned, and
 # its frozen features classified, with 1%, 10% and 100% of the labels, beside the same network from scratch with the same
 # augmentation and as many steps. Prints a table at the end.
-#   bash launch/label_efficiency.sh SHARDS [OUT]      SHARDS: a folder with train/*.tar, test/*.tar and classes.json
-# Some eight hours on 2 cores. Every run goes on where it stopped: the same command continues.
+#   bash launch/label_efficiency.sh SHARDS [OUT [KEY=VALUE ...]]      SHARDS: a folder with train/*.tar, test/*.tar and classes.json
+# KEY=VALUE: keys of every run's config. NPROC_PER_NODE: ranks (1). What docs/measurements.md has was made by
+#   NPROC_PER_NODE=2 OMP_NUM_THREADS=1 bash launch/label_efficiency.sh SHARDS OUT train.compile=true train.precision=bf16
+# Two to eight hours on 2 cores. Every run goes on where it stopped: the same command continues.
 set -eu
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 set_up run
 cd "$ROOT"
-shards=${1:?a folder with train/*.tar, test/*.tar and classes.json} out=${2:-runs/label_efficiency}
+shards=${1:?a folder with train/*.tar, test/*.tar and classes.json} out=${2:-runs/label_efficiency} keys=("${@:3}")
 train="data.train=$shards/train/*.tar" test="data.validation=$shards/test/*.tar"
+export NPROC_PER_NODE=${NPROC_PER_NODE:-1}
 
-run() { # VERB CONFIG NAME [KEY=VALUE ...]
-    local verb=$1 config=$2 name=$3
-    shift 3
-    "$PYTHON" -m vitscale.cli "$verb" "configs/$config.yaml" run.dir="$out" run.name="$name" "$train" "$@" ||
+run() { # VERB CONFIG BATCH NAME [KEY=VALUE ...]
+    local verb=$1 config=$2 batch=$3 name=$4
+    shift 4
+    bash launch/torchrun.sh "$verb" "configs/$config.yaml" run.dir="$out" run.name="$name" "$train" \
+        train.micro_batch=$((batch / NPROC_PER_NODE)) "$@" "${keys[@]}" ||
         fail "$name ended with code $?; the same command goes on" 3
+}
+
+pretrained() { # NAME [KEY=VALUE ...]
+    run pretrain cifar10_mae 256 "$@"
 }
 
 tuned() { # NAME FRACTION SEED EPOCHS [KEY=VALUE ...]
     local name=$1 fraction=$2 seed=$3 epochs=$4
     shift 4
-    run finetune cifar10_finetune "$name-$fraction-$seed" "$test" data.fraction="$fraction" run.seed="$seed" \
+    run finetune cifar10_finetune 128 "$name-$fraction-$seed" "$test" data.fraction="$fraction" run.seed="$seed" \
         train.epochs="$epochs" "$@"
 }
 
@@ -37,14 +45,15 @@ rows() { # FRACTION EPOCHS SEEDS: the three ways at a share of the labels
     done
 }
 
-run pretrain cifar10_mae mae
+pretrained mae
 rows 0.01 100 "0 1 2"
 rows 0.1 30 "0 1 2"
 rows 1 5 0
-for objective in simmim multitask; do
-    run pretrain cifar10_mae "$objective" objective.name="$objective" train.epochs=10 model.num_labels=10
-    tuned "$objective" 0.1 0 30 model.init_from="$out/$objective/model"
-done
+pretrained simmim objective.name=simmim train.epochs=5
+tuned simmim 0.1 0 30 model.init_from="$out/simmim/model"
+# Of all labels, since it has seen them all.
+pretrained multitask objective.name=multitask train.epochs=5 model.num_labels=10
+tuned multitask 1 0 5 model.init_from="$out/multitask/model"
 "$PYTHON" - "$out" <<'PYTHON'
 import json, statistics, sys
 from pathlib import Path
