@@ -100,7 +100,7 @@ def test_a_contender_that_fails_is_left_out_with_the_reason(monkeypatch: pytest.
     assert result["contenders"]["vitscale eager"]["ratio"] is None
     assert result["fastest_peer"] is None
     assert notes == [["vitscale eager"]]
-    assert list(step.measure(arguments, most=1)["contenders"]) == ["vitscale eager"]
+    assert list(step.measure(arguments, only=["vitscale eager"])["contenders"]) == ["vitscale eager"]
 
 
 def test_without_time_none_begins() -> None:
@@ -125,7 +125,7 @@ def test_compiled_contenders_come_first(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_trace_has_a_step_of_each_by_part(tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
     arguments = [*RUN.split(), "--objective", "classification", "--rounds", "1", "--trace", str(trace)]
-    assert list(step.measure(arguments, most=1)["contenders"]) == ["vitscale eager"]
+    assert list(step.measure(arguments, only=["vitscale eager"])["contenders"]) == ["vitscale eager"]
     names = [event.get("name") for event in json.loads(trace.read_text())["traceEvents"]]
     assert all(names.count(name) == 1 for name in ("vitscale eager", *step.PARTS))
 
@@ -134,7 +134,7 @@ def test_a_trace_has_a_step_of_each_by_part(tmp_path: Path) -> None:
 def test_on_a_gpu_parts_are_timed_by_events_and_what_torch_holds_is_told(tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
     arguments = ["--preset", "Ti", "--batch", "2", "--rounds", "2", "--peak", "1", "--no-compile"]
-    result = step.measure([*arguments, "--device", "cuda", "--trace", str(trace)], most=1)
+    result = step.measure([*arguments, "--device", "cuda", "--trace", str(trace)], only=["vitscale eager"])
     (figure,) = result["contenders"].values()
     assert figure["peak_reserved_mib"] >= figure["peak_memory_mib"] > 0
     assert list(figure["shares"]) == list(step.PARTS)

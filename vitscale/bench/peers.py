@@ -12,10 +12,9 @@ import importlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,6 +51,7 @@ OURS = "vitscale"
 PEERS = ("timm", "transformers")
 CLASSES = 1000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NO_TIME = "no time left"  # what a reason to be left out begins with where it is that
 GRAPHED = "by CUDA graphs"  # compiled too; of a peer by torch's mode="reduce-overhead"
 # (library, how), the most important first: there may not be time for all.
 WITH_COMPILED = (
@@ -271,9 +271,9 @@ class Comparison:
         return make_step(model)
 
     def measure(
-        self, starts: Mapping[str, Callable[[], Step]], note: Note | None = None, most: int | None = None
+        self, starts: Mapping[str, Callable[[], Step]], note: Note | None = None, only: Collection[str] | None = None
     ) -> dict[str, Any]:
-        """Prepare the contenders (at most so many) one after the other and measure them in turns; the result.
+        """Prepare the contenders (`only` these, by name) one after the other and measure them in turns; the result.
 
         note: called with the result so far after each one; all that are ready are then measured again, so that all
         figures are of the same rounds.
@@ -281,10 +281,12 @@ class Comparison:
         began = time.monotonic()
         torch.compiler.reset()  # what was compiled before counts against torch's limit of variants
         longest = {"compiled": 0.0, "eager": 0.0}  # preparation so far
-        for name, start in islice(starts.items(), most):
+        for name, start in starts.items():
+            if only is not None and name not in only:
+                continue
             how = "eager" if name.endswith("eager") else "compiled"
             if time.monotonic() - began + longest[how] > self.options.seconds:
-                self.result["left_out"][name] = f"no time left of {self.options.seconds:.0f} s"
+                self.result["left_out"][name] = f"{NO_TIME} of {self.options.seconds:.0f} s"
                 continue
             try:
                 self._ready[name] = self._prepare(start)

@@ -5,7 +5,7 @@ A step is forward, backward and optimizer: clipping, AdamW and the clearing of g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def measure(arguments: Sequence[str], note: Note | None = None, most: int | None = None) -> dict[str, Any]:
-    """What `main` prints as JSON; note, most: see Comparison.measure."""
+def measure(arguments: Sequence[str], note: Note | None = None, only: Collection[str] | None = None) -> dict[str, Any]:
+    """What `main` prints as JSON; note, only: see Comparison.measure."""
     parser = models_parser("step", __doc__)
     parser.add_argument("--objective", choices=("mae", "classification"), default="mae", help="default: mae")
     parser.add_argument("--trace", type=Path, metavar="FILE",
@@ -41,7 +41,7 @@ def measure(arguments: Sequence[str], note: Note | None = None, most: int | None
     options = parser.parse_args(arguments)
     check_file("--trace", options.trace)
     comparison = Comparison(options, run_config(options.preset, options.objective), trains=True)
-    result = {"bench": "step", **comparison.measure(comparison.starts(partial(training_step, comparison)), note, most)}
+    result = {"bench": "step", **comparison.measure(comparison.starts(partial(training_step, comparison)), note, only)}
     if options.trace is not None:
         comparison.trace(options.trace)
     return result

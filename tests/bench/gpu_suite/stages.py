@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vitscale.bench.gpu_suite.cases import Cases, Figures, Setting, Unable
+from vitscale.bench.gpu_suite.cases import Cases, Figures, Setting, Unable, Unfinished
 
 
 def make_setting(folder: Path, device: str = "cpu", **earlier: Any) -> Setting:
@@ -54,6 +54,18 @@ def unable(setting: Setting) -> Cases:
         raise Unable("no tape drive here")
 
     return {"tape": say}
+
+
+def hurried(setting: Setting) -> Cases:
+    """Has no time for its second half until it is mended."""
+
+    def run() -> Figures:
+        setting.note({"text": "the first half"})
+        if not (setting.out.parent / "mended").exists():
+            raise Unfinished("no time left for the second half")
+        return {"text": "both halves"}
+
+    return {"halves": run, "after": _counted(setting, "after")}
 
 
 def missing(setting: Setting) -> Cases:

@@ -94,11 +94,23 @@ def test_a_stage_passes_where_some_of_its_cases_can_run(run: Run) -> None:
     assert run(own("a", "partly")).state("a") == "passed"
 
 
-@pytest.mark.parametrize(("limit", "case_limit"), [(5000, 1000), (1000, 5000)])
-def test_a_case_knows_when_it_will_be_ended(run: Run, limit: float, case_limit: float) -> None:
-    results = run(Stage("a", "timed", f"{__name__}:timed", limit, case_limit, 0), budget=9000)
+@pytest.mark.parametrize(("limit", "case_limit", "budget", "has"), [
+    (LONG, 100, 400, 100),  # the case's limit
+    (100, LONG, 400, 100),  # the stage's
+    (100, LONG, 960, 200),  # twice the budget that limits are for
+])  # fmt: skip
+def test_a_case_knows_when_it_will_be_ended(
+    run: Run, limit: float, case_limit: float, budget: float, has: float
+) -> None:
+    results = run(Stage("a", "timed", f"{__name__}:timed", limit, case_limit, 0), stage("b", "passing"), budget=budget)
     left = [case["figures"]["left"] for case in results.stage("a")["cases"].values()]
-    assert all(800 < seconds <= 999.5 for seconds in left)
+    assert all(has - 30 < seconds <= has - 0.5 for seconds in left)
+
+
+def test_the_last_stage_has_all_that_is_left(run: Run) -> None:
+    """A limit leaves time to the stages after it."""
+    results = run(stage("a", "passing"), Stage("b", "timed", f"{__name__}:timed", 50, LONG, 0), budget=200)
+    assert results.stage("b")["cases"]["two"]["figures"]["left"] > 100
 
 
 def test_later_stages_see_what_passed_alone(run: Run) -> None:

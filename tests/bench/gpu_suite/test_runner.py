@@ -130,6 +130,16 @@ def test_a_second_call_does_what_is_left(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_what_had_too_little_time_keeps_its_figures_and_is_tried_again(run: Run, tmp_path: Path) -> None:
+    results = run(stage("a", "hurried"))
+    assert case_states(results, "a") == {"halves": "cut", "after": "passed"}
+    assert results.state("a") == "cut"
+    assert "no time left for the second half (so far: the first half)" in results.summary()
+    (tmp_path / "mended").touch()
+    assert run(stage("a", "hurried")).figures()["a"]["halves"] == {"text": "both halves"}
+    assert times_run(tmp_path) == ["after"]
+
+
 def test_a_machine_that_cannot_says_why(run: Run) -> None:
     results = run(stage("a", "unable"))
     assert results.state("a") == "cannot"

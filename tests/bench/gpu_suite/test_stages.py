@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ import pytest
 from tests.bench.gpu_suite.stages import make_setting
 from vitscale.bench.gpu_suite import gpu_tests, sharding, steps
 from vitscale.bench.gpu_suite.__main__ import STAGES
-from vitscale.bench.gpu_suite.cases import Mismatch, Unable
+from vitscale.bench.gpu_suite.cases import USUAL_BUDGET_S, Mismatch, Unable, Unfinished
 from vitscale.bench.gpu_suite.pretraining import _agree
+from vitscale.bench.peers import GRAPHED
 
 
 def test_first_losses_of_the_zero_stages_must_agree() -> None:
@@ -23,18 +25,33 @@ def test_first_losses_of_the_zero_stages_must_agree() -> None:
             _agree("ZeRO-2", wrong, known)
 
 
-def test_every_size_is_measured_before_peers_are_compiled() -> None:
+def test_steps_are_measured_size_by_size_with_each_compiled_peer_in_a_case_of_its_own() -> None:
     names = list(steps.cases(make_setting(Path(), "cuda")))
-    first = ["mae L", "classification L", "mae B", "classification B", "mae H", "classification H"]
-    assert names == [*first, *(f"{name}, all" for name in first)]
+    assert names[:6] == [f"{objective} B{peer}" for peer in ("", ", transformers compiled", ", timm compiled")
+                         for objective in ("mae", "classification")]  # fmt: skip
+    assert [name.split()[1].rstrip(",") for name in names[:18:6]] == ["B", "L", "H"]
+    assert all(GRAPHED in name for name in names[18:])
+    assert len(set(names)) == 18 + 12
 
 
-def test_sharding_is_measured_size_by_size() -> None:
+def test_a_contender_without_time_leaves_its_case_unfinished() -> None:
+    setting = make_setting(Path(), "cpu")
+    setting.case_deadline = time.monotonic()
+    with pytest.raises(Unfinished, match="no time left for vitscale eager, transformers eager"):
+        steps.cases(setting)["mae Ti"]()
+
+
+def test_sharding_begins_with_what_a_user_takes() -> None:
+    """DDP and ZeRO-2 at each size with and without checkpointing, before FSDP2 and the other stages of any."""
     names = list(sharding.cases(make_setting(Path(), "cuda")))
-    assert names[:5] == ["B DDP", "B ZeRO-2", "B FSDP2", "B ZeRO-3", "B ZeRO-1"]
-    assert [name.split()[0] for name in names[:20:5]] == ["B", "L", "H", "g"]
-    again = [f"{size}, gradient checkpointing" for size in ("L", "B", "H")]
-    assert names[20:] == [f"{size} {name}" for size in again for name in ("DDP", "ZeRO-2", "ZeRO-3", "ZeRO-1")]
+    again = "gradient checkpointing"
+    assert names[:4] == ["B DDP", "B ZeRO-2", f"B, {again} DDP", f"B, {again} ZeRO-2"]
+    assert [name[0] for name in names[:12]] == [size for size in "BLH" for _ in range(4)]
+    assert {name.split()[-1] for name in names[:12]} == {"DDP", "ZeRO-2"}
+    assert names[12:15] == [f"{size}, selective checkpointing DDP" for size in "BLH"]
+    assert len(names) == 35
+    assert not any("FSDP2" in name and "checkpointing" in name for name in names)
+    assert [name for name in names if name[0] == "g"] == [f"g {name}" for name in (*sharding.FIRST, *sharding.OTHERS)]
 
 
 @pytest.mark.parametrize(("line", "found"), [
@@ -81,5 +98,5 @@ def test_tests_that_all_were_skipped_are_no_pass(
 
 def test_the_first_stages_fit_the_budget() -> None:
     """At their limits, the two that matter most leave room for the third to begin; a case never outlives its stage."""
-    assert sum(stage.limit_s for stage in STAGES[:2]) + STAGES[2].least_s < 480
+    assert sum(stage.limit_s for stage in STAGES[:2]) + STAGES[2].least_s < USUAL_BUDGET_S
     assert all(stage.case_limit_s < stage.limit_s for stage in STAGES)

@@ -150,7 +150,7 @@ def test_figures_of_a_run_are_those_of_its_warm_steps(tmp_path: Path) -> None:
 def test_a_step_without_ours_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = {"contenders": {"timm eager": {"images_per_second": 1.0, "utilization": 0.1, "ratio": None}},
               "left_out": {"vitscale eager": "out of memory"}}  # fmt: skip
-    monkeypatch.setattr(steps.step, "measure", lambda arguments, note, most: result)
+    monkeypatch.setattr(steps.step, "measure", lambda arguments, note, only: result)
     with pytest.raises(Mismatch, match=r"no model of ours could be measured: .*out of memory"):
         steps.cases(make_setting(tmp_path))["mae Ti"]()
 
@@ -175,7 +175,7 @@ def test_graphs_are_apart_from_the_ratio_to_peers() -> None:
 def test_contenders_end_before_their_case_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def measure(arguments: list[str], note: Any, most: Any) -> dict[str, Any]:
+    def measure(arguments: list[str], note: Any, only: Any) -> dict[str, Any]:
         asked.extend(arguments)
         return {"contenders": {}, "left_out": {}}
 

@@ -1,8 +1,8 @@
 """A stage of the GPU suite and the process that runs it: named cases, each of which gives figures.
 
-A case is a function that returns what it measured, raises Unable where this machine cannot run it, and
-anything else where it fails. Every line of what it gives is in a file at once, so that a crash or a hang
-in one case takes nothing of the others.
+A case is a function that returns what it measured, raises Unable where this machine cannot run it, Unfinished
+where its time was too short, and anything else where it fails. Every line of what it gives is in a file at once,
+so that a crash or a hang in one case takes nothing of the others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,17 @@ from vitscale.files.atomic import replaced
 # What runs import when they get there; on a CPU, once for all of them.
 _LIBRARIES = ("accelerate", "deepspeed", "matplotlib.figure", "pyarrow.parquet", "torch.distributed.fsdp",
               "deepspeed.runtime.zero.muon.original_muon")  # fmt: skip
+USUAL_BUDGET_S = 480.0  # that of launch/gpu_suite.sh, which the limits are for
 Figures = dict[str, Any]  # as JSON has it; "text" is its line in the summary
 Cases = Mapping[str, Callable[[], Figures]]
 
 
 class Unable(Exception):
     """This machine cannot run the case; the text says why."""
+
+
+class Unfinished(Exception):
+    """The time did not do for all of the case, which is to be run again; what it has noted is kept."""
 
 
 class Mismatch(Exception):
@@ -51,6 +56,11 @@ class Stage:
     limit_s: float  # for all of it
     case_limit_s: float
     least_s: float  # it is not begun with less
+
+    def of_budget(self, seconds: float) -> Stage:
+        """With the limits that it has in a budget of so many seconds: a larger one than usual lengthens them."""
+        more = max(1.0, seconds / USUAL_BUDGET_S)
+        return replace(self, limit_s=more * self.limit_s, case_limit_s=more * self.case_limit_s)
 
 
 @dataclass
@@ -152,6 +162,8 @@ def _run(name: str, case: Callable[[], Figures], limit_s: float, setting: Settin
         figures = case()
     except Unable as reason:
         state, error = "cannot", str(reason)
+    except Unfinished as reason:
+        state, error = "cut", str(reason)
     except Exception as problem:
         traceback.print_exc()
         state, error = "failed", first_line(problem)

@@ -25,11 +25,12 @@ class Runner:
         self, results: Results, device: str, scratch: Path, budget_s: float, images: Path | None = None
     ) -> None:
         self.results, self.device, self.scratch, self.images = results, device, scratch, images
-        self._ends = time.monotonic() + budget_s
+        self._budget_s, self._ends = budget_s, time.monotonic() + budget_s
 
     def run(self, letters: Iterable[str]) -> None:
         """Run what is left of these stages, in order of worth; the results are written as they come."""
-        for stage in self.results.in_order(letters):
+        stages = [stage.of_budget(self._budget_s) for stage in self.results.in_order(letters)]
+        for stage in stages:
             record = self.results.stage(stage.letter)
             budget = self._ends - time.monotonic()
             if budget < stage.least_s:
@@ -40,8 +41,9 @@ class Runner:
             began = time.monotonic()
             log = self.scratch / f"{stage.letter}.log"
             log.write_bytes(b"")
+            limit = budget if stage is stages[-1] else min(stage.limit_s, budget)  # it leaves time to those after it
             try:
-                self._run_stage(stage, began + min(stage.limit_s, budget), log)
+                self._run_stage(stage, began + limit, log)
             finally:
                 record["seconds"] += time.monotonic() - began
                 self.results.add_log(stage.letter, log.read_bytes())
@@ -126,7 +128,8 @@ class _Watch:
         elif "partial" in line:
             self._partial = line["partial"]
         elif "case" in line:
-            self._settle(**line)
+            figures = line["figures"]
+            self._settle(**line | {"figures": self._partial if figures is None else figures})
         else:
             self.finished = True
 

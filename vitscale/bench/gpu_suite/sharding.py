@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -12,26 +13,30 @@ from vitscale.config.schema import Parallel, RunConfig
 from vitscale.world import World
 
 BATCHES = {"B": 256, "L": 128, "H": 64, "g": 32}  # images a step
-ORDER = (DDP, "ZeRO-2", FSDP2, "ZeRO-3", "ZeRO-1")  # of worth
-AGAIN = ("L", "B", "H")  # with gradient checkpointing too: of what is planned, so without FSDP2
+FIRST, OTHERS = (DDP, "ZeRO-2"), (FSDP2, "ZeRO-3", "ZeRO-1")  # of worth
+AGAIN = ("B", "L", "H")  # with gradient checkpointing too: of what is planned, so without FSDP2
 STEPS = 20
 
 
 def cases(setting: Setting) -> Cases:
-    """Size by size: a table that is cut off has its first rows whole."""
-    here = World(device=setting.device)
-    sizes = {size: config_of(size, "mae", images, here, True, False) for size, images in BATCHES.items()}
-    sizes |= {f"{size}, gradient checkpointing": config_of(size, "mae", BATCHES[size], here, True, True)
-              for size in AGAIN}  # fmt: skip
+    """DDP and ZeRO-2 of B, L and H, with gradient checkpointing too; selective; then the others, and the largest."""
+    here, known = World(device=setting.device), dict(setting.earlier.get("k", {}))
+
+    def of(size: str, again: bool | str, names: Iterable[str]) -> dict[str, Callable[[], Figures]]:
+        config = tiny_config() if setting.tiny else config_of(size, "mae", BATCHES[size], here, True, again)
+        title = size + {False: "", True: ", gradient checkpointing"}.get(again, f", {again} checkpointing")
+        return {f"{title} {name}": partial(_measure, title, name, config, known, setting) for name in names}
+
     if setting.tiny:
-        sizes = {"tiny": tiny_config()}
-    known = dict(setting.earlier.get("k", {}))
-    return {
-        f"{size} {name}": partial(_measure, size, name, config, known, setting)
-        for size, config in sizes.items()
-        for name in (ORDER[:3] if setting.tiny else ORDER)
-        if not (name == FSDP2 and config.train.gradient_checkpointing)
-    }
+        return of("tiny", False, (*FIRST, FSDP2))
+    order = [
+        *(of(size, again, FIRST) for size in AGAIN for again in (False, True)),
+        *(of(size, "selective", FIRST[:1]) for size in AGAIN),
+        *(of(size, False, OTHERS) for size in AGAIN),
+        of("g", False, (*FIRST, *OTHERS)),
+        *(of(size, True, OTHERS[1:]) for size in AGAIN),
+    ]
+    return {name: case for each in order for name, case in each.items()}
 
 
 def tiny_config() -> RunConfig:
@@ -50,10 +55,10 @@ def _measure(size: str, name: str, config: RunConfig, known: dict[str, Figures],
         figures |= in_megabytes(figures)
         figures["images_per_second"] = config.train.global_batch / figures["seconds"]
         figures["ratio"] = ddp["seconds"] / figures["seconds"] if "seconds" in ddp else None
-    figures["text"] = _text(figures) if why is None else why
-    setting.note(figures)
     if why is not None and not figures.get("out_of_memory"):
+        setting.note(figures)
         raise Mismatch(why)
+    figures["text"] = _text(figures) if why is None else why
     known[f"{size} {name}"] = figures
     return figures
 
