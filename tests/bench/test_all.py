@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 import pytest
 
 from vitscale.bench import all as benches
@@ -49,6 +50,21 @@ def test_all_of_them_and_what_failed(
     assert "must be a whole number above 0" in result["failed"]["startup"]
     assert result["seconds"].keys() == brief.keys()
     assert "launch/gpu_suite.sh" in printed[-2]
+
+
+def test_one_that_hangs_is_stopped_with_all_its_processes(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    endless = "987654321"  # steps
+    monkeypatch.setattr(benches, "BRIEF", {"exchange": [*QUICK[:-1], endless], "guards": ["--rounds", "none"]})
+    assert run("all", ["--limit", "8"]) == 1
+    printed = capfd.readouterr().out.splitlines()
+    result = json.loads(printed[-1])
+    assert "not measured: took longer than 8 s" in printed
+    assert result["failed"]["exchange"] == "took longer than 8 s"
+    assert "above 0" in result["failed"]["guards"], "the next one has its turn"
+    assert "exchange: took longer than 8 s" in printed[-2]
+    assert not [process for process in psutil.process_iter(["cmdline"]) if endless in (process.info["cmdline"] or ())]
 
 
 def test_every_benchmark_is_in_it() -> None:

@@ -10,8 +10,11 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -19,10 +22,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from vitscale import __version__
 from vitscale.bench.measuring import cpu_name
 from vitscale.bench.rounds import check_file
 from vitscale.files.atomic import write_atomically
+from vitscale.inference.command import above_zero
 
 # So brief that all of them take minutes on two cores; by themselves they measure longer. By the words that a command
 # begins with.
@@ -106,26 +112,68 @@ def all_briefly(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="vitscale bench all", description=(__doc__ or "").splitlines()[0])
     names = list(dict.fromkeys(name.split()[0] for name in BRIEF))
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="(default: all)")
+    parser.add_argument("--limit", type=above_zero, default=300, metavar="SECONDS",
+                        help="each is stopped after so many (default: %(default)s)")  # fmt: skip
     options = parser.parse_args(arguments)
-    results, failed, took = {}, {}, {}
+    results: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    took: dict[str, float] = {}
     for name, brief in BRIEF.items():
         if name.split()[0] not in options.only:
             continue
         words = ["bench", *name.split(), *brief]
         print(f"\n# vitscale {' '.join(words)}", flush=True)
         began = time.monotonic()
-        command = [sys.executable, "-m", "vitscale.cli", *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        result, problem = _one(words, options.limit)
         took[name] = time.monotonic() - began
-        lines = done.stdout.splitlines()
-        if done.returncode or not lines:
-            failed[name] = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            print(f"failed: {failed[name]}", flush=True)
-            continue
-        results[name] = json.loads(lines[-1])
-        print("\n".join(lines[:-1]), flush=True)
+        if result is None:
+            failed[name] = problem
+            print(f"not measured: {problem}", flush=True)
+        else:
+            results[name] = result
     missing = {f"{name}: {who}": why for name, each in results.items() for who, why in each.get("left_out", {}).items()}
-    print(f"\n{sum(took.values()):.0f} s; not measured here: {'; '.join([*missing, *failed, _GPU])}")
-    result = {"bench": "all", "results": results, "failed": failed, "seconds": took, "left_out": missing}
-    print(json.dumps(result))
+    not_here = [*missing, *(f"{name}: {why}" for name, why in failed.items()), _GPU]
+    print(f"\n{sum(took.values()):.0f} s; not measured here: {'; '.join(not_here)}")
+    all_of_it = {"bench": "all", "results": results, "failed": failed, "seconds": took, "left_out": missing}
+    print(json.dumps(all_of_it))
     return 1 if failed else 0
+
+
+def _one(words: Sequence[str], limit_s: float) -> tuple[dict[str, Any] | None, str]:
+    """The result of `vitscale WORDS`, whose lines are shown as they come, or None and why there is none."""
+    printed, late = _Printed(sys.stdout), threading.Event()
+
+    def stop() -> None:
+        late.set()
+        _end(process)
+
+    command = [sys.executable, "-u", "-m", "vitscale.cli", *words]
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True) as process,
+    ):
+        timer = threading.Timer(limit_s, stop)
+        timer.start()
+        try:
+            for line in process.stdout or ():
+                printed.write(line)
+                printed.flush()
+            process.wait()
+        finally:
+            timer.cancel()
+            _end(process)
+        errors.seek(0)
+        told = errors.read().strip().splitlines() or [f"exit code {process.returncode}"]
+    if late.is_set():
+        return None, f"took longer than {limit_s:g} s"
+    return (None, told[-1]) if process.returncode else (printed.result, told[-1])
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End the process and all that it has started, in its group or, as a launcher's ranks, in one of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for each in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
