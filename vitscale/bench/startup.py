@@ -38,9 +38,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--joins", type=_counts, default=[], metavar="2,4,8", help="of so many ranks (default: none)")
     parser.add_argument("--preset", default="B", help="of the run: Ti, S, B, L, H, g or G (default: %(default)s)")
     parser.add_argument("--ranks", type=above_zero, default=2, help="of the run (default: %(default)s)")
+    parser.add_argument(
+        "--compile", action="store_true", help="the run with train.compile: cold, then with what it kept"
+    )
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="vitscale-bench-") as folder:
-        launched = launches.measure(options.preset, options.ranks, options.rounds, Path(folder))
+        launched = launches.measure(options.preset, options.ranks, options.rounds, Path(folder), options.compile)
     rows = launches.table(launched)
     print(aligned(rows, right=range(1, len(rows[0]))))
     with tempfile.TemporaryDirectory(prefix="vitscale-bench-") as folder:
