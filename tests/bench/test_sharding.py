@@ -16,6 +16,7 @@ from vitscale.bench import sharding
 from vitscale.bench.gpu_suite.sharding import tiny_config
 from vitscale.bench.sharding import DDP, FSDP2, STAGES, compared, measured
 from vitscale.config.schema import Parallel, RunConfig
+from vitscale.models.auto import build_model
 from vitscale.world import World, enter
 
 
@@ -92,9 +93,11 @@ def test_speed_is_seen_against_ddp_and_another_loss_is_a_mismatch() -> None:
         DDP: [turn(2.0, 0.2, planned_bytes=90, allocated_bytes=100)] * 2,
         "ZeRO-2": [turn(2.01, 0.4)] * 2,
         FSDP2: [turn(2.0, 0.2), turn(2.03, 0.2)],
-    }, tiny_config())  # fmt: skip
+    }, tiny_config(), peak_tflops=1e-3)  # fmt: skip
     assert result["contenders"][DDP]["accuracy"] == pytest.approx(0.9)
     assert result["contenders"][DDP]["images_per_second"] == pytest.approx(8 / 0.2)
+    flops = build_model(tiny_config()).flops_per_image()
+    assert result["contenders"][DDP]["utilization"] == pytest.approx(8 / 0.2 * flops / 1e9)
     assert result["contenders"]["ZeRO-2"]["ratio"] == pytest.approx(0.5)
     assert result["left_out"] == {FSDP2: "the loss of its first step is 2.03000, others' 2.00000: more than 1% apart"}
     alone = compared({DDP: [{"error": "none", "planned_bytes": 1}], "ZeRO-3": [turn(1.0, 0.1)]}, tiny_config())

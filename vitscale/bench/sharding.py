@@ -39,7 +39,7 @@ from vitscale.engine.optim import make_optimizer
 from vitscale.engine.room import is_out_of_memory
 from vitscale.errors import ConfigError
 from vitscale.inference.command import above_zero
-from vitscale.models.auto import new_model
+from vitscale.models.auto import build_model, new_model
 from vitscale.models.freezing import freeze
 from vitscale.planning.live import LiveBytes
 from vitscale.planning.memory import activations, memory, parameters
@@ -50,6 +50,7 @@ APART = 0.01  # losses of the first step, relative: autocast and bf16 weights ro
 _COLUMNS = {
     "images/s": "{images_per_second:.1f}",
     "ms a step": "{median_ms:.1f}",
+    "of peak": "{utilization:.1%}",
     "MB": "{allocated_mb:,.0f}",
     "MB reserved": "{reserved_mb:,.0f}",
     "MB planned": "{planned_mb:,.0f}",
@@ -71,6 +72,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--gradient-checkpointing", nargs="?", const=True, default=False, choices=CHECKPOINTING[1:],
                         help="as train.gradient_checkpointing (without a word: true)")  # fmt: skip
     parser.add_argument("--steps", type=above_zero, default=10, help="of a turn (default: %(default)s)")
+    parser.add_argument("--peak", type=float, default=None, metavar="TFLOPS",
+                        help="of one device in bf16, for the share of peak (default: not told)")  # fmt: skip
     options = parser.parse_args(arguments)
     of_process = world.read_world()
     config = config_of(options.preset, options.objective, options.batch, of_process, options.compile,
@@ -80,8 +83,9 @@ def main(arguments: Sequence[str]) -> int:
     works = {name: partial(measured, name, config, options.steps, of_process) for name in (*STAGES, FSDP2)}
     turns = in_turns(works, options.rounds)
     if of_process.is_main:
+        peak = None if options.peak is None else options.peak * of_process.world_size
         result = {"bench": "sharding", **vars(options), "ranks": of_process.world_size,
-                  "device": device_name(torch.device(of_process.device)), **compared(turns, config)}  # fmt: skip
+                  "device": device_name(torch.device(of_process.device)), **compared(turns, config, peak)}  # fmt: skip
         report("A step of ViT-{preset} ({objective}), {accumulation} x {batch} images on each of {ranks} ranks, bf16, "
                "{device}, ratios to DDP".format(**result), _COLUMNS, result)  # fmt: skip
     return 0
@@ -98,8 +102,13 @@ def config_of(
     return replace(run_config(preset, objective), train=train)
 
 
-def compared(turns: Mapping[str, Sequence[Figures]], config: RunConfig) -> dict[str, Any]:
-    """The `contenders` by name, and who is `left_out` and why, from the figures of every turn of each."""
+def compared(
+    turns: Mapping[str, Sequence[Figures]], config: RunConfig, peak_tflops: float | None = None
+) -> dict[str, Any]:
+    """The `contenders` by name, and who is `left_out` and why, from the figures of every turn of each.
+
+    peak_tflops: of all devices together, for `utilization`.
+    """
     losses = [one["losses"][0] for ones in turns.values() for one in ones if "losses" in one]
     problems = {name: next(filter(None, (problem(one, losses[0] if losses else None) for one in ones)), None)
                 for name, ones in turns.items()}  # fmt: skip
@@ -108,8 +117,17 @@ def compared(turns: Mapping[str, Sequence[Figures]], config: RunConfig) -> dict[
     for name, figure in contenders.items():
         figure |= {key: value for key, value in turns[name][-1].items() if key not in figure}
         figure |= in_megabytes(figure)
-        figure["images_per_second"] = config.train.global_batch / figure["median_ms"] * 1000
+        figure["images_per_second"] = rate = config.train.global_batch / figure["median_ms"] * 1000
+        figure["utilization"] = utilization(config, rate, peak_tflops)
     return {"contenders": contenders, "left_out": {name: why for name, why in problems.items() if why}}
+
+
+def utilization(config: RunConfig, images_per_second: float, peak_tflops: float | None) -> float | None:
+    """The share of the devices' peak that a model's operations take, as `vitscale bench step` tells it."""
+    if peak_tflops is None:
+        return None
+    with torch.device("meta"):
+        return images_per_second * build_model(config).flops_per_image() / (peak_tflops * 1e12)
 
 
 def in_megabytes(figure: Figures) -> Figures:

@@ -8,7 +8,7 @@ from functools import partial
 
 from vitscale.bench.gpu_suite.cases import Cases, Figures, Mismatch, Setting
 from vitscale.bench.gpu_suite.correctness import small_config
-from vitscale.bench.sharding import DDP, FSDP2, config_of, in_megabytes, measured, problem
+from vitscale.bench.sharding import DDP, FSDP2, config_of, in_megabytes, measured, problem, utilization
 from vitscale.config.schema import Parallel, RunConfig
 from vitscale.world import World
 
@@ -53,7 +53,8 @@ def _measure(size: str, name: str, config: RunConfig, known: dict[str, Figures],
     why = problem(figures, ddp.get("losses", [None])[0])
     if why is None:
         figures |= in_megabytes(figures)
-        figures["images_per_second"] = config.train.global_batch / figures["seconds"]
+        figures["images_per_second"] = rate = config.train.global_batch / figures["seconds"]
+        figures["utilization"] = utilization(config, rate, setting.measured_tflops)
         figures["ratio"] = ddp["seconds"] / figures["seconds"] if "seconds" in ddp else None
     if why is not None and not figures.get("out_of_memory"):
         setting.note(figures)
@@ -66,6 +67,7 @@ def _measure(size: str, name: str, config: RunConfig, known: dict[str, Figures],
 def _text(figures: Figures) -> str:
     texts = {
         "images_per_second": "{:.1f} images/s",
+        "utilization": "{:.1%} of peak",
         "allocated_mb": "{:,.0f} MB",
         "reserved_mb": "{:,.0f} MB reserved",
         "accuracy": "planned: {:.3f} of what was allocated",
