@@ -28,8 +28,8 @@ RANKS = {  # as the record says
     "pretrain_vit_b_deit3.yaml": 8,
     "finetune_quickstart.yaml": 2,
     "finetune_vit_b_mae.yaml": 8,
-    "finetune_vit_l_mae.yaml": 32,
-    "finetune_vit_h_mae.yaml": 64,
+    "finetune_vit_l_mae.yaml": 8,
+    "finetune_vit_h_mae.yaml": 16,
     "cifar10_mae.yaml": 1,
     "cifar10_finetune.yaml": 1,
 }
@@ -74,6 +74,11 @@ def test_loads_fits_and_builds(name: str, tmp_path: Path) -> None:
     again = tmp_path / "resolved.yaml"
     again.write_text(dump_config(config))
     assert load_config(again) == config
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "_vit_" in name])
+def test_recipes_for_gpus_compile(name: str) -> None:
+    assert load(name).train.compile
 
 
 @pytest.mark.parametrize("name", NAMES)
