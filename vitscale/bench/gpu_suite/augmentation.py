@@ -9,12 +9,14 @@ from functools import partial
 
 import torch
 
+from vitscale.augment.feed import DeviceFeed
 from vitscale.augment.pipeline import Augment
 from vitscale.bench.augment import measure
 from vitscale.bench.gpu_suite.cases import Cases, Figures, Mismatch, Setting
-from vitscale.bench.measuring import median_seconds
+from vitscale.bench.measuring import median_seconds, synchronize
 from vitscale.bench.photographs import open_loader
 from vitscale.config.schema import RunConfig, Train
+from vitscale.data.loader import Loader
 
 # Of 255, at most, of any value: in fp32, and with TF32's products of 10 bits, which training in bf16 allows.
 TOLERANCES = {"highest": 0.01, "high": 0.75}
@@ -45,16 +47,33 @@ def _compare(precision: str, setting: Setting) -> Figures:
         on_cpu, on_device = (Augment.of(config, kind, train=True) for kind in ("cpu", device.type))
         difference = (on_device(batch).pixel_values.cpu() - on_cpu(batch).pixel_values) * std * 255
         seconds = median_seconds(lambda: on_device(batch), device)
+        loader.release(batch)
+        fed_seconds = _as_fed(loader, on_device, device)
     figures: Figures = {
         "largest_difference": float(difference.abs().max()),
         "mean_difference": float(difference.abs().mean()),
         "batch": count,
         "batch_seconds": seconds,
+        "fed_seconds": fed_seconds,
         "images_per_second": count / seconds,
     }
     if not figures["largest_difference"] <= TOLERANCES[precision]:
         raise Mismatch(f"values up to {figures['largest_difference']:.3g} of 255 off the CPU's (at most "
                        f"{TOLERANCES[precision]})")  # fmt: skip
     figures["text"] = (f"at most {figures['largest_difference']:.2g} of 255 off the CPU's; {seconds * 1000:.1f} ms a "
-                       f"batch of {count}, {count / seconds:.0f} images/s")  # fmt: skip
+                       f"batch of {count}, {count / seconds:.0f} images/s; {fed_seconds * 1000:.1f} ms as a run feeds "
+                       "it, from pinned memory")  # fmt: skip
     return figures
+
+
+def _as_fed(loader: Loader, augment: Augment, device: torch.device, batches: int = 4) -> float:
+    """Seconds of the feed's stream a batch, its copy from pinned memory included."""
+    with DeviceFeed(loader, augment, device) as feed:
+        for _ in range(loader.memories):  # each is pinned when it comes first
+            next(feed)
+        synchronize(device)
+        feed.read_seconds()
+        for _ in range(batches):
+            next(feed)
+        synchronize(device)
+        return feed.read_seconds()["augment"] / batches
