@@ -48,12 +48,12 @@ rows() { # FRACTION EPOCHS SEEDS: the three ways at a share of the labels
 pretrained mae
 rows 0.01 100 "0 1 2"
 rows 0.1 30 "0 1 2"
-rows 1 5 0
-pretrained simmim objective.name=simmim train.epochs=5
+rows 1 3 0
+pretrained simmim objective.name=simmim train.epochs=4
 tuned simmim 0.1 0 30 model.init_from="$out/simmim/model"
 # Of all labels, since it has seen them all.
-pretrained multitask objective.name=multitask train.epochs=5 model.num_labels=10
-tuned multitask 1 0 5 model.init_from="$out/multitask/model"
+pretrained multitask objective.name=multitask train.epochs=4 model.num_labels=10
+tuned multitask 1 0 3 model.init_from="$out/multitask/model"
 "$PYTHON" - "$out" <<'PYTHON'
 import json, statistics, sys
 from pathlib import Path
