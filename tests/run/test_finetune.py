@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.data.makers import encoded, pixels, write_tar
 from tests.files.web import served, status
 from tests.inference.conftest import save
-from vitscale.config.schema import Source
+from vitscale.config.schema import Model, Objective, RunConfig, Source
 from vitscale.conversion.convert import convert
-from vitscale.errors import ConfigError, StorageError
+from vitscale.data.index import build_index
+from vitscale.data.labels import LabelReader, count_labels
+from vitscale.errors import ConfigError, DataError, StorageError
 from vitscale.files import retry
 from vitscale.models.vit import ViTModel
-from vitscale.run.finetune import complete
+from vitscale.run.finetune import complete, require_readable
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size")
 
@@ -57,3 +60,38 @@ def test_classes_at_a_server_are_waited_for_as_long_as_its_shards(monkeypatch: p
         with pytest.raises(StorageError, match=r"/d/classes\.json: its storage failed"):
             complete(written)
         assert web.faults["/d/classes.json"], "before it answered"
+
+
+def look_at(folder: Path, labels: list[str], num_labels: int) -> None:
+    """Judge the labels of a shard with these, of so many classes without names."""
+    image = encoded(pixels(0, 4, 4), "PNG")
+    members = [(f"{i}.{kind}", data) for i, text in enumerate(labels)
+               for kind, data in (("png", image), ("cls", text.encode()))]  # fmt: skip
+    config = RunConfig(model=Model(num_labels=num_labels), objective=Objective(name="classification"))
+    index = build_index([str(write_tar(folder / "a.tar", members))])
+    require_readable(config, count_labels(index, "cls", LabelReader.of(config)))
+
+
+@pytest.mark.parametrize(("classes", "images"), [(2, 4), (100, 300), (1000, 2000)])
+@pytest.mark.parametrize("stray", [[], ["x"], ["-1"]])
+def test_labels_that_count_from_one_are_refused_however_rare_the_last_class(
+    tmp_path: Path, classes: int, images: int, stray: list[str]
+) -> None:
+    labels = [str(i % classes + 1) for i in range(images)]
+    last = images // classes
+    with pytest.raises(DataError) as caught:
+        look_at(tmp_path, stray + labels, classes)
+    assert f"{last + len(stray)} of {images + len(stray)} labels are not what" in str(caught.value)
+    hint = f"none is 0 and {last} are {classes}: they count from 1 to {classes}: write them from 0 to {classes - 1}"
+    assert str(caught.value).endswith(hint)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [["100", *map(str, range(1, 100)), "0"], ["100", "101", *map(str, range(1, 100))], list(map(str, range(1, 100)))],
+    ids=["the first class is there", "another is above it", "the last is not there"],
+)
+def test_a_few_labels_out_of_range_are_bad_samples(tmp_path: Path, labels: list[str]) -> None:
+    look_at(tmp_path, labels, 100)
+    with pytest.raises(DataError, match=r"4 of \d+ labels .*; mend them, or set data\.label"):
+        look_at(tmp_path, [*labels, *["x"] * (4 - sum(int(each) > 99 for each in labels))], 100)

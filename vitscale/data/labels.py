@@ -24,6 +24,14 @@ _WHOLE = re.compile(r"[+-]?\d{1,18}(\.0*)?")
 _SEPARATORS = re.compile(r"[\s,;]+")
 
 
+class NoClass(BadSample):
+    """A label that stands for no class: a whole number above the last one's."""
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__("label", reason)
+        self.number = number
+
+
 @dataclass(frozen=True)
 class LabelReader:
     """What a sample's label is, read from the bytes of its member."""
@@ -98,7 +106,7 @@ class LabelReader:
             raise BadSample("label", f"{number}, which stands for none")
         if self.required and self.num_labels is not None and number >= self.num_labels:
             counted = "; labels count from 0" if number == self.num_labels else ""
-            raise BadSample("label", f"{number}, with model.num_labels={self.num_labels}{counted}")
+            raise NoClass(number, f"{number}, with model.num_labels={self.num_labels}{counted}")
         return max(-1, number)
 
     def _numbers(self, value: object) -> tuple[float, ...]:
@@ -124,7 +132,13 @@ class LabelCounts:
     good: int = 0
     bad: int = 0
     first_bad: str = ""
+    above: Counter[int] = field(default_factory=Counter)  # of the bad: numbers above the last class's
+    zeros: int = 0  # of the good
     too_long: int = 0  # labels that are not in the tables; of each shard only some were looked at
+
+    def count_from_one(self, num_labels: int) -> bool:
+        """Whether the number behind the last class's is there, none above it, and the first class has no image."""
+        return self.above.keys() == {num_labels} and not self.zeros
 
 
 def _read(index: ShardIndex, shard: int, table: SampleTable, place: int) -> bytes:
@@ -161,8 +175,11 @@ def count_labels(index: ShardIndex, extension: str, reader: LabelReader, chosen:
             if isinstance(label, BadSample):
                 counts.bad += 1
                 counts.first_bad = counts.first_bad or f"{index.names[shard]}/{table.key(place)}: {label.reason}"
+                if isinstance(label, NoClass):
+                    counts.above[label.number] += 1
                 continue
             counts.good += 1
+            counts.zeros += label == 0
             if isinstance(label, int) and not is_long:  # else only some would be counted
                 counts.classes[label] += 1
     return counts

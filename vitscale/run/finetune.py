@@ -279,17 +279,22 @@ def _require_labels(config: RunConfig, counts: LabelCounts) -> None:
 
 
 def require_readable(config: RunConfig, counts: LabelCounts, which: str = "") -> None:
-    """DataError for more bad labels than data.max_bad_fraction lets pass."""
-    data, model, seen = config.data, config.model, counts.good + counts.bad
-    if counts.bad > max(3, data.max_bad_fraction * seen):
-        classes = {label for label in counts.classes if label >= 0}
+    """DataError for more bad labels than data.max_bad_fraction lets pass, and for labels that count from 1, of which
+    few are out of range where there are many classes."""
+    data, seen = config.data, counts.good + counts.bad
+    is_shifted = counts.count_from_one(config.model.num_labels) and not counts.too_long
+    if is_shifted or counts.bad > max(3, data.max_bad_fraction * seen):
         raise DataError(
             f"data.label={data.label}: {which}{counts.bad} of {seen} labels are not what {problem_type(config)} needs "
-            f"({counts.first_bad}){_one_based(model.num_labels, classes, counts.first_bad)}"
+            f"({counts.first_bad}); {_way_out(config.model, counts)}"
         )
 
 
-def _one_based(num_labels: int, classes: set[int], first_bad: str) -> str:
-    if 0 in classes or f"{num_labels}, with model.num_labels={num_labels};" not in first_bad:
-        return "; mend them, or set data.label, model.num_labels, model.id2label or model.problem_type"
-    return f"; they count from 1 to {num_labels}: write them from 0 to {num_labels - 1}"
+def _way_out(model: Model, counts: LabelCounts) -> str:
+    last = model.num_labels
+    if counts.count_from_one(last):
+        return (
+            f"none is 0 and {counts.above[last]} are {last}: they count from 1 to {last}: write them from 0 to "
+            f"{last - 1}"
+        )
+    return "mend them, or set data.label, model.num_labels, model.id2label or model.problem_type"
