@@ -295,7 +295,9 @@ def test_what_cannot_be_learned_is_a_line(launcher: Launcher, config: Path, enco
     said = refusal(launcher, base, shard("single", ["1"] * 40), "model.num_labels=3")
     assert "every image has the label 1; a classifier needs two classes" in said
     words = shard("words", ["cat", "dog"] * 30)
-    assert "'cat' is no whole number" in refusal(launcher, base, words, "model.num_labels=2")
+    said = refusal(launcher, base, words, "model.num_labels=2")
+    assert "'cat' is no whole number" in said
+    assert "model.id2label=[cat, dog] or a classes.json beside the shards" in said
     named = shard("named", many, ["a", "b", "c"])
     said = refusal(launcher, base, named, "model.id2label=[x,y,z]")
     assert "model.id2label is x, y, z, and classes.json beside the shards says a, b, c" in said

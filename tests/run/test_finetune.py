@@ -95,3 +95,16 @@ def test_a_few_labels_out_of_range_are_bad_samples(tmp_path: Path, labels: list[
     look_at(tmp_path, labels, 100)
     with pytest.raises(DataError, match=r"4 of \d+ labels .*; mend them, or set data\.label"):
         look_at(tmp_path, [*labels, *["x"] * (4 - sum(int(each) > 99 for each in labels))], 100)
+
+
+def test_words_without_names_are_told_both_ways_to_name_them(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        look_at(tmp_path, ["dog", "cat", "7"] * 3, 2)
+    assert "'dog' is no whole number" in str(caught.value)
+    assert str(caught.value).endswith(
+        "; give their names: model.id2label=[cat, dog] or a classes.json beside the shards"
+    )
+    with pytest.raises(DataError, match=r"model\.id2label=\[a0, a1, a2, \.\.\.\] or a classes\.json"):
+        look_at(tmp_path, [f"a{i}" for i in range(9)], 9)
+    with pytest.raises(DataError, match="; mend them, or set data"):
+        look_at(tmp_path, [*"0123" * 3, *["spoilt"] * 5], 4)

@@ -25,11 +25,11 @@ _SEPARATORS = re.compile(r"[\s,;]+")
 
 
 class NoClass(BadSample):
-    """A label that stands for no class: a whole number above the last one's."""
+    """A label that stands for no class: a whole number above the last one's, or a word."""
 
-    def __init__(self, number: int, reason: str) -> None:
+    def __init__(self, label: int | str, reason: str) -> None:
         super().__init__("label", reason)
-        self.number = number
+        self.label = label
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,9 @@ class LabelReader:
             if text in self.names:
                 return self.names.index(text)
             way = "is no whole number" if not self.names else f"is no whole number, nor one of {listed(self.names)}"
-            raise BadSample("label", f"{text[:40]!r} {way}")
+            reason = f"{text[:40]!r} {way}"
+            is_word = isinstance(value, str) and text[:1].isalpha()
+            raise NoClass(text[:40], reason) if is_word else BadSample("label", reason)
         number = int(text.partition(".")[0])
         if self.required and number < 0:
             raise BadSample("label", f"{number}, which stands for none")
@@ -132,13 +134,18 @@ class LabelCounts:
     good: int = 0
     bad: int = 0
     first_bad: str = ""
-    above: Counter[int] = field(default_factory=Counter)  # of the bad: numbers above the last class's
+    strangers: Counter[int | str] = field(default_factory=Counter)  # of the bad: numbers above the last class's, words
     zeros: int = 0  # of the good
     too_long: int = 0  # labels that are not in the tables; of each shard only some were looked at
 
     def count_from_one(self, num_labels: int) -> bool:
         """Whether the number behind the last class's is there, none above it, and the first class has no image."""
-        return self.above.keys() == {num_labels} and not self.zeros
+        return self.strangers.keys() - self.words == {num_labels} and not self.zeros
+
+    @property
+    def words(self) -> set[str]:
+        """Those that are no class's name."""
+        return {each for each in self.strangers if isinstance(each, str)}
 
 
 def _read(index: ShardIndex, shard: int, table: SampleTable, place: int) -> bytes:
@@ -176,7 +183,7 @@ def count_labels(index: ShardIndex, extension: str, reader: LabelReader, chosen:
                 counts.bad += 1
                 counts.first_bad = counts.first_bad or f"{index.names[shard]}/{table.key(place)}: {label.reason}"
                 if isinstance(label, NoClass):
-                    counts.above[label.number] += 1
+                    counts.strangers[label.label] += 1
                 continue
             counts.good += 1
             counts.zeros += label == 0

@@ -291,10 +291,11 @@ def require_readable(config: RunConfig, counts: LabelCounts, which: str = "") ->
 
 
 def _way_out(model: Model, counts: LabelCounts) -> str:
-    last = model.num_labels
+    last, found = model.num_labels, counts.strangers
     if counts.count_from_one(last):
-        return (
-            f"none is 0 and {counts.above[last]} are {last}: they count from 1 to {last}: write them from 0 to "
-            f"{last - 1}"
-        )
+        return f"none is 0 and {found[last]} are {last}: they count from 1 to {last}: write them from 0 to {last - 1}"
+    words = sorted(counts.words)
+    if model.id2label is None and sum(found[word] for word in words) > counts.good:
+        names = ", ".join(words[:3] + ["..."] * (len(words) > 3))
+        return f"give their names: model.id2label=[{names}] or a classes.json beside the shards"
     return "mend them, or set data.label, model.num_labels, model.id2label or model.problem_type"
