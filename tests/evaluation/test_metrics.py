@@ -93,3 +93,21 @@ def test_several_labels_of_which_each_image_has_one_are_still_several() -> None:
     shares = softmax(confident.astype(np.float64), axis=1)
     found = scores_of("single_label_classification", confident, classes)["auc"]
     assert found == pytest.approx(metrics.roc_auc_score(classes, shares, multi_class="ovr"), abs=1e-9)
+
+
+def test_the_area_beside_scikit_learn_with_ties_and_at_the_size_of_imagenet() -> None:
+    random = np.random.default_rng(2)
+    logits = random.integers(-2, 3, (60, 3)).astype(np.float32)
+    truth = (random.random((60, 3)) < 0.4).astype(np.float32)
+    scores = scores_of("multi_label_classification", logits, truth)
+    assert scores["auc"] == pytest.approx(metrics.roc_auc_score(truth, logits, average="macro"), abs=1e-12)
+    labels = random.integers(0, 3, 21_000)  # of a thousand classes; those without an image are left out
+    logits = np.zeros((21_000, 1000), np.float32)
+    logits[:, :3] = random.normal(size=(21_000, 3)) + np.eye(3)[labels]
+    exponentials = np.exp(logits[:, :3].astype(np.float64))
+    shares = exponentials / (exponentials.sum(axis=1, keepdims=True) + 997)
+    areas = [metrics.roc_auc_score(labels == each, shares[:, each]) for each in range(3)]
+    scores = scores_of("single_label_classification", logits, labels)
+    assert scores["auc"] == pytest.approx(np.mean(areas), abs=1e-9)
+    logits[0, 1] = np.nan
+    assert np.isnan(scores_of("single_label_classification", logits[:90], labels[:90])["auc"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from sklearn import metrics
 
-MOST_RANKED = 20_000_000  # logits that are sorted for areas under curves
 MOST_SHOWN = 200  # classes of a confusion matrix
 
 
@@ -32,8 +33,9 @@ def scores_of(kind: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, fl
 
 def _of_classes(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     predicted, classes = logits.argmax(axis=1), logits.shape[1]
-    loss = F.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(labels))
-    scores = {"loss": float(loss), "top1": float((predicted == labels).mean())}
+    largest, total = _sums_of_softmax(logits)
+    of_labels = logits[np.arange(len(labels)), labels] - largest
+    scores = {"loss": float(np.mean(np.log(total) - of_labels)), "top1": float((predicted == labels).mean())}
     if classes > 5:
         best = np.argpartition(-logits, 5, axis=1)[:, :5]
         scores["top5"] = float((best == labels[:, None]).any(axis=1).mean())
@@ -41,10 +43,17 @@ def _of_classes(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     recalls = [float((predicted[labels == each] == each).mean()) for each in present]
     scores["balanced_accuracy"] = float(np.mean(recalls))
     scores["macro_f1"] = float(metrics.f1_score(labels, predicted, labels=present, average="macro", zero_division=0))
-    if logits.size > MOST_RANKED:
-        return scores
-    exponentials = np.exp((logits - logits.max(axis=1, keepdims=True)).astype(np.float64))
-    return scores | _auc(exponentials / exponentials.sum(axis=1, keepdims=True), np.eye(classes, dtype=bool)[labels])
+    shares = (np.exp(column - largest) / total for column in logits.T)
+    return scores | _auc(shares, (labels == each for each in range(classes)))
+
+
+def _sums_of_softmax(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float64 [n]: each image's largest logit, and the sum of the exponentials of all less that one. Class by class, as
+    no copy of ImageNet's logits in float64 is to be made."""
+    largest, total = logits.max(axis=1).astype(np.float64), np.zeros(len(logits))
+    for column in logits.T:
+        total += np.exp(column - largest)
+    return largest, total
 
 
 def _of_many_labels(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -57,14 +66,24 @@ def _of_many_labels(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         scores["map"] = float(np.mean(precisions))
         chosen = truth[:, present], logits[:, present] > 0
         scores["macro_f1"] = float(metrics.f1_score(*chosen, average="macro", zero_division=0))
-    return scores | (_auc(logits, truth) if logits.size <= MOST_RANKED else {})
+    return scores | _auc(logits.T, truth.T)
 
 
-def _auc(ranked: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """ranked: what samples are ordered by, [n, classes]; truth: bool, the same."""
-    both = np.flatnonzero(truth.any(axis=0) & ~truth.all(axis=0))
-    areas = [metrics.roc_auc_score(truth[:, each], ranked[:, each]) for each in both]
+def _auc(ranked: Iterable[np.ndarray], truth: Iterable[np.ndarray]) -> dict[str, float]:
+    """By class, [n] each: what images are ordered by, and which are of it."""
+    pairs = zip(ranked, truth, strict=True)
+    areas = [_area(order, is_one) for order, is_one in pairs if is_one.any() and not is_one.all()]
     return {"auc": float(np.mean(areas))} if areas else {}
+
+
+def _area(ranked: np.ndarray, is_one: np.ndarray) -> float:
+    """Under the ROC curve: the share of pairs, one of the class and one of the rest, in which the first stands above;
+    a tie is half (Hanley and McNeil 1982). NaN if one of them is."""
+    if np.isnan(ranked).any():
+        return math.nan
+    rest, own = np.sort(ranked[~is_one]), ranked[is_one]
+    above = np.searchsorted(rest, own, "left") + np.searchsorted(rest, own, "right")
+    return float(above.mean() / 2 / len(rest))
 
 
 def by_label(logits: np.ndarray, labels: np.ndarray, names: list[str]) -> dict[str, Any]:
