@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vitscale.config.check import check_config, grid, has_classes, lanes, mask_patch, too_few_lanes
+from vitscale.config.check import check_config, grid, has_classes, lanes, mask_patch, one_to_choose, too_few_lanes
 from vitscale.config.load import load_config
 from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig
@@ -196,7 +196,13 @@ def test_colours_are_of_three_channels(base: Path, override: str, name: str) -> 
 
 def test_what_a_validation_needs(base: Path) -> None:
     scored = (*LABELLED, "data.validation=/v.tar")
-    check_config(made(base, *scored, "train.keep_best=validation/top1", "train.early_stopping=3"), World())
+    best = (*scored, "train.keep_best=validation/top1")
+    for every in ("evaluation.every_steps=9", "evaluation.every_epochs=0.5"):
+        check_config(made(base, *best, "train.early_stopping=3", every), World())
+        assert one_to_choose(made(base, *best, every)) is None
+    mended(base, 1, *best, "train.early_stopping=3")
+    assert "only the end is scored" in (one_to_choose(made(base, *best)) or "")
+    assert one_to_choose(made(base, *scored)) is None
     check_config(made(base, "data.validation=/v.tar"), World())
     assert "there is nothing to score" in refusal(base, 1, *LABELLED, "train.keep_best=validation/top1")
     mended(base, 1, *scored, "train.ema_decay=0.9", "train.keep_best=validation/raw_top1")

@@ -127,7 +127,8 @@ def test_stopped_and_resumed_is_bit_identical(launcher: Launcher, config: Path, 
     argv = ["finetune", str(config), "train.ema_decay=0.9", "checkpoint.keep=9", "checkpoint.every_steps=8"]
     argv.append("checkpoint.asynchronous=false")
     launcher.run([*argv, "run.name=whole"], ranks=2)
-    launcher.run([*argv, "run.name=quiet", "evaluation.every_steps=null"], ranks=2)
+    said = launcher.run([*argv, "run.name=quiet", "evaluation.every_steps=null"], ranks=2)
+    assert "warning: train.keep_best=validation/top1: only the end is scored" in said
     whole, quiet = tmp_path / "whole", tmp_path / "quiet"
     state = "checkpoints/step_00000024/state-00001.safetensors"
     expected = load_file(whole / state)

@@ -66,6 +66,14 @@ def too_few_lanes(config: RunConfig, world: World) -> str | None:
     )
 
 
+def one_to_choose(config: RunConfig) -> str | None:
+    """A warning if the best checkpoint is the last one, as no other is scored."""
+    best = config.train.keep_best
+    if best is None or is_scored_underway(config):
+        return None
+    return f"train.keep_best={best}: only the end is scored, so that it is the best; set evaluation.every_epochs=1"
+
+
 def check_config(config: RunConfig, world: World) -> None:
     """Raise ConfigError where keys contradict each other or the world."""
     choices(config, world)
@@ -171,6 +179,11 @@ def _check_validation(config: RunConfig) -> None:
     if train.keep_best is not None and train.keep_best not in names:
         hint = did_you_mean(train.keep_best, names)
         raise ConfigError(f"train.keep_best={train.keep_best}: must be one of {', '.join(names)}{hint}")
+    if train.early_stopping is not None and not is_scored_underway(config):
+        raise ConfigError(
+            f"train.early_stopping={train.early_stopping}: evaluation.every_steps and evaluation.every_epochs are both "
+            "null, so that only the end would be scored; set evaluation.every_epochs=1"
+        )
     weights, classes = objective.classification.class_weights, config.model.num_labels
     if weights is not None and not has_classes(config):
         raise ConfigError(
@@ -310,6 +323,11 @@ def scores_of_validation(config: RunConfig) -> tuple[str, ...]:
 
 def has_validation(config: RunConfig) -> bool:
     return bool(config.data.validation or config.data.validation_fraction)
+
+
+def is_scored_underway(config: RunConfig) -> bool:
+    """Whether a run is scored before its end too."""
+    return (config.evaluation.every_steps or config.evaluation.every_epochs) is not None
 
 
 def has_classes(config: RunConfig) -> bool:

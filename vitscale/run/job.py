@@ -11,7 +11,7 @@ from vitscale import __version__, heartbeat
 from vitscale.augment.feed import DeviceFeed
 from vitscale.augment.pipeline import Augment
 from vitscale.checkpoint.store import Checkpoint
-from vitscale.config.check import too_few_lanes
+from vitscale.config.check import one_to_choose, too_few_lanes
 from vitscale.config.load import dump_config
 from vitscale.config.schema import RunConfig
 from vitscale.config.step import auto_keys
@@ -337,8 +337,9 @@ class Job:
             f"({session.total_steps / order.batches_per_epoch:.1f} epochs), {world.world_size} rank(s) on "
             f"{world.device}, ZeRO {config.parallel.zero_stage}, {config.train.precision}"
         )
-        if warning := too_few_lanes(config, world):
-            say(f"warning: {warning}")
+        for warning in (too_few_lanes(config, world), one_to_choose(config)):
+            if warning is not None:
+                say(f"warning: {warning}")
         if world.is_main and (warning := room_warning(config, session.folder.checkpoints, parameters)):
             say(f"warning: {warning}")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from vitscale.config.check import has_classes
+from vitscale.config.check import has_classes, is_scored_underway
 from vitscale.config.load import dump_config
 from vitscale.config.schema import RunConfig, Source
 from vitscale.config.step import auto_keys, total_steps
@@ -156,7 +156,7 @@ def look_at_others(
     data, label = config.data, config.data.label_extension
     sides = sides_of(config, index)
     evaluation = config.evaluation
-    probes = bool(evaluation.test) and (evaluation.every_steps or evaluation.every_epochs) is not None
+    probes = bool(evaluation.test) and is_scored_underway(config)
 
     def opened(key: str, sources: tuple[Source, ...], needs_labels: bool = True) -> ShardIndex | None:
         if not sources:
