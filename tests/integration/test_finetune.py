@@ -248,6 +248,22 @@ def test_several_labels_and_numbers(
     assert config_json["problem_type"] == kind
 
 
+def test_balanced_classes_are_weighted_alike_on_any_ranks(launcher: Launcher, config: Path, tmp_path: Path) -> None:
+    members = []
+    for number in range(60):
+        label = b"0001120001"[number % 10 : number % 10 + 1]  # 6 to 3 to 1
+        members += [(f"{number:04d}.jpg", photo(number)), (f"{number:04d}.cls", label)]
+    write_tar(tmp_path / "a.tar", members)
+    argv = ["finetune", str(config), f"data.train={tmp_path}/a.tar", "model.num_labels=3", "train.steps=3"]
+    argv += ["data.validation_fraction=0", "train.keep_best=null"]
+    weighted, curves = "objective.classification.class_weights=balanced", []
+    for name, ranks, keys in (("plain", 1, []), ("one", 1, [weighted]), ("two", 2, [weighted])):
+        launcher.run([*argv, *keys, f"run.name={name}"], ranks=ranks)
+        curves.append(losses(tmp_path / name))
+    assert curves[2] == pytest.approx(curves[1], rel=1e-5)
+    assert curves[0] != pytest.approx(curves[1], rel=1e-3)
+
+
 def test_other_image_size_and_channels(launcher: Launcher, config: Path, tmp_path: Path) -> None:
     argv = ["finetune", str(config), "model.image_size=24", "model.num_channels=1", "augment.mean=[0.5]"]
     launcher.run([*argv, "augment.std=[0.25]", "train.steps=2"])

@@ -229,3 +229,25 @@ def test_class_weights_go_to_the_device_once() -> None:
     with Uploads() as second:
         loss(logits, labels)
     assert (first.count, second.count) == (1, 0)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_weights_beside_torch(smoothing: float) -> None:
+    """Of whole numbers and of mixed images; divided by the images, where torch's mean divides by their weights."""
+    weights, n = [0.5, 2.0, 0.0, 1.5], 6
+    config = ViTConfig(num_labels=4, problem_type="single_label_classification", label_smoothing=smoothing)
+    torch.manual_seed(0)
+    logits, labels = torch.randn(n, 4), torch.tensor([0, 1, 2, 3, 1, 1])
+    mixed = 0.7 * F.one_hot(labels, 4) + 0.3 * F.one_hot(labels.flip(0), 4)
+    ce, bce = (supervised_loss(config, kind, weights) for kind in ("ce", "bce"))
+    summed = torch.nn.CrossEntropyLoss(torch.tensor(weights), reduction="sum", label_smoothing=smoothing)
+    for each in (labels, mixed):
+        assert torch.allclose(ce(logits, each), summed(logits, each) / n)
+        yes = F.one_hot(labels, 4) > 0 if each is labels else each > 0
+        expected = torch.nn.BCEWithLogitsLoss(torch.tensor(weights))(logits, yes * (1 - smoothing) + smoothing / 4)
+        assert torch.allclose(bce(logits, each), expected)
+    if not smoothing:
+        by_hand = [weights[label] * -logits[i].log_softmax(0)[label] for i, label in enumerate(labels.tolist())]
+        assert ce(logits, labels).item() == pytest.approx(sum(map(float, by_hand)) / n, rel=1e-6)
+    halves = [ce(part, own) for part, own in zip(logits.split(3), labels.split(3), strict=True)]
+    assert torch.allclose(sum(halves) / 2, ce(logits, labels)), "as two ranks, or two micro-batches, have it"

@@ -17,7 +17,7 @@ from vitscale.data.labels import LabelReader, count_labels
 from vitscale.errors import ConfigError, DataError, StorageError
 from vitscale.files import retry
 from vitscale.models.vit import ViTModel
-from vitscale.run.finetune import complete, require_readable
+from vitscale.run.finetune import balanced_weights, complete, require_readable
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size")
 
@@ -108,3 +108,13 @@ def test_words_without_names_are_told_both_ways_to_name_them(tmp_path: Path) -> 
         look_at(tmp_path, [f"a{i}" for i in range(9)], 9)
     with pytest.raises(DataError, match="; mend them, or set data"):
         look_at(tmp_path, [*"0123" * 3, *["spoilt"] * 5], 4)
+
+
+def test_balanced_weights_of_uneven_classes() -> None:
+    counts = {0: 6, 1: 3, 3: 1}  # class 2 has no image
+    weights = balanced_weights(counts, 4)
+    assert weights == pytest.approx((10 / 18, 10 / 9, 0, 10 / 3))
+    assert sum(weights[each] * count for each, count in counts.items()) / 10 == pytest.approx(1)
+    assert balanced_weights({0: 5, 1: 5}, 2) == (1, 1)
+    with pytest.raises(DataError, match="too long to be counted; write the weights as a list"):
+        balanced_weights({}, 4)

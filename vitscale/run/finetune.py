@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,8 @@ class Finetune(Job):
     def look_at_data(
         self, config: RunConfig, index: ShardIndex, training: Subset | None, held_out: HeldOut | None
     ) -> Any:
-        """Rank 0: DataError where the labels are not such as can be learned. How many images each class has."""
+        """Rank 0: DataError where the labels are not such as can be learned. How many images each class has, if all
+        were counted."""
         reader, extension = LabelReader.of(config), config.data.label_extension
         counts = count_labels(index, extension, reader, training)
         _require_names(config, index)
@@ -197,7 +199,7 @@ class Finetune(Job):
         if held_out is not None:
             scored = count_labels(held_out.index, extension, reader, held_out.subset)
             require_readable(config, scored, "of what is validated on, ")
-        return sorted(counts.classes.items())
+        return [] if counts.too_long else sorted(counts.classes.items())
 
     def build(self, session: Session, drawn: bool) -> ViTPreTrainedModel:
         model = super().build(session, drawn)
@@ -205,15 +207,7 @@ class Finetune(Job):
         classification = session.config.objective.classification
         weights = classification.class_weights
         if weights == "balanced":
-            counts = dict(session.data_facts)
-            total, classes = sum(counts.values()), len(counts)
-            if not counts:
-                raise DataError(
-                    "objective.classification.class_weights=balanced: the labels are too long to be counted; "
-                    "write the weights as a list"
-                )
-            found = [counts.get(number, 0) for number in range(session.config.model.num_labels)]
-            weights = tuple(total / (classes * count) if count else 0.0 for count in found)
+            weights = balanced_weights(dict(session.data_facts), session.config.model.num_labels)
         assert not isinstance(weights, str)
         model.loss_function = supervised_loss(model.config, classification.loss, weights)
         freeze(model, session.config.train.freeze)
@@ -224,6 +218,17 @@ class Finetune(Job):
         scales = layer_scales(model, decay) if decay < 1 else None
         tokens = {name for name, _ in model.named_parameters() if _is_token(name)}  # timm's and MAE's fine-tuning
         return session.backend.wrap(model, session.config, scales, tokens)
+
+
+def balanced_weights(counts: Mapping[int, int], num_labels: int) -> tuple[float, ...]:
+    """1 / frequency by class, with a mean over the images of 1; 0 for a class without one."""
+    if not counts:
+        raise DataError(
+            "objective.classification.class_weights=balanced: the labels are too long to be counted; "
+            "write the weights as a list"
+        )
+    total, classes = sum(counts.values()), len(counts)
+    return tuple(total / (classes * counts[each]) if counts.get(each) else 0.0 for each in range(num_labels))
 
 
 def layer_scales(model: ViTPreTrainedModel, decay: float) -> dict[str, float]:
