@@ -10,8 +10,9 @@ import pytest
 from tests.data.makers import write_shards
 from vitscale.config.schema import Data
 from vitscale.data.order import Order, SequentialOrder
-from vitscale.data.subset import SubsetOrder, split
+from vitscale.data.subset import SubsetOrder, chosen_by_hash, split
 from vitscale.errors import DataError
+from vitscale.evaluation.validation import HeldOut
 
 
 def keys_of(index, subset) -> set[str]:
@@ -45,6 +46,17 @@ def test_a_share_of_the_training_side_by_the_seed(tmp_path: Path) -> None:
     assert all(10 < len(part) < 50 for part in keys)
     assert keys[0] != keys[1] != keys[2]
     assert split(index, Data(fraction=0.2), 0)[1].total == 0
+
+
+def test_a_share_of_one_side_is_within_it(tmp_path: Path) -> None:
+    index = write_shards(tmp_path, [100, 60, 40])
+    _, validation = split(index, Data(validation_fraction=0.5), 0)
+    of_side, of_all = chosen_by_hash(index, "cls", 0.4, validation), chosen_by_hash(index, "cls", 0.4)
+    assert keys_of(index, of_side) == keys_of(index, of_all) & keys_of(index, validation)
+    assert 20 < of_side.total < 60
+    assert 50 < of_all.total < 110
+    with pytest.raises(DataError, match=r"evaluation.images=1: a hash chooses none of 200 images"):
+        HeldOut(index).at_most(1, "cls")
 
 
 def test_an_order_over_one_side(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_scores_on_any_ranks_and_stages(
     assert [row["step"] for row in scored] == [4, 6]
     for row, theirs in zip(scored, others, strict=True):
         assert theirs["validation/loss"] == pytest.approx(row["validation/loss"], rel=1e-5)
-        assert theirs["validation/images"] == row["validation/images"] == 144, "whole chunks of 16 of 150"
+        assert theirs["validation/images"] == row["validation/images"] == 48, "whole chunks of 16 of 59 of 150"
         assert_same_scores(of_features(theirs), of_features(row))
     for name in ("pixels", "untrained"):
         assert_same_scores(other_baselines[name], baselines[name])

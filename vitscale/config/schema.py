@@ -343,7 +343,7 @@ class Evaluation:
 
     every_steps: int | None = None  # one of the two, or neither: at the end alone
     every_epochs: float | None = None
-    images: int = 20_000  # of train and of test, in training; `vitscale evaluate` takes all
+    images: int = 20_000  # of train, of test and of a loss without labels, in training; `vitscale evaluate` takes all
     seconds: float | None = None  # what scoring frozen features may take each time in training: fewer images then
     train: tuple[Source, ...] = ()  # labelled shards to fit on; empty: data.train
     test: tuple[Source, ...] = ()  # held-out labelled shards

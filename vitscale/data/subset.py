@@ -70,13 +70,14 @@ def split(index: ShardIndex, data: Data, seed: int) -> tuple[Subset, Subset]:
     return training, validation
 
 
-def chosen_by_hash(index: ShardIndex, label: str, share: float) -> Subset:
-    """About this share of all samples, by a hash of their keys."""
+def chosen_by_hash(index: ShardIndex, label: str, share: float, within: Subset | None = None) -> Subset:
+    """About this share of all samples, or of those of a subset, by a hash of their keys."""
     index.complete_tables(label)
     places = []
     for shard in range(len(index.paths)):
         keys = index.table(shard, label).key_hash.astype(np.int64)
-        places.append(np.flatnonzero(rng.uniform(keys, "evaluation", 1)[:, 0] < share).astype(np.int32))
+        own = np.arange(len(keys), dtype=np.int32) if within is None else within.of_shard(shard)
+        places.append(own[rng.uniform(keys[own], "evaluation", 1)[:, 0] < share])
     return Subset(np.concatenate([[0], np.cumsum([len(each) for each in places])]), np.concatenate(places))
 
 

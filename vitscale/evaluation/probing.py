@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from vitscale.config.schema import RunConfig
 from vitscale.data.crop import evaluation_crop
 from vitscale.data.labels import LabelReader
 from vitscale.data.loader import Loader
-from vitscale.data.subset import chosen_by_hash
 from vitscale.engine.whole import Evaluable
 from vitscale.evaluation.features import Encode, FeatureTable, of_vit
 from vitscale.evaluation.figures import (
@@ -55,13 +53,10 @@ class Probing:
         """train: None where pictures are drawn and no features scored; scratch: a folder for features, which leave no
         file; most: images of each side, the same ones every time, chosen by a hash of their keys (None: all)."""
         self._config, self._world, self._scratch = config, world, scratch
-        self.train, self.test = (side and self._capped(side, most) for side in (train, test))
-
-    def _capped(self, side: HeldOut, most: int | None) -> HeldOut:
-        if most is None or side.total <= most:
-            return side
-        chosen = chosen_by_hash(side.index, self._config.data.label_extension, most / side.total)
-        return replace(side, subset=chosen)
+        label = config.data.label_extension
+        self.train, self.test = (
+            side if side is None or most is None else side.at_most(most, label) for side in (train, test)
+        )
 
     def scores(self, model: Evaluable, encode: Callable[[Any], Encode]) -> Scores:
         """Of the encoder that `encode` makes of the plain module (its moving average in training, where there is one);

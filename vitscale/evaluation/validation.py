@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from vitscale.data.index import ShardIndex
 from vitscale.data.labels import LabelReader
 from vitscale.data.loader import Loader
 from vitscale.data.order import SampleOrder, SequentialOrder
-from vitscale.data.subset import Subset, SubsetOrder
+from vitscale.data.subset import Subset, SubsetOrder, chosen_by_hash
 from vitscale.engine.whole import Evaluable
 from vitscale.errors import DataError
 from vitscale.world import World
@@ -38,6 +38,18 @@ class HeldOut:
     @property
     def total(self) -> int:
         return self.index.total if self.subset is None else self.subset.total
+
+    def at_most(self, images: int, label: str) -> HeldOut:
+        """About so many of them, the same ones every time; all where there are no more. DataError for none."""
+        if self.total <= images:
+            return self
+        chosen = chosen_by_hash(self.index, label, images / self.total, self.subset)
+        if not chosen.total:
+            raise DataError(
+                f"evaluation.images={images}: a hash chooses none of {self.total} images, about so many on average; "
+                "raise it"
+            )
+        return replace(self, subset=chosen)
 
     def order(self, batch: int) -> SampleOrder:
         """Each once, in the index's order."""

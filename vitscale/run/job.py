@@ -150,7 +150,8 @@ class Job:
 
         A row is logged before its checkpoint is saved, or a kill between them would lose the row.
         """
-        config, scoring, probes = session.config, Scoring(session), Probes(session)
+        config, probes = session.config, Probes(session)
+        scoring = Scoring(session, probes.images)
         several = self.world.world_size > 1
         paces = SlowRanks(Pace(engine.module, engine.device), session.ranks, records.say) if several else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Any
 
@@ -29,7 +30,7 @@ class Probes:
         self.due = evaluation_steps(session) if self.is_wanted else (lambda step: False)
         self._baselines: dict[str, Scores] = self._kept() if self.is_wanted else {}
         if self.is_wanted:
-            self._probing = self._of_at_most(int(self._baselines.get("cut to", {}).get("images", self._most)))
+            self._probing = self._of_at_most(self.images)
 
     @property
     def is_wanted(self) -> bool:
@@ -37,8 +38,10 @@ class Probes:
         return self._session.probed is not None
 
     @property
-    def _most(self) -> int:
-        return self._session.config.evaluation.images
+    def images(self) -> int:
+        """The most of a side that are scored: evaluation.images, or what evaluation.seconds has left of them."""
+        cut: Mapping[str, float] = self._baselines.get("cut to", {})
+        return int(cut.get("images", self._session.config.evaluation.images))
 
     def _of_at_most(self, images: int) -> Probing:
         session = self._session
@@ -68,7 +71,7 @@ class Probes:
         seconds = self._session.ranks.gather(time.monotonic() - started)[0]
         if budget is None or seconds <= budget or "cut to" in self._baselines:
             return scores
-        largest = min(self._most, max(side.total for side in (self._probing.train, self._probing.test) if side))
+        largest = min(self.images, max(side.total for side in (self._probing.train, self._probing.test) if side))
         images = max(_FEWEST, int(largest * budget / seconds))
         if images >= largest:
             return scores

@@ -21,8 +21,11 @@ _LESS_IS_BETTER = ("loss", "mse", "mae")
 class Scoring:
     """The periodic task that scores data.validation, or what data.validation_fraction sets apart."""
 
-    def __init__(self, session: Session) -> None:
-        held_out = session.held_out
+    def __init__(self, session: Session, most: int) -> None:
+        """most: about how many images a loss without labels is of; what labels score is of all."""
+        held_out, config = session.held_out, session.config
+        if held_out is not None and config.objective.name != "classification":
+            held_out = held_out.at_most(most, config.data.label_extension)
         self._session = session
         self._validation = None if held_out is None else Validation(session.config, session.world, held_out)
         self.due = evaluation_steps(session) if self.is_wanted else (lambda step: False)
