@@ -88,9 +88,29 @@ def test_a_classifier_shows_its_classes(tmp_path: Path) -> None:
     validation = {"step": 2, "scores": {"validation/top1": 0.625}, "classes": classes, "confusion": [[4, 0], [3, 1]]}
     summary = {"best": {"metric": "validation/top1", "value": 0.625, "step": 2}}
     page = made(tmp_path, [row(1), row(2)], validation=validation, summary=summary)
-    assert "Best validation/top1: 0.6250 , at step 2" in " ".join(page.text.split())
+    first = " ".join(page.text.split())
+    assert "Best validation/top1: 0.6250 , at step 2. Better than the start, untrained, pixels? Not measured" in first
+    assert f"vitscale evaluate {tmp_path} tells" in first
     assert page.text.index("<b>dog</b>") < page.text.index("cat"), "the worst first, and no markup"
     assert "Confusion matrix" in page.text
+    evaluation = {"scores": {"trained": scores(0.8), "pixels": scores(0.5)}, "test_scores": {"test/top1": 0.65}}
+    told = " ".join(made(tmp_path, [row(1), row(2)], summary=summary | {"evaluation": evaluation}).text.split())
+    assert (
+        "(80.0 % against 50.0 %). By a linear probe of frozen features. By what it was trained for: test/top1" in told
+    )
+    del evaluation["test_scores"]  # its classes are others than those of the images
+    told = " ".join(made(tmp_path, [row(1), row(2)], summary=summary | {"evaluation": evaluation}).text.split())
+    assert "By a linear probe of frozen features. Best validation/top1: 0.6250" in told
+
+
+def test_only_what_a_probe_is_for_is_asked_for(tmp_path: Path) -> None:
+    numbers = {"step": 2, "scores": {"validation/loss": 0.5, "validation/mae": 0.25, "validation/images": 9.0}}
+    text = " ".join(made(tmp_path, [row(2)], validation=numbers).text.split())
+    assert "Held-out images at step 2: validation/mae 0.2500. step" in text
+    hidden = {"step": 2, "scores": {"validation/loss": 0.5, "validation/images": 9.0}}
+    text = " ".join(made(tmp_path, [row(2)], validation=hidden).text.split())
+    assert "Held-out images at step" not in text[: text.index("Curves")]
+    assert "Not measured" in text
 
 
 def test_it_needs_no_other_file(tmp_path: Path) -> None:
@@ -119,6 +139,18 @@ def test_starts_and_bad_samples_are_counted(tmp_path: Path) -> None:
     assert "4 (faults of the infrastructure: 2; stopped on request: 1)" in text
     assert "3: 2 decode, 1 label" in text
     assert "25.00 % of the time" in text
+
+
+def test_faults_that_a_run_survived_are_told(tmp_path: Path) -> None:
+    rows = [row(1), row(30, data_retries=7, save_failures=1)]
+    text = made(tmp_path, rows).text
+    for told in ("rollbacks before a spike 0 ", "reads of data tried again 7 ", "checkpoints not saved 1 "):
+        assert told in text
+    entry = {"step": 25, "reason": "the loss", "back_to_step": 20, "skipped_batches": [23, 24], "time": 0}
+    (tmp_path / "rollbacks.json").write_text(json.dumps([entry]))
+    text = made(tmp_path, rows, summary={"save_failures": 2}).text
+    assert "rollbacks before a spike 1: from step 25 to 20, without 2 batches " in text
+    assert "checkpoints not saved 2 " in text, "the last save comes after the last row"
 
 
 def test_long_and_odd_runs(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ _PICTURES = {
     "neighbours.png": "Nearest neighbours",
     "patches.png": "What patches have in common",
 }
+_NO_SCORES = ("loss", "/images", "/bad")  # ends of names
+_OF_NUMBERS = ("/map", "/mae")  # of labels that are several numbers, which no probe is for
 _ENDS = {DONE: "done", STOPPED: "stopped, to go on", BAD_INPUT: "ended by bad config or input", FAILED: "failed"}
 _STYLE = """
 :root { color-scheme: light; --line: #d9dde3; --quiet: #5b6470; --good: #1e6b2b; --bad: #a31515; }
@@ -66,7 +68,7 @@ def report(folder: RunFolder) -> Path:
     summary, baselines, validation = (_json(path) for path in (folder.summary, folder.baselines, folder.validation))
     scores = _scores(rows, summary, baselines)
     name = folder.path.resolve().name
-    body = [f"<h1>{html.escape(name)}</h1>", f'<p class="verdict">{_verdict(scores, validation, summary)}</p>']
+    body = [f"<h1>{html.escape(name)}</h1>", f'<p class="verdict">{_verdict(folder, scores, validation, summary)}</p>']
     body += _facts(folder, rows, summary)
     body += _section("Curves", _curves(rows, baselines))
     body += _section("Scores", [*_score_table(scores), *_own_scores(validation or summary.get("evaluation", {}))])
@@ -113,20 +115,37 @@ def _encoders(baselines: Row) -> Scores:
     return {name: each for name, each in baselines.items() if isinstance(each, dict) and "linear_probe" in each}
 
 
-def _verdict(scores: Scores, validation: Row, summary: Row) -> str:
-    """Better than what it must beat? By the linear probe, on held-out images or else by cross-validation."""
+def _verdict(folder: RunFolder, scores: Scores, validation: Row, summary: Row) -> str:
+    """Better than what it must beat? By the linear probe, on held-out images or else by cross-validation; and what a
+    model that was trained on labels gives itself."""
+    own = _own_score(validation, summary)
     kind = "linear_probe" if "linear_probe" in scores.get("trained", {}) else "linear_probe_folds"
     if kind in scores.get("trained", {}):
         others = [(name, each) for name, each in scores.items() if name != "trained"]
         compared = [_compared(scores["trained"], each, name, kind) for name, each in others]
-        return f"Better than what it must beat? {'; '.join(compared)}. By a linear probe of frozen features."
+        return f"Better than what it must beat? {'; '.join(compared)}. By a linear probe of frozen features. {own}"
+    is_of_numbers = any(name.endswith(_OF_NUMBERS) for name in validation.get("scores", ()))
+    if own and (is_of_numbers or "evaluation" in summary):
+        return own
+    command = f"<code>vitscale evaluate {html.escape(str(folder.path))}</code>"
+    return f"{own} Better than the start, untrained, pixels? Not measured: {command} tells."
+
+
+def _own_score(validation: Row, summary: Row) -> str:
+    """A sentence on what it was trained for, on held-out images: of `vitscale evaluate`, else the best of training, or
+    the newest. "" where there are no labels."""
+    tested = {name: value for name, value in summary.get("evaluation", {}).get("test_scores", {}).items()
+              if name in ("test/top1", "test/map", "test/mae")}  # fmt: skip
+    if tested:
+        return f"By what it was trained for: <b>{listed(f'{name} {value:.4f}' for name, value in tested.items())}</b>."
     best = summary.get("best") or {}
     if best:
         return f"Best {html.escape(best['metric'])}: <b>{best['value']:.4f}</b>, at step {best['step']}."
     if validation:
-        shown = listed(f"{name} {value:.4f}" for name, value in validation["scores"].items() if "loss" not in name)
-        return f"Held-out images at step {validation['step']}: {html.escape(shown)}."
-    return "Better than the start, untrained, pixels? Not measured: <code>vitscale evaluate</code> tells."
+        kinds = {name: value for name, value in validation["scores"].items() if not name.endswith(_NO_SCORES)}
+        shown = listed(f"{name} {value:.4f}" for name, value in kinds.items())
+        return f"Held-out images at step {validation['step']}: {html.escape(shown)}." if shown else ""
+    return ""
 
 
 def _compared(trained: Mapping[str, float], other: Mapping[str, float], name: str, kind: str) -> str:
@@ -282,17 +301,22 @@ def _pictures(folder: Path) -> Iterator[str]:
 
 
 def _troubles(folder: RunFolder, rows: Sequence[Row], summary: Row) -> Iterator[str]:
-    """Starts, skipped steps, bad samples; where the time went."""
+    """Starts, rollbacks, skipped steps, bad samples, what was tried again; where the time went."""
     if not rows:
         return
+    last = rows[-1]
     causes: Counter[str] = Counter(summary.get("bad_samples") or {})
     if not causes:
         causes = Counter(row["cause"] for row in JsonlFile(folder.path / "quarantine.jsonl").rows())
     bad = ", ".join(f"{count:,} {cause}" for cause, count in causes.most_common())
     lines = [
         ("starts", summary_of(folder)),
-        ("steps skipped, their gradient not finite", f"{rows[-1].get('skipped_steps', 0):,}"),
-        ("bad samples, others in their place", f"{rows[-1].get('bad_samples', 0):,}" + (f": {bad}" if bad else "")),
+        ("rollbacks before a spike", _rollbacks(folder)),
+        ("steps skipped, their gradient not finite", f"{last.get('skipped_steps', 0):,}"),
+        ("bad samples, others in their place", f"{last.get('bad_samples', 0):,}" + (f": {bad}" if bad else "")),
+        ("reads of data tried again", f"{last.get('data_retries', 0):,}"),
+        # The last row comes before the save of its step.
+        ("checkpoints not saved", f"{summary.get('save_failures', last.get('save_failures', 0)):,}"),
     ]
     seconds = _seconds(rows)
     for name, title in (("data_share", "waiting for data"), ("augment_share", "augmentation"), ("save_share", "saving"),
@@ -302,6 +326,14 @@ def _troubles(folder: RunFolder, rows: Sequence[Row], summary: Row) -> Iterator[
             share = float(np.dot(shares, seconds)) / sum(seconds)
             lines.append((title, f"{100 * share:.2f} % of the time"))
     yield _table(lines, css="facts")
+
+
+def _rollbacks(folder: RunFolder) -> str:
+    each = [
+        f"from step {entry['step']:,} to {entry['back_to_step']:,}, without {len(entry['skipped_batches'])} batches"
+        for entry in folder.rollbacks()
+    ]
+    return f"{len(each)}" + (f": {'; '.join(each)}" if each else "")
 
 
 def _seconds(rows: Sequence[Row]) -> list[float]:
