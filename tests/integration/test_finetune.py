@@ -114,6 +114,7 @@ def test_the_best_is_kept_and_reproduced_by_transformers(
                 total += 1
     assert total == best["scores"]["validation/images"] == 150
     assert abs(right / total - best["value"]) * total <= 1.001
+    assert {path.stem for path in (run / "figures").iterdir()} == {"loss", "neighbours", "patches"}
     table = json.loads((run / "validation.json").read_text())
     assert [row["class"] for row in table["classes"]] == ["class0", "class1", "class2"]
     assert sum(map(sum, table["confusion"])) == 150

@@ -186,9 +186,13 @@ class Job:
         logs = every_n_steps(config.log.every_steps)
         every = config.guard.digest_every_steps if several else None
         compares = every_n_steps(every or 1)
+        held_out = [PeriodicTask("validation", scoring.due, partial(scoring.run, engine))] * scoring.is_wanted
+        if probes.is_wanted:
+            held_out.append(PeriodicTask("evaluation", probes.due, partial(probes.run, engine)))
+        elif scoring.is_wanted:
+            held_out.append(PeriodicTask("evaluation", lambda step: False, partial(scoring.draw, engine)))  # at the end
         return (
-            *([PeriodicTask("validation", scoring.due, partial(scoring.run, engine))] if scoring.is_wanted else []),
-            *([PeriodicTask("evaluation", probes.due, partial(probes.run, engine))] if probes.is_wanted else []),
+            *held_out,
             PeriodicTask("tracking", lambda step: logs(step) or scoring.due(step) or probes.due(step), log),
             *([PeriodicTask("digest", compares, compare, at_stop=True)] if every else []),
             PeriodicTask("save", is_saved, save, at_stop=True),

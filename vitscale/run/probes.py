@@ -16,7 +16,7 @@ from vitscale.evaluation.features import Encode, pixels
 from vitscale.evaluation.probing import Probing, Scores, encoder_of, warnings_of
 from vitscale.files.atomic import write_atomically
 from vitscale.models.vit import ViTPreTrainedModel
-from vitscale.run.scoring import evaluation_steps
+from vitscale.run.scoring import evaluation_steps, picture_title
 from vitscale.run.session import Session
 
 _FEWEST = 100  # images that evaluation.seconds leaves of a side
@@ -89,9 +89,7 @@ class Probes:
         row |= {f"evaluation/{name}": value for name, value in scores.items()}
         for line in warnings_of(scores, {name: each for name, each in self._baselines.items() if name != "cut to"}):
             self._session.say(f"step {state.step}: {line}")
-        config = self._session.config
-        title = f"{config.run.name}: {config.objective.name}, step {state.step}, held-out images"
-        self._probing.draw(engine, self._session.folder.figures, title)
+        self._probing.draw(engine, self._session.folder.figures, picture_title(self._session, state.step))
 
     def _kept(self) -> dict[str, Scores]:
         """The baselines of an earlier start, as rank 0 sees them. A collective."""

@@ -11,6 +11,7 @@ from vitscale.config.schema import RunConfig
 from vitscale.engine.engine import Engine
 from vitscale.engine.loop import TrainState, every_n_steps
 from vitscale.errors import ConfigError
+from vitscale.evaluation.probing import Probing
 from vitscale.evaluation.validation import Validation
 from vitscale.files.atomic import write_atomically
 from vitscale.run.session import Session
@@ -48,9 +49,20 @@ class Scoring:
             content = {"step": state.step, "scores": outcome.scores, **outcome.details}
             write_atomically(session.folder.validation, json.dumps(content) + "\n")
 
+    def draw(self, engine: Engine, state: TrainState, row: dict[str, Any]) -> None:
+        """What the model makes of the first held-out images, as pictures. A collective."""
+        session = self._session
+        probing = Probing(session.config, session.world, None, session.held_out, session.folder.path)
+        probing.draw(engine, session.folder.figures, picture_title(session, state.step))
+
     def is_best(self, step: int) -> bool:
         """Whether this step's scores are the best so far: its checkpoint is then saved."""
         return self._best_step == step
+
+
+def picture_title(session: Session, step: int) -> str:
+    """What stands above the pictures of held-out images."""
+    return f"{session.config.run.name}: {session.config.objective.name}, step {step}, held-out images"
 
 
 def evaluation_steps(session: Session) -> Callable[[int], bool]:
