@@ -6,6 +6,7 @@ import importlib.util
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from vitscale.bench.gpu_suite import gpu_tests, sharding, steps
 from vitscale.bench.gpu_suite.__main__ import STAGES
 from vitscale.bench.gpu_suite.cases import USUAL_BUDGET_S, Mismatch, Unable, Unfinished
 from vitscale.bench.gpu_suite.pretraining import _agree
-from vitscale.bench.peers import GRAPHED
+from vitscale.bench.peers import GRAPHED, WITH_COMPILED
 
 
 def test_first_losses_of_the_zero_stages_must_agree() -> None:
@@ -26,16 +27,20 @@ def test_first_losses_of_the_zero_stages_must_agree() -> None:
 
 
 def test_steps_are_measured_size_by_size_with_each_compiled_peer_in_a_case_of_its_own() -> None:
-    names = list(steps.cases(make_setting(Path(), "cuda")))
+    cases: Any = steps.cases(make_setting(Path(), "cuda"))
+    names = list(cases)
     assert names[:6] == [f"{objective} B{peer}" for peer in ("", ", transformers compiled", ", timm compiled")
                          for objective in ("mae", "classification")]  # fmt: skip
     assert [name.split()[1].rstrip(",") for name in names[:18:6]] == ["B", "L", "H"]
     assert all(GRAPHED in name for name in names[18:])
     assert len(set(names)) == 18 + 12
+    contenders = {f"{library} {how}" for library, how in WITH_COMPILED}
+    assert contenders - {name for case in cases.values() for name in case.args[2]} == {"vitscale eager"}
+    assert all(set(case.args[2]) < contenders for case in cases.values())
 
 
-def test_a_contender_without_time_leaves_its_case_unfinished() -> None:
-    setting = make_setting(Path(), "cpu")
+def test_a_contender_without_time_leaves_its_case_unfinished(tmp_path: Path) -> None:
+    setting = make_setting(tmp_path, "cpu", a={"matrix": {"tflops": 1.0}})
     setting.case_deadline = time.monotonic()
     with pytest.raises(Unfinished, match="no time left for vitscale eager, transformers eager"):
         steps.cases(setting)["mae Ti"]()
