@@ -24,7 +24,7 @@ def cases(setting: Setting) -> Cases:
 
     def of(size: str, again: bool | str, names: Iterable[str]) -> dict[str, Callable[[], Figures]]:
         config = tiny_config() if setting.tiny else config_of(size, "mae", BATCHES[size], here, True, again)
-        title = size + {False: "", True: ", gradient checkpointing"}.get(again, f", {again} checkpointing")
+        title = f"{size}, {'gradient' if again is True else again} checkpointing" if again else size
         return {f"{title} {name}": partial(_measure, title, name, config, known, setting) for name in names}
 
     if setting.tiny:
