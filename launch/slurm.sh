@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The body that the scripts in slurm/ share; runs in a job's batch shell:
 #   launch/slurm.sh pretrain|finetune|doctor CONFIG.yaml [dotted.key=value ...]
+#   launch/slurm.sh evaluate RUN|MODEL [--out FOLDER] [dotted.key=value ...]
 # One torchrun a node, with NPROC_PER_NODE ranks (default: the node's GPUs). The run's folder must be
 # one that all nodes see. USR1 (near the time limit) and TERM (preemption, scancel) make the stop file:
 # the run saves and leaves. The job is requeued then, and after a fault of the infrastructure, unless it was
@@ -14,7 +15,7 @@ use_python
 
 # A task of an array: %a in the arguments is its number, as in sbatch's --output.
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then set -- "${@//%a/$SLURM_ARRAY_TASK_ID}"; fi
-if [ "${1:-}" = doctor ]; then
+if [ "${1:-}" = doctor ] || [ "${1:-}" = evaluate ]; then  # with nothing to save, nor to go on with
     exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none "$PYTHON" -m vitscale.launch.slurm node "$@"
 fi
 

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +17,13 @@ from tests.integration.processes import ranks_of
 from tests.integration.slurm_cluster import SlurmCluster, what_is_missing
 from tests.integration.worlds import ROOT, losses, rows, trace
 from vitscale.data.index import ShardIndex
+from vitscale.models.configuration import ViTConfig
+from vitscale.models.vit import ViTModel
 
 SCRIPT = ROOT / "slurm" / "pretrain_vit_h.sh"
 STEPS = 100
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 16,
+         "patch_size": 8}  # fmt: skip
 
 pytestmark = pytest.mark.slurm
 
@@ -142,6 +146,28 @@ def test_an_index_by_an_array(slurm: SlurmCluster, shards: Path, tmp_path: Path)
     slurm.wait_for("the index", out.exists, 240, tmp_path / "1.log")
     made, packed = ShardIndex.load(out), ShardIndex.load(shards / "index.json")
     assert (made.digest, made.sha256) == (packed.digest, packed.sha256)
+
+
+@pytest.mark.full
+def test_an_evaluation_on_two_nodes(slurm: SlurmCluster, shards: Path, tmp_path: Path) -> None:
+    """One that scores, and one that is refused, beside each other; neither is requeued."""
+    ViTModel(ViTConfig(**SIZES)).save_pretrained(tmp_path / "model")
+    environment = {"VITSCALE_VENV": sys.prefix, "NPROC_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def submitted(name: str, test: str) -> Callable[[], dict[str, str]]:
+        words = f"{tmp_path}/model --out {tmp_path}/{name} evaluation.train={shards}/*.tar evaluation.test={test}"
+        script = f"set -f; bash {ROOT}/launch/slurm.sh evaluate {words}"
+        flags = ("--nodes=2", "--ntasks-per-node=1", "--requeue", f"--output={tmp_path}/{name}.log")
+        return partial(slurm.state, slurm.submit(*flags, f"--wrap={script}", cwd=tmp_path, environment=environment))
+
+    jobs = submitted("scores", f"{shards}/*.tar"), submitted("none", "/nowhere/*.tar")
+    over = ("COMPLETED", "FAILED")
+    logs = tmp_path / "scores.log"
+    slurm.wait_for("both ends", lambda: all(job()["JobState"] in over for job in jobs), 300, logs)
+    ended = [(job()["JobState"], job()["ExitCode"], job()["Restarts"]) for job in jobs]
+    assert ended == [("COMPLETED", "0:0", "0"), ("FAILED", "2:0", "0")], logs.read_text()
+    assert json.loads((tmp_path / "scores" / "summary.json").read_text())["evaluation"]["test"] == 150
+    assert "/nowhere/*.tar" in (tmp_path / "none.log").read_text()
 
 
 @pytest.mark.full

@@ -239,10 +239,11 @@ def test_prepare_refuses_a_folder_in_use(config: Path) -> None:
     prepare(["pretrain", str(config)], Layout(), "launch/torchrun.sh")
 
 
-@pytest.mark.parametrize("arguments", [["c.yaml"], ["evaluate", "c.yaml"], ["pretrain"]])
+@pytest.mark.parametrize("arguments", [["c.yaml"], ["export", "c.yaml"], ["pretrain"]])
 def test_arguments_that_mean_nothing(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
-    assert "must be pretrain or finetune CONFIG.yaml" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "must be pretrain, finetune or doctor CONFIG.yaml [dotted.key=value ...], or evaluate RUN|MODEL" in said
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

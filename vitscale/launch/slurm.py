@@ -19,6 +19,7 @@ from vitscale.launch import attempts
 from vitscale.launch.torchrun import (
     Layout,
     describe_exit,
+    evaluate,
     examine,
     interruptible,
     prepare,
@@ -73,6 +74,8 @@ def node(arguments: Sequence[str]) -> int:
     kills those whose ranks still wait."""
     if arguments[0] == "doctor":
         return examine(arguments, slurm_layout())
+    if arguments[0] == "evaluate":
+        evaluate(arguments, slurm_layout())
     run, layout = read_config(arguments).run, slurm_layout()
     folder = RunFolder.at(run.dir, run.name, attempt())
     code = supervise(arguments, layout, folder)

@@ -13,6 +13,8 @@ failure: 0 done, 2 bad config or input, 3 stopped on request with a checkpoint, 
 same command goes on; 130 ended at once by a second Ctrl-C or TERM; 1 anything else.
 
 `doctor CONFIG.yaml` in the place of pretrain looks at what a run needs, on all ranks: 0, or 2 if it would not start.
+`evaluate RUN|MODEL [--out FOLDER] [dotted.key=value ...]` scores a run or a model on all ranks, once, whatever RESTARTS
+says; the exit code is that of the rank that failed first.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import psutil
 
@@ -70,12 +73,12 @@ class Layout:
         """The World of rank 0, for checks that come before any rank."""
         return World(world_size=self.ranks, local_world_size=self.per_node, device=local_device())
 
-    def command(self, arguments: Sequence[str]) -> list[str]:
-        """What to run on this node for `vitscale ARGUMENTS`."""
+    def command(self, arguments: Sequence[str], runner: str = "torch.distributed.run") -> list[str]:
+        """What to run on this node for `vitscale ARGUMENTS`; runner: the module that starts several ranks."""
         program = ["-m", "vitscale.cli", *arguments]
         if self.ranks == 1:
             return [sys.executable, *program]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={self.per_node}"]
+        torchrun = [sys.executable, "-m", runner, f"--nproc-per-node={self.per_node}"]
         if self.nodes == 1:
             return [*torchrun, "--standalone", *program]
         # The first node may be slow to come up, so that connecting to it has the time joining has.
@@ -190,7 +193,7 @@ def _heeding_stop(folder: RunFolder) -> Iterator[None]:
 def read_config(arguments: Sequence[str]) -> RunConfig:
     """The RunConfig that `pretrain|finetune CONFIG.yaml [dotted.key=value ...]` means."""
     if len(arguments) < 2 or arguments[0] not in ("pretrain", "finetune"):
-        rule = "must be pretrain or finetune CONFIG.yaml [dotted.key=value ...]"
+        rule = "must be pretrain, finetune or doctor CONFIG.yaml [dotted.key=value ...], or evaluate RUN|MODEL"
         raise ConfigError(f"arguments {' '.join(arguments)!r}: {rule}")
     return load_config(arguments[1], arguments[2:])
 
@@ -264,6 +267,12 @@ def examine(arguments: Sequence[str], layout: Layout) -> int:
     return BAD_INPUT if failed or process.returncode else DONE
 
 
+def evaluate(arguments: Sequence[str], layout: Layout) -> NoReturn:
+    """Become this node's ranks of `vitscale evaluate`: it changes no run, so nothing comes before them or after."""
+    command = layout.command(arguments, runner="vitscale.engine.elastic")
+    os.execve(command[0], command, layout.environment())
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Around what comes before the ranks, with nothing to save: TERM, USR1 and HUP raise KeyboardInterrupt as Ctrl-C
@@ -323,6 +332,8 @@ def main(arguments: Sequence[str]) -> int:
         layout, restarts = read_layout(), whole_number("RESTARTS", 0, least=0)
         if arguments[0] == "doctor":
             return examine(arguments, layout)
+        if arguments[0] == "evaluate":
+            evaluate(arguments, layout)
         if layout.nodes > 1 and restarts:
             raise LaunchError(f"RESTARTS={restarts}: is for one node, and NNODES={layout.nodes}; unset it")
         with interruptible():
