@@ -90,6 +90,31 @@ def test_each_pair_is_blended_or_cut_with_its_labels() -> None:
     assert 160 < cut < 240
 
 
+@pytest.mark.parametrize("size", [(16, 24), (15, 31)])
+def test_the_same_shares_and_centres_give_timms_images_and_labels(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """timm's Mixup(mode="pair"), and the boxes of its rand_bbox, with Mix.draw's numbers in the place of its own."""
+    from timm.data.mixup import Mixup
+
+    n = 200
+    images, labels = noise(n, size), torch.arange(n) % 7
+    got = run(Mix(0.8, 1.0, 0.9, 0.5, size, 7), images, KEYS[:n], labels)
+    draws = rng.uniform(rng.fold(KEYS[0:n:2], KEYS[1:n:2]), "mix", 5)
+    cuts = draws[:, 1] < 0.5
+    share = np.where(draws[:, 0] < 0.9, np.where(cuts, _beta(1.0, draws[:, 2]), _beta(0.8, draws[:, 2])), 1.0)
+    centres = iter(np.floor(draws[:, 3:] * size)[cuts & (share < 1)].astype(np.int64).flatten())
+
+    theirs = Mixup(0.8, 1.0, mode="pair", label_smoothing=0.0, num_classes=7)
+    monkeypatch.setattr(theirs, "_params_per_elem", lambda pairs: (share.copy(), cuts))
+    monkeypatch.setattr(np.random, "randint", lambda low, high, size: next(centres))
+    order = np.concatenate([np.arange(0, n, 2), np.arange(1, n, 2)[::-1]])  # its partner of i is n - 1 - i
+    mixed, target = theirs(images[order], labels[order])
+    assert next(centres, None) is None
+    torch.testing.assert_close(got.pixel_values[order], mixed, rtol=0, atol=1e-6)
+    torch.testing.assert_close(got.labels[order], target, rtol=0, atol=1e-6)  # type: ignore[index]
+
+
 def test_as_often_as_asked_for_and_in_any_company() -> None:
     images, labels = noise(200, (8, 8)), torch.zeros(200, dtype=torch.int64)
     mix = Mix(0.8, 0.0, 0.3, 0.5, (8, 8), 2)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import ImageOps
 
 from tests.augment.pictures import pictures
 from vitscale import rng
@@ -97,6 +99,11 @@ def test_how_often_and_how_strong() -> None:
 
 
 def test_jitter_in_an_order_of_each_images_own() -> None:
+    """torchvision's: each operation once, all orders alike, and its ranges."""
+    from torchvision.transforms import ColorJitter
+
+    theirs = ColorJitter(0.4, 0.0, 0.2, 0.1)
+    ranges = [range for range in (theirs.brightness, theirs.contrast, theirs.saturation, theirs.hue) if range]
     layers = color_jitter((0.4, 0.0, 0.2, 0.1))(KEYS)
     order = np.stack([layer.choice for layer in layers], axis=1)
     assert len(layers) == 3
@@ -105,16 +112,18 @@ def test_jitter_in_an_order_of_each_images_own() -> None:
     assert len(counts) == 6
     assert counts.min() > 850, "each order as often: 1000"
     values = np.stack([layer.value for layer in layers], axis=1)
-    for place, (low, high) in enumerate([(0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]):
+    for place, (low, high) in enumerate(ranges):
         got = values[order == place]
         assert low <= got.min() < low + 0.01 * (high - low)
         assert high - 0.01 * (high - low) < got.max() <= high
 
 
 def test_three_augment() -> None:
+    """deit's augment.py: one of three, each as often: grey, ImageOps.solarize, a blur of radius uniform(0.1, 2)."""
     (layer,) = three_augment(KEYS)
+    assert layer.names == ["greyscale", "solarize", "blur"]
     assert np.bincount(layer.choice).min() > 1850
-    assert set(layer.value[layer.choice == 1]) == {128.0}
+    assert set(layer.value[layer.choice == 1]) == {signature(ImageOps.solarize).parameters["threshold"].default}
     blurs = layer.value[layer.choice == 2]
     assert 0.1 <= blurs.min() < 0.11
     assert 1.98 < blurs.max() <= 2.0
