@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,14 +12,18 @@ import torch
 from tests.data.makers import encoded, pixels, write_tar
 from tests.files.web import served, status
 from tests.inference.conftest import save
+from vitscale.config.load import config_of
 from vitscale.config.schema import Model, Objective, RunConfig, Source
 from vitscale.conversion.convert import convert
 from vitscale.data.index import build_index
 from vitscale.data.labels import LabelReader, count_labels
 from vitscale.errors import ConfigError, DataError, StorageError
 from vitscale.files import retry
+from vitscale.interop.loading import start_from
+from vitscale.interop.pretrained import load_model
 from vitscale.models.vit import ViTModel
-from vitscale.run.finetune import balanced_weights, complete, require_readable
+from vitscale.run.finetune import Finetune, balanced_weights, complete, require_readable
+from vitscale.world import World
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size")
 
@@ -42,8 +48,6 @@ def test_sizes_and_normalization_of_any_folder(tmp_path: Path, kind: str) -> Non
 
 def test_a_file_of_weights_says_its_sizes_and_the_config_the_rest(tmp_path: Path) -> None:
     folder = save(tmp_path / "hf", ViTModel)
-    from vitscale.interop.pretrained import load_model
-
     torch.save({"model": load_model(folder).state_dict()}, tmp_path / "encoder.pth")
     written = {"model.init_from": str(tmp_path / "encoder.pth"), "model.num_labels": 4}
     with pytest.raises(ConfigError, match="num_attention_heads"):
@@ -118,3 +122,22 @@ def test_balanced_weights_of_uneven_classes() -> None:
     assert balanced_weights({0: 5, 1: 5}, 2) == (1, 1)
     with pytest.raises(DataError, match="too long to be counted; write the weights as a list"):
         balanced_weights({}, 4)
+
+
+def test_a_new_head_is_drawn_as_asked_for(tmp_path: Path) -> None:
+    """The encoder is not, nor a head that the checkpoint has."""
+    source = save(tmp_path / "hf", num_attention_heads=2)
+    keys = complete({"model.init_from": str(source), "model.num_labels": 4}) | {"objective.name": "classification"}
+    overrides = ["data.train=a.tar", "model.num_labels=4", "train.steps=1"]
+
+    def built(*more: str) -> Any:
+        config = config_of(keys, [*overrides, *more])
+        return Finetune(config, World()).build(SimpleNamespace(config=config), drawn=True)  # type: ignore[arg-type]
+
+    usual, small = built(), built("objective.classification.head_std=2.0e-5")
+    torch.testing.assert_close(small.classifier.weight, usual.classifier.weight * 1e-3)
+    assert float(small.classifier.weight.detach().std()) == pytest.approx(2e-5, rel=0.2)
+    for (name, before), after in zip(usual.vit.named_parameters(), small.vit.parameters(), strict=True):
+        assert torch.equal(before, after), name
+    start_from(small, source)
+    assert torch.equal(small.classifier.weight, load_model(source).classifier.weight)

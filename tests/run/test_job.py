@@ -193,6 +193,7 @@ def test_a_run_whose_folder_is_gone_says_so_and_makes_no_new_one(tmp_path: Path)
 @pytest.mark.parametrize(
     ("key", "value"),
     [("objective.classification.loss", "bce"), ("objective.classification.class_weights", "balanced"),
+     ("objective.classification.head_std", 0.001),
      ("optimizer.layer_decay", 0.5), ("train.freeze", 1)],
 )  # fmt: skip
 def test_what_finetune_alone_reads_is_refused(tmp_path: Path, key: str, value: Any) -> None:

@@ -138,11 +138,11 @@ class Classification:
 
     label_smoothing: float = 0.0
     loss: str | None = None  # ce, or bce: each class a question of its own (DeiT III); null: by the problem type
-    class_weights: str | tuple[float, ...] | None = None  # of the classes' losses: a list, or balanced: as
-    # 1 / frequency, with a mean over the samples of 1; null: all the same
+    class_weights: str | tuple[float, ...] | None = None  # a list, or balanced: 1 / frequency, of mean 1 over samples
+    head_std: float | None = None  # what a new head's weights are drawn by; null: model.initializer_range
 
     def __post_init__(self) -> None:
-        value = self.label_smoothing
+        value, std = self.label_smoothing, self.head_std
         require(0 <= value < 1, "objective.classification.label_smoothing", value, "in [0, 1)")
         if self.loss is not None:
             one_of("objective.classification.loss", self.loss, ("ce", "bce"))
@@ -150,6 +150,7 @@ class Classification:
         fits = weights in (None, "balanced") if isinstance(weights, str | None) else min(weights, default=-1.0) >= 0
         rule = "balanced, or numbers of 0 or more, one a class, or null"
         require(fits, "objective.classification.class_weights", weights, rule)
+        require(std is None or std > 0, "objective.classification.head_std", std, "above 0, or null")
 
 
 @dataclass(frozen=True)

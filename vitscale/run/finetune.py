@@ -8,6 +8,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vitscale.config.check import check_config, has_classes, problem_type
 from vitscale.config.load import Flat
 from vitscale.config.schema import Model, RunConfig, Source
@@ -205,6 +207,9 @@ class Finetune(Job):
         model = super().build(session, drawn)
         assert isinstance(model, ViTForImageClassification)
         classification = session.config.objective.classification
+        if drawn and classification.head_std is not None:  # where the checkpoint has a head, that comes later
+            with torch.no_grad():
+                model.classifier.weight.mul_(classification.head_std / model.config.initializer_range)
         weights = classification.class_weights
         if weights == "balanced":
             weights = balanced_weights(dict(session.data_facts), session.config.model.num_labels)

@@ -34,6 +34,7 @@ def require_no_tuning(config: RunConfig) -> None:
     given = {
         "objective.classification.loss": (classification.loss, None),
         "objective.classification.class_weights": (classification.class_weights, None),
+        "objective.classification.head_std": (classification.head_std, None),
         "optimizer.layer_decay": (config.optimizer.layer_decay, usual.optimizer.layer_decay),
         "train.freeze": (config.train.freeze, usual.train.freeze),
     }
