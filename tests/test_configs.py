@@ -9,7 +9,7 @@ import torch
 
 from vitscale.config.check import check_config, lanes
 from vitscale.config.load import dump_config, load_config
-from vitscale.config.schema import RunConfig
+from vitscale.config.schema import Classification, RunConfig
 from vitscale.config.step import accumulation
 from vitscale.models.auto import build_model
 from vitscale.world import World
@@ -27,6 +27,7 @@ RANKS = {  # as the record says
     "pretrain_vit_b_classification.yaml": 8,
     "pretrain_vit_b_deit3.yaml": 8,
     "finetune_quickstart.yaml": 2,
+    "finetune_vit_b_deit3.yaml": 8,
     "finetune_vit_b_mae.yaml": 8,
     "finetune_vit_l_mae.yaml": 8,
     "finetune_vit_h_mae.yaml": 16,
@@ -43,6 +44,7 @@ PARAMETERS = {
     "pretrain_vit_b_simmim.yaml": 86.4e6,
     "pretrain_vit_b_classification.yaml": 86.57e6,
     "pretrain_vit_b_deit3.yaml": 86.6e6,
+    "finetune_vit_b_deit3.yaml": 86.57e6,
     "finetune_vit_b_mae.yaml": 86.57e6,
     "finetune_vit_l_mae.yaml": 304.3e6,
     "finetune_vit_h_mae.yaml": 632.1e6,
@@ -118,6 +120,21 @@ def test_fine_tuning_of_mae_is_the_published_recipe(size: str, lr: float, decay:
     assert (augment.mixup, augment.cutmix, augment.erase) == (0.8, 1.0, 0.25)
     assert (config.model.pooling, config.model.fc_norm) == ("mean", True)
     assert config.objective.classification.label_smoothing == 0.1
+    assert config.objective.classification.head_std == 2e-5
+
+
+def test_the_last_epochs_of_deit3_are_the_published_recipe() -> None:
+    """facebookresearch/deit, README_revenge.md: ViT-B at 224 pixels, from what the first stage trained at 192."""
+    first, config = load("pretrain_vit_b_deit3.yaml"), load("finetune_vit_b_deit3.yaml")
+    optimizer, train, augment = config.optimizer, config.train, config.augment
+    assert config.model.init_from == f"runs/{first.run.name}/model"
+    assert (first.model.image_size, config.model.image_size, config.model.drop_path_rate) == (192, 224, 0.2)
+    assert (train.global_batch, train.epochs, optimizer.warmup * train.epochs) == (512, 20, 5)
+    assert (optimizer.lr, optimizer.min_lr, optimizer.lr_batch) == (1e-5, 1e-5, train.global_batch)
+    assert (optimizer.weight_decay, optimizer.betas, optimizer.layer_decay) == (0.1, (0.9, 0.999), 1.0)
+    assert (augment.mixup, augment.cutmix, augment.erase, augment.repeats) == (0.8, 1.0, 0.0, 1)
+    assert (augment.rand_augment, augment.three_augment) == ("rand-m9-n2-mstd0.5-inc1", False)
+    assert config.objective.classification == Classification(label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("change", ["mae", "simmim", "classification", "multitask"])
