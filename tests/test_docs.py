@@ -1,4 +1,7 @@
-"""Every code block of docs/models.md runs as it stands, in order, from an empty folder."""
+"""Every code block of docs/models.md runs as it stands, in order, from an empty folder.
+
+Of finetune.md and evaluate.md those run that stand on the quick start.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import contextlib
 import csv
 import io
 import json
+import os
 import re
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +64,7 @@ def run_bash(block: Block, folder: Path, environment: dict[str, str]) -> str:
     """By bash, which stops at the first command that fails; what it printed."""
     command = ["bash", "-euo", "pipefail", "-c", block.code]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"models.md, line {block.line}: {done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, f"line {block.line}: {block.code}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
@@ -103,6 +108,41 @@ def test_the_blocks_of_models_md_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert Path(name).stat().st_size > 500
     smaller = json.loads(Path("reader-pruned/config.json").read_text(encoding="utf-8"))
     assert smaller["intermediate_size"] == 96
+
+
+@pytest.mark.full
+def test_the_blocks_that_stand_on_the_quick_start_run(tmp_path: Path) -> None:
+    """From a folder with what a checkout has, after a shorter quick start."""
+    for name, there in (("configs", ROOT / "configs"), ("launch", ROOT / "launch"), (".venv", Path(sys.prefix))):
+        (tmp_path / name).symlink_to(there)
+    hidden = ("SLURM_", "RANK", "NNODES", "NPROC_", "RDZV_", "LOCAL_", "WORLD_", "MASTER_", "MLFLOW_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    environment |= {"PYTHONPATH": str(ROOT), "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
+    environment |= {"VITSCALE_VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""}
+    quick_start = "python -m vitscale.prepare.digits runs/quickstart-data\n"
+    quick_start += "NPROC_PER_NODE=2 launch/torchrun.sh pretrain configs/quickstart.yaml train.steps=40\n"
+    run_bash(Block("bash", quick_start, 0, True), tmp_path, environment)
+
+    run = [
+        block
+        for name in ("finetune.md", "evaluate.md")
+        for block in blocks((ROOT / "docs" / name).read_text(encoding="utf-8"))
+        if "quickstart" in block.code
+    ]
+    assert len(run) == 4
+    for block in run:
+        run_bash(block, tmp_path, environment)
+    runs = tmp_path / "runs"
+    for name in ("finetune_quickstart", "on_two_ranks"):
+        best = json.loads((runs / name / "summary.json").read_text(encoding="utf-8"))["best"]
+        assert best["value"] == best["scores"]["validation/top1"] > 0.8
+        assert len(json.loads((runs / name / "validation.json").read_text(encoding="utf-8"))["classes"]) == 10
+    watched = (runs / "watched" / "metrics.jsonl").read_text(encoding="utf-8")
+    assert (watched.count("evaluation/linear_probe"), watched.count("validation/loss")) == (4, 4)
+    for name in ("quickstart", "scores"):
+        scores = json.loads((runs / name / "summary.json").read_text(encoding="utf-8"))["evaluation"]
+        assert (scores["test"], scores["scores"].keys() >= {"trained", "untrained", "pixels"}) == (360, True)
+        assert (runs / name / "report.html").stat().st_size > 10_000
 
 
 def test_blocks_that_are_not_run_are_few_and_can_be_read() -> None:
