@@ -209,7 +209,7 @@ class Finetune(Job):
         classification = session.config.objective.classification
         if drawn and classification.head_std is not None:  # where the checkpoint has a head, that comes later
             with torch.no_grad():
-                model.classifier.weight.mul_(classification.head_std / model.config.initializer_range)
+                model.get_parameter("classifier.weight").mul_(classification.head_std / model.config.initializer_range)
         weights = classification.class_weights
         if weights == "balanced":
             weights = balanced_weights(dict(session.data_facts), session.config.model.num_labels)
