@@ -50,7 +50,7 @@ rows 0.01 100 "0 1 2"
 rows 0.1 30 "0 1 2"
 rows 1 3 0
 pretrained simmim objective.name=simmim train.epochs=4
-tuned simmim 0.1 0 30 model.init_from="$out/simmim/model"
+tuned simmim 0.01 0 100 model.init_from="$out/simmim/model"
 # Of all labels, since it has seen them all.
 pretrained multitask objective.name=multitask train.epochs=4 model.num_labels=10
 tuned multitask 1 0 3 model.init_from="$out/multitask/model"
