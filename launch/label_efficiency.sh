@@ -12,6 +12,7 @@ set_up run
 cd "$ROOT"
 shards=${1:?a folder with train/*.tar, test/*.tar and classes.json} out=${2:-runs/label_efficiency} keys=("${@:3}")
 train="data.train=$shards/train/*.tar" test="data.validation=$shards/test/*.tar"
+frozen=(train.freeze=-1 optimizer.weight_decay=0 augment.mixup=0 augment.rand_augment=null model.drop_path_rate=0)
 export NPROC_PER_NODE=${NPROC_PER_NODE:-1}
 
 run() { # VERB CONFIG BATCH NAME [KEY=VALUE ...]
@@ -40,8 +41,7 @@ rows() { # FRACTION EPOCHS SEEDS: the three ways at a share of the labels
         tuned mae "$1" "$seed" "$2" model.init_from="$out/mae/model"
     done
     for seed in $3; do
-        tuned probe "$1" "$seed" "$2" model.init_from="$out/mae/model" train.freeze=-1 optimizer.weight_decay=0 \
-            augment.mixup=0 augment.rand_augment=null model.drop_path_rate=0
+        tuned probe "$1" "$seed" "$2" model.init_from="$out/mae/model" "${frozen[@]}"
     done
 }
 
@@ -51,9 +51,9 @@ rows 0.1 30 "0 1 2"
 rows 1 3 0
 pretrained simmim objective.name=simmim train.epochs=4
 tuned simmim 0.01 0 100 model.init_from="$out/simmim/model"
-# Of all labels, since it has seen them all.
-pretrained multitask objective.name=multitask train.epochs=4 model.num_labels=10
-tuned multitask 1 0 3 model.init_from="$out/multitask/model"
+# With all labels, since it has seen them all.
+pretrained multitask objective.name=multitask train.epochs=3 model.num_labels=10
+tuned multitask 1 0 3 model.init_from="$out/multitask/model" "${frozen[@]}"
 "$PYTHON" - "$out" <<'PYTHON'
 import json, statistics, sys
 from pathlib import Path
