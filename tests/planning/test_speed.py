@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from vitscale.bench.peers import run_config
+from vitscale.config.augmentation import PRESETS, Augmentation, Step
 from vitscale.config.schema import Parallel, RunConfig, Train
 from vitscale.planning.gpus import GPUS, HOST_SHARE, Gpu
 from vitscale.planning.memory import Parameters, StepCount
@@ -81,10 +82,30 @@ def test_an_offloaded_optimizer_takes_time() -> None:
     assert one.offload == several.offload == pytest.approx(host + 6 * moved)
     assert three.offload == pytest.approx(host + (4 * 7 + 2) * moved), "sums of four micro-batches lie on the host"
     assert one.optimizer == 0
-    assert one.total == pytest.approx(max(one.matrix + one.traffic, one.host) + one.exposed + one.offload)
+    assert one.total == pytest.approx(max(one.device, one.host) + one.augment + one.exposed + one.offload)
     assert replace(one, offload=10.0).bound_by == "the optimizer on the host"
     kept = step_of(config_of(2))
     assert (kept.offload, kept.optimizer > 0) == (0, True)
+
+
+def test_augmentation_takes_time() -> None:
+    """By stage f of the GPU suite: of what is on the slowest, by the pixels made and the memory's rate."""
+    config, h200 = config_of(0), GPUS["h200"]
+
+    def seconds(gpu: Gpu = h200, **keys: Any) -> float:
+        return step_of(replace(config, augment=Augmentation(**keys)), gpu=gpu).augment / 64
+
+    plain, coloured, random = (seconds(preset=name, **PRESETS[name]) for name in ("mae", "deit3", "randaug"))
+    assert (plain, coloured, random) == pytest.approx((1 / 17_018, 1 / 8_963, 1 / 6_788))
+    assert seconds() == seconds(preset="simmim", **PRESETS["simmim"]) == plain
+    assert seconds(erase=0.25) == seconds(cutmix=1.0) == coloured
+    assert seconds(steps=(Step("invert"),), three_augment=True) == random
+    assert seconds(GPUS["a100"]) / plain == pytest.approx(4800 / 2039)
+    small = replace(config, model=replace(config.model, image_size=(112, 224)))
+    assert step_of(small, gpu=h200).augment / 64 == pytest.approx(plain / 2)
+    step = step_of(config)
+    assert step.total == pytest.approx(max(step.device, step.host) + step.augment + step.exposed)
+    assert replace(step, augment=10.0).bound_by == "augmentation"
 
 
 def test_frozen_blocks_have_no_backward() -> None:

@@ -130,7 +130,8 @@ def _step(step: dict[str, Any]) -> str:
     return (
         f"step: {step['total']:.3f} s, bound by {step['bound_by']}: matrix products {step['matrix']:.3f}, moving "
         f"activations {step['traffic']:.3f}, optimizer {step['optimizer']:.3f}; beside them the host "
-        f"{step['host']:.3f}, communication {step['communication']:.3f} ({step['exposed']:.3f} not hidden)"
+        f"{step['host']:.3f}; then augmentation {step['augment']:.3f}, communication {step['communication']:.3f} "
+        f"({step['exposed']:.3f} not hidden)"
     )
 
 

@@ -1,21 +1,24 @@
 """How long a step takes on a GPU: a roofline whose constants come from one card's steps.
 
 A GPU's time is that of the matrix products at the measured rate, that of moving what a step makes, and that of the
-optimizer's state; it is no shorter than what the host needs to start the kernels. docs/measurements.md has how far the
-six steps that the constants come from are off. Communication, and an optimizer that is offloaded, are models that no
-machine has confirmed yet.
+optimizer's state; it is no shorter than what the host needs to start the kernels. To the larger of the two comes the
+augmentation of the next images: the one run that was fed took as much longer than the bare step, though that is on
+another stream. docs/measurements.md has how far this run is off, and the six steps that the constants come from.
+Communication, and an optimizer that is offloaded, are models that no machine has confirmed yet.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 
+from vitscale.config.model_rules import pair
 from vitscale.config.schema import RunConfig
 from vitscale.config.step import accumulation, bucket_elements
 from vitscale.models.auto import build_model
-from vitscale.planning.gpus import Gpu
+from vitscale.planning.gpus import GPUS, Gpu
 from vitscale.planning.memory import Parameters, StepCount, frozen_blocks
 from vitscale.world import World
 
@@ -25,6 +28,9 @@ _HOST_S, _HOST_GRAPHS_S = 3.1e-3, 1.85e-3  # of a block, forward and backward; b
 _HOST_STAGE_3 = 2.4  # times DDP's, by `vitscale bench zero` on a CPU
 _EAGER = 1.3  # eager against compiled blocks, on the GPU and on the host
 _OPTIMIZER_BYTES = 28  # a parameter: weight, gradient and two moments read, three of them written
+# Images/s that one H200 makes of photographs of 500x375, 224x224 each (docs/measurements.md, stage f): by
+# augment.preset=mae, deit3 and randaug. The last two were measured with larger copies from the host than a run's.
+_CROPPED, _COLOURED, _RAND_AUGMENTED, _PIXELS = 17_018, 8_963, 6_788, 224 * 224
 _LINK_SHARE = 0.8  # of a link's rate that collectives reach
 _DDP_BUCKET = 25 * 2**20 // 4  # elements, torch's
 # Reckoned, not measured: AdamW on the host, 8 bytes to clip a gradient and 6 to make the weight that goes back; and a
@@ -40,6 +46,7 @@ class StepSeconds:
     traffic: float  # of activations and gradients between the GPU and its memory
     optimizer: float  # on the GPU
     host: float  # in which kernels are started, beside the three above
+    augment: float  # of the next step's images
     offload: float  # the optimizer on the host, and gradients and weights on their way: nothing runs beside it
     communication: float  # beside all of them
     exposed: float  # of communication: what nothing hides
@@ -50,11 +57,16 @@ class StepSeconds:
 
     @property
     def total(self) -> float:
-        return max(self.device, self.host) + self.offload + self.exposed
+        return max(self.device, self.host) + self.augment + self.offload + self.exposed
 
     @property
     def bound_by(self) -> str:
-        parts = {"communication": self.exposed, "the optimizer on the host": self.offload, "the host": self.host}
+        parts = {
+            "communication": self.exposed,
+            "the optimizer on the host": self.offload,
+            "the host": self.host,
+            "augmentation": self.augment,
+        }
         most = max(parts, key=lambda name: parts[name])
         if parts[most] > self.device:
             return most
@@ -104,6 +116,7 @@ def step_seconds(
     matrix = images * products / gpu.flops(train.precision)
     traffic = forwards * eager * _PASSES * step.made / gpu.bandwidth
     optimizer = 0.0 if offloads else _OPTIMIZER_BYTES * own / gpu.bandwidth
+    augment = images * _augmentation(config, gpu)
     offload = _offloaded(config, own, forwards, gpu) if offloads else 0.0
     host = forwards * blocks * eager * (_HOST_GRAPHS_S if train.cuda_graphs else _HOST_S)
     host *= _HOST_STAGE_3 if stage == 3 else 1.0
@@ -114,7 +127,18 @@ def step_seconds(
     forward = micro_batch * image.forward / (image.total + again)
     exchange = _with_zero_3 if stage == 3 else _below_zero_3
     communication, exposed = exchange(config, count, ranks, forwards, link, forward, micro_batch - forward)
-    return StepSeconds(matrix, traffic, optimizer, host, offload, communication, exposed)
+    return StepSeconds(matrix, traffic, optimizer, host, augment, offload, communication, exposed)
+
+
+def _augmentation(config: RunConfig, gpu: Gpu) -> float:
+    """Seconds of an image: of the slowest preset that has what is on, by the pixels made and the memory's rate."""
+    section, rate = config.augment, _CROPPED
+    if section.three_augment or any((*section.color_jitter, section.erase, section.mixup, section.cutmix)):
+        rate = _COLOURED
+    if section.rand_augment is not None or section.steps:
+        rate = _RAND_AUGMENTED
+    pixels = math.prod(pair(config.model.image_size))
+    return pixels / _PIXELS / rate * GPUS["h200"].bandwidth / gpu.bandwidth
 
 
 def _below_zero_3(
