@@ -102,7 +102,8 @@ def test_what_an_offloaded_optimizer_takes_is_said() -> None:
     share = found["parameters"] / 16
     assert found["offload"]["host_bytes_a_rank"] == pytest.approx((4 + 8 + 4 + 2) * share)
     assert found["offload"]["host_bytes_a_node"] == pytest.approx(8 * 18 * share)
-    assert f"offloaded optimizer: {found['step_seconds']['offload']:.3f} s of the step" in as_text(found)
+    text = as_text(found | {"measured": None})
+    assert f"offloaded optimizer: {found['step_seconds']['offload']:.3f} s of the step" in text
     assert plan(planner)["offload"] is None
 
 
@@ -118,6 +119,31 @@ def test_what_is_recommended_fits_and_is_no_slower(planner: Planner) -> None:
     assert tight.config.train.micro_batch < 64 or tight.config.train.gradient_checkpointing
     none = Planner(planner.config, replace(planner.cluster, gpu=replace(GPUS["h200"], memory_gb=0.5)))
     assert none.fastest() is None
+
+
+def test_the_fastest_is_told_with_accumulation_and_how_much_more_fits(planner: Planner) -> None:
+    small = Planner(planner.config, replace(planner.cluster, gpu=replace(GPUS["h200"], memory_gb=2.0)))
+    found = plan(small)
+    best, told_of = found["fastest"], as_text(found | {"measured": None})
+    assert best["micro_batch"] * best["accumulation"] == 64
+    largest = with_step(small.config, best["zero_stage"], best["largest_micro_batch"])
+    kind = best["gradient_checkpointing"]
+    sizes = [replace(largest, train=replace(largest.train, gradient_checkpointing=kind, micro_batch=size))
+             for size in (best["largest_micro_batch"], 2 * best["largest_micro_batch"])]  # fmt: skip
+    fitting = [small.estimate(each).fits for each in sizes if each.train.micro_batch <= 64]
+    assert fitting == [True, False][: len(fitting)]
+    assert f"{best['keys']} ({best['micro_batch']} x {best['accumulation']} a step): " in told_of
+    assert f"; the largest micro-batch that fits so: {best['largest_micro_batch']}\n" in told_of
+
+
+@pytest.mark.parametrize(("gpu", "rate"), [("h200", 400.0), ("a100", 200.0), ("l40s", 12.5), ("4090", 12.5)])
+def test_the_network_is_the_gpus_unless_it_is_given(planner: Planner, gpu: str, rate: float) -> None:
+    several, config = replace(planner.cluster, gpu=GPUS[gpu], gpus=16), with_step(planner.config, 0, 32)
+    assert several.network == rate * 1e9
+    assert replace(several, network_gb_s=3.0).network == 3e9
+    sent = planner.estimate(config, cluster=several).step.communication
+    slower = planner.estimate(config, cluster=replace(several, network_gb_s=rate / 10)).step.communication
+    assert slower / sent == pytest.approx(10 * min(1.0, GPUS[gpu].link_gb_s / rate))
 
 
 def test_what_is_as_fast_as_any_is_left_as_it_is(planner: Planner) -> None:
@@ -183,7 +209,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["run"]["cost"] == pytest.approx(2.5 * found["run"]["gpu_hours"])
     assert main([*words, "--explain"]) == DONE
     text = capsys.readouterr().out
-    assert "16 x H100 SXM, 2 node(s)" in text
+    assert "16 x H100 SXM, 2 node(s) with 400 GB/s each" in text
+    assert f"The GPU: {GPUS['h100'].source}; " in text
+    assert "450 GB/s from a GPU to the others of its node;\nbetween nodes 400 GB/s" in text
     assert found["fastest"]["is_this"] == ("this is as fast as any that fits" in text)
     assert main([*words, "train.global_batch=65536", "train.micro_batch=4096"]) == BAD_INPUT
     assert "DOES NOT FIT" in capsys.readouterr().out
@@ -220,6 +248,7 @@ def test_little_is_told_as_little_and_what_is_not_counted(capsys: pytest.Capture
     assert "16 x A100 SXM 40GB, 2 node(s)" in text
     assert "loader: below 1 core and below 1 MB/s a node" in text
     assert "not counted: what train.cuda_graphs keeps" in text
+    assert "not measured: a run with train.cuda_graphs on a GPU" in text
 
 
 class At(NamedTuple):

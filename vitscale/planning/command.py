@@ -6,7 +6,9 @@ import argparse
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitscale.errors import ConfigError
@@ -21,9 +23,13 @@ _MODEL = """\
 How: memory is counted on the model's own forward and backward, operation by operation, on tensors without content;
 weights, gradients and optimizer by the layout of DDP and DeepSpeed 0.19. Time is the larger of what the GPU takes
 (matrix products at 80% of the data sheet's rate, 3.2 passes over each byte that a step makes, 28 bytes a parameter for
-AdamW) and of what the host takes (3.1 ms a block): constants of one H200. What a micro-batch's backward hides of
-communication is not counted (the last bucket is, and the weights that ZeRO 1 and 2 gather at a step's end); no cluster
-has confirmed that part yet. A core decodes a JPEG of 60 kB in 0.81 ms."""
+AdamW) and of what the host takes (3.1 ms a block), and then the augmentation's: constants of one H200. A core decodes a
+JPEG of 60 kB in 0.81 ms.
+The GPU: {gpu_source}; its memory is what torch reports on such a card, as measured or computed.
+The network: rings, at 80% of the slowest link's rate each way: {link_gb_s:g} GB/s from a GPU to the others of its node;
+between nodes {network_gb_s:g} GB/s a node, which its GPUs share (--network; a DGX's adapters for SXM, 12.5 for cards on
+PCIe). What runs beside a micro-batch's backward takes no time of its own; the last bucket does, which comes after the
+backward, and so do the weights that ZeRO 1 and 2 gather at a step's end. No cluster has confirmed this part yet."""
 
 _LEAST, _MOST, _MOST_IMAGES = 0.001, 1_000_000, 10**12
 
@@ -41,8 +47,10 @@ def register(verb: Callable[..., argparse.ArgumentParser], sizes_of_encoder: Siz
     added.add_argument("--images", type=_images, metavar="N", help="in data.train, where the config says epochs")
     text = "of an image, compressed (default: 110, ImageNet's)"
     added.add_argument("--image-kb", type=_amount, default=110.0, metavar="KB", help=text)
-    text = "GB/s of a node to the others, each way (default: 400, eight adapters of 400 Gb/s)"
-    added.add_argument("--network", type=_amount, default=400.0, metavar="GB/S", help=text)
+    text = "GB/s of a node to the others, each way (default: of a DGX, 200 for A100, else 400; 12.5 for l40s and 4090)"
+    added.add_argument("--network", type=_amount, metavar="GB/S", help=text)
+    text = "what `vitscale bench step --json FILE` measured on such a GPU: steps are planned by its ratio to the plan"
+    added.add_argument("--measured", type=Path, metavar="FILE", help=text)
     text = "GB/s of the file system for checkpoints, in all (default: 5)"
     added.add_argument("--disk", type=_amount, default=5.0, metavar="GB/S", help=text)
     added.add_argument("--price", type=_amount, metavar="X", help="of a GPU-hour, in any currency")
@@ -71,17 +79,22 @@ def _images(text: str) -> int:
 
 
 def _plan(arguments: argparse.Namespace, sizes_of_encoder: SizesOfEncoder) -> int:
+    from vitscale.planning.measured import calibration
     from vitscale.planning.plan import Cluster, Planner, plan
     from vitscale.planning.recipe import planned_config
 
     if arguments.json and arguments.explain:
         raise ConfigError("--explain: is for people, and --json prints JSON alone; leave one out")
+    config = planned_config(arguments.config, arguments.overrides, sizes_of_encoder)
+    gpu = gpu_of(arguments.gpu)
+    measured = None if arguments.measured is None else calibration(arguments.measured, config, gpu)
+    if measured is not None:
+        gpu = replace(gpu, step_ratio=measured["ratio"])
     cluster = Cluster(
-        gpu_of(arguments.gpu), arguments.gpus, arguments.gpus_a_node, arguments.network, arguments.disk,
+        gpu, arguments.gpus, arguments.gpus_a_node, arguments.network, arguments.disk,
         arguments.price, arguments.failure_hours,
     )  # fmt: skip
-    planner = Planner(planned_config(arguments.config, arguments.overrides, sizes_of_encoder), cluster)
-    found = plan(planner, arguments.images, arguments.image_kb)
+    found = plan(Planner(config, cluster), arguments.images, arguments.image_kb) | {"measured": measured}
     print(json.dumps(found, indent=1) if arguments.json else as_text(found, arguments.explain))
     return DONE if found["fits"] else BAD_INPUT
 
@@ -91,8 +104,9 @@ def as_text(found: dict[str, Any], explain: bool = False) -> str:
     memory, parts = found["memory"], found["memory"]["activations_by_part"]
     counted = "  of the activations: " + ", ".join(f"{name} {byte_size(size)}" for name, size in parts.items())
     lines = [
-        f"{found['gpus']} x {found['gpu']}, {found['nodes']} node(s); {found['objective']}, {found['parameters']:,} "
-        f"parameters{_trained(found)}, {_digits(found['flops_per_image'] / 1e9)} GFLOP to train on an image",
+        f"{found['gpus']} x {found['gpu']}, {found['nodes']} node(s){_network(found)}; {found['objective']}, "
+        f"{found['parameters']:,} parameters{_trained(found)}, {_digits(found['flops_per_image'] / 1e9)} GFLOP to "
+        "train on an image",
         f"{_asked(found['auto'])}: {_settings(found)}: "
         f"{byte_size(memory['total_bytes'])} of {byte_size(memory['of_bytes'])} a GPU, "
         + ("fits" if found["fits"] else "DOES NOT FIT"),
@@ -100,6 +114,8 @@ def as_text(found: dict[str, Any], explain: bool = False) -> str:
         *([counted] if explain else []),
         *(f"not counted: {what}" for what in memory["not_counted"]),
         _step(found["step_seconds"]),
+        *(f"not measured: {what}" for what in found["not_measured"]),
+        *([_measured(found["measured"])] if found["measured"] else []),
         *([_offload(found)] if found["offload"] else []),
         f"speed: {found['images_per_second']:,.0f} images/s, {found['mfu']:.0%} of the GPUs' matrix rate",
         _fastest(found["fastest"]),
@@ -108,7 +124,7 @@ def as_text(found: dict[str, Any], explain: bool = False) -> str:
         _checkpoints(found["checkpoint"]),
         _scaling(found["scaling"]),
     ]
-    return "\n".join([*lines, _MODEL] if explain else lines)
+    return "\n".join([*lines, _MODEL.format(**found)] if explain else lines)
 
 
 _PARTS = (
@@ -135,6 +151,18 @@ def _step(step: dict[str, Any]) -> str:
     )
 
 
+def _network(found: dict[str, Any]) -> str:
+    return f" with {found['network_gb_s']:g} GB/s each, either way" if found["nodes"] > 1 else ""
+
+
+def _measured(by: dict[str, Any]) -> str:
+    return (
+        f"calibrated by {by['file']}: {by['row']}, {by['objective']}, ViT-{by['preset']}, batch {by['batch']}, "
+        f"{by['precision']}, on {by['device']}: {by['seconds'] * 1e3:.1f} ms where {by['planned'] * 1e3:.1f} were "
+        f"planned: the GPU's and the host's part of a step times {by['ratio']:.3g}"
+    )
+
+
 def _trained(found: dict[str, Any]) -> str:
     count = found["trained_parameters"]
     return "" if count == found["parameters"] else f" ({count:,} trained)"
@@ -152,10 +180,12 @@ def _offload(found: dict[str, Any]) -> str:
 def _fastest(best: dict[str, Any] | None) -> str:
     if best is None:
         return "nothing fits, not with ZeRO 3 and gradient checkpointing: larger GPUs, or parallel.offload_optimizer"
+    largest = f"the largest micro-batch that fits so: {best['largest_micro_batch']}"
     if best["is_this"]:
-        return "this is as fast as any that fits, to 2%"
+        return f"this is as fast as any that fits, to 2%; {largest}"
     rate, size = f"{best['images_per_second']:,.0f} images/s", byte_size(best["total_bytes"])
-    return f"fastest that fits: {best['keys']}: {rate}, {size} a GPU"
+    times = f"{best['micro_batch']} x {best['accumulation']} a step"
+    return f"fastest that fits: {best['keys']} ({times}): {rate}, {size} a GPU; {largest}"
 
 
 def _loader(loader: dict[str, Any]) -> str:

@@ -23,7 +23,10 @@ class Gpu:
     bandwidth_gb_s: float
     link_gb_s: float  # to the other GPUs of its node, in each direction: NVLink, else PCIe
     host_gb_s: float  # to the host, in each direction: PCIe 4.0 or 5.0 x16
+    network_gb_s: float  # of a node to the others, in each direction, by default: as of a DGX of these GPUs, eight
+    # adapters of 200 or 400 Gb/s; of cards for PCIe one of 100 Gb/s
     source: str
+    step_ratio: float = 1.0  # a step's measured seconds over the planned ones (`vitscale plan --measured`)
 
     def flops(self, precision: str) -> float:
         """Of large matrix products, a second."""
@@ -45,13 +48,13 @@ class Gpu:
 
 
 GPUS = {
-    "a100": Gpu("A100 SXM 80GB", 312, 19.5, 85.0, 2039, 300, 32, "NVIDIA A100 data sheet, 2021"),
-    "a100-40gb": Gpu("A100 SXM 40GB", 312, 19.5, 42.3, 1555, 300, 32, "NVIDIA A100 data sheet, 2021"),
-    "h100": Gpu("H100 SXM", 989.4, 66.9, 85.0, 3350, 450, 64, "NVIDIA H100 data sheet, 2023"),
-    "h200": Gpu("H200 SXM", 989.4, 66.9, 150.1, 4800, 450, 64, "NVIDIA H200 data sheet, 2024"),
-    "b200": Gpu("B200 SXM (HGX)", 2250, 75, 192.2, 7700, 900, 64, "NVIDIA HGX B200 data sheet, 2025"),
-    "l40s": Gpu("L40S", 362, 91.6, 47.7, 864, 32, 32, "NVIDIA L40S data sheet, 2023; PCIe 4.0"),
-    "4090": Gpu("GeForce RTX 4090", 165.2, 82.6, 25.3, 1008, 32, 32, "NVIDIA Ada architecture paper, 2022; PCIe 4.0"),
+    "a100": Gpu("A100 SXM 80GB", 312, 19.5, 85.0, 2039, 300, 32, 200, "NVIDIA A100 data sheet, 2021"),
+    "a100-40gb": Gpu("A100 SXM 40GB", 312, 19.5, 42.3, 1555, 300, 32, 200, "NVIDIA A100 data sheet, 2021"),
+    "h100": Gpu("H100 SXM", 989.4, 66.9, 85.0, 3350, 450, 64, 400, "NVIDIA H100 data sheet, 2023"),
+    "h200": Gpu("H200 SXM", 989.4, 66.9, 150.1, 4800, 450, 64, 400, "NVIDIA H200 data sheet, 2024"),
+    "b200": Gpu("B200 SXM (HGX)", 2250, 75, 192.2, 7700, 900, 64, 400, "NVIDIA HGX B200 data sheet, 2025"),
+    "l40s": Gpu("L40S", 362, 91.6, 47.7, 864, 32, 32, 12.5, "NVIDIA L40S data sheet, 2023; PCIe 4.0"),
+    "4090": Gpu("GeForce RTX 4090", 165.2, 82.6, 25.3, 1008, 32, 32, 12.5, "NVIDIA Ada architecture, 2022; PCIe 4.0"),
 }
 
 

@@ -21,6 +21,10 @@ _ALIKE = 0.98  # of the fastest: what is no slower than this is as fast
 _NEAR = 0.9  # as near as the estimated speeds are: a lower stage is taken down to this
 _CORE_S_A_KB = 13.5e-6  # of a JPEG's decoding and crop: 0.81 ms for 60 kB (docs/measurements.md, Loader)
 _NODES = 16  # at least so many are looked at for other numbers of GPUs
+_GRAPHS = (
+    "a run with train.cuda_graphs on a GPU, in this version: the host's part is of an earlier one's steps, taken in "
+    "one process"
+)
 _GPU_HOURS_A_FAILURE = 54 * 24 * 16384 / 419  # of Llama 3's run on H100s, unexpected ones (arXiv 2407.21783, table 5)
 
 
@@ -31,7 +35,7 @@ class Cluster:
     gpu: Gpu
     gpus: int
     a_node: int = 8
-    network_gb_s: float = 400.0  # of a node, in each direction: 8 adapters of 400 Gb/s
+    network_gb_s: float | None = None  # of a node, in each direction; None: the GPU's default
     disk_gb_s: float = 5.0  # of the file system that takes the checkpoints, in all
     price: float | None = None  # of a GPU-hour
     failure_hours: float | None = None  # between two of the whole job; None: by the number of GPUs
@@ -46,6 +50,11 @@ class Cluster:
 
     def world(self) -> World:
         return World(world_size=self.gpus, local_world_size=min(self.gpus, self.a_node), device=self.device)
+
+    @property
+    def network(self) -> float:
+        """Bytes a second of a node to the others, in each direction."""
+        return 1e9 * (self.gpu.network_gb_s if self.network_gb_s is None else self.network_gb_s)
 
     @property
     def nodes(self) -> int:
@@ -91,9 +100,9 @@ class Planner:
     def _seconds(self, config: RunConfig, cluster: Cluster) -> StepSeconds:
         # By what a step at stage 0 makes, of which the constants are: that bf16 weights move less no GPU has shown yet.
         whole = replace(config, parallel=replace(config.parallel, zero_stage=0))
-        world, network = cluster.world(), cluster.network_gb_s * 1e9
+        world = cluster.world()
         step = activations(whole, world.device).of(config.train.micro_batch)
-        return step_seconds(config, world, cluster.gpu, self.count, self.flops, step, network)
+        return step_seconds(config, world, cluster.gpu, self.count, self.flops, step, cluster.network)
 
     def choice(self, ratio: float = 1.0, most: int | None = None, failed: RunConfig | None = None) -> Estimate | None:
         """What `auto` comes to; the config itself where nothing is auto; None if nothing fits.
@@ -219,6 +228,9 @@ def plan(planner: Planner, images: int | None = None, image_kb: float = 110.0) -
     by_part = {name: round(each.peak * micro) for name, each in counted.an_image.items()}
     return {
         "gpu": gpu.name,
+        "gpu_source": gpu.source,
+        "link_gb_s": gpu.link_gb_s,
+        "network_gb_s": cluster.network / 1e9,
         "gpus": cluster.gpus,
         "nodes": cluster.nodes,
         "objective": config.objective.name,
@@ -233,11 +245,13 @@ def plan(planner: Planner, images: int | None = None, image_kb: float = 110.0) -
         | {"of_bytes": gpu.memory, "activations_by_part": by_part | {"fixed": round(counted.fixed.peak)}}
         | {"not_counted": ["what train.cuda_graphs keeps for its graphs"] if config.train.cuda_graphs else []},
         "step_seconds": asdict(now.step) | {"total": now.step.total, "bound_by": now.step.bound_by},
+        "not_measured": [_GRAPHS] if config.train.cuda_graphs else [],
         "offload": _offload(planner, config),
         "images_per_second": rate,
         "mfu": rate * planner.flops.total / (cluster.gpus * gpu.flops(config.train.precision)),
         "fastest": None if fastest is None else _settings(fastest.config, world)
         | {"images_per_second": fastest.images_per_second, "total_bytes": fastest.memory.total_bytes}
+        | {"largest_micro_batch": _largest(planner, fastest.config)}
         | {"keys": as_keys(_settings(fastest.config, world)), "is_this": fastest is now},
         "run": _run(planner, rate, images),
         "loader": {
@@ -247,6 +261,12 @@ def plan(planner: Planner, images: int | None = None, image_kb: float = 110.0) -
         "checkpoint": _checkpoint(planner, now),
         "scaling": scaling(planner, config),
     }  # fmt: skip
+
+
+def _largest(planner: Planner, config: RunConfig) -> int:
+    """The largest micro-batch that fits with this one's stage and checkpointing."""
+    able = choices(with_step(config, config.parallel.zero_stage, AUTO), planner.cluster.world())
+    return max(each.train.micro_batch for each in able if planner.estimate(each).fits)
 
 
 def _offload(planner: Planner, config: RunConfig) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ _HOST_STAGE_3 = 2.4  # times DDP's, by `vitscale bench zero` on a CPU
 _EAGER = 1.3  # eager against compiled blocks, on the GPU and on the host
 _OPTIMIZER_BYTES = 28  # a parameter: weight, gradient and two moments read, three of them written
 # Images/s that one H200 makes of photographs of 500x375, 224x224 each (docs/measurements.md, stage f): by
-# augment.preset=mae, deit3 and randaug. The last two were measured with larger copies from the host than a run's.
+# augment.preset=mae, deit3 and randaug, from memory that is not pinned, the last two whole: a run's take less.
 _CROPPED, _COLOURED, _RAND_AUGMENTED, _PIXELS = 17_018, 8_963, 6_788, 224 * 224
 _LINK_SHARE = 0.8  # of a link's rate that collectives reach
 _DDP_BUCKET = 25 * 2**20 // 4  # elements, torch's
@@ -113,12 +113,12 @@ def step_seconds(
     blocks = (config.model.num_hidden_layers + decoder) * (image.total + again) / (3 * image.forward)  # run as a whole
     offloads = config.parallel.offload_optimizer
     own = count.trained / ranks if stage else count.trained
-    matrix = images * products / gpu.flops(train.precision)
-    traffic = forwards * eager * _PASSES * step.made / gpu.bandwidth
-    optimizer = 0.0 if offloads else _OPTIMIZER_BYTES * own / gpu.bandwidth
+    matrix = gpu.step_ratio * images * products / gpu.flops(train.precision)
+    traffic = gpu.step_ratio * forwards * eager * _PASSES * step.made / gpu.bandwidth
+    optimizer = 0.0 if offloads else gpu.step_ratio * _OPTIMIZER_BYTES * own / gpu.bandwidth
     augment = images * _augmentation(config, gpu)
     offload = _offloaded(config, own, forwards, gpu) if offloads else 0.0
-    host = forwards * blocks * eager * (_HOST_GRAPHS_S if train.cuda_graphs else _HOST_S)
+    host = gpu.step_ratio * forwards * blocks * eager * (_HOST_GRAPHS_S if train.cuda_graphs else _HOST_S)
     host *= _HOST_STAGE_3 if stage == 3 else 1.0
     link = gpu.link_gb_s * 1e9 * _LINK_SHARE
     if ranks > world.local_world_size:
