@@ -158,7 +158,7 @@ def test_parts_by_stage() -> None:
     assert [at(stage).masters for stage in range(4)] == [0, *[4 * count // 8] * 3]
     assert [at(stage).moments for stage in range(4)] == [8 * count, *[count] * 3]
     assert [at(stage, ema_decay=0.99).ema for stage in range(4)] == [4 * count, *[count // 2] * 3]
-    assert [at(stage, micro_batch=16).gradients for stage in (0, 2, 3)] == [8 * count, count // 2, count // 2]
+    assert [at(stage, micro_batch=16).gradients for stage in (0, 2, 3)] == [4 * count, count // 2, count // 2]
     offloaded = replace(config_of(stage=2, ranks=8), parallel=Parallel(zero_stage=2, offload_optimizer=True))
     there = memory(offloaded, ranks, of_model, nothing)
     assert (there.moments, there.masters, there.gradients) == (0, 0, 0)
