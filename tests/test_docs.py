@@ -138,7 +138,7 @@ def test_the_blocks_that_stand_on_the_quick_start_run(tmp_path: Path) -> None:
         assert best["value"] == best["scores"]["validation/top1"] > 0.5
         assert len(json.loads((runs / name / "validation.json").read_text(encoding="utf-8"))["classes"]) == 10
     watched = (runs / "watched" / "metrics.jsonl").read_text(encoding="utf-8")
-    assert (watched.count("evaluation/linear_probe"), watched.count("validation/loss")) == (4, 4)
+    assert (watched.count('"evaluation/linear_probe":'), watched.count('"validation/loss":')) == (4, 4)
     for name in ("quickstart", "scores"):
         scores = json.loads((runs / name / "summary.json").read_text(encoding="utf-8"))["evaluation"]
         assert (scores["test"], scores["scores"].keys() >= {"trained", "untrained", "pixels"}) == (360, True)
